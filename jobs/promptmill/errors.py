@@ -1,0 +1,90 @@
+"""Every error a user can meet: what is wrong, where, and what to do. Anything else is a bug and may crash its process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: Exit codes of the command line. 130 is what shells give a program ended by Ctrl-C.
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_GATE = 3
+EXIT_INTERRUPTED = 130
+
+
+class PromptmillError(Exception):
+    """Something a person can put right. ``hint`` says how."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class SettingsError(PromptmillError):
+    """A setting is unknown or has a wrong value."""
+
+
+class DatasetError(PromptmillError):
+    """The dataset cannot be read, or has lines that cannot be used."""
+
+
+class BadLines(DatasetError):
+    """Lines of a dataset that cannot be used: the first few, and how many there are."""
+
+    #: Lines listed in the message.
+    SHOWN = 20
+
+    def __init__(self, name: str, shown: Sequence[tuple[int, str]], total: int) -> None:
+        lines = [f"{name}:{line}: {problem}" for line, problem in shown]
+        if total > len(shown):
+            lines.append(f"... and {total - len(shown)} more")
+        self.total = total
+        self.shown = list(shown)
+        plural = "line" if total == 1 else "lines"
+        super().__init__(
+            "\n".join([*lines, f"{total} bad {plural} in {name}: nothing was enqueued"]),
+            hint="Mend them, or give --skip-invalid to record them as errors and run the rest.",
+        )
+
+
+class TaskFileError(PromptmillError):
+    """The task file or a template is wrong."""
+
+
+class UnknownName(PromptmillError):
+    """A name that is not in a registry, or a job that does not exist."""
+
+
+class JobError(PromptmillError):
+    """A job cannot do what was asked of it in its state."""
+
+
+class JobFailed(PromptmillError):
+    """A job ended without success."""
+
+    exit_code = EXIT_FAILED
+
+
+class DatabaseError(PromptmillError):
+    """The database is unreachable or at another revision."""
+
+
+class BrokerError(PromptmillError):
+    """Redis is unreachable."""
+
+
+class DeviceError(PromptmillError):
+    """A device is not here, is taken, or the engine cannot use it."""
+
+
+class ModelError(PromptmillError):
+    """A model cannot be found, fetched or loaded."""
+
+
+class RequestError(PromptmillError):
+    """One request cannot be served; its neighbours are not concerned."""

@@ -1,0 +1,236 @@
+"""The values that travel between modules and processes: frozen, with units in their names, and no imports of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+#: Any JSON value, as ``json.loads`` gives it.
+JsonValue = Any
+
+
+class JobState(StrEnum):
+    """``queued -> running -> completed | failed | cancelled | expired``, with ``paused`` beside the first two."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED)
+
+
+class ChunkState(StrEnum):
+    """``queued -> leased -> done``, and back to ``queued`` when a lease ends."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    DONE = "done"
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended: by itself or at a stop string, at ``max_tokens``, or by request."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class ErrorClass(StrEnum):
+    """Why a request has no answer. Few and stable, so that they can be counted."""
+
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "oom"
+    CONTEXT_OVERFLOW = "context_overflow"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_LOAD = "model_load"
+    ENGINE_CRASH = "engine_crash"
+    GRAMMAR = "grammar"
+    TOKENIZE = "tokenize"
+    INVALID_REQUEST = "invalid_request"
+    CANCELLED = "cancelled"
+    WORKER_LOST = "worker_lost"
+    DATABASE = "db"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one answer are drawn. The defaults are greedy: an evaluation should repeat itself."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    #: Keep the k likeliest tokens; 0 keeps all.
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    #: Seed of this request's own random stream; None draws one.
+    seed: int | None = None
+    #: The answer ends before the first of these texts.
+    stop: tuple[str, ...] = ()
+    #: Seconds from admission after which the request ends as a ``timeout`` error; None waits for ever.
+    timeout_s: float | None = None
+    #: Do not stop at the model's own end tokens (benchmarks only).
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One line of a job as an engine sees it. Holds ``messages`` (chat template applies) or ``prompt`` (sent as it is).
+
+    The expected answer is not here, and no engine ever sees it.
+    """
+
+    row: int
+    custom_id: str
+    sampling: SamplingParams
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts, from token ids only. ``cached_tokens`` of the prompt were not computed for this request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall-clock seconds since the epoch, set inside one process by one monotonic clock and an anchor (metrics: 2.1)."""
+
+    received_at: float
+    admitted_at: float
+    first_token_at: float
+    finished_at: float
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from the slot to the first token on the host: the prefill."""
+        return self.first_token_at - self.admitted_at
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the slot to the last token."""
+        return self.finished_at - self.admitted_at
+
+
+@dataclass(frozen=True, slots=True)
+class Ok:
+    """The answer to one request."""
+
+    row: int
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One request without an answer: a value, never an exception. ``message`` quotes no prompt and no answer."""
+
+    row: int
+    error_class: ErrorClass
+    message: str
+    usage: Usage | None = None
+    timing: Timing | None = None
+
+
+Result = Ok | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkId:
+    """Names a chunk: this is all that travels through Redis."""
+
+    job_id: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Attempt ``attempt`` of one worker on one chunk. The number is the fencing token: an older one changes nothing."""
+
+    chunk: ChunkId
+    attempt: int
+    worker_id: str
+    first_row: int
+    rows: int
+    model: str
+    #: When the chunk's message was published, seconds since the epoch: the start of its requests' queue time.
+    enqueued_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """What an engine did, cumulative since it was made. Times in seconds.
+
+    A step that mixes prefill and decode is shared out by tokens. ``prefill + decode + overhead + idle`` is its life.
+    """
+
+    steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    overhead_s: float = 0.0
+    idle_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    #: Seconds with at least one free slot while requests waited.
+    starved_s: float = 0.0
+    peak_active: int = 0
+    peak_kv_cells: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetLine:
+    """One line as a reader understood it, before any template.
+
+    Exactly one of ``prompt``, ``messages`` and ``fields`` is set, unless ``error`` says why the line cannot be used.
+    ``expected`` is kept apart from everything a template or an engine can reach.
+    """
+
+    #: 1-based line (or record) in the file, for messages to people.
+    line: int
+    custom_id: str | None = None
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    #: Input fields of a template.
+    fields: Mapping[str, JsonValue] | None = None
+    expected: Mapping[str, JsonValue] | JsonValue | None = None
+    meta: Mapping[str, JsonValue] | None = None
+    #: Sampling parameters that this line sets for itself; names are those of :class:`SamplingParams`.
+    sampling: Mapping[str, JsonValue] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LengthSummary:
+    """Prompt lengths of a dataset in tokens. ``measured`` of ``rows`` prompts were tokenised."""
+
+    rows: int
+    measured: int
+    min: int
+    p50: int
+    p99: int
+    max: int
+    total: int
+    #: Rows whose prompt leaves no room for one new token.
+    too_long: Sequence[int] = ()

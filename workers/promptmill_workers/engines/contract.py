@@ -1,0 +1,144 @@
+"""The contract every engine keeps, and the values it speaks in. ``tests/unit/test_engine_contract.py`` is its judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from promptmill.types import EngineCounters, ErrorClass, FinishReason, Message, SamplingParams, Usage
+
+#: Names one request inside one engine; whoever adds the request chooses it.
+RequestKey = int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine is set up. None means: let the engine choose."""
+
+    #: Sequences decoded together.
+    slots: int = 16
+    #: Most tokens one request may hold, prompt and answer; at most what the model was trained for.
+    context_tokens: int | None = None
+    #: KV cells in all, shared by the slots.
+    kv_cells: int | None = None
+    #: Most tokens of one forward pass.
+    batch_tokens: int = 512
+    threads: int | None = None
+    #: Device asked for: ``cpu``, ``cuda:0``, ``metal``.
+    device: str = "cpu"
+    #: Options in the model's name (``echo:token_s=0.01``).
+    model_options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was really set up, read from the engine and not from what was asked for."""
+
+    engine: str
+    version: str
+    model_name: str
+    slots: int
+    context_tokens: int
+    kv_cells: int
+    #: ``cpu``, ``cuda:0 (NVIDIA ...)``, ``metal (Apple M3)``.
+    device_got: str
+    layers: int
+    layers_offloaded: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request. Exactly one of ``messages`` (the model's chat template applies) and ``prompt`` (as it is) is set."""
+
+    key: RequestKey
+    sampling: SamplingParams
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An answer. Times are ``time.monotonic()`` seconds of the engine's process; the first token was on the host."""
+
+    key: RequestKey
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    admitted_at: float
+    first_token_at: float
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A request that ends without an answer. Token counts and times are there if it was admitted."""
+
+    key: RequestKey
+    error_class: ErrorClass
+    message: str
+    usage: Usage | None = None
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+
+Event = Finished | Rejected
+
+
+class Engine(Protocol):
+    """Turns requests into events, many at a time. Not thread-safe: one loop owns it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def counters(self) -> EngineCounters: ...
+
+    @property
+    def active(self) -> int:
+        """Sequences that hold a slot."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Requests added and not yet admitted."""
+        ...
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        """Queue any number of requests at any time. A request that can never run becomes a ``Rejected`` event."""
+        ...
+
+    def step(self) -> Sequence[Event]:
+        """Fill free slots, run one forward pass, return what ended. Returns at once when there is nothing to do."""
+        ...
+
+    def cancel(self, key: RequestKey) -> None:
+        """Drop a request, free its slot at once, and say nothing more of it. Unknown keys are ignored."""
+        ...
+
+    def render(self, request: EngineRequest) -> str:
+        """The prompt as the model sees it: the chat template applied."""
+        ...
+
+    def close(self) -> None:
+        """Free the device."""
+        ...
+
+
+class TokenCounter(Protocol):
+    """The tokeniser of a model without its weights, for preflight before any device is used."""
+
+    @property
+    def context_tokens(self) -> int:
+        """What the model was trained for."""
+        ...
+
+    def count(self, request: EngineRequest) -> int:
+        """Tokens of the prompt as the model sees it. Raises ``promptmill.errors.RequestError``."""
+        ...
+
+    def render(self, request: EngineRequest) -> str:
+        """The prompt as the model sees it: the chat template applied."""
+        ...
