@@ -1,0 +1,244 @@
+"""The database: engines for SQLite and PostgreSQL, where the two differ, and the schema's revision."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from promptmill.errors import DatabaseError
+from promptmill.resources import resource_dir
+
+#: Milliseconds that a writer of SQLite waits for another one.
+SQLITE_BUSY_MS = 30_000
+
+
+class epoch(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it becomes
+    """Now, by the database's clock, in seconds since the epoch: workers' clocks may be wrong."""
+
+    type = sa.Double()
+    inherit_cache = True
+
+
+@compiles(epoch, "postgresql")
+def _epoch_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"
+
+
+@compiles(epoch, "sqlite")
+def _epoch_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+def connect(url: str) -> Engine:
+    """An engine for ``url``. Makes the folder of a SQLite file; opens no connection yet.
+
+    Raises :class:`DatabaseError` for a URL that cannot be understood or another kind of database.
+    """
+    try:
+        parsed = make_url(url)
+    except sa.exc.ArgumentError as problem:
+        raise DatabaseError(
+            "JOBS_DATABASE_URL is not a database URL",
+            hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
+        ) from problem
+    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        return _postgresql(parsed)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite(parsed)
+    raise DatabaseError(
+        f"databases of the kind '{parsed.drivername}' are not supported",
+        hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
+    )
+
+
+def _postgresql(url: sa.URL) -> Engine:
+    return sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_pre_ping=True,
+        pool_size=4,
+        max_overflow=16,
+        connect_args={"connect_timeout": 10, "application_name": "promptmill"},
+    )
+
+
+def _sqlite(url: sa.URL) -> Engine:
+    if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
+        Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        url = url.set(database=str(Path(url.database).expanduser()))
+        engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+    else:
+        engine = sa.create_engine(url, poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    # The driver's own BEGIN is deferred: a reader that turns writer then fails at once, whatever the timeout.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"busy_timeout={SQLITE_BUSY_MS}",
+        "temp_store=MEMORY",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # Plain reads must not take the write lock: `reading` marks them.
+    reading = connection.get_execution_options().get("promptmill_reading")
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection for reading one consistent state."""
+    with connecting(engine), engine.connect().execution_options(promptmill_reading=True) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        yield connection
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction: committed at the end, rolled back by an exception."""
+    with connecting(engine), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def connecting(engine: Engine) -> Iterator[None]:
+    """Turn "the database is not there" into one clear error."""
+    try:
+        yield
+    except sa.exc.OperationalError as problem:
+        if problem.connection_invalidated or not _was_connected(problem):
+            raise DatabaseError(
+                f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
+                hint="Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it).",
+            ) from problem
+        raise
+
+
+def _was_connected(problem: sa.exc.OperationalError) -> bool:
+    """An error of a statement has the statement; one of connecting has none."""
+    return problem.statement is not None
+
+
+def _first_line(problem: sa.exc.DBAPIError) -> str:
+    return str(problem.orig).strip().splitlines()[0] if str(problem.orig).strip() else type(problem.orig).__name__
+
+
+def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Insert ``rows`` the fastest way the database has: COPY on PostgreSQL, one prepared statement on SQLite."""
+    if not rows:
+        return
+    names = ", ".join(f'"{name}"' for name in columns)
+    if connection.dialect.name == "postgresql":
+        cursor = connection.connection.cursor()
+        with cursor.copy(f'COPY "{table.name}" ({names}) FROM STDIN') as copy:
+            for row in rows:
+                copy.write_row(row)
+        cursor.close()
+    else:
+        marks = ", ".join("?" * len(columns))
+        connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)
+
+
+# --- the schema's revision -------------------------------------------------------------------------------------------
+
+
+def _alembic_config(output: io.StringIO | None = None) -> Any:
+    from alembic.config import Config
+
+    config = Config(stdout=output or io.StringIO())
+    config.set_main_option("script_location", str(resource_dir("migrations")).replace("%", "%%"))
+    return config
+
+
+def head_revision() -> str:
+    """The revision this version of the program works with."""
+    from alembic.script import ScriptDirectory
+
+    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    assert head is not None
+    return head
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The revision the database is at; None for an empty one."""
+    from alembic.migration import MigrationContext
+
+    with reading(engine) as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the database to :func:`head_revision`, in one transaction."""
+    from alembic import command
+
+    config = _alembic_config()
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            # Two programs that start together must not both migrate.
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('promptmill.migrations'))"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def open_database(url: str) -> Engine:
+    """An engine at the right revision.
+
+    SQLite is migrated by itself; PostgreSQL must have been, by ``promptmill db upgrade``.
+    Raises :class:`DatabaseError` when the database is unreachable or at another revision.
+    """
+    engine = connect(url)
+    current = _stamped_revision(engine)
+    head = head_revision_fast()
+    if current == head:
+        return engine
+    if current is not None and not _is_known(current):
+        raise DatabaseError(
+            f"the database is at revision {current}, which this version of promptmill does not know",
+            hint=f"It was made by a newer version; this one works with {head}. Update promptmill.",
+        )
+    if engine.dialect.name == "sqlite":
+        upgrade(engine)
+        return engine
+    raise DatabaseError(
+        f"the database is at revision {current or 'none (empty)'}, this version of promptmill needs {head}",
+        hint="Run 'promptmill db upgrade'.",
+    )
+
+
+def _stamped_revision(engine: Engine) -> str | None:
+    """What alembic_version holds, without importing Alembic: this runs at every start."""
+    with reading(engine) as connection:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def head_revision_fast() -> str:
+    """The newest revision by the names of the migration files (``0001_initial.py``), which sort by time."""
+    return _revision_files()[-1].stem.split("_")[0]
+
+
+def _is_known(revision: str) -> bool:
+    return any(path.stem.split("_")[0] == revision for path in _revision_files())
+
+
+def _revision_files() -> list[Path]:
+    return sorted((resource_dir("migrations") / "versions").glob("[0-9]*.py"))

@@ -1,0 +1,280 @@
+"""The tables. Names explain themselves to people who query them; all ``*_at`` are seconds since the epoch (UTC)."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+#: A ULID: sorts by the time it was made.
+JobId = String(26)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", JobId, primary_key=True),
+    Column("name", Text),
+    Column("state", String(16), nullable=False),
+    # 'embedded' jobs are run by the process that made them, 'queue' jobs by Celery workers.
+    Column("mode", String(16), nullable=False),
+    Column("dataset_name", Text, nullable=False),
+    Column("dataset_sha256", String(64), nullable=False),
+    Column("dataset_format", String(32), nullable=False),
+    Column("model", Text, nullable=False),
+    Column("model_fingerprint", String(64)),
+    Column("task_name", Text),
+    Column("task_text", Text),
+    Column("task_sha256", String(64)),
+    Column("sampling", Text, nullable=False),
+    # 0 is the most urgent, 9 the least.
+    Column("priority", Integer, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("slots", Integer),
+    Column("max_errors", String(16)),
+    Column("stop_reason", Text),
+    Column("env", Text, nullable=False),
+    Column("submitted_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
+    Index("ix_jobs_state", "state"),
+    Index("ix_jobs_name", "name"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("row", Integer, nullable=False),
+    Column("custom_id", Text, nullable=False),
+    # JSON: {"prompt": ...}, {"messages": [...]} or {"fields": {...}}; NULL for a line that could not be read.
+    Column("input", Text),
+    # JSON; never sent to an engine.
+    Column("expected", Text),
+    Column("meta", Text),
+    # JSON: the sampling parameters that this line sets for itself.
+    Column("sampling", Text),
+    PrimaryKeyConstraint("job_id", "row"),
+)
+
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("first_row", Integer, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    # Counts leases; the number is the fencing token.
+    Column("attempt", Integer, nullable=False),
+    Column("worker_id", String(64)),
+    Column("leased_until", Double),
+    # Not to be run before this time: the back-off after a failed attempt.
+    Column("not_before", Double),
+    # When its message was last published; NULL while it waits for its place in the window.
+    Column("published_at", Double),
+    Column("ok", Integer, nullable=False),
+    Column("errors", Integer, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("last_error", Text),
+    PrimaryKeyConstraint("job_id", "number"),
+    Index("ix_chunks_state_job_id_number", "state", "job_id", "number"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job_id", JobId, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker_id", String(64), nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("ended_at", Double),
+    # 'done', 'released' (given back), 'failed' (the host died) or 'lost' (the lease ran out); NULL while it runs.
+    Column("outcome", String(16)),
+    Column("slots", Integer),
+    Column("steps", BigInteger),
+    Column("prefill_s", Double),
+    Column("decode_s", Double),
+    Column("overhead_s", Double),
+    Column("idle_s", Double),
+    Column("starved_s", Double),
+    Column("prefill_tokens", BigInteger),
+    Column("decode_tokens", BigInteger),
+    Column("wasted_tokens", BigInteger),
+    Column("peak_active", Integer),
+    Column("peak_kv_cells", Integer),
+    PrimaryKeyConstraint("job_id", "number", "attempt"),
+    ForeignKeyConstraint(["job_id", "number"], ["chunks.job_id", "chunks.number"], ondelete="CASCADE"),
+)
+
+results = Table(
+    "results",
+    metadata,
+    Column("job_id", JobId, nullable=False),
+    Column("row", Integer, nullable=False),
+    Column("state", String(8), nullable=False),
+    Column("text", Text),
+    Column("finish_reason", String(16)),
+    Column("error_class", String(32)),
+    Column("error_message", Text),
+    Column("prompt_tokens", Integer),
+    Column("cached_tokens", Integer),
+    Column("output_tokens", Integer),
+    Column("reasoning_tokens", Integer),
+    # The limit this request ran under.
+    Column("max_tokens", Integer),
+    Column("enqueued_at", Double),
+    Column("received_at", Double),
+    Column("admitted_at", Double),
+    Column("first_token_at", Double),
+    Column("finished_at", Double),
+    Column("committed_at", Double, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker_id", String(64)),
+    Column("chunk", Integer),
+    PrimaryKeyConstraint("job_id", "row"),
+    ForeignKeyConstraint(["job_id", "row"], ["requests.job_id", "requests.row"], ondelete="CASCADE"),
+    CheckConstraint("state IN ('ok', 'error')", name="state"),
+    # Token counts of an answer are never missing (they come from token ids, not from text).
+    CheckConstraint(
+        "state = 'error' OR (prompt_tokens IS NOT NULL AND cached_tokens IS NOT NULL AND output_tokens IS NOT NULL)",
+        name="counts",
+    ),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    # 'loading', 'idle', 'busy', 'stopping', 'stopped'.
+    Column("state", String(16), nullable=False),
+    Column("device_asked", Text, nullable=False),
+    Column("device_got", Text),
+    Column("engine", String(32)),
+    Column("model", Text),
+    Column("layers", Integer),
+    Column("layers_offloaded", Integer),
+    Column("slots", Integer),
+    Column("kv_cells", Integer),
+    # JSON: versions of promptmill, the engine, Python and the platform.
+    Column("versions", Text),
+    # Redis TIME minus this machine's clock, in seconds.
+    Column("clock_offset_s", Double),
+    Column("model_load_s", Double),
+    Column("host_restarts", Integer, nullable=False, default=0, server_default="0"),
+    Column("started_at", Double, nullable=False),
+    Column("heartbeat_at", Double, nullable=False),
+)
+
+worker_samples = Table(
+    "worker_samples",
+    metadata,
+    Column("worker_id", String(64), ForeignKey("workers.id", ondelete="CASCADE"), nullable=False),
+    Column("at", Double, nullable=False),
+    # CPU seconds used per second by the worker and its engine host: 2.0 is two cores.
+    Column("cpu_ratio", Double),
+    Column("memory_bytes", BigInteger),
+    Column("device_memory_bytes", BigInteger),
+    Column("device_use_ratio", Double),
+    Column("active_sequences", Integer),
+    Column("waiting_requests", Integer),
+    Column("slots", Integer),
+    Column("kv_cells_used", Integer),
+    # Output tokens per second since the sample before.
+    Column("output_tps", Double),
+    PrimaryKeyConstraint("worker_id", "at"),
+)
+
+score_runs = Table(
+    "score_runs",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("task_sha256", String(64), nullable=False),
+    Column("scorer_sha256", String(64)),
+    Column("parent_id", String(26)),
+    Column("created_at", Double, nullable=False),
+    Index("ix_score_runs_job_id", "job_id"),
+)
+
+scores = Table(
+    "scores",
+    metadata,
+    Column("score_run_id", String(26), ForeignKey("score_runs.id", ondelete="CASCADE"), nullable=False),
+    Column("row", Integer, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("value", Double),
+    Column("predicted", Text),
+    Column("expected", Text),
+    # 'scored', 'unparsed', 'truncated', 'abstain' or 'infra_error'.
+    Column("outcome", String(16), nullable=False),
+    PrimaryKeyConstraint("score_run_id", "row", "metric"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("name", Text, nullable=False),
+    # The key itself is shown once and never stored.
+    Column("key_sha256", String(64), nullable=False, unique=True),
+    Column("scopes", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("revoked", Boolean, nullable=False, default=False, server_default="0"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("api_key_id", String(26), ForeignKey("api_keys.id")),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("job_id", JobId, ForeignKey("jobs.id")),
+    Column("input_file_id", String(64), ForeignKey("files.id"), nullable=False),
+    Column("output_file_id", String(64), ForeignKey("files.id")),
+    Column("error_file_id", String(64), ForeignKey("files.id")),
+    Column("endpoint", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    # JSON, as the client gave it.
+    Column("metadata", Text),
+    Column("api_key_id", String(26), ForeignKey("api_keys.id")),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+)
