@@ -20,7 +20,7 @@ from promptmill.resources import resource_dir
 SQLITE_BUSY_MS = 30_000
 
 
-class epoch(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it becomes
+class epoch(FunctionElement[float]):
     """Now, by the database's clock, in seconds since the epoch: workers' clocks may be wrong."""
 
     type = sa.Double()
@@ -154,7 +154,7 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
         cursor.close()
     else:
         marks = ", ".join("?" * len(columns))
-        connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)
+        connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)  # noqa: S608 - our names
 
 
 # --- the schema's revision -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every error a user can meet: what is wrong, where, and what to do. Anything else is a bug and may crash its process."""
+"""Every error a user can meet: what is wrong, where, and what to do. Anything else is a bug."""
 
 from __future__ import annotations
 

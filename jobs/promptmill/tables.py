@@ -48,11 +48,15 @@ jobs = Table(
     Column("task_name", Text),
     Column("task_text", Text),
     Column("task_sha256", String(64)),
+    Column("system_prompt", Text),
+    # JSON: sampling parameters of every row that sets none of its own.
     Column("sampling", Text, nullable=False),
     # 0 is the most urgent, 9 the least.
     Column("priority", Integer, nullable=False),
     Column("rows", Integer, nullable=False),
     Column("slots", Integer),
+    # Tokens that the longest request of the job may need, prompt and answer; NULL when the prompts were not measured.
+    Column("context_tokens", Integer),
     Column("max_errors", String(16)),
     Column("stop_reason", Text),
     Column("env", Text, nullable=False),

@@ -114,7 +114,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Wall-clock seconds since the epoch, set inside one process by one monotonic clock and an anchor (metrics: 2.1)."""
+    """Wall-clock seconds since the epoch, set inside one process by one monotonic clock and an anchor."""
 
     received_at: float
     admitted_at: float
@@ -177,6 +177,8 @@ class Lease:
     model: str
     #: When the chunk's message was published, seconds since the epoch: the start of its requests' queue time.
     enqueued_at: float
+    #: Tokens that the job's longest request may need; None when unknown.
+    context_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,10 @@ class EngineCounters:
     overhead_s: float = 0.0
     idle_s: float = 0.0
     prefill_tokens: int = 0
+    #: Tokens sampled, whatever became of them.
     decode_tokens: int = 0
+    #: Of these, the tokens of requests that were cancelled or ended as an error: in no answer.
+    wasted_tokens: int = 0
     #: Seconds with at least one free slot while requests waited.
     starved_s: float = 0.0
     peak_active: int = 0

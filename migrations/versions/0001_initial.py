@@ -76,10 +76,12 @@ def upgrade() -> None:
         sa.Column("task_name", sa.Text(), nullable=True),
         sa.Column("task_text", sa.Text(), nullable=True),
         sa.Column("task_sha256", sa.String(length=64), nullable=True),
+        sa.Column("system_prompt", sa.Text(), nullable=True),
         sa.Column("sampling", sa.Text(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("rows", sa.Integer(), nullable=False),
         sa.Column("slots", sa.Integer(), nullable=True),
+        sa.Column("context_tokens", sa.Integer(), nullable=True),
         sa.Column("max_errors", sa.String(length=16), nullable=True),
         sa.Column("stop_reason", sa.Text(), nullable=True),
         sa.Column("env", sa.Text(), nullable=False),
@@ -261,7 +263,8 @@ def upgrade() -> None:
         sa.Column("worker_id", sa.String(length=64), nullable=True),
         sa.Column("chunk", sa.Integer(), nullable=True),
         sa.CheckConstraint(
-            "state = 'error' OR (prompt_tokens IS NOT NULL AND cached_tokens IS NOT NULL AND output_tokens IS NOT NULL)",
+            "state = 'error' OR (prompt_tokens IS NOT NULL AND cached_tokens IS NOT NULL "
+            "AND output_tokens IS NOT NULL)",
             name=op.f("ck_results_counts"),
         ),
         sa.CheckConstraint("state IN ('ok', 'error')", name=op.f("ck_results_state")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,6 +104,10 @@ class Engine(Protocol):
     @property
     def waiting(self) -> int:
         """Requests added and not yet admitted."""
+        ...
+
+    def waiting_keys(self) -> Collection[RequestKey]:
+        """The requests added and not yet admitted: those a stopping worker gives back without loss."""
         ...
 
     def add(self, requests: Sequence[EngineRequest]) -> None:

@@ -1,0 +1,140 @@
+"""Celery over Redis: one message a chunk, holding ids only. The database is the truth; Redis only wakes workers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from promptmill.errors import BrokerError
+from promptmill.settings import mask
+from promptmill.types import ChunkId
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+TASK_NAME = "promptmill.run_chunk"
+
+#: Priorities of jobs. Over Redis each is a list of its own, and 0 is read first.
+PRIORITIES = range(10)
+
+#: Between a queue's name and its priority in the name of the list.
+PRIORITY_SEPARATOR = ":"
+
+#: Seconds before Redis hands an unacknowledged message out again. Far beyond any chunk: an early redelivery would run
+#: a chunk twice, and recovery is the business of the ledger's leases, which take LEASE_S.
+VISIBILITY_TIMEOUT_S = 24 * 3600
+
+#: Seconds a program waits for Redis before it says that there is none.
+CONNECT_TIMEOUT_S = 5
+
+
+def queue_name(model: str) -> str:
+    """The queue of a model: readable, and distinct for distinct models."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rpartition("/")[2])[:40]
+    return f"bulk.{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def make_app(redis_url: str) -> Celery:
+    """The Celery application. Nothing is connected yet."""
+    from celery import Celery
+
+    app = Celery("promptmill", broker=redis_url, set_as_current=False)
+    app.conf.update(
+        task_serializer="json",
+        # A message never carries code.
+        accept_content=["json"],
+        # Results live in SQL.
+        task_ignore_result=True,
+        # A worker holds what it runs and nothing more; the message stays until the chunk has ended.
+        task_acks_late=True,
+        worker_prefetch_multiplier=1,
+        broker_transport_options={
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "priority_steps": list(PRIORITIES),
+            "sep": PRIORITY_SEPARATOR,
+            "queue_order_strategy": "priority",
+            "socket_keepalive": True,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "health_check_interval": 25,
+        },
+        # Outages of Redis are waited out.
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        # A chunk goes on while Redis is away; a second delivery finds it done.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+        task_create_missing_queues=True,
+        task_default_queue="bulk",
+        enable_utc=True,
+    )
+    return app
+
+
+class Broker:
+    """Publishes chunk ids, and looks at how many wait."""
+
+    def __init__(self, redis_url: str, app: Any | None = None) -> None:
+        self._url = redis_url
+        self._app = app or make_app(redis_url)
+
+    def publish(self, chunks: Sequence[ChunkId], model: str, priority: int) -> None:
+        """Send one message a chunk. Raises :class:`BrokerError` when Redis cannot be reached."""
+        if not chunks:
+            return
+        from kombu.exceptions import OperationalError
+
+        queue = queue_name(model)
+        try:
+            with self._app.producer_pool.acquire(block=True) as producer:
+                for chunk in chunks:
+                    self._app.send_task(
+                        TASK_NAME, args=(chunk.job_id, chunk.number), queue=queue, priority=priority,
+                        producer=producer, retry=False,
+                    )  # fmt: skip
+        except (OperationalError, OSError) as problem:
+            raise self._unreachable(problem) from problem
+
+    def waiting(self, model: str) -> int:
+        """Messages that wait in the model's queue, over all priorities."""
+        from redis.exceptions import RedisError
+
+        name = queue_name(model)
+        keys = [name if priority == 0 else f"{name}{PRIORITY_SEPARATOR}{priority}" for priority in PRIORITIES]
+        try:
+            with self._redis() as redis:
+                pipe = redis.pipeline()
+                for key in keys:
+                    pipe.llen(key)
+                return sum(pipe.execute())
+        except (RedisError, OSError) as problem:
+            raise self._unreachable(problem) from problem
+
+    def clock_offset_s(self) -> float:
+        """Seconds that Redis' clock is ahead of this machine's, by one round trip."""
+        import time
+
+        from redis.exceptions import RedisError
+
+        try:
+            with self._redis() as redis:
+                redis.ping()
+                before = time.time()
+                seconds, microseconds = redis.time()
+                after = time.time()
+        except (RedisError, OSError) as problem:
+            raise self._unreachable(problem) from problem
+        return float(seconds + microseconds / 1e6 - (before + after) / 2)
+
+    def _redis(self) -> Any:
+        from redis import Redis
+
+        return Redis.from_url(self._url, socket_connect_timeout=CONNECT_TIMEOUT_S)
+
+    def _unreachable(self, problem: Exception) -> BrokerError:
+        return BrokerError(
+            f"cannot reach Redis at {mask(self._url)}: {str(problem).splitlines()[0] if str(problem) else problem!r}",
+            hint="Check that it runs and that JOBS_REDIS_URL names it ('promptmill config' shows it).",
+        )

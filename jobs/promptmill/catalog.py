@@ -1,0 +1,181 @@
+"""Reading jobs, workers and results for people: by name, as lists, as result lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, Row
+
+from promptmill.database import epoch, reading
+from promptmill.errors import UnknownName
+from promptmill.tables import attempts, chunks, jobs, requests, results, worker_samples, workers
+
+#: Rows fetched at a time where all of a job's rows are read.
+FETCH_ROWS = 2_000
+
+#: Seconds of a worker's history in lists of workers.
+WORKERS_SINCE_S = 3600.0
+
+
+def find_job(db: Engine, reference: str) -> Row[Any]:
+    """The job that ``reference`` names: an id, a unique prefix of one, a name, or ``@last``.
+
+    Raises :class:`UnknownName` when there is none, or more than one.
+    """
+    with reading(db) as connection:
+        found = _matching(connection, reference)
+    if not found:
+        raise UnknownName(f"there is no job '{reference}'", hint="'promptmill list' shows the jobs.")
+    if len(found) > 1:
+        names = ", ".join(f"{row.id}{f' ({row.name})' if row.name else ''}" for row in found[:5])
+        raise UnknownName(f"'{reference}' names more than one job: {names}", hint="Give more of the id.")
+    return found[0]
+
+
+def _matching(db: Connection, reference: str) -> list[Row[Any]]:
+    newest_first = sa.select(jobs).order_by(jobs.c.id.desc())
+    if reference == "@last":
+        return list(db.execute(newest_first.limit(1)))
+    exact = list(db.execute(newest_first.where(sa.or_(jobs.c.id == reference.upper(), jobs.c.name == reference))))
+    if exact or not reference.isalnum():
+        return exact
+    return list(db.execute(newest_first.where(jobs.c.id.startswith(reference.upper())).limit(6)))
+
+
+def list_jobs(db: Engine, limit: int) -> list[dict[str, Any]]:
+    """The newest jobs with their counts."""
+    with reading(db) as connection:
+        found = connection.execute(sa.select(jobs).order_by(jobs.c.id.desc()).limit(limit)).all()
+        return [job_summary(connection, row) for row in found]
+
+
+def job_status(db: Engine, job: Row[Any]) -> dict[str, Any]:
+    """One job with its counts and chunks."""
+    with reading(db) as connection:
+        states = connection.execute(
+            sa.select(chunks.c.state, sa.func.count()).where(chunks.c.job_id == job.id).group_by(chunks.c.state)
+        ).all()
+        fresh = connection.execute(sa.select(jobs).where(jobs.c.id == job.id)).one()
+        return job_summary(connection, fresh) | {"chunks": dict(states)}
+
+
+def job_summary(db: Connection, job: Row[Any]) -> dict[str, Any]:
+    """What lists show of a job. Counts come from its chunks, so they cost the same for any number of rows."""
+    ok, errors, tokens = db.execute(
+        sa.select(
+            sa.func.coalesce(sa.func.sum(chunks.c.ok), 0),
+            sa.func.coalesce(sa.func.sum(chunks.c.errors), 0),
+            sa.func.coalesce(sa.func.sum(chunks.c.output_tokens), 0),
+        ).where(chunks.c.job_id == job.id)
+    ).one()
+    return {
+        "job_id": job.id, "name": job.name, "state": job.state, "mode": job.mode, "dataset": job.dataset_name,
+        "model": job.model, "priority": job.priority, "rows": job.rows, "ok": int(ok), "errors": int(errors),
+        "output_tokens": int(tokens), "stop_reason": job.stop_reason, "submitted_at": job.submitted_at,
+        "started_at": job.started_at, "finished_at": job.finished_at,
+    }  # fmt: skip
+
+
+def list_workers(db: Engine, alive_s: float) -> list[dict[str, Any]]:
+    """Workers with a heartbeat within ``alive_s`` that have not said goodbye, with their latest sample."""
+    latest = (
+        sa.select(worker_samples.c.worker_id, sa.func.max(worker_samples.c.at).label("at"))
+        .group_by(worker_samples.c.worker_id)
+        .subquery()
+    )
+    query = (
+        sa.select(
+            workers, (epoch() - workers.c.heartbeat_at).label("age_s"), worker_samples.c.output_tps,
+            worker_samples.c.active_sequences, worker_samples.c.memory_bytes, worker_samples.c.cpu_ratio,
+        )
+        .outerjoin(latest, latest.c.worker_id == workers.c.id)
+        .outerjoin(
+            worker_samples,
+            sa.and_(worker_samples.c.worker_id == latest.c.worker_id, worker_samples.c.at == latest.c.at),
+        )
+        .where(workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - alive_s)
+        .order_by(workers.c.id)
+    )  # fmt: skip
+    with reading(db) as connection:
+        found = connection.execute(query).mappings().all()
+    return [{**row, "versions": json.loads(row["versions"] or "{}")} for row in found]
+
+
+def result_lines(db: Engine, job_id: str, failed_only: bool = False) -> Iterator[dict[str, Any]]:
+    """One line per result, in the order of the rows, streamed."""
+    for row in result_rows(db, job_id, failed_only):
+        yield result_line(row)
+
+
+def result_rows(db: Engine, job_id: str, failed_only: bool = False) -> Iterator[Row[Any]]:
+    """Rows of ``results`` with the ``custom_id`` and ``input`` of their requests, streamed."""
+    query = (
+        sa.select(results, requests.c.custom_id, requests.c.input)
+        .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
+        .where(results.c.job_id == job_id)
+        .order_by(results.c.row)
+    )
+    if failed_only:
+        query = query.where(results.c.state == "error")
+    with reading(db) as connection:
+        yield from connection.execution_options(yield_per=FETCH_ROWS).execute(query)
+
+
+def result_line(row: Row[Any]) -> dict[str, Any]:
+    """A result as programs read it; these keys stay."""
+    line = {
+        "row": row.row, "id": row.custom_id, "state": row.state, "text": row.text, "finish_reason": row.finish_reason,
+        "prompt_tokens": row.prompt_tokens, "cached_tokens": row.cached_tokens, "output_tokens": row.output_tokens,
+        "latency_s": _between(row.admitted_at, row.finished_at),
+        "ttft_s": _between(row.admitted_at, row.first_token_at),
+        "queue_s": _between(row.enqueued_at, row.admitted_at), "attempt": row.attempt, "worker": row.worker_id,
+    }  # fmt: skip
+    if row.state == "error":
+        line["error"] = {"class": row.error_class, "message": row.error_message}
+    return line
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    """Seconds, not negative: clocks of two machines may differ by more than the time between."""
+    return None if start is None or end is None else round(max(0.0, end - start), 6)
+
+
+def read_row(db: Engine, job: Row[Any], row: int) -> dict[str, Any]:
+    """Everything stored about one row. Raises :class:`UnknownName` when the job has no such row."""
+    with reading(db) as connection:
+        request = connection.execute(
+            sa.select(requests).where(requests.c.job_id == job.id, requests.c.row == row)
+        ).one_or_none()
+        if request is None:
+            raise UnknownName(f"job {job.id} has no row {row}", hint=f"Its rows are 0 to {job.rows - 1}.")
+        result = connection.execute(
+            sa.select(results, requests.c.custom_id)
+            .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
+            .where(results.c.job_id == job.id, results.c.row == row)
+        ).one_or_none()
+        tries = connection.execute(_attempts_on(job.id, row)).mappings().all()
+    return {
+        "row": row,
+        "id": request.custom_id,
+        "input": json.loads(request.input) if request.input else None,
+        "meta": json.loads(request.meta) if request.meta else None,
+        "sampling": json.loads(request.sampling) if request.sampling else {},
+        "expected": json.loads(request.expected) if request.expected else None,
+        "result": result_line(result) if result else None,
+        "attempts": [dict(each) for each in tries],
+    }
+
+
+def _attempts_on(job_id: str, row: int) -> sa.Select[Any]:
+    return (
+        sa.select(
+            attempts.c.number.label("chunk"), attempts.c.attempt, attempts.c.worker_id, attempts.c.started_at,
+            attempts.c.ended_at, attempts.c.outcome,
+        )
+        .join(chunks, sa.and_(chunks.c.job_id == attempts.c.job_id, chunks.c.number == attempts.c.number))
+        .where(chunks.c.job_id == job_id, chunks.c.first_row <= row, row < chunks.c.first_row + chunks.c.rows)
+        .order_by(attempts.c.started_at)
+    )  # fmt: skip

@@ -1,0 +1,102 @@
+"""The command line. Commands are listed here and imported when they are used, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from promptmill.errors import EXIT_FAILED, EXIT_INTERRUPTED, PromptmillError
+
+#: Name -> (module:attribute, the line that ``--help`` shows).
+COMMANDS = {
+    "run": ("promptmill.cli.run:run", "Run a dataset on this machine, with nothing else installed."),
+    "resume": ("promptmill.cli.run:resume", "Go on with an interrupted job."),
+    "submit": ("promptmill.cli.submit:submit", "Send a dataset to the workers."),
+    "worker": ("promptmill.cli.worker:worker", "Start this machine's workers."),
+    "workers": ("promptmill.cli.inspect:workers", "List the workers that are alive."),
+    "list": ("promptmill.cli.inspect:list_", "List jobs, the newest first."),
+    "status": ("promptmill.cli.inspect:status", "Show where a job stands."),
+    "watch": ("promptmill.cli.inspect:watch", "Follow a job to its end."),
+    "show": ("promptmill.cli.inspect:show", "Show one row: prompt, answer, tokens, timings, attempts."),
+    "results": ("promptmill.cli.results:results", "Write a job's results."),
+    "report": ("promptmill.cli.report:report", "Report on a job, from its rows."),
+    "cancel": ("promptmill.cli.inspect:cancel", "End a job."),
+    "db": ("promptmill.cli.db:db", "The database: upgrade, current revision."),
+    "models": ("promptmill.cli.models:models", "Models at hand."),
+    "datasets": ("promptmill.cli.datasets:datasets", "Look at datasets before they are run."),
+    "config": ("promptmill.cli.config:config", "Print the settings and where each comes from."),
+    "shell-init": ("promptmill.cli.shell_init:shell_init", "Print what makes 'jobs' work as a shell command."),
+}
+
+EPILOG = """\b
+Examples:
+  promptmill run prompts.jsonl --model demo
+  promptmill run comments.csv --model demo --task ad_comments.task.yaml -o results.jsonl
+  promptmill submit prompts.jsonl --model demo --wait
+  promptmill report @last
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from promptmill.registry import suggestion
+
+            raise click.UsageError(f"no such command '{args[0]}'. {suggestion(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="promptmill")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Batch inference for local language models: datasets in, results and honest numbers out."""
+
+
+def main() -> None:
+    """Entry point: run a command and turn errors into one clear message and an exit code."""
+    debug = "--debug" in sys.argv[1:2]
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except click.ClickException as problem:
+        problem.show()
+        sys.exit(problem.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough: that is no error.
+        sys.stderr.close()
+        sys.exit(0)
+    except PromptmillError as problem:
+        if debug:
+            raise
+        click.echo(f"error: {problem}", err=True)
+        sys.exit(problem.exit_code)
+    except Exception as problem:
+        if debug:
+            raise
+        click.echo(f"internal error: {type(problem).__name__}: {str(problem)[:300]}", err=True)
+        click.echo("This is a bug. 'promptmill --debug ...' shows where it happened.", err=True)
+        sys.exit(EXIT_FAILED)

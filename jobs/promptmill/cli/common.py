@@ -1,0 +1,115 @@
+"""What commands share: options, settings, the database, and calm output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from sqlalchemy.engine import Engine
+
+    from promptmill.service import RunOptions
+    from promptmill.settings import Settings
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos")
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of ``run`` and ``submit``."""
+    options: list[Decorator] = [
+        click.argument("dataset", required=False),
+        click.option("-p", "--prompt", help="One prompt instead of a dataset."),
+        click.option("-m", "--model", help="GGUF file, MLX folder, demo, or hf:owner/repo[:file].  [env: JOBS_MODEL]"),
+        click.option("--task", type=click.Path(), help="Task file (YAML): prompts, sampling, scores."),
+        click.option("--template", help="Jinja2 template of the user's message, or @FILE."),
+        click.option("--system", help="System message."),
+        click.option("--format", "format_", help="Format of the dataset where its name does not tell."),
+        click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.  [default: 256]"),
+        click.option("--temperature", type=float, help="0 is greedy.  [default: 0]"),
+        click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 keeps all."),
+        click.option("--top-p", type=float, help="Keep the likeliest tokens of this summed probability."),
+        click.option("--min-p", type=float, help="Drop tokens less likely than this share of the likeliest."),
+        click.option("--seed", type=int, help="Seed of each request's random stream."),
+        click.option("--stop", multiple=True, help="End an answer before this text; may be repeated."),
+        click.option("--timeout", "timeout_s", type=float, help="Seconds a request may run."),
+        click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at end tokens (benchmarks)."),
+        click.option("--limit", type=click.IntRange(1), help="Take the first N lines only."),
+        click.option("--slots", type=click.IntRange(1), help="Sequences decoded together.  [env: JOBS_SLOTS]"),
+        click.option("--name", help="A name for the job."),
+        click.option("--max-errors", help="Stop when more rows fail: N or x%.  [default: the first 50 all fail]"),
+        click.option("--skip-invalid", is_flag=True, help="Record bad lines as errors and run the rest."),
+        click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
+        json_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_options(values: dict[str, Any]) -> RunOptions:
+    """The options of :func:`job_options` as the service takes them."""
+    from promptmill.service import RunOptions
+
+    sampling = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
+    if values["stop"]:
+        sampling["stop"] = list(values["stop"])
+    return RunOptions(
+        dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
+        template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
+        name=values["name"], priority=values.get("priority", 5), limit=values["limit"], slots=values["slots"],
+        context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
+        skip_invalid=values["skip_invalid"],
+    )  # fmt: skip
+
+
+def open_all() -> tuple[Settings, Engine]:
+    """Settings and the database at the right revision."""
+    from promptmill.database import open_database
+    from promptmill.settings import load_settings
+
+    settings = load_settings()
+    return settings, open_database(settings.database_url)
+
+
+def stderr_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """The console for what people read; in a pipe as wide as the text needs."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def table(columns: list[str], rows: list[list[Any]], right: set[str] | None = None) -> None:
+    """A plain table on stdout; columns in ``right`` are aligned to the right."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if right and column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*["-" if cell is None else str(cell) for cell in row])
+    stdout_console().print(made)
+
+
+def clock(at: float | None) -> str | None:
+    """Seconds since the epoch as local time."""
+    return None if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")

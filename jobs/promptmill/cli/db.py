@@ -1,0 +1,45 @@
+"""``db``: the schema of the database."""
+
+from __future__ import annotations
+
+import click
+
+from promptmill.cli.common import json_option, print_json
+
+
+@click.group()
+def db() -> None:
+    """The database: bring it to this version's schema, or ask which one it has."""
+
+
+@db.command(epilog="Example: promptmill db upgrade")
+@json_option
+def upgrade(as_json: bool) -> None:
+    """Bring the database to the schema of this version. SQLite files are upgraded by themselves."""
+    from promptmill import database
+    from promptmill.settings import load_settings
+
+    engine = database.connect(load_settings().database_url)
+    before = database.current_revision(engine)
+    database.upgrade(engine)
+    after = database.current_revision(engine)
+    if as_json:
+        print_json({"before": before, "revision": after})
+    else:
+        click.echo(f"the database is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
+
+
+@db.command(epilog="Example: promptmill db current")
+@json_option
+def current(as_json: bool) -> None:
+    """Print the revision of the database and the one this version needs."""
+    from promptmill import database
+    from promptmill.settings import load_settings, mask
+
+    settings = load_settings()
+    revision = database.current_revision(database.connect(settings.database_url))
+    head = database.head_revision()
+    if as_json:
+        print_json({"revision": revision, "head": head})
+    else:
+        click.echo(f"{mask(settings.database_url)}: revision {revision or 'none'}, this version needs {head}")

@@ -1,0 +1,216 @@
+"""Commands that look at jobs and workers, and end jobs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptmill.cli.common import clock, json_option, open_all, print_json, stderr_console, stdout_console, table
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+    from promptmill.service import Outcome
+    from promptmill.settings import Settings
+
+#: Seconds between two looks at a job that is followed.
+FOLLOW_S = 0.5
+
+
+@click.command("list", epilog="Example: promptmill list --limit 5")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many.")
+@json_option
+def list_(limit: int, as_json: bool) -> None:
+    """List jobs, the newest first."""
+    from promptmill.catalog import list_jobs
+
+    _, db = open_all()
+    found = list_jobs(db, limit)
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        click.echo("no jobs yet; start one with: promptmill run DATASET --model MODEL")
+        return
+    rows = [
+        [job["job_id"], job["name"], job["state"], job["dataset"], job["model"],
+         f"{job['ok'] + job['errors']}/{job['rows']}", job["errors"], clock(job["submitted_at"])]
+        for job in found
+    ]  # fmt: skip
+    columns = ["job", "name", "state", "dataset", "model", "done", "errors", "submitted"]
+    table(columns, rows, right={"done", "errors"})
+
+
+@click.command(epilog="Example: promptmill status @last")
+@click.argument("job", default="@last")
+@json_option
+def status(job: str, as_json: bool) -> None:
+    """Show where JOB stands: an id, a unique prefix of one, a name, or @last."""
+    from promptmill.catalog import find_job, job_status
+
+    _, db = open_all()
+    found = job_status(db, find_job(db, job))
+    if as_json:
+        print_json(found)
+        return
+    console = stdout_console()
+    for key, value in found.items():
+        if value is None or key == "chunks":
+            continue
+        text = clock(value) if key.endswith("_at") else value
+        console.print(f"{key.replace('_', ' '):<14} {text}", soft_wrap=True)
+    chunks = ", ".join(f"{count} {state}" for state, count in sorted(found["chunks"].items()))
+    console.print(f"{'chunks':<14} {chunks or 'none'}")
+
+
+@click.command(epilog="Example: promptmill watch @last")
+@click.argument("job", default="@last")
+@json_option
+def watch(job: str, as_json: bool) -> None:
+    """Follow JOB to its end, then print its report. Ctrl-C stops the watching, not the job."""
+    from promptmill.catalog import find_job
+    from promptmill.cli.run import end
+
+    settings, db = open_all()
+    outcome = follow(settings, db, find_job(db, job).id)
+    end(outcome, db, as_json, as_json)
+
+
+def follow(settings: Settings, db: Engine, job_id: str) -> Outcome:
+    """Show the job's progress until it has ended."""
+    from promptmill.cli.progress import ProgressView
+    from promptmill.service import Outcome, ledger_of
+    from promptmill.types import JobState
+
+    ledger = ledger_of(db, settings)
+    patience = _Patience(db)
+    with ProgressView() as view:
+        while True:
+            progress = ledger.progress(job_id)
+            view.update(progress)
+            if progress.state.is_final or progress.state is JobState.PAUSED:
+                return Outcome(job_id, progress.state, finished=progress.state.is_final)
+            patience.check(progress.done)
+            time.sleep(FOLLOW_S)
+
+
+class _Patience:
+    """Says once that nothing happens because no worker is alive."""
+
+    #: Seconds without a new result before it looks.
+    AFTER_S = 10.0
+
+    def __init__(self, db: Engine) -> None:
+        self._db = db
+        self._done = -1
+        self._since = time.monotonic()
+        self._said = False
+
+    def check(self, done: int) -> None:
+        from promptmill.catalog import list_workers
+        from promptmill.dispatch import ALIVE_S
+
+        if done != self._done:
+            self._done, self._since, self._said = done, time.monotonic(), False
+        elif not self._said and time.monotonic() - self._since > self.AFTER_S:
+            self._said = True
+            if not list_workers(self._db, ALIVE_S):
+                stderr_console().print("no worker is alive; start one with: promptmill worker", soft_wrap=True)
+
+
+@click.command(epilog="Example: promptmill show @last 0")
+@click.argument("job")
+@click.argument("row", type=int)
+@json_option
+def show(job: str, row: int, as_json: bool) -> None:
+    """Show ROW of JOB: the prompt as the model saw it, the answer, tokens, timings and attempts. Rows count from 0."""
+    from promptmill import service
+
+    _, db = open_all()
+    found = service.show(job, row, db)
+    if as_json:
+        print_json(found)
+        return
+    console = stdout_console()
+    console.print(f"row {row}, id {found['id']}", markup=False)
+    _section("prompt", found["prompt"] or _plain(found["messages"]) or "(the line could not be read)")
+    if found["expected"] is not None:
+        _section("expected", str(found["expected"]))
+    _show_result(found["result"])
+    for attempt in found["attempts"]:
+        console.print(
+            f"attempt {attempt['attempt']} of chunk {attempt['chunk']} on {attempt['worker_id']}: "
+            f"{attempt['outcome'] or 'running'}, from {clock(attempt['started_at'])}",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+
+
+def _plain(messages: list[dict[str, str]] | None) -> str | None:
+    return "\n".join(f"{each['role']}: {each['content']}" for each in messages) if messages else None
+
+
+def _section(title: str, text: str) -> None:
+    from rich.text import Text
+
+    stdout_console().print(Text(f"--- {title}", style="bold"))
+    click.echo(text)
+
+
+def _show_result(result: dict[str, Any] | None) -> None:
+    if result is None:
+        click.echo("--- no result yet")
+        return
+    if result["state"] == "error":
+        _section("error", f"{result['error']['class']}: {result['error']['message']}")
+        return
+    _section("answer", result["text"])
+    click.echo(
+        f"--- {result['finish_reason']}; {result['prompt_tokens']} prompt tokens ({result['cached_tokens']} cached), "
+        f"{result['output_tokens']} output tokens; latency {result['latency_s']:.3f} s, first token after "
+        f"{result['ttft_s']:.3f} s, {result['queue_s']:.3f} s in the queue"
+    )
+
+
+@click.command(epilog="Example: promptmill cancel @last")
+@click.argument("job")
+@json_option
+def cancel(job: str, as_json: bool) -> None:
+    """End JOB: nothing more of it is started, and what runs is dropped. Results it has stay."""
+    from promptmill import service
+
+    settings, db = open_all()
+    job_id, changed = service.cancel(job, settings, db)
+    if as_json:
+        print_json({"job_id": job_id, "cancelled": changed})
+    else:
+        click.echo(f"job {job_id} is cancelled" if changed else f"job {job_id} had ended already")
+
+
+@click.command(epilog="Example: promptmill workers --json")
+@json_option
+def workers(as_json: bool) -> None:
+    """List the workers that are alive: device asked for and got, layers offloaded, model, slots, speed."""
+    from promptmill.catalog import list_workers
+    from promptmill.dispatch import ALIVE_S
+
+    _, db = open_all()
+    found = list_workers(db, ALIVE_S)
+    if as_json:
+        print_json([dict(worker) for worker in found])
+        return
+    if not found:
+        click.echo("no worker is alive; start this machine's with: promptmill worker --model MODEL")
+        return
+    rows = [
+        [each["id"], each["state"], each["device_asked"], each["device_got"], _layers(each), each["model"],
+         each["slots"], None if each["output_tps"] is None else f"{each['output_tps']:.0f}", f"{each['age_s']:.0f} s ago"]
+        for each in found
+    ]  # fmt: skip
+    columns = ["worker", "state", "asked", "got", "layers on GPU", "model", "slots", "tok/s", "heartbeat"]
+    table(columns, rows, right={"slots", "tok/s", "layers on GPU"})
+
+
+def _layers(worker: Any) -> str | None:
+    return None if worker["layers"] is None else f"{worker['layers_offloaded']}/{worker['layers']}"

@@ -1,0 +1,140 @@
+"""``run`` and ``resume``: jobs in this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptmill.cli.common import job_options, json_option, open_all, print_json, run_options, stderr_console
+from promptmill.errors import EXIT_FAILED, EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+    from promptmill.preflight import Preflight
+    from promptmill.service import Outcome
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  promptmill run prompts.txt --model demo
+  promptmill run comments.jsonl --model model.gguf --task ads.task.yaml -o results.jsonl
+  promptmill run -p "Is this an advertisement?" --model hf:owner/repo:file.gguf
+"""
+)
+@job_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cpu:0-3, cuda:0 or metal.")
+@click.option("--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what the job needs]")
+@click.option("-o", "--output", type=click.Path(), help="Write the results here: .jsonl or .csv; - is stdout.")
+def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None:
+    """Run DATASET through a model on this machine; no server and no broker is needed.
+
+    DATASET is JSONL, OpenAI batch lines, CSV, TSV or plain text (a prompt a line), also .gz or .zst; - is stdin.
+    """
+    from promptmill import service
+    from promptmill.cli.progress import ProgressView
+    from promptmill.cli.results import check_output, write_results
+
+    options = run_options(values)
+    if dry_run:
+        report_dry_run(options, "embedded", as_json)
+        return
+    if output:
+        check_output(output)
+    settings, db = open_all()
+    with ProgressView() as view:
+        outcome = service.run(options, settings, db, view.update, show_preflight, show_job)
+    if output:
+        write_results(db, outcome.job_id, output)
+    end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None)
+
+
+@click.command(epilog="Example: promptmill resume @last")
+@click.argument("job")
+@click.option("--device", default="auto", show_default=True, help="Where an embedded job goes on.")
+@json_option
+def resume(job: str, device: str, as_json: bool) -> None:
+    """Go on with JOB: an id, a unique prefix of one, a name, or @last. No row that has a result is run again."""
+    from promptmill import service
+    from promptmill.cli.progress import ProgressView
+
+    settings, db = open_all()
+    with ProgressView() as view:
+        outcome = service.resume(job, settings, db, device, view.update)
+    if outcome.state.is_final or (not outcome.finished and _is_embedded(db, outcome.job_id)):
+        end(outcome, db, as_json, as_json)
+    elif as_json:
+        print_json({"job_id": outcome.job_id, "state": outcome.state.value})
+    else:
+        click.echo(f"job {outcome.job_id} is handed to the workers; follow it with: promptmill watch {outcome.job_id}")
+
+
+def _is_embedded(db: Engine, job_id: str) -> bool:
+    from promptmill.catalog import find_job
+
+    return bool(find_job(db, job_id).mode == "embedded")
+
+
+def report_dry_run(options: Any, mode: str, as_json: bool) -> None:
+    """``--dry-run``: the preflight, and nothing else."""
+    from promptmill import service
+    from promptmill.settings import load_settings
+
+    found = service.dry_run(options, load_settings(), mode)
+    if as_json:
+        print_json(found.to_json() if found else None)
+    else:
+        show_preflight(found)
+        stderr_console().print("dry run: nothing was stored")
+
+
+def show_preflight(found: Preflight | None) -> None:
+    """One line on stderr about what the job will take."""
+    from promptmill.cli.progress import preflight_line
+
+    text = preflight_line(found) if found else "the model is not on this machine: prompts were not measured"
+    stderr_console().print(text, soft_wrap=True)
+
+
+def show_job(job_id: str) -> None:
+    stderr_console().print(f"job {job_id}", soft_wrap=True)
+
+
+def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = False) -> None:
+    """Print the report and leave with the exit code the job's end deserves."""
+    from promptmill.cli.report import print_report
+    from promptmill.types import JobState
+
+    if one and not quiet:
+        _print_answer(db, outcome.job_id)
+    elif as_json or not quiet:
+        print_report(db, outcome.job_id, as_json)
+    if not outcome.finished:
+        stderr_console().print(
+            f"stopped before the end; go on with: promptmill resume {outcome.job_id}", soft_wrap=True
+        )
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
+    if outcome.state is not JobState.COMPLETED:
+        _say_why(db, outcome)
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+def _say_why(db: Engine, outcome: Outcome) -> None:
+    from promptmill.catalog import find_job
+
+    reason = find_job(db, outcome.job_id).stop_reason or "no reason was recorded"
+    stderr_console().print(f"job {outcome.job_id} {outcome.state.value}: {reason}", soft_wrap=True)
+
+
+def _print_answer(db: Engine, job_id: str) -> None:
+    """One prompt was asked: its answer is the output."""
+    from promptmill.catalog import result_lines
+
+    for line in result_lines(db, job_id):
+        if line["state"] == "ok":
+            click.echo(line["text"])
+            stderr_console().print(f"{line['output_tokens']} tokens in {line['latency_s']:.2f} s")
+        else:
+            stderr_console().print(f"{line['error']['class']}: {line['error']['message']}", soft_wrap=True)

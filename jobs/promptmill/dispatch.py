@@ -1,0 +1,57 @@
+"""Keeps a window of each job's chunks published, and finds those that lost their worker or their message."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from promptmill.broker import Broker
+from promptmill.database import epoch, reading
+from promptmill.ledger import Ledger
+from promptmill.tables import workers
+
+#: Chunks of a job that are published and not done, for each worker that runs its model. A worker holds two; the other
+#: two wait in Redis, so that it never waits for the database.
+WINDOW_PER_WORKER = 4
+
+#: Workers that a window is made for at least: some may be starting.
+LEAST_WORKERS = 2
+
+#: Seconds without a heartbeat after which a worker counts as gone: six are missed.
+ALIVE_S = 30.0
+
+#: Seconds after which a chunk that waits is published again although the queue is empty: its message was lost.
+LOST_MESSAGE_S = 5.0
+
+#: The same while the queue holds messages, of which its own may be one.
+STALE_MESSAGE_S = 600.0
+
+
+class Dispatcher:
+    """Moves chunk ids from the ledger to the broker. Any number of these may run at once."""
+
+    def __init__(self, ledger: Ledger, broker: Broker) -> None:
+        self._ledger = ledger
+        self._broker = broker
+
+    def dispatch(self, job_id: str, model: str, priority: int) -> int:
+        """Publish the next chunks of the job; returns how many. Raises BrokerError when Redis is away."""
+        chunks = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(LEAST_WORKERS, self._alive(model)))
+        self._broker.publish(chunks, model, priority)
+        return len(chunks)
+
+    def reconcile(self) -> int:
+        """Requeue chunks without a live lease and publish what has no message; returns how many were published."""
+        self._ledger.requeue_expired()
+        published = 0
+        for job_id, model, priority in self._ledger.open_jobs("queue"):
+            patience = LOST_MESSAGE_S if self._broker.waiting(model) == 0 else STALE_MESSAGE_S
+            self._ledger.unpublish(job_id, patience)
+            published += self.dispatch(job_id, model, priority)
+        return published
+
+    def _alive(self, model: str) -> int:
+        count = sa.select(sa.func.count()).where(
+            workers.c.model == model, workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - ALIVE_S
+        )
+        with reading(self._ledger.db) as db:
+            return db.execute(count).scalar() or 0

@@ -1,0 +1,114 @@
+"""What can be known of a job before any device is used: prompt lengths, rows that cannot fit, tokens to expect."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from promptmill.errors import RequestError
+from promptmill.types import ErrorClass, Request
+
+#: Rows whose prompts are all tokenised; of later ones every SAMPLE_EVERY-th is. Tokenising a million prompts would
+#: take longer than storing them.
+MEASURED_ROWS = 20_000
+SAMPLE_EVERY = 50
+
+#: Tokens that a chat template puts around a message, on the safe side.
+TEMPLATE_TOKENS = 64
+
+#: A context is rounded up to this many tokens, and is not smaller than the second.
+CONTEXT_STEP = 256
+SMALLEST_CONTEXT = 512
+
+
+class PromptTooLong(RequestError):
+    """A prompt leaves no room for an answer."""
+
+    error_class = ErrorClass.CONTEXT_OVERFLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """The findings. Token counts are of prompts as the model sees them."""
+
+    rows: int
+    measured: int
+    tokens_min: int
+    tokens_p50: int
+    tokens_p99: int
+    tokens_max: int
+    #: Sum over all rows; an estimate where ``measured`` is less than ``rows``.
+    prompt_tokens: int
+    #: Sum of what the rows may generate at most.
+    max_output_tokens: int
+    too_long: int
+    context_tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Gauge:
+    """Sees every request of a submission; refuses those that cannot fit, and remembers lengths in little memory."""
+
+    def __init__(self, count: Callable[[Request], int], context_tokens: int) -> None:
+        """``count`` gives the tokens of a request's prompt; ``context_tokens`` is the most a request may hold."""
+        self._count = count
+        self._context = context_tokens
+        self._lengths = array("I")
+        self._weights = array("I")
+        self._rows = self._too_long = self._output = 0
+        self._need = 0
+
+    def __call__(self, request: Request) -> None:
+        """Raises :class:`PromptTooLong` for a prompt that leaves no room for one token."""
+        self._rows += 1
+        self._output += request.sampling.max_tokens
+        bound = _bytes(request) + TEMPLATE_TOKENS
+        if self._is_sampled() or bound >= self._context:
+            self._measure(request)
+        else:
+            # A token is at least a byte: the row fits, whatever its tokens are.
+            self._need = max(self._need, bound + request.sampling.max_tokens)
+
+    def _is_sampled(self) -> bool:
+        return self._rows <= MEASURED_ROWS or self._rows % SAMPLE_EVERY == 0
+
+    def _measure(self, request: Request) -> None:
+        tokens = self._count(request)
+        if tokens >= self._context:
+            self._too_long += 1
+            raise PromptTooLong(f"the prompt has {tokens:,} tokens, the model's context {self._context:,}")
+        self._lengths.append(tokens)
+        self._weights.append(1 if self._rows <= MEASURED_ROWS else SAMPLE_EVERY)
+        self._need = max(self._need, tokens + request.sampling.max_tokens)
+
+    @property
+    def context_needed(self) -> int:
+        """Tokens that a context needs for the longest of the requests, at most the model's."""
+        rounded = -(-self._need // CONTEXT_STEP) * CONTEXT_STEP
+        return min(max(rounded, SMALLEST_CONTEXT), self._context)
+
+    def findings(self) -> Preflight:
+        """Percentiles are of the measured lengths, sampled rows counting for those they stand for."""
+        import numpy as np
+
+        lengths = np.array(self._lengths, dtype=np.int64)
+        weights = np.array(self._weights, dtype=np.int64)
+        if not len(lengths):
+            lengths, weights = np.zeros(1, np.int64), np.ones(1, np.int64)
+        p50, p99 = np.percentile(lengths, [50, 99], weights=weights, method="inverted_cdf")
+        total = float((lengths * weights).sum()) * (self._rows - self._too_long) / max(1, int(weights.sum()))
+        return Preflight(
+            rows=self._rows, measured=len(self._lengths), tokens_min=int(lengths.min()), tokens_p50=int(p50),
+            tokens_p99=int(p99), tokens_max=int(lengths.max()), prompt_tokens=round(total),
+            max_output_tokens=self._output, too_long=self._too_long, context_tokens=self._context,
+        )  # fmt: skip
+
+
+def _bytes(request: Request) -> int:
+    """Length of all texts of a request in bytes of UTF-8, without encoding what is plain ASCII."""
+    texts = [request.prompt] if request.prompt is not None else [each.content for each in request.messages or ()]
+    return sum(len(text) if text.isascii() else len(text.encode(errors="replace")) for text in texts)

@@ -1,0 +1,100 @@
+"""Results as files: JSONL and CSV lines of our own, and the output lines of OpenAI's batch interface."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+from sqlalchemy.engine import Engine, Row
+
+from promptmill.catalog import result_line, result_rows
+
+FORMATS = ("jsonl", "csv", "openai")
+
+#: Columns of CSV: the keys of a result line, the error spread over two.
+CSV_COLUMNS = (
+    "row", "id", "state", "text", "finish_reason", "prompt_tokens", "cached_tokens", "output_tokens", "latency_s",
+    "ttft_s", "queue_s", "attempt", "worker", "error_class", "error_message",
+)  # fmt: skip
+
+#: Our error classes as the HTTP statuses that a server would have answered with; others are 500.
+HTTP_STATUS = {"context_overflow": 400, "invalid_request": 400, "tokenize": 400, "grammar": 400, "model_not_found": 404}
+
+#: Classes of requests that were never answered at all: they have no response.
+NEVER_EXECUTED = {"timeout": "request_timeout", "cancelled": "batch_cancelled"}
+
+
+def write(db: Engine, job_id: str, model: str, format_: str, stream: IO[str], failed_only: bool = False) -> int:
+    """Write the job's results to ``stream``, one line each; returns how many."""
+    lines = {"jsonl": _jsonl, "csv": _csv, "openai": _openai}[format_]
+    count = 0
+    for text in lines(result_rows(db, job_id, failed_only), model):
+        stream.write(text)
+        count += 1
+    return count - 1 if format_ == "csv" else count
+
+
+def _jsonl(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:
+    for row in rows:
+        yield json.dumps(result_line(row), ensure_ascii=False) + "\n"
+
+
+class _Line:
+    """What csv.writer writes to: hands the line back."""
+
+    def write(self, text: str) -> str:
+        return text
+
+
+def _csv(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:
+    writer: Any = csv.writer(_Line())
+    yield writer.writerow(CSV_COLUMNS)
+    for row in rows:
+        line = result_line(row) | {"error_class": row.error_class, "error_message": row.error_message}
+        yield writer.writerow([line[name] for name in CSV_COLUMNS])
+
+
+def _openai(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:
+    for row in rows:
+        yield json.dumps(openai_line(row, model), ensure_ascii=False) + "\n"
+
+
+def openai_line(row: Row[Any], model: str) -> dict[str, Any]:
+    """A line of a batch output file (2xx) or error file (the rest)."""
+    name = f"{row.job_id}-{row.row}"
+    line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": None, "error": None}
+    if row.state == "ok":
+        line["response"] = {"status_code": 200, "request_id": f"req_{name}", "body": _completion(row, model, name)}
+    elif row.error_class in NEVER_EXECUTED:
+        line["error"] = {"code": NEVER_EXECUTED[row.error_class], "message": row.error_message}
+    else:
+        status = HTTP_STATUS.get(row.error_class, 500)
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        code = "context_length_exceeded" if row.error_class == "context_overflow" else row.error_class
+        problem = {"message": row.error_message, "type": kind, "param": None, "code": code}
+        line["response"] = {"status_code": status, "request_id": f"req_{name}", "body": {"error": problem}}
+    return line
+
+
+def _completion(row: Row[Any], model: str, name: str) -> dict[str, Any]:
+    raw = bool(json.loads(row.input or "{}").get("raw"))
+    choice: dict[str, Any] = {"index": 0, "finish_reason": row.finish_reason, "logprobs": None}
+    if raw:
+        choice["text"] = row.text
+    else:
+        choice["message"] = {"role": "assistant", "content": row.text, "refusal": None}
+    return {
+        "id": f"{'cmpl' if raw else 'chatcmpl'}-{name}",
+        "object": "text_completion" if raw else "chat.completion",
+        "created": int(row.finished_at),
+        "model": model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": row.prompt_tokens,
+            "completion_tokens": row.output_tokens,
+            "total_tokens": row.prompt_tokens + row.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": row.cached_tokens},
+        },
+    }

@@ -1,0 +1,407 @@
+"""What the command line, and programs, call: run, submit, resume, cancel, and the pieces they share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import Engine, Row
+
+from promptmill import catalog
+from promptmill.errors import BrokerError, DatasetError, JobError, ModelError, PromptmillError, TaskFileError
+from promptmill.ledger import Ledger, Progress
+from promptmill.preflight import Gauge, Preflight
+from promptmill.prompts import Template, to_request
+from promptmill.readers import Dataset, open_dataset
+from promptmill.settings import Settings
+from promptmill.submission import JobOrder, Preparer, prepared_rows, refuse_bad
+from promptmill.submission import submit as store
+from promptmill.task_file import Task, load_task, parse_task
+from promptmill.types import JobState, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from promptmill_workers.checkpoints import Checkpoint
+
+    from promptmill_workers.devices import Device
+
+#: Called while a job runs.
+OnProgress = Callable[[Progress], None]
+
+#: Called once, before any device is used.
+OnPreflight = Callable[[Preflight | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What ``run`` and ``submit`` are given. Paths may be ``-`` for standard input."""
+
+    dataset: str | None = None
+    #: One prompt instead of a dataset.
+    prompt: str | None = None
+    model: str | None = None
+    task: str | None = None
+    #: Text of a template, or ``@FILE``.
+    template: str | None = None
+    system: str | None = None
+    #: Sampling parameters by the names of SamplingParams.
+    sampling: dict[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    name: str | None = None
+    priority: int = 5
+    limit: int | None = None
+    slots: int | None = None
+    context_tokens: int | None = None
+    device: str = "auto"
+    max_errors: str | None = None
+    skip_invalid: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that could be looked at before the dataset is read."""
+
+    dataset: Dataset
+    order: JobOrder
+    checkpoint: Checkpoint | None
+    gauge: Gauge | None
+
+
+def ledger_of(db: Engine, settings: Settings) -> Ledger:
+    return Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+
+
+# --- before a device is used -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prepared]:
+    """Find the model, the task and the dataset. Raises PromptmillError for what cannot be used."""
+    task = _task(options)
+    _check_max_errors(options.max_errors)
+    checkpoint, gauge = _model(options, settings, must_be_here=mode == "embedded")
+    model = checkpoint.name if checkpoint else _canonical(_model_name(options, settings))
+    sampling = (dict(task.generate) if task else {}) | options.sampling
+    order = JobOrder(
+        model=model, mode=mode, task=task, system=None if task else options.system, sampling=sampling,
+        name=options.name, priority=options.priority, limit=options.limit, max_errors=options.max_errors,
+        skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
+        model_fingerprint=_fingerprint(checkpoint),
+    )  # fmt: skip
+    with _dataset(options, task) as dataset:
+        yield Prepared(dataset, order, checkpoint, gauge)
+
+
+def dry_run(options: RunOptions, settings: Settings, mode: str) -> Preflight | None:
+    """Read and check everything, store nothing. None when the model is not on this machine."""
+    with prepare(options, settings, mode) as prepared:
+        preparer = Preparer(prepared.order, prepared.gauge)
+        rows = sum(1 for _ in prepared_rows(prepared.dataset, prepared.order, preparer))
+        refuse_bad(prepared.dataset.name, preparer.tally, options.skip_invalid, rows)
+        return prepared.gauge.findings() if prepared.gauge else None
+
+
+def validate_dataset(path: str, task_path: str | None, format_: str | None) -> dict[str, Any]:
+    """Read every line as a job would. Raises BadLines and its kin for what a job would refuse."""
+    task = load_task(task_path) if task_path else None
+    expected = task.expected if task else None
+    order = JobOrder(model="none", mode="embedded", task=task, sampling=dict(task.generate) if task else {})
+    with open_dataset(path, format=format_, expected=expected, has_template=task is not None) as dataset:
+        preparer = Preparer(order, None)
+        rows = labelled = 0
+        for row in prepared_rows(dataset, order, preparer):
+            rows += 1
+            labelled += row.expected is not None
+        refuse_bad(dataset.name, preparer.tally, False, rows)
+        return {
+            "name": dataset.name, "format": dataset.format, "sha256": dataset.sha256, "rows": rows,
+            "labelled": labelled,
+        }  # fmt: skip
+
+
+def _task(options: RunOptions) -> Task | None:
+    if options.task and (options.template or options.system):
+        raise TaskFileError("--task and --template/--system exclude each other", hint="A task file holds its prompts.")
+    if options.task:
+        return load_task(options.task)
+    if options.template is None:
+        return None
+    text = options.template
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise TaskFileError(f"cannot read the template {text[1:]}: {problem}") from None
+    return Task.from_template(text, options.system)
+
+
+def _check_max_errors(spec: str | None) -> None:
+    if spec is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", spec):
+        raise JobError(f"--max-errors {spec} is neither a number nor a share", hint="Examples: 10, 2.5%.")
+
+
+def _model_name(options: RunOptions, settings: Settings) -> str:
+    name = options.model or settings.model
+    if name is None:
+        from promptmill_workers.checkpoints import available
+
+        here = ", ".join(checkpoint.name for checkpoint in available())
+        raise ModelError("no model was named", hint=f"Give --model or set JOBS_MODEL. At hand: {here}.")
+    return name
+
+
+def _canonical(name: str) -> str:
+    from promptmill_workers.checkpoints import canonical
+
+    return canonical(name)
+
+
+def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple[Checkpoint | None, Gauge | None]:
+    """The model's files and a gauge with its tokeniser; neither where only the workers have the model."""
+    from promptmill_workers.checkpoints import locate, token_counter
+
+    from promptmill_workers.engines.contract import EngineRequest
+
+    name = _model_name(options, settings)
+    try:
+        checkpoint = locate(name)
+    except ModelError:
+        if must_be_here or not _may_be_elsewhere(name):
+            raise
+        return None, None
+    counter = token_counter(checkpoint)
+    limit = options.context_tokens or settings.context_tokens or counter.context_tokens
+
+    def count(request: Request) -> int:
+        return counter.count(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
+
+    return checkpoint, Gauge(count, min(limit, counter.context_tokens))
+
+
+def _may_be_elsewhere(name: str) -> bool:
+    """Workers on other machines may have a file that this one lacks, or fetch a repository."""
+    canonical = _canonical(name)
+    return canonical.startswith(("hf:", "/")) and not Path(canonical).exists()
+
+
+def _fingerprint(checkpoint: Checkpoint | None) -> str | None:
+    if checkpoint is None:
+        return None
+    from promptmill_workers.checkpoints import fingerprint
+
+    return fingerprint(checkpoint)
+
+
+@contextlib.contextmanager
+def _dataset(options: RunOptions, task: Task | None) -> Iterator[Dataset]:
+    if (options.dataset is None) == (options.prompt is None):
+        raise DatasetError("give a dataset or -p TEXT, and only one of them", hint="promptmill run --help")
+    with contextlib.ExitStack() as stack:
+        path = options.dataset
+        if path is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="promptmill-")))
+            (folder / "prompt.jsonl").write_text(json.dumps({"prompt": options.prompt}), encoding="utf-8")
+            path = str(folder / "prompt.jsonl")
+        expected = task.expected if task else None
+        yield stack.enter_context(
+            open_dataset(path, format=options.format, expected=expected, has_template=task is not None)
+        )
+
+
+# --- running and submitting ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command that ran a job ended."""
+
+    job_id: str
+    state: JobState
+    #: False when Ctrl-C stopped it before its end.
+    finished: bool = True
+
+
+def run(
+    options: RunOptions,
+    settings: Settings,
+    db: Engine,
+    on_progress: OnProgress = lambda progress: None,
+    on_preflight: OnPreflight = lambda findings: None,
+    on_stored: Callable[[str], None] = lambda job_id: None,
+) -> Outcome:
+    """Store the job and run it in this process; returns when it has ended or was interrupted."""
+    device = _one_device(options.device, options, settings)
+    with prepare(options, settings, "embedded") as prepared:
+        job_id = _store(prepared, db)
+    on_stored(job_id)
+    on_preflight(prepared.gauge.findings() if prepared.gauge else None)
+    return _run_embedded(job_id, settings, db, device, on_progress, options.context_tokens)
+
+
+def resume(
+    reference: str,
+    settings: Settings,
+    db: Engine,
+    device: str = "auto",
+    on_progress: OnProgress = lambda progress: None,
+) -> Outcome:
+    """Go on with an interrupted job. An embedded one is run here; one of the queue is handed to the workers."""
+    job = catalog.find_job(db, reference)
+    ledger = ledger_of(db, settings)
+    if job.mode == "queue":
+        ledger.resume(job.id)
+        dispatch(job, settings, db)
+        return Outcome(job.id, ledger.progress(job.id).state, finished=False)
+    chosen = _one_device(device, RunOptions(model=job.model), settings)
+    with _owning(job.id):
+        ledger.resume(job.id)
+        ledger.abandon_leases(job.id)
+    return _run_embedded(job.id, settings, db, chosen, on_progress, None)
+
+
+def submit(
+    options: RunOptions,
+    settings: Settings,
+    db: Engine,
+    on_preflight: OnPreflight = lambda findings: None,
+) -> str:
+    """Store the job for the workers and publish its first chunks; returns its id.
+
+    Raises BrokerError when Redis is away. The job is stored all the same, and any worker publishes it later.
+    """
+    with prepare(options, settings, "queue") as prepared:
+        job_id = _store(prepared, db)
+    on_preflight(prepared.gauge.findings() if prepared.gauge else None)
+    dispatch(catalog.find_job(db, job_id), settings, db)
+    return job_id
+
+
+def dispatch(job: Row[Any], settings: Settings, db: Engine) -> None:
+    """Publish the job's first chunks."""
+    from promptmill.broker import Broker
+    from promptmill.dispatch import Dispatcher
+
+    try:
+        Dispatcher(ledger_of(db, settings), Broker(settings.redis_url)).dispatch(job.id, job.model, job.priority)
+    except BrokerError as problem:
+        problem.hint = (
+            f"Job {job.id} is stored, and nothing of it is lost: the workers publish it as soon as Redis is back. "
+            f"{problem.hint}"
+        )
+        raise
+
+
+def _store(prepared: Prepared, db: Engine) -> str:
+    return store(db, prepared.dataset, prepared.order, prepared.gauge)
+
+
+def _one_device(asked: str, options: RunOptions, settings: Settings) -> Device:
+    """The device of an embedded job. Raises DeviceError."""
+    from promptmill_workers.checkpoints import engine_of
+
+    from promptmill_workers.devices import parse_devices, require_offload, usable
+
+    engine = engine_of(_canonical(_model_name(options, settings)))
+    if asked == "auto":
+        return usable(parse_devices("auto")[:1], engine)[0]
+    device = parse_devices(asked)[0]
+    require_offload(device, engine)
+    return device
+
+
+def _run_embedded(
+    job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress, context_tokens: int | None
+) -> Outcome:
+    from promptmill_workers.embedded import EmbeddedWorker
+    from promptmill_workers.host import HostConfig
+
+    ledger = ledger_of(db, settings)
+    job = catalog.find_job(db, job_id)
+    if JobState(job.state).is_final:
+        return Outcome(job_id, JobState(job.state))
+    config = HostConfig.of(
+        settings, job.model, device, slots=job.slots or settings.slots,
+        context_tokens=context_tokens or settings.context_tokens,
+    )  # fmt: skip
+    with _owning(job_id), _holding(device), EmbeddedWorker(ledger, config, settings.grace_s) as worker:
+        try:
+            worker.load(job.context_tokens)
+        except PromptmillError as problem:
+            ledger.stop(job_id, problem.message)
+            raise
+        finished = worker.run(job_id, on_progress)
+    return Outcome(job_id, ledger.progress(job_id).state, finished)
+
+
+@contextlib.contextmanager
+def _holding(device: Device) -> Iterator[None]:
+    """Keep workers off a GPU that is in use. CPUs may be shared: the operating system divides them."""
+    from promptmill_workers.devices import DeviceLock
+
+    if device.engine_device == "cpu":
+        yield
+        return
+    lock = DeviceLock(device)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _owning(job_id: str) -> Iterator[None]:
+    """Keep a second process from running the same embedded job. The kernel frees the lock of a dead one."""
+    from promptmill_workers.devices import FileLock
+
+    lock = FileLock(f"job-{job_id}")
+    owner = lock.acquire()
+    if owner is not None:
+        raise JobError(f"job {job_id} is being run by process {owner}", hint="Wait for it, or stop it first.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cancel(reference: str, settings: Settings, db: Engine) -> tuple[str, bool]:
+    """End a job. Returns its id, and False when it had ended already."""
+    job = catalog.find_job(db, reference)
+    return job.id, ledger_of(db, settings).cancel(job.id)
+
+
+def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
+    """Everything about one row, with the prompt as the model saw it where the model is at hand."""
+    job = catalog.find_job(db, reference)
+    shown = catalog.read_row(db, job, row)
+    if shown["input"] is None:
+        return shown | {"prompt": None, "messages": None}
+    template = _stored_template(job)
+    sampling = SamplingParams()
+    request = to_request(row, shown["id"], shown["input"], shown["meta"], sampling, template, job.system_prompt)
+    messages = [{"role": each.role, "content": each.content} for each in request.messages or ()] or None
+    return shown | {"prompt": _rendered(job.model, request), "messages": messages}
+
+
+def _stored_template(job: Row[Any]) -> Template | None:
+    return parse_task(job.task_text, job.task_name or "task").template if job.task_text else None
+
+
+def _rendered(model: str, request: Request) -> str | None:
+    """The prompt with the model's chat template applied; None when the model is not on this machine."""
+    from promptmill_workers.checkpoints import locate, token_counter
+
+    from promptmill_workers.engines.contract import EngineRequest
+
+    if request.prompt is not None:
+        return request.prompt
+    try:
+        counter = token_counter(locate(model))
+        return counter.render(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
+    except PromptmillError:
+        return None

@@ -1,0 +1,119 @@
+"""Settings, read once from the environment (``JOBS_...``) and ``.env``, validated, frozen, and passed in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import platformdirs
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from promptmill.errors import SettingsError
+from promptmill.registry import suggestion
+
+PREFIX = "JOBS_"
+
+
+def data_dir() -> Path:
+    """Where the platform keeps an application's data."""
+    return Path(platformdirs.user_data_dir("promptmill", appauthor=False))
+
+
+def _default_database() -> str:
+    return f"sqlite:///{data_dir() / 'promptmill.sqlite'}"
+
+
+class Settings(BaseSettings):
+    """Every setting; the environment variable is the name in capitals behind ``JOBS_``."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    database_url: str = Field(default_factory=_default_database, description="Where jobs and results are stored")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The broker that wakes workers")
+    model: str | None = Field(None, description="Model of commands that are given none")
+    slots: int = Field(16, ge=1, le=1024, description="Sequences decoded together on one device")
+    context_tokens: int | None = Field(None, ge=16, description="Most tokens of one request; unset: what the job needs")
+    kv_cells: int | None = Field(None, ge=16, description="KV cells in all, shared by the slots; unset: by slots")
+    batch_tokens: int = Field(512, ge=16, description="Most tokens of one forward pass")
+    threads: int | None = Field(None, ge=1, description="CPU threads of an engine; unset: the cores of its device")
+    lease_s: float = Field(30.0, gt=0, description="Seconds a chunk stays a worker's without renewal")
+    max_attempts: int = Field(3, ge=1, description="Attempts of a chunk before it is split to find the bad request")
+    stall_timeout_s: float = Field(300.0, gt=0, description="An engine host that makes no step for so long is killed")
+    load_timeout_s: float = Field(1800.0, gt=0, description="Seconds an engine may take to load a model")
+    grace_s: float = Field(30.0, ge=0, description="Seconds that running requests get to end when a worker stops")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+
+@dataclass(frozen=True, slots=True)
+class SettingSource:
+    """One setting as ``promptmill config`` prints it."""
+
+    name: str
+    value: Any
+    source: str
+    description: str
+
+
+def load_settings() -> Settings:
+    """The settings of this process. Raises :class:`SettingsError` naming the variable that is wrong or unknown."""
+    _refuse_unknown_names()
+    try:
+        return Settings()
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        raise SettingsError(
+            f"{name}: {first['msg']}", hint="'promptmill config' lists the settings and where each value comes from."
+        ) from None
+
+
+def describe(settings: Settings) -> list[SettingSource]:
+    """Each value and where it came from, secrets masked."""
+    environment, dotenv = _environment_names(), _dotenv_names()
+    return [
+        SettingSource(
+            name=PREFIX + name.upper(),
+            value=mask(getattr(settings, name)),
+            source=_source_of(PREFIX + name.upper(), environment, dotenv),
+            description=field.description or "",
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def mask(value: Any) -> Any:
+    """``value`` with the password of a URL hidden."""
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    parts = urlsplit(value)
+    if not parts.password:
+        return value
+    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+
+
+def _source_of(name: str, environment: set[str], dotenv: set[str]) -> str:
+    if name in environment:
+        return "environment"
+    return ".env" if name in dotenv else "default"
+
+
+def _environment_names() -> set[str]:
+    return {name.upper() for name in os.environ if name.upper().startswith(PREFIX)}
+
+
+def _dotenv_names() -> set[str]:
+    if not Path(".env").is_file():
+        return set()
+    from dotenv import dotenv_values
+
+    return {name.upper() for name in dotenv_values(".env") if name.upper().startswith(PREFIX)}
+
+
+def _refuse_unknown_names() -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted((_environment_names() | _dotenv_names()) - known):
+        raise SettingsError(f"unknown setting {name}", hint=suggestion(name, known))

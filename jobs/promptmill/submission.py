@@ -1,0 +1,292 @@
+"""Dataset and task become a job, its requests and its chunks, in one transaction: all of it, or nothing."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import platform
+import socket
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from ulid import ULID
+
+from promptmill.database import copy_rows, epoch, writing
+from promptmill.errors import BadLines, DatasetError, PromptmillError
+from promptmill.ledger import RESULT_COLUMNS
+from promptmill.preflight import Gauge
+from promptmill.prompts import Template, payload, resolve_sampling, to_request
+from promptmill.readers import Dataset, checked
+from promptmill.tables import chunks, jobs, requests, results
+from promptmill.task_file import Task
+from promptmill.types import ChunkState, DatasetLine, ErrorClass, JobState
+
+#: Rows of one INSERT or COPY: large enough to be cheap, small enough to keep memory flat.
+BATCH_ROWS = 5_000
+
+#: Most rows of a chunk. At 16 slots it is 16 rounds; the cost of a chunk's own statements is then under 1 %.
+CHUNK_ROWS = 256
+
+#: Most expected tokens of a chunk: 10 to 60 s of a device of 1,000 to 6,000 tokens/s.
+CHUNK_TOKENS = 64_000
+
+#: The first and last chunks are smaller: results show at once, and all devices finish together.
+FIRST_CHUNK_ROWS = 64
+LAST_CHUNK_ROWS = 32
+
+#: Bytes of text a token stands for, on the safe side, where a chunk's work is estimated.
+BYTES_PER_TOKEN = 4
+
+REQUEST_COLUMNS = ("job_id", "row", "custom_id", "input", "expected", "meta", "sampling")
+CHUNK_COLUMNS = (
+    "job_id", "number", "first_row", "rows", "state", "attempt", "published_at", "ok", "errors", "output_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class JobOrder:
+    """What a person asked for: everything of a job but its rows."""
+
+    model: str
+    mode: str
+    task: Task | None = None
+    system: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    priority: int = 5
+    limit: int | None = None
+    max_errors: str | None = None
+    skip_invalid: bool = False
+    slots: int | None = None
+    model_fingerprint: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What passed through a submission: bad lines, and each row's expected cost in tokens."""
+
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad_total: int = 0
+    costs: array[int] = field(default_factory=lambda: array("I"))
+    invalid_rows: list[int] = field(default_factory=list)
+
+    def note_bad(self, line: int, problem: str) -> None:
+        self.bad_total += 1
+        if len(self.bad) < BadLines.SHOWN:
+            self.bad.append((line, problem))
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRow:
+    """One row ready to be stored. ``error`` is set for an invalid line that is kept by ``--skip-invalid``."""
+
+    custom_id: str
+    input: str | None
+    expected: str | None
+    meta: str | None
+    sampling: str | None
+    cost: int
+    error: tuple[ErrorClass, str] | None = None
+
+
+class Preparer:
+    """Turns dataset lines into rows, checking each as far as it can be checked without a device."""
+
+    def __init__(self, order: JobOrder, gauge: Gauge | None) -> None:
+        self._template: Template | None = order.task.template if order.task else None
+        self._system = order.system
+        self._sampling = order.sampling
+        self._defaults = resolve_sampling(order.sampling, {})
+        self._gauge = gauge
+        self._skip_invalid = order.skip_invalid
+        self.tally = Tally()
+
+    def prepare(self, line: DatasetLine, row: int) -> PreparedRow | None:
+        """The row, or None for a bad line that stops the submission (it is noted in the tally)."""
+        problem, error_class = line.error, ErrorClass.INVALID_REQUEST
+        if problem is None:
+            try:
+                return self._valid(line, row)
+            except PromptmillError as error:
+                problem = error.message
+                error_class = getattr(error, "error_class", error_class)
+        self.tally.note_bad(line.line, problem)
+        if not self._skip_invalid:
+            return None
+        self.tally.invalid_rows.append(row)
+        return PreparedRow(
+            line.custom_id or f"row-{row}",
+            None,
+            _json(line.expected),
+            _json(line.meta),
+            None,
+            0,
+            (error_class, problem),
+        )
+
+    def _valid(self, line: DatasetLine, row: int) -> PreparedRow:
+        sampling = resolve_sampling(self._sampling, line.sampling) if line.sampling else self._defaults
+        body = payload(line)
+        custom_id = line.custom_id if line.custom_id is not None else f"row-{row}"
+        if self._template is not None or self._gauge is not None:
+            request = to_request(row, custom_id, body, line.meta, sampling, self._template, self._system)
+            if self._gauge is not None:
+                self._gauge(request)
+        text = json.dumps(body, ensure_ascii=False)
+        return PreparedRow(
+            custom_id=custom_id,
+            input=text,
+            expected=_json(line.expected),
+            meta=_json(line.meta),
+            sampling=_json(line.sampling) if line.sampling else None,
+            cost=len(text) // BYTES_PER_TOKEN + sampling.max_tokens,
+        )
+
+
+def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = None) -> str:
+    """Store the job and return its id.
+
+    ``gauge`` sees every request before it is stored, and refuses what cannot fit. Raises :class:`BadLines` for lines
+    that cannot be used (unless ``order.skip_invalid``), and :class:`DatasetError` for a dataset without a row; nothing
+    is stored then.
+    """
+    job_id = str(ULID())
+    preparer = Preparer(order, gauge)
+    with writing(db) as connection:
+        now = connection.execute(sa.select(epoch())).scalar()
+        assert now is not None
+        connection.execute(sa.insert(jobs).values(_job_row(job_id, dataset, order, now)))
+        rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now)
+        refuse_bad(dataset.name, preparer.tally, order.skip_invalid, rows)
+        published = now if order.mode == "embedded" else None
+        _store_chunks(connection, job_id, preparer.tally, published)
+        all_invalid = len(preparer.tally.invalid_rows) == rows
+        connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == job_id)
+            .values(
+                rows=rows,
+                context_tokens=gauge.context_needed if gauge else None,
+                state=(JobState.FAILED if all_invalid else JobState.QUEUED).value,
+                stop_reason="every row failed" if all_invalid else None,
+                finished_at=now if all_invalid else None,
+            )
+        )
+    return job_id
+
+
+def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int) -> None:
+    """Raise for bad lines that were not to be skipped, and for a dataset in which nothing is left."""
+    if tally.bad_total and not skip_invalid:
+        raise BadLines(name, tally.bad, tally.bad_total)
+    if rows == 0:
+        raise DatasetError(f"{name} holds no rows", hint="Check --limit, and that the file is the right one.")
+
+
+def prepared_rows(dataset: Dataset, order: JobOrder, preparer: Preparer) -> Iterator[PreparedRow]:
+    """The dataset's rows, checked and in order; bad lines are left out and noted in the preparer's tally."""
+    row = 0
+    for line in islice(checked(dataset.lines()), order.limit):
+        prepared = preparer.prepare(line, row)
+        if prepared is not None:
+            preparer.tally.costs.append(min(prepared.cost, 2**32 - 1))
+            row += 1
+            yield prepared
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict[str, Any]:
+    task = order.task
+    return {
+        "id": job_id, "name": order.name, "state": JobState.QUEUED.value, "mode": order.mode,
+        "dataset_name": dataset.name, "dataset_sha256": dataset.sha256, "dataset_format": dataset.format,
+        "model": order.model, "model_fingerprint": order.model_fingerprint,
+        "task_name": task.name if task else None, "task_text": task.text if task else None,
+        "task_sha256": task.sha256 if task else None, "system_prompt": order.system,
+        "sampling": json.dumps(order.sampling, ensure_ascii=False),
+        "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
+        "env": json.dumps(_environment()), "submitted_at": now,
+    }  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    """Where the job was submitted: enough to explain a difference between two jobs."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    return {
+        "promptmill": version("promptmill"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "user": user,
+    }
+
+
+def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], now: float) -> int:
+    stored = 0
+    while batch := list(islice(rows, BATCH_ROWS)):
+        values = [
+            (job_id, stored + index, row.custom_id, row.input, row.expected, row.meta, row.sampling)
+            for index, row in enumerate(batch)
+        ]
+        copy_rows(db, requests, REQUEST_COLUMNS, values)
+        failed = [(stored + index, row.error) for index, row in enumerate(batch) if row.error]
+        copy_rows(db, results, RESULT_COLUMNS, [_invalid_result(job_id, row, *error, now) for row, error in failed])
+        stored += len(batch)
+    return stored
+
+
+def _invalid_result(job_id: str, row: int, error_class: ErrorClass, problem: str, now: float) -> tuple[Any, ...]:
+    outcome: dict[str, Any] = {
+        "job_id": job_id, "row": row, "state": "error", "error_class": error_class.value, "error_message": problem,
+        "committed_at": now, "attempt": 0,
+    }  # fmt: skip
+    return tuple(outcome.get(name) for name in RESULT_COLUMNS)
+
+
+def _store_chunks(db: Connection, job_id: str, tally: Tally, published_at: float | None) -> None:
+    invalid = array("I", tally.invalid_rows)
+    values, seen = [], 0
+    for number, span in enumerate(plan_chunks(tally.costs)):
+        errors = 0
+        while seen < len(invalid) and invalid[seen] < span.stop:
+            errors, seen = errors + 1, seen + 1
+        state = ChunkState.DONE if errors == len(span) else ChunkState.QUEUED
+        values.append((job_id, number, span.start, len(span), state.value, 0, published_at, 0, errors, 0))
+    copy_rows(db, chunks, CHUNK_COLUMNS, values)
+
+
+def plan_chunks(costs: Sequence[int]) -> Iterator[range]:
+    """Runs of consecutive rows: at most CHUNK_TOKENS of summed cost each, small at both ends of the job.
+
+    ``costs``: expected tokens of each row. Every row is in exactly one run; a row above the budget travels alone.
+    """
+    total = len(costs)
+    start = spent = 0
+    most = _most_rows(0, total)
+    for row, cost in enumerate(costs):
+        if row > start and (spent + cost > CHUNK_TOKENS or row - start >= most):
+            yield range(start, row)
+            start, spent = row, 0
+            most = _most_rows(start, total)
+        spent += cost
+    if start < total:
+        yield range(start, total)
+
+
+def _most_rows(start: int, total: int) -> int:
+    """Rows that a chunk starting here may have: it doubles from the first ones on, and shrinks with what is left."""
+    growing = FIRST_CHUNK_ROWS if start < 2 * FIRST_CHUNK_ROWS else CHUNK_ROWS
+    left = max(LAST_CHUNK_ROWS, (total - start) // 8)
+    return min(growing, left, CHUNK_ROWS)

@@ -1,0 +1,163 @@
+"""One Celery worker, bound to one device: claims the chunks whose ids arrive and runs them, two at a time.
+
+Started by :mod:`promptmill_workers.pool` with its configuration as one JSON line on stdin. No model and no device is
+touched in this process; the engine host does that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_shutting_down
+from ulid import ULID
+
+from promptmill.broker import TASK_NAME, Broker, make_app, queue_name
+from promptmill.database import open_database
+from promptmill.dispatch import Dispatcher
+from promptmill.errors import EXIT_BAD_INPUT, BrokerError, PromptmillError
+from promptmill.ledger import Ledger
+from promptmill.settings import Settings, load_settings
+from promptmill.types import ChunkId, Lease
+from promptmill_workers.devices import Device
+from promptmill_workers.host import HostConfig
+from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.presence import Presence
+from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner, Stop
+
+log = logging.getLogger("promptmill.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What the supervisor tells a worker."""
+
+    device: str
+    cores: tuple[int, ...]
+    models: tuple[str, ...]
+    slots: int
+    context_tokens: int | None = None
+
+
+class Worker:
+    """The parts of one worker process, put together."""
+
+    def __init__(self, config: WorkerConfig, settings: Settings) -> None:
+        self.config = config
+        self.settings = settings
+        self.id = f"{socket.gethostname()}/{config.device}/{str(ULID())[-8:]}"
+        self.stop = Stop()
+        device = Device(config.device, config.cores)
+        self.app = make_app(settings.redis_url)
+        self.broker = Broker(settings.redis_url, self.app)
+        db = open_database(settings.database_url)
+        self.ledger = Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+        self.dispatcher = Dispatcher(self.ledger, self.broker)
+        host = HostConfig.of(
+            settings,
+            config.models[0],
+            device,
+            slots=config.slots,
+            context_tokens=config.context_tokens,
+            clock_offset_s=self.broker.clock_offset_s(),
+        )
+        self.hosts = HostKeeper(host, self._host_changed)
+        self.presence = Presence(
+            self.ledger, self.id, device, self.hosts, self.broker.clock_offset_s, beats=[self._reconcile]
+        )
+        self._runner = ChunkRunner(self.ledger, self.hosts, self.stop)
+        _register(self.app, self)
+
+    def run(self) -> None:
+        """Load the model, then consume until SIGTERM. Raises PromptmillError when the worker cannot start."""
+        self.presence.start()
+        try:
+            self.hosts.start()
+            worker_shutting_down.connect(self._shutting_down, weak=False)
+            queues = ",".join(queue_name(model) for model in self.config.models)
+            self.app.worker_main(
+                [
+                    "worker", "--pool", "threads", "--concurrency", str(CHUNKS_AT_ONCE), "--queues", queues,
+                    "--hostname", self.id.replace("/", "."), "--without-gossip", "--without-mingle",
+                    "--without-heartbeat", "--loglevel", self.settings.log_level,
+                ]
+            )  # fmt: skip
+        finally:
+            self.hosts.close()
+            self.presence.stop()
+
+    def run_chunk(self, chunk: ChunkId) -> None:
+        """One message: run the chunk unless somebody else has it, then let the next one follow."""
+        lease = None if self.stop.draining.is_set() else self.ledger.claim(chunk, self.id)
+        if lease is None:
+            return
+        self._run(lease)
+        try:
+            self.dispatcher.dispatch(chunk.job_id, lease.model, self._priority(chunk.job_id))
+        except BrokerError as problem:
+            # The chunk is done all the same; the reconciler publishes the next one when Redis is back.
+            log.warning("%s", problem.message)
+
+    def _run(self, lease: Lease) -> None:
+        log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)
+        self._runner.run(lease)
+
+    def _priority(self, job_id: str) -> int:
+        return next((priority for each, _, priority in self.ledger.open_jobs("queue") if each == job_id), 0)
+
+    def _reconcile(self) -> None:
+        if not self.stop.draining.is_set():
+            self.dispatcher.reconcile()
+
+    def _host_changed(self, hosts: HostKeeper) -> None:
+        self.presence.changed(hosts)
+
+    def _shutting_down(self, **_: Any) -> None:
+        """SIGTERM: what runs may end within the grace period, the rest is given back."""
+        self.stop.draining.set()
+        timer = threading.Timer(self.settings.grace_s, self.stop.abandoning.set)
+        timer.daemon = True
+        timer.start()
+
+
+def _register(app: Celery, worker: Worker) -> None:
+    @app.task(name=TASK_NAME, acks_late=True, ignore_result=True)  # type: ignore[untyped-decorator]
+    def run_chunk(job_id: str, number: int) -> None:
+        worker.run_chunk(ChunkId(job_id, number))
+
+
+def _stop_with_parent() -> None:
+    """The supervisor is gone: stop as if it had said so."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Entry point of the worker process."""
+    order = json.loads(sys.stdin.readline())
+    config = WorkerConfig(order["device"], tuple(order["cores"]), tuple(order["models"]), order["slots"],
+                          order["context_tokens"])  # fmt: skip
+    settings = load_settings()
+    logging.basicConfig(
+        level=settings.log_level, format=f"%(asctime)s %(levelname)s [{config.device}] %(name)s: %(message)s"
+    )
+    logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
+    logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    try:
+        Worker(config, settings).run()
+    except PromptmillError as problem:
+        log.error("%s", problem)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Devices: what is here, what was asked for, and an environment that shows an engine exactly one of them."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import platformdirs
+
+from promptmill.errors import DeviceError
+
+log = logging.getLogger("promptmill.devices")
+
+#: Seconds that asking an engine's library what it can do may take: it loads CUDA's libraries.
+PROBE_TIMEOUT_S = 120
+
+HINT = "Use auto, cpu, cpu:0-3, cuda, cuda:0, metal, or sim:4 for four simulated devices."
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device, as one worker is pinned to it."""
+
+    #: ``cpu``, ``cpu:0-3``, ``cuda:0``, ``metal``, ``sim:2``.
+    name: str
+    #: CPU cores the host may use; empty for all of them.
+    cores: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def engine_device(self) -> str:
+        """What the engine is asked for: a simulated device is a CPU."""
+        if self.kind in ("cpu", "sim"):
+            return "cpu"
+        # The host's environment shows one GPU, and inside it that one has the number 0.
+        return "cuda:0" if self.kind == "cuda" else self.name
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of a CPU engine; None leaves it to the engine."""
+        return len(self.cores) or None
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """``base`` changed so that exactly this device is visible. It must be set before any library is imported."""
+        visible = self.name.partition(":")[2] if self.kind == "cuda" else ""
+        pinned = {"PYTHONSAFEPATH": "1", "PROMPTMILL_DEVICE": self.name, "TOKENIZERS_PARALLELISM": "false"}
+        if self.kind != "metal":
+            pinned["CUDA_VISIBLE_DEVICES"] = visible
+        if self.cores:
+            pinned["OMP_NUM_THREADS"] = str(len(self.cores))
+        return {**base, **pinned}
+
+
+def parse_devices(asked: str) -> list[Device]:
+    """The devices that ``--device`` names; several are separated by commas.
+
+    Raises :class:`DeviceError` for a word that names none, or a device that this machine does not have.
+    """
+    found = [device for word in asked.split(",") for device in _parse_one(word.strip())]
+    names = [device.name for device in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise DeviceError(f"device {name} is named twice", hint="One worker owns a device.")
+    return found
+
+
+def _parse_one(word: str) -> list[Device]:
+    kind, _, rest = word.partition(":")
+    match kind:
+        case "auto" if not rest:
+            return _discover()
+        case "cpu":
+            return [Device(word, _cores(rest))]
+        case "cuda":
+            return _cuda(rest)
+        case "metal" if not rest:
+            if not _has_metal():
+                raise DeviceError("this machine has no Metal", hint=HINT)
+            return [Device("metal")]
+        case "sim" if re.fullmatch(r"[1-9][0-9]{0,2}", rest):
+            return [_simulated(number, int(rest)) for number in range(int(rest))]
+    raise DeviceError(f"'{word}' is no device", hint=HINT)
+
+
+def _discover() -> list[Device]:
+    gpus = cuda_devices()
+    if gpus:
+        return [Device(f"cuda:{number}") for number in gpus]
+    return [Device("metal")] if _has_metal() else [Device("cpu")]
+
+
+def _has_metal() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def cuda_devices() -> list[int]:
+    """Numbers of the NVIDIA GPUs of this machine, by its driver's own tool; empty without one."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(number) for number in re.findall(r"^GPU (\d+):", listing.stdout, flags=re.MULTILINE)]
+
+
+def _cuda(rest: str) -> list[Device]:
+    here = cuda_devices()
+    if not here:
+        raise DeviceError("no NVIDIA GPU is visible on this machine (nvidia-smi lists none)", hint=HINT)
+    wanted = here if not rest else [int(rest)] if rest.isdecimal() else []
+    if not wanted or not set(wanted) <= set(here):
+        raise DeviceError(f"there is no device cuda:{rest}", hint=f"Here: {', '.join(f'cuda:{n}' for n in here)}.")
+    return [Device(f"cuda:{number}") for number in wanted]
+
+
+def _allowed_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    """``0-3`` or ``2`` as core numbers; nothing means all."""
+    if not text:
+        return ()
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    cores = tuple(range(first, last + 1))
+    if not cores or not set(cores) <= set(_allowed_cores()):
+        here = _allowed_cores()
+        raise DeviceError(f"cpu:{text} names no cores of this machine", hint=f"It has cores {here[0]}-{here[-1]}.")
+    return cores
+
+
+def _simulated(number: int, of: int) -> Device:
+    """Simulated devices share this machine's cores out among them."""
+    here = _allowed_cores()
+    share = here[number * len(here) // of : (number + 1) * len(here) // of] or [here[number % len(here)]]
+    return Device(f"sim:{number}", tuple(share))
+
+
+def usable(devices: Sequence[Device], engine: str) -> list[Device]:
+    """What ``auto`` means for ``engine``: the devices found, or the CPU when the engine cannot use them."""
+    try:
+        for device in devices:
+            require_offload(device, engine)
+    except DeviceError as problem:
+        log.warning("%s: using the CPU", problem.message)
+        return [Device("cpu")]
+    return list(devices)
+
+
+def require_offload(device: Device, engine: str) -> None:
+    """Refuse a GPU that the installed engine cannot use, instead of computing on the CPU without a word.
+
+    Asks the engine's library in a process of its own: a worker's supervisor must not touch a device.
+    """
+    if device.engine_device == "cpu" or engine == "echo":
+        return
+    probe = {
+        "llamacpp": "import llama_cpp; raise SystemExit(0 if llama_cpp.llama_supports_gpu_offload() else 9)",
+        "mlx": "import mlx.core as mx; raise SystemExit(0 if mx.metal.is_available() else 9)",
+    }[engine]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", probe], capture_output=True, timeout=PROBE_TIMEOUT_S, check=False
+    )
+    if done.returncode != 0 or (engine == "mlx" and device.kind == "cuda"):
+        raise DeviceError(
+            f"{device.name} was asked for, but the installed {engine} cannot use it",
+            hint="Install the engine built for this device (README, 'GPUs'), or ask for --device cpu.",
+        )
+
+
+class FileLock:
+    """A lock that lives as long as its process: the kernel frees it, however the process ends."""
+
+    def __init__(self, name: str) -> None:
+        self._path = _runtime_dir() / f"{name}.lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> str | None:
+        """Take the lock; None on success, else the id of the process that has it."""
+        file = open(self._path, "a+")  # noqa: SIM115 - stays open: closing it would free the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            return owner
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+        return None
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _runtime_dir() -> Path:
+    folder = Path(platformdirs.user_runtime_dir("promptmill", appauthor=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        # Containers and plain SSH sessions often have no runtime folder.
+        folder = Path(tempfile.gettempdir()) / f"promptmill-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+class DeviceLock:
+    """Keeps a second worker off a device."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lock = FileLock(f"device-{device.name.replace(':', '-')}")
+
+    def acquire(self) -> None:
+        """Raises :class:`DeviceError` naming the process that has the device."""
+        owner = self._lock.acquire()
+        if owner is not None:
+            raise DeviceError(
+                f"device {self._device.name} already has a worker (process {owner})",
+                hint="One worker owns a device. Stop that one first, or choose another device.",
+            )
+
+    def release(self) -> None:
+        self._lock.release()

@@ -1,0 +1,127 @@
+"""The worker's loop without Celery, for ``promptmill run``: one device, in this process and its engine host."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import FrameType
+
+from ulid import ULID
+
+from promptmill.ledger import Ledger, Progress
+from promptmill_workers.engines.contract import EngineInfo
+from promptmill_workers.host import HostConfig
+from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.presence import Presence
+from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner, Stop
+
+#: Seconds between two looks at the job's progress.
+TICK_S = 0.1
+
+#: Longest wait of a thread for a chunk that may not be run yet.
+IDLE_S = 0.1
+
+
+class EmbeddedWorker:
+    """One worker in this process."""
+
+    def __init__(self, ledger: Ledger, config: HostConfig, grace_s: float) -> None:
+        self._ledger = ledger
+        self._grace_s = grace_s
+        self._id = f"{socket.gethostname()}/{config.device.name}/{str(ULID())[-8:]}"
+        self._stop = Stop()
+        self._hosts = HostKeeper(config)
+        self._runner = ChunkRunner(ledger, self._hosts, self._stop)
+        self._presence = Presence(ledger, self._id, config.device, self._hosts)
+        self._threads = ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunk")
+
+    def __enter__(self) -> EmbeddedWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.abandoning.set()
+        self._hosts.close()
+        self._threads.shutdown(wait=True)
+
+    def load(self, context_tokens: int | None) -> EngineInfo:
+        """Load the model, with room for requests of ``context_tokens``; returns what was set up.
+
+        Raises PromptmillError for a model that cannot be loaded.
+        """
+        return self._hosts.start(context_tokens)
+
+    def run(self, job_id: str, on_progress: Callable[[Progress], None]) -> bool:
+        """Run the job's chunks to the end; False when Ctrl-C or SIGTERM stopped it before.
+
+        The first signal lets running requests end, the second one does not. Either way the job is left paused.
+        """
+        self._presence.start()
+        try:
+            with self._interruptible():
+                workers = [self._threads.submit(self._work, job_id) for _ in range(CHUNKS_AT_ONCE)]
+                self._watch(job_id, workers, on_progress)
+        finally:
+            self._stop.draining.set()
+            self._presence.stop()
+        for worker in workers:
+            worker.result()
+        progress = self._ledger.progress(job_id)
+        on_progress(progress)
+        if not progress.state.is_final:
+            self._ledger.pause(job_id)
+        return progress.state.is_final
+
+    def _watch(self, job_id: str, workers: list[Future[None]], on_progress: Callable[[Progress], None]) -> None:
+        while not all(worker.done() for worker in workers):
+            if any(worker.done() and worker.exception() for worker in workers):
+                self._stop.draining.set()
+            on_progress(self._ledger.progress(job_id))
+            time.sleep(TICK_S)
+
+    def _work(self, job_id: str) -> None:
+        """One of the threads: claim a chunk, run it, until none is left."""
+        while not self._stop.draining.is_set():
+            lease = self._ledger.claim_next(job_id, self._id)
+            if lease is not None:
+                self._runner.run(lease)
+            elif not self._wait_for_chunk(job_id):
+                return
+
+    def _wait_for_chunk(self, job_id: str) -> bool:
+        """False when the job has ended. Otherwise a chunk of the other thread may come back: wait a little."""
+        self._ledger.requeue_expired()
+        if not self._ledger.is_open(job_id):
+            return False
+        self._stop.draining.wait(IDLE_S)
+        return True
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Turn signals into a drain, where this is the main thread; elsewhere the caller's own handling stays."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._stop.draining.is_set():
+            self._end_now()
+            return
+        self._stop.draining.set()
+        timer = threading.Timer(self._grace_s, self._end_now)
+        timer.daemon = True
+        timer.start()
+
+    def _end_now(self) -> None:
+        self._stop.abandoning.set()
+        self._hosts.close()

@@ -1,0 +1,266 @@
+"""The echo engine: answers with its prompt, at a scripted speed. For tests and for measuring everything but a model.
+
+Options in the model's name, ``echo:token_s=0.01,slots...``: ``prefill_s`` and ``token_s`` are seconds of real time per
+prompt and per output token of a sequence; a prompt that contains the text of ``error_on``, ``crash_on`` or ``stall_on``
+ends as an error, ends the process, or never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from promptmill.errors import ModelError
+from promptmill.registry import suggestion
+from promptmill.types import EngineCounters, ErrorClass, FinishReason, Message, Usage
+from promptmill_workers.engines.contract import (
+    EngineInfo,
+    EngineOptions,
+    EngineRequest,
+    Event,
+    Finished,
+    Rejected,
+    RequestKey,
+)
+
+#: The context of an engine that has none of its own to respect.
+CONTEXT_TOKENS = 131_072
+
+#: Sequences that an echo without delays answers in one step: a step for each slot's worth would measure only itself.
+INSTANT_BATCH = 256
+
+#: Longest sleep of a step, so that requests added meanwhile are seen.
+LONGEST_SLEEP_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The scripted behaviour; times in seconds."""
+
+    prefill_s: float = 0.0
+    token_s: float = 0.0
+    error_on: str | None = None
+    crash_on: str | None = None
+    stall_on: str | None = None
+
+    @classmethod
+    def from_options(cls, options: dict[str, str]) -> Self:
+        """Raises :class:`ModelError` for an unknown option or a time that is no number."""
+        values: dict[str, str | float] = {}
+        for name, text in options.items():
+            if name not in cls.__dataclass_fields__:
+                raise ModelError(f"echo has no option '{name}'", hint=suggestion(name, cls.__dataclass_fields__))
+            try:
+                values[name] = float(text) if name.endswith("_s") else text
+            except ValueError:
+                raise ModelError(f"echo: {name}={text} is no number", hint="Give seconds, such as 0.01.") from None
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Sequence_:
+    """A request in a slot."""
+
+    request: EngineRequest
+    tokens: list[str]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    admitted_at: float
+    first_token_at: float
+    finished_at: float
+
+
+class EchoEngine:
+    """Echoes the last message (or the prompt), cut at stop strings and at ``max_tokens``. A token is a word."""
+
+    def __init__(self, model_name: str, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._script = Script.from_options(options.model_options)
+        self._slots = options.slots
+        self._context = options.context_tokens or CONTEXT_TOKENS
+        self._clock = clock
+        self._instant = not (self._script.prefill_s or self._script.token_s)
+        self._waiting: deque[EngineRequest] = deque()
+        self._active: dict[RequestKey, Sequence_] = {}
+        self._counters = EngineCounters()
+        self._last_step_end = clock()
+        self._info = EngineInfo(
+            engine="echo", version="1", model_name=model_name, slots=options.slots, context_tokens=self._context,
+            kv_cells=self._context, device_got="cpu", layers=0, layers_offloaded=0,
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path | None, model_name: str, options: EngineOptions) -> Self:
+        return cls(model_name, options)
+
+    @staticmethod
+    def token_counter(path: Path | None) -> EchoTokenCounter:
+        return EchoTokenCounter()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self._counters
+
+    @property
+    def active(self) -> int:
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def waiting_keys(self) -> Collection[RequestKey]:
+        return {request.key for request in self._waiting}
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        self._waiting.extend(requests)
+
+    def cancel(self, key: RequestKey) -> None:
+        dropped = self._active.pop(key, None)
+        if dropped is not None:
+            self._count(decode_tokens=len(dropped.tokens), wasted_tokens=len(dropped.tokens))
+        else:
+            self._waiting = deque(request for request in self._waiting if request.key != key)
+
+    def render(self, request: EngineRequest) -> str:
+        return _render(request)
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._active.clear()
+
+    def step(self) -> Sequence[Event]:
+        started = self._clock()
+        self._count(idle_s=started - self._last_step_end)
+        rejected = self._admit(started)
+        finished = self._retire(started if self._instant else self._sleep())
+        self._last_step_end = self._clock()
+        if rejected or finished or self._active:
+            self._count(steps=1, decode_s=self._last_step_end - started)
+        return [*rejected, *finished]
+
+    def _admit(self, now: float) -> list[Event]:
+        rejected: list[Event] = []
+        room = (max(self._slots, INSTANT_BATCH) if self._instant else self._slots) - len(self._active)
+        while self._waiting and room > 0:
+            request = self._waiting.popleft()
+            outcome = self._begin(request, now)
+            if isinstance(outcome, Rejected):
+                rejected.append(outcome)
+            else:
+                self._active[request.key] = outcome
+                room -= 1
+        active = min(len(self._active), self._slots)
+        self._counters = replace(self._counters, peak_active=max(self._counters.peak_active, active))
+        return rejected
+
+    def _begin(self, request: EngineRequest, now: float) -> Sequence_ | Rejected:
+        prompt = _render(request)
+        self._act_out(prompt)
+        prompt_tokens = max(1, len(prompt.split()))
+        if self._script.error_on and self._script.error_on in prompt:
+            return Rejected(request.key, ErrorClass.INTERNAL, "the echo engine was told to fail this request")
+        if prompt_tokens >= self._context:
+            message = f"the prompt has {prompt_tokens} tokens, the context {self._context}"
+            return Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, message)
+        tokens, reason = _answer(request, self._context - prompt_tokens)
+        prefill_s = prompt_tokens * self._script.prefill_s
+        first = now + prefill_s
+        self._count(prefill_tokens=prompt_tokens)
+        return Sequence_(
+            request, tokens, prompt_tokens, reason, now, first, first + max(0, len(tokens) - 1) * self._script.token_s
+        )
+
+    def _act_out(self, prompt: str) -> None:
+        if self._script.crash_on and self._script.crash_on in prompt:
+            os.abort()
+        if self._script.stall_on and self._script.stall_on in prompt:
+            threading.Event().wait()
+
+    def _sleep(self) -> float:
+        """Wait for the next sequence to end, but not for long; returns the time."""
+        now = self._clock()
+        next_end = min((_ends_at(each) for each in self._active.values()), default=now)
+        if next_end > now:
+            time.sleep(min(next_end - now, LONGEST_SLEEP_S))
+        return self._clock()
+
+    def _retire(self, now: float) -> list[Event]:
+        # An echo without delays ends whatever it has admitted.
+        over = [each for each in self._active.values() if self._instant or _ends_at(each) <= now]
+        events: list[Event] = []
+        for sequence in over:
+            del self._active[sequence.request.key]
+            events.append(self._finish(sequence))
+        return events
+
+    def _finish(self, sequence: Sequence_) -> Event:
+        key, limit = sequence.request.key, sequence.request.sampling.timeout_s
+        usage = Usage(sequence.prompt_tokens, 0, len(sequence.tokens))
+        self._count(decode_tokens=len(sequence.tokens))
+        if limit is not None and sequence.finished_at - sequence.admitted_at > limit:
+            self._count(wasted_tokens=len(sequence.tokens))
+            ended = sequence.admitted_at + limit
+            return Rejected(
+                key, ErrorClass.TIMEOUT, f"no answer within {limit:g} s", usage,
+                sequence.admitted_at, min(sequence.first_token_at, ended), ended,
+            )  # fmt: skip
+        return Finished(
+            key, "".join(sequence.tokens), sequence.finish_reason, usage, sequence.admitted_at,
+            sequence.first_token_at, sequence.finished_at,
+        )  # fmt: skip
+
+    def _count(self, **more: float) -> None:
+        now = {name: getattr(self._counters, name) + value for name, value in more.items()}
+        self._counters = replace(self._counters, **now)
+
+
+def _ends_at(sequence: Sequence_) -> float:
+    limit = sequence.request.sampling.timeout_s
+    return sequence.finished_at if limit is None else min(sequence.finished_at, sequence.admitted_at + limit)
+
+
+class EchoTokenCounter:
+    """Counts words, as the echo engine does."""
+
+    @property
+    def context_tokens(self) -> int:
+        return CONTEXT_TOKENS
+
+    def count(self, request: EngineRequest) -> int:
+        return max(1, len(_render(request).split()))
+
+    def render(self, request: EngineRequest) -> str:
+        return _render(request)
+
+
+def _render(request: EngineRequest) -> str:
+    if request.messages is None:
+        return request.prompt or ""
+    return "".join(f"{message.role}: {message.content}\n" for message in request.messages)
+
+
+def _spoken(messages: tuple[Message, ...] | None, prompt: str | None) -> str:
+    return messages[-1].content if messages else prompt or ""
+
+
+def _answer(request: EngineRequest, room: int) -> tuple[list[str], FinishReason]:
+    """The answer's tokens: words with the white space before them."""
+    text = _spoken(request.messages, request.prompt)
+    cuts = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
+    text = text[: min(cuts)] if cuts else text
+    words = text.split(" ")
+    tokens = [word if index == 0 else f" {word}" for index, word in enumerate(words)] if text else []
+    limit = min(request.sampling.max_tokens, room)
+    if len(tokens) > limit:
+        return tokens[:limit], FinishReason.LENGTH
+    return tokens, FinishReason.STOP

@@ -1,0 +1,287 @@
+"""The worker's side of the engine host: start the child process, talk to it, notice its death."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from promptmill import errors
+from promptmill.errors import ModelError, PromptmillError
+from promptmill.settings import Settings
+from promptmill.types import EngineCounters, Request, Result
+from promptmill_workers.devices import Device
+from promptmill_workers.engines.contract import EngineInfo, EngineOptions
+
+log = logging.getLogger("promptmill.host")
+
+#: Lines of the host's log that are kept for the message about its death.
+LAST_WORDS = 20
+
+#: Characters of these lines that go into an error message.
+LAST_WORDS_CHARS = 300
+
+
+class HostDied(Exception):
+    """The host ended or stalled while it held requests. ``str()`` is its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """What a host loads, and where."""
+
+    model: str
+    device: Device
+    options: EngineOptions
+    stall_timeout_s: float = 300.0
+    load_timeout_s: float = 1800.0
+    clock_offset_s: float = 0.0
+    log_level: str = "INFO"
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        model: str,
+        device: Device,
+        *,
+        slots: int,
+        context_tokens: int | None,
+        clock_offset_s: float = 0.0,
+    ) -> HostConfig:
+        """What the settings and a command's own options come to on ``device``."""
+        options = EngineOptions(
+            slots=slots,
+            context_tokens=context_tokens,
+            kv_cells=settings.kv_cells,
+            batch_tokens=settings.batch_tokens,
+            threads=settings.threads or device.threads,
+            device=device.engine_device,
+        )
+        return cls(
+            model,
+            device,
+            options,
+            settings.stall_timeout_s,
+            settings.load_timeout_s,
+            clock_offset_s,
+            settings.log_level,
+        )
+
+
+class EngineHost:
+    """One child process with one model on one device."""
+
+    def __init__(self, config: HostConfig) -> None:
+        self.config = config
+        self.info: EngineInfo | None = None
+        self.load_s: float | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="promptmill-"))
+        self._address = str(self._folder / "host.sock")
+        self._words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._started = time.monotonic()
+        self._process = self._spawn()
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        # The parent binds, so that a connection is possible at once; it then closes its copy, so that a connection
+        # to a dead host is refused instead of waiting for ever.
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(self._address)
+        listener.listen(64)
+        config = self.config
+        with listener:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "promptmill_workers.host_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                env=config.device.environment(os.environ),
+            )
+            order = {
+                "socket": listener.fileno(),
+                "model": config.model,
+                "options": asdict(config.options),
+                "cores": list(config.device.cores),
+                "clock_offset_s": config.clock_offset_s,
+                "log_level": config.log_level,
+            }
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(order).encode() + b"\n")
+                process.stdin.flush()
+        return process
+
+    def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            text = line.decode(errors="replace").rstrip()
+            if text:
+                self._words.append(text)
+                log.debug("host %d: %s", self.pid, text)
+
+    def wait_ready(self) -> EngineInfo:
+        """Wait for the model; returns what was really set up.
+
+        Raises the host's own :class:`PromptmillError` for a model that cannot be loaded, or :class:`ModelError`.
+        """
+        try:
+            with contextlib.closing(self._connect()) as connection:
+                self.info = self._greet(connection)
+        except (HostDied, OSError, EOFError) as death:
+            self.kill()
+            raise ModelError(
+                f"loading {self.config.model} ended the engine process: {self.last_words()}",
+                hint="The file may be damaged or larger than the memory. JOBS_LOG_LEVEL=DEBUG shows the engine's log.",
+            ) from death
+        self.load_s = time.monotonic() - self._started
+        return self.info
+
+    def _greet(self, connection: Connection) -> EngineInfo:
+        connection.send(("hello",))
+        if not connection.poll(self.config.load_timeout_s):
+            raise HostDied(f"nothing within {self.config.load_timeout_s:g} s")
+        match connection.recv():
+            case ("ready", EngineInfo() as info):
+                return info
+            case ("failed", name, message, hint):
+                self.kill()
+                raise _error_named(name)(message, hint=hint)
+            case other:
+                raise HostDied(f"unexpected message {type(other)}")
+
+    def _connect(self) -> Connection:
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            client.connect(self._address)
+        except OSError as problem:
+            client.close()
+            raise HostDied(self.last_words()) from problem
+        return Connection(client.detach())
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session for the requests of one chunk. Leaving it drops what still runs."""
+        connection = self._connect()
+        try:
+            connection.send(("hello",))
+            yield Session(self, connection)
+        except (OSError, EOFError) as problem:
+            raise HostDied(self.last_words()) from problem
+        finally:
+            connection.close()
+
+    def last_words(self) -> str:
+        """How the process ended, and the end of its log."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2)
+        self._reader.join(timeout=1)
+        code = self._process.poll()
+        how = "still runs" if code is None else f"exit code {code}" if code >= 0 else f"signal {-code}"
+        words = " | ".join(self._words)[-LAST_WORDS_CHARS:]
+        return f"the engine host ended ({how}){': ' + words if words else ''}"
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        if self.alive:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdin:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Session:
+    """The requests of one chunk inside a host. ``drain`` and ``abandon`` may be called from another thread."""
+
+    def __init__(self, host: EngineHost, connection: Connection) -> None:
+        self._host = host
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        self.active = 0
+        self.waiting = 0
+        self.dropped = 0
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[list[Result]]:
+        """Send the requests and yield their results as they come, in batches, in any order.
+
+        Ends when each has a result or was dropped. Raises :class:`HostDied`.
+        """
+        self._outstanding = len(requests)
+        self._send(("add", [_wire(request) for request in requests]))
+        while self._outstanding > 0:
+            match self._receive():
+                case ("results", list() as batch):
+                    self._outstanding -= len(batch)
+                    yield batch
+                case ("dropped", int() as count):
+                    self._outstanding -= count
+                    self.dropped += count
+                case ("beat", active, waiting, _):
+                    self.active, self.waiting = active, waiting
+
+    def counters(self) -> EngineCounters:
+        """What the engine did since a session of this host last asked."""
+        self._send(("counters",))
+        while True:
+            match self._receive():
+                case ("counters", EngineCounters() as counters):
+                    return counters
+                case ("dropped", int() as count):
+                    self.dropped += count
+
+    def drain(self) -> None:
+        """Give back the requests that hold no slot yet; the others run to their end."""
+        self._send(("drain",))
+
+    def abandon(self) -> None:
+        """Give back every request that has no result, at once."""
+        self._send(("abandon",))
+
+    def _send(self, message: Any) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def _receive(self) -> Any:
+        limit = self._host.config.stall_timeout_s
+        if not self._connection.poll(limit):
+            # It lives but makes no step: nothing but its end frees the device.
+            self._host.kill()
+            raise HostDied(f"the engine made no step for {limit:g} s and was ended")
+        return self._connection.recv()
+
+
+def _wire(request: Request) -> Any:
+    turns = None if request.messages is None else tuple((each.role, each.content) for each in request.messages)
+    return request.row, turns, request.prompt, request.sampling
+
+
+def _error_named(name: str) -> type[PromptmillError]:
+    found = getattr(errors, name, ModelError)
+    return found if isinstance(found, type) and issubclass(found, PromptmillError) else ModelError

@@ -1,0 +1,136 @@
+"""Keeps one engine host alive on one device: starts it, replaces it when it died, changes its model when idle."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from promptmill_workers.engines.contract import EngineInfo
+from promptmill_workers.host import EngineHost, HostConfig, HostDied, Session
+
+log = logging.getLogger("promptmill.worker")
+
+#: Seconds before a host that died is started again; doubled for each death in a row, up to the longest.
+RESTART_S = 0.2
+LONGEST_RESTART_S = 30.0
+
+
+class HostKeeper:
+    """Hands out sessions. Sessions of one model run together; another model waits until they have ended."""
+
+    def __init__(self, config: HostConfig, on_change: Callable[[HostKeeper], None] | None = None) -> None:
+        self._config = config
+        # A context that was asked for is kept; else it grows with what jobs need.
+        self._context_is_fixed = config.options.context_tokens is not None
+        self._on_change = on_change or (lambda keeper: None)
+        self._host: EngineHost | None = None
+        self._users = 0
+        self._deaths = 0
+        self._changed = threading.Condition()
+        self._sessions: set[Session] = set()
+        self.restarts = 0
+        self.state = "loading"
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self._host.info if self._host else None
+
+    @property
+    def load_s(self) -> float | None:
+        return self._host.load_s if self._host else None
+
+    @property
+    def pid(self) -> int | None:
+        return self._host.pid if self._host else None
+
+    @property
+    def slots(self) -> int:
+        return self.info.slots if self.info else self._config.options.slots
+
+    def load(self) -> tuple[int, int]:
+        """Sequences that hold a slot, and requests that wait for one, by the host's last signs of life."""
+        with self._changed:
+            sessions = list(self._sessions)
+        return max((each.active for each in sessions), default=0), max((each.waiting for each in sessions), default=0)
+
+    def start(self, context_tokens: int | None = None) -> EngineInfo:
+        """Load the configured model. Raises PromptmillError when that is impossible."""
+        with self._changed:
+            return self._ensure(self._config.model, context_tokens)
+
+    @contextmanager
+    def session(self, model: str, context_tokens: int | None = None) -> Iterator[Session]:
+        """A session with ``model`` and room for requests of ``context_tokens``.
+
+        Raises HostDied, or PromptmillError for a model that cannot be loaded.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0 or self._serves(model, context_tokens))
+            self._ensure(model, context_tokens)
+            host = self._host
+            assert host is not None
+            self._users += 1
+        try:
+            with host.session() as session:
+                self._sessions.add(session)
+                try:
+                    yield session
+                finally:
+                    self._sessions.discard(session)
+            self._deaths = 0
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def replace_dead(self) -> None:
+        """After a HostDied: wait the back-off. The next session starts a new host."""
+        with self._changed:
+            if self._host is not None and not self._host.alive:
+                self._host.kill()
+                self._host = None
+                self._deaths += 1
+                self.restarts += 1
+                delay = min(LONGEST_RESTART_S, RESTART_S * 2.0 ** (self._deaths - 1))
+                time.sleep(delay)
+
+    def close(self) -> None:
+        """End the host at once."""
+        host = self._host
+        if host is not None:
+            host.kill()
+
+    def _serves(self, model: str, context_tokens: int | None) -> bool:
+        if self._host is None or self._config.model != model:
+            return False
+        info = self._host.info
+        return info is None or self._context_is_fixed or context_tokens is None or context_tokens <= info.context_tokens
+
+    def _ensure(self, model: str, context_tokens: int | None) -> EngineInfo:
+        """The caller holds the condition."""
+        if self._host is not None and self._host.alive and self._host.info and self._serves(model, context_tokens):
+            return self._host.info
+        if self._host is not None:
+            self._host.kill()
+        if not self._context_is_fixed:
+            self._config = replace(self._config, options=replace(self._config.options, context_tokens=context_tokens))
+        self._config = replace(self._config, model=model)
+        self.state = "loading"
+        self._on_change(self)
+        self._host = EngineHost(self._config)
+        try:
+            info = self._host.wait_ready()
+        except BaseException:
+            self._host = None
+            raise
+        self.state = "idle"
+        self._on_change(self)
+        log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
+        return info
+
+
+__all__ = ["HostDied", "HostKeeper"]

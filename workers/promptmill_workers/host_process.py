@@ -1,0 +1,241 @@
+"""The engine host: the child process that owns the device and the model. Started by :mod:`promptmill_workers.host`.
+
+Its parent hands it a listening Unix socket and, as one JSON line on stdin, what to load. Each connection is a session:
+the requests of one chunk. When stdin ends, the parent is gone and so is the host.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from promptmill.types import EngineCounters, Failed, Message, Ok, Result, SamplingParams, Timing
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, RequestKey
+
+log = logging.getLogger("promptmill.host")
+
+#: Seconds between two messages of results to one session: five transactions a second and chunk are plenty.
+FLUSH_S = 0.2
+
+#: Results that are sent without waiting for FLUSH_S.
+FLUSH_RESULTS = 256
+
+#: Seconds between signs of life to a session whose requests run.
+BEAT_S = 1.0
+
+#: A request as it travels: row, messages as (role, content) pairs or None, prompt or None, sampling.
+WireRequest = tuple[int, tuple[tuple[str, str], ...] | None, str | None, SamplingParams]
+
+
+@dataclass(slots=True, eq=False)
+class HostSession:
+    """One connection: its running requests and the results not yet sent."""
+
+    connection: Connection
+    keys: dict[int, RequestKey] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    flushed_at: float = 0.0
+    beat_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an engine key came from."""
+
+    session: HostSession
+    row: int
+    received_at: float
+
+
+class HostLoop:
+    """Feeds the engine from the sessions and the sessions from the engine. One thread owns the engine."""
+
+    def __init__(self, engine: Engine, clock_offset_s: float) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[tuple[HostSession, Any]] = queue.SimpleQueue()
+        self._sessions: set[HostSession] = set()
+        self._origins: dict[RequestKey, Origin] = {}
+        self._next_key = 0
+        self._reported = EngineCounters()
+        # One monotonic clock inside this process; its anchor to the wall clock is calibrated to Redis.
+        self._anchor = time.time() + clock_offset_s - time.monotonic()
+
+    def serve(self, listener: socket.socket) -> None:
+        """Run for ever. A failure of the engine ends the process: another one takes over."""
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        while True:
+            self._take_messages()
+            for event in self._engine.step():
+                self._route(event)
+            self._send()
+
+    # --- threads that only move messages -----------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            accepted, _ = listener.accept()
+            session = HostSession(Connection(accepted.detach()))
+            threading.Thread(target=self._read, args=(session,), daemon=True).start()
+            threading.Thread(target=_write, args=(session,), daemon=True).start()
+
+    def _read(self, session: HostSession) -> None:
+        try:
+            while True:
+                self._inbox.put((session, session.connection.recv()))
+        except (EOFError, OSError):
+            self._inbox.put((session, ("gone",)))
+
+    # --- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        """All that has arrived; waits for something when the engine has nothing to do."""
+        if not self._origins:
+            self._handle(*self._inbox.get())
+        while True:
+            try:
+                session, message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._handle(session, message)
+
+    def _handle(self, session: HostSession, message: Any) -> None:
+        match message:
+            case ("hello",):
+                self._sessions.add(session)
+                session.outbox.put(("ready", self._engine.info))
+            case ("add", requests):
+                self._add(session, requests)
+            case ("drain",):
+                self._drop(session, self._engine.waiting_keys())
+            case ("abandon",):
+                self._drop(session, list(session.keys.values()))
+            case ("counters",):
+                session.outbox.put(("counters", self._new_counters()))
+            case ("gone",):
+                self._drop(session, list(session.keys.values()))
+                self._sessions.discard(session)
+                session.outbox.put(None)
+
+    def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
+        received_at = time.monotonic()
+        batch = []
+        for row, messages, prompt, sampling in requests:
+            key = self._next_key
+            self._next_key += 1
+            session.keys[row] = key
+            self._origins[key] = Origin(session, row, received_at)
+            turns = tuple(Message(role, content) for role, content in messages) if messages is not None else None
+            batch.append(EngineRequest(key, sampling, turns, prompt))
+        session.flushed_at = session.beat_at = received_at
+        self._engine.add(batch)
+
+    def _drop(self, session: HostSession, keys: Any) -> None:
+        """Cancel those of the session's requests that are among ``keys`` and say which rows they were."""
+        wanted = set(keys)
+        rows = [row for row, key in session.keys.items() if key in wanted]
+        for row in rows:
+            key = session.keys.pop(row)
+            self._origins.pop(key, None)
+            self._engine.cancel(key)
+        session.outbox.put(("dropped", len(rows)))
+
+    def _route(self, event: Event) -> None:
+        origin = self._origins.pop(event.key, None)
+        if origin is not None:
+            del origin.session.keys[origin.row]
+            origin.session.results.append(self._result(event, origin))
+
+    def _result(self, event: Event, origin: Origin) -> Result:
+        timing = None
+        if event.admitted_at is not None and event.finished_at is not None:
+            first = event.first_token_at if event.first_token_at is not None else event.finished_at
+            timing = Timing(
+                self._wall(origin.received_at), self._wall(event.admitted_at), self._wall(first),
+                self._wall(event.finished_at),
+            )  # fmt: skip
+        if isinstance(event, Finished):
+            assert timing is not None
+            return Ok(origin.row, event.text, event.finish_reason, event.usage, timing)
+        return Failed(origin.row, event.error_class, event.message, event.usage, timing)
+
+    def _wall(self, monotonic_s: float) -> float:
+        return self._anchor + monotonic_s
+
+    def _send(self) -> None:
+        now = time.monotonic()
+        for session in self._sessions:
+            due = not session.keys or len(session.results) >= FLUSH_RESULTS or now - session.flushed_at >= FLUSH_S
+            if session.results and due:
+                session.outbox.put(("results", session.results))
+                session.results = []
+                session.flushed_at = now
+            if session.keys and now - session.beat_at >= BEAT_S:
+                session.outbox.put(("beat", self._engine.active, self._engine.waiting, self._engine.counters))
+                session.beat_at = now
+
+    def _new_counters(self) -> EngineCounters:
+        """What the engine did since the last time somebody asked; peaks are of its whole life."""
+        now, before = self._engine.counters, self._reported
+        self._reported = now
+        summed = [each.name for each in fields(EngineCounters) if not each.name.startswith("peak_")]
+        return replace(now, **{name: getattr(now, name) - getattr(before, name) for name in summed})
+
+
+def _write(session: HostSession) -> None:
+    """Send what the engine's thread put into the outbox: a slow reader must not hold the engine up."""
+    while (message := session.outbox.get()) is not None:
+        try:
+            session.connection.send(message)
+        except OSError:
+            return
+
+
+def main() -> None:
+    """Entry point of the child process: load, then serve."""
+    # Ctrl-C in a terminal reaches the whole process group; the parent decides when the host ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = json.loads(sys.stdin.readline())
+    logging.basicConfig(level=config["log_level"], format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if config["cores"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, config["cores"])
+    listener = socket.socket(fileno=config["socket"])
+    engine = _load(config, listener)
+    HostLoop(engine, config["clock_offset_s"]).serve(listener)
+
+
+def _die_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def _load(config: dict[str, Any], listener: socket.socket) -> Engine:
+    """The engine; a model that cannot be loaded is reported to whoever connects first, and ends the process."""
+    from promptmill.errors import PromptmillError
+    from promptmill_workers.checkpoints import build_engine, locate
+
+    try:
+        return build_engine(locate(config["model"]), EngineOptions(**config["options"]))
+    except (PromptmillError, MemoryError) as problem:
+        accepted, _ = listener.accept()
+        connection = Connection(accepted.detach())
+        connection.send(("failed", type(problem).__name__, getattr(problem, "message", "out of memory"),
+                         getattr(problem, "hint", None)))  # fmt: skip
+        connection.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

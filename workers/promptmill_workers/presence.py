@@ -1,0 +1,179 @@
+"""A worker's row in the database: who it is, what it got, that it lives, and what it uses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+
+from promptmill.database import epoch, writing
+from promptmill.ledger import Ledger
+from promptmill.tables import chunks, worker_samples, workers
+from promptmill_workers.devices import Device
+from promptmill_workers.host_keeper import HostKeeper
+
+log = logging.getLogger("promptmill.worker")
+
+#: Seconds between heartbeats and resource samples.
+HEARTBEAT_S = 5.0
+
+#: Seconds between two readings of Redis' clock.
+CALIBRATE_S = 60.0
+
+
+class Presence:
+    """Writes the worker's row and its samples, from a thread of its own that depends on no engine."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        worker_id: str,
+        device: Device,
+        hosts: HostKeeper,
+        clock_offset: Callable[[], float] | None = None,
+        beats: list[Callable[[], None]] | None = None,
+    ) -> None:
+        self._db = ledger.db
+        self._worker_id = worker_id
+        self._device = device
+        self._hosts = hosts
+        self._clock_offset = clock_offset
+        self._beats = beats or []
+        self._offset_s: float | None = None
+        self._calibrated_at = float("-inf")
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
+        self._tokens: tuple[float, int] | None = None
+        self._cpu: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        with writing(self._db) as db:
+            now = db.execute(sa.select(epoch())).scalar()
+            db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
+        self._thread.start()
+
+    def changed(self, hosts: HostKeeper) -> None:
+        """The host was started, replaced or has loaded: write it down at once."""
+        self._update(self._row())
+
+    def stop(self) -> None:
+        """Say goodbye: the worker is gone on purpose."""
+        self._stopping.set()
+        self._update({"state": "stopped"})
+
+    def _row(self) -> dict[str, Any]:
+        info = self._hosts.info
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "state": self._state(),
+            "device_asked": self._device.name,
+            "device_got": info.device_got if info else None,
+            "engine": info.engine if info else None,
+            "model": info.model_name if info else None,
+            "layers": info.layers if info else None,
+            "layers_offloaded": info.layers_offloaded if info else None,
+            "slots": info.slots if info else None,
+            "kv_cells": info.kv_cells if info else None,
+            "versions": json.dumps(self._versions()),
+            "clock_offset_s": self._offset_s,
+            "model_load_s": self._hosts.load_s,
+            "host_restarts": self._hosts.restarts,
+        }
+
+    def _state(self) -> str:
+        if self._hosts.state != "idle":
+            return self._hosts.state
+        return "busy" if sum(self._hosts.load()) else "idle"
+
+    def _versions(self) -> dict[str, str]:
+        info = self._hosts.info
+        own = {
+            "promptmill": version("promptmill"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        }
+        return own | ({info.engine: info.version} if info else {})
+
+    def _update(self, values: dict[str, Any]) -> None:
+        with writing(self._db) as db:
+            db.execute(sa.update(workers).where(workers.c.id == self._worker_id).values(heartbeat_at=epoch(), **values))
+
+    def _beat_for_ever(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_S):
+            for beat in (self._calibrate, self._heartbeat, *self._beats):
+                try:
+                    beat()
+                except Exception:
+                    # The database or Redis is away; the next beat tries again.
+                    log.warning("heartbeat of %s failed", self._worker_id, exc_info=True)
+
+    def _calibrate(self) -> None:
+        if self._clock_offset is not None and time.monotonic() - self._calibrated_at >= CALIBRATE_S:
+            self._offset_s = self._clock_offset()
+            self._calibrated_at = time.monotonic()
+
+    def _heartbeat(self) -> None:
+        self._update(self._row())
+        with writing(self._db) as db:
+            db.execute(sa.insert(worker_samples).values(self._sample(db)))
+
+    def _sample(self, db: sa.Connection) -> dict[str, Any]:
+        active, waiting = self._hosts.load()
+        seconds, memory = self._process_use()
+        now = time.time()
+        return {
+            "worker_id": self._worker_id,
+            "at": db.execute(sa.select(epoch())).scalar(),
+            "cpu_ratio": self._rate("_cpu", now, seconds),
+            "memory_bytes": memory,
+            "active_sequences": active,
+            "waiting_requests": waiting,
+            "slots": self._hosts.slots,
+            "output_tps": self._rate("_tokens", now, self._output_tokens(db)),
+        }
+
+    def _rate(self, name: str, now: float, value: float) -> float | None:
+        """Change of ``value`` per second since the last sample; None for the first one."""
+        before = getattr(self, name)
+        setattr(self, name, (now, value))
+        if before is None or now <= before[0]:
+            return None
+        return float(max(0.0, (value - before[1]) / (now - before[0])))
+
+    def _output_tokens(self, db: sa.Connection) -> int:
+        """Tokens of the answers in chunks that this worker holds or was the last to hold."""
+        total = db.execute(
+            sa.select(sa.func.sum(chunks.c.output_tokens)).where(
+                chunks.c.worker_id == self._worker_id, chunks.c.job_id.in_(self._recent_jobs())
+            )
+        ).scalar()
+        return int(total or 0)
+
+    def _recent_jobs(self) -> sa.Select[tuple[str]]:
+        from promptmill.tables import jobs
+
+        return sa.select(jobs.c.id).where(sa.or_(jobs.c.finished_at.is_(None), jobs.c.finished_at > epoch() - 3600))
+
+    def _process_use(self) -> tuple[float, int]:
+        """CPU seconds used and bytes resident, of this process and its host."""
+        seconds, memory = 0.0, 0
+        for pid in (os.getpid(), self._hosts.pid):
+            try:
+                process = psutil.Process(pid)
+                times = process.cpu_times()
+                seconds += times.user + times.system
+                memory += process.memory_info().rss
+            except (psutil.Error, TypeError):
+                continue
+        return seconds, memory

@@ -1,0 +1,134 @@
+"""What happens to one chunk, top to bottom: rows become requests, the host answers, the ledger records."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from promptmill.prompts import Template, resolve_sampling, to_request
+from promptmill.task_file import parse_task
+
+from promptmill.errors import PromptmillError
+from promptmill.ledger import JobSpec, Ledger, Standing
+from promptmill.types import ErrorClass, Failed, Lease, Request, Result
+from promptmill_workers.host import HostDied, Session
+from promptmill_workers.host_keeper import HostKeeper
+
+log = logging.getLogger("promptmill.worker")
+
+#: Chunks a worker holds at once, so that its batch never drains at a chunk's end.
+CHUNKS_AT_ONCE = 2
+
+#: Seconds between renewals of a lease: five may fail before somebody else takes the chunk.
+RENEW_S = 5.0
+
+#: Seconds between looks at whether the job was cancelled or the worker told to stop.
+WATCH_S = 0.5
+
+
+@dataclass(slots=True)
+class Stop:
+    """Tells the chunks of this process to end: first what waits is given back, then what runs."""
+
+    draining: threading.Event = field(default_factory=threading.Event)
+    abandoning: threading.Event = field(default_factory=threading.Event)
+
+
+class ChunkRunner:
+    """Runs chunks of any job on the hosts of one device. Its threads may run several chunks at once."""
+
+    def __init__(self, ledger: Ledger, hosts: HostKeeper, stop: Stop) -> None:
+        self._ledger = ledger
+        self._hosts = hosts
+        self._stop = stop
+        self._specs: dict[str, tuple[JobSpec, Template | None]] = {}
+
+    def run(self, lease: Lease) -> None:
+        """Answer the leased rows that have no result yet, record each, and close the attempt."""
+        ledger, hosts = self._ledger, self._hosts
+        requests, failures = self._requests(lease)
+        limits = {request.row: request.sampling.max_tokens for request in requests}
+        ledger.record(lease, [(failure, 0) for failure in failures])
+        try:
+            with (
+                hosts.session(lease.model, lease.context_tokens) as session,
+                watching(ledger, lease, session, self._stop),
+            ):
+                for batch in session.answer(requests):
+                    ledger.record(lease, [(result, limits[result.row]) for result in batch])
+                counters, slots = session.counters(), hosts.slots
+        except HostDied as death:
+            if self._stop.abandoning.is_set():
+                ledger.release(lease)
+                return
+            log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
+            hosts.replace_dead()
+            ledger.fail(lease, ErrorClass.ENGINE_CRASH, str(death))
+        except PromptmillError as problem:
+            log.error("job %s: %s", lease.chunk.job_id, problem.message)
+            ledger.stop(lease.chunk.job_id, problem.message)
+            ledger.release(lease)
+        else:
+            if not ledger.finish(lease, counters, slots):
+                ledger.release(lease, counters, slots)
+
+    def _requests(self, lease: Lease) -> tuple[list[Request], list[Result]]:
+        """The rows to be answered, and those that cannot even be rendered."""
+        spec, template = self._spec(lease.chunk.job_id)
+        requests: list[Request] = []
+        failures: list[Result] = []
+        for row in self._ledger.pending(lease):
+            try:
+                sampling = resolve_sampling(spec.sampling, row.sampling)
+                requests.append(
+                    to_request(row.row, row.custom_id, row.input, row.meta, sampling, template, spec.system_prompt)
+                )
+            except PromptmillError as problem:
+                failures.append(Failed(row.row, ErrorClass.INVALID_REQUEST, problem.message))
+        return requests, failures
+
+    def _spec(self, job_id: str) -> tuple[JobSpec, Template | None]:
+        """What never changes about a job: read and parsed once."""
+        if job_id not in self._specs:
+            spec = self._ledger.job_spec(job_id)
+            task = parse_task(spec.task_text, spec.task_name or "task") if spec.task_text else None
+            self._specs[job_id] = spec, task.template if task else None
+        return self._specs[job_id]
+
+
+@contextmanager
+def watching(ledger: Ledger, lease: Lease, session: Session, stop: Stop) -> Iterator[None]:
+    """Beside the work, in a thread: renew the lease, and tell the session when its work is no longer wanted."""
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(ledger, lease, session, stop, ended), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _watch(ledger: Ledger, lease: Lease, session: Session, stop: Stop, ended: threading.Event) -> None:
+    since_renewal, drained = 0.0, False
+    while not ended.wait(WATCH_S):
+        try:
+            since_renewal += WATCH_S
+            if since_renewal >= RENEW_S:
+                standing, since_renewal = ledger.renew(lease), 0.0
+            else:
+                standing = ledger.standing(lease)
+            if stop.abandoning.is_set() or standing is not Standing.HELD:
+                session.abandon()
+                return
+            if stop.draining.is_set() and not drained:
+                session.drain()
+                drained = True
+        except OSError:
+            return  # The host is gone; the thread that reads from it knows and reacts.
+        except Exception:
+            # The database may come back before the lease ends; if not, another worker takes the chunk.
+            log.exception("chunk %s/%d: could not renew the lease", lease.chunk.job_id, lease.chunk.number)
