@@ -382,34 +382,35 @@ class Ledger:
         """Replace a chunk by pieces, so that one poisonous request parts from its neighbours.
 
         A piece has one attempt left before it is split in turn: the search for the bad request costs few crashes.
+        The chunk itself stays with no rows, for its attempts to refer to; its fencing number is never used again.
         """
         # Two chunks of one job split at once would choose the same numbers.
         db.execute(sa.select(jobs.c.id).where(jobs.c.id == chunk.job_id).with_for_update())
         parent = db.execute(sa.select(chunks).where(_is(chunk))).one()
-        size = max(1, -(-parent.rows // SPLIT_PIECES))
-        spans = [(first, min(size, parent.first_row + parent.rows - first))
-                 for first in range(parent.first_row, parent.first_row + parent.rows, size)]  # fmt: skip
         last = db.execute(sa.select(sa.func.max(chunks.c.number)).where(chunks.c.job_id == chunk.job_id)).scalar()
         assert last is not None
-        for index, (first, count) in enumerate(spans):
-            ok, errors, tokens = _counts_between(db, chunk.job_id, first, count)
-            state = ChunkState.DONE if ok + errors == count else ChunkState.QUEUED
-            values = {
-                "first_row": first, "rows": count, "state": state.value, "ok": ok, "errors": errors,
-                "output_tokens": tokens,
-            }  # fmt: skip
-            if index == 0:
-                db.execute(sa.update(chunks).where(_is(chunk)).values(attempt=self._max_attempts - 1, **values))
-            else:
-                db.execute(
-                    sa.insert(chunks).values(
-                        job_id=chunk.job_id,
-                        number=last + index,
-                        attempt=self._max_attempts - 1,
-                        last_error=parent.last_error,
-                        **values,
-                    )
+        for number, span in enumerate(_pieces(parent.first_row, parent.rows), start=last + 1):
+            ok, errors, tokens = _counts_between(db, chunk.job_id, span)
+            state = ChunkState.DONE if ok + errors == len(span) else ChunkState.QUEUED
+            db.execute(
+                sa.insert(chunks).values(
+                    job_id=chunk.job_id,
+                    number=number,
+                    first_row=span.start,
+                    rows=len(span),
+                    state=state.value,
+                    attempt=self._max_attempts - 1,
+                    ok=ok,
+                    errors=errors,
+                    output_tokens=tokens,
+                    last_error=parent.last_error,
                 )
+            )
+        db.execute(
+            sa.update(chunks)
+            .where(_is(chunk))
+            .values(state=ChunkState.DONE.value, rows=0, ok=0, errors=0, output_tokens=0)
+        )
 
     def _give_up(
         self, db: Connection, chunk: ChunkId, row: int, attempt: int, error_class: ErrorClass, message: str
@@ -630,15 +631,22 @@ def _counts(db: Connection, job_id: str) -> tuple[int, int]:
     return int(ok or 0), int(errors or 0)
 
 
-def _counts_between(db: Connection, job_id: str, first: int, count: int) -> tuple[int, int, int]:
-    """Answers, errors and output tokens stored for ``count`` rows from ``first`` on."""
+def _pieces(first_row: int, rows: int) -> list[range]:
+    """A chunk's rows in SPLIT_PIECES runs, or one each."""
+    size = max(1, -(-rows // SPLIT_PIECES))
+    end = first_row + rows
+    return [range(start, min(start + size, end)) for start in range(first_row, end, size)]
+
+
+def _counts_between(db: Connection, job_id: str, span: range) -> tuple[int, int, int]:
+    """Answers, errors and output tokens stored for the rows of ``span``."""
     is_ok = results.c.state == "ok"
     ok, total, tokens = db.execute(
         sa.select(
             sa.func.sum(sa.case((is_ok, 1), else_=0)),
             sa.func.count(),
             sa.func.sum(sa.case((is_ok, results.c.output_tokens), else_=0)),
-        ).where(results.c.job_id == job_id, results.c.row.between(first, first + count - 1))
+        ).where(results.c.job_id == job_id, results.c.row.between(span.start, span.stop - 1))
     ).one()
     return int(ok or 0), int(total) - int(ok or 0), int(tokens or 0)
 

