@@ -1,0 +1,233 @@
+"""Every figure a report prints: its name, unit, kind, which way is better, and how it is computed from rows.
+
+A figure that is not here cannot be printed: reports take labels, units and digits from this table. Two figures may be
+set against each other only when their kinds are equal, so that a prefill rate never meets an end-to-end rate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Unit(StrEnum):
+    """What a number counts. Part of the figure itself, not of its label."""
+
+    SECONDS = "s"
+    TOKENS = "tok"
+    REQUESTS = "requests"
+    SEQUENCES = "sequences"
+    BYTES = "B"
+    REQUESTS_PER_SECOND = "requests/s"
+    TOKENS_PER_SECOND = "tok/s"
+    SHARE = "%"
+
+
+class Kind(StrEnum):
+    """What a figure is about: comparable figures are of one kind."""
+
+    COUNT = "count"
+    WALL_TIME = "wall time"
+    SERVICE_TIME = "service time"
+    QUEUE_TIME = "queue time"
+    REQUEST_RATE = "request rate of the job"
+    OUTPUT_RATE = "output token rate of the job"
+    TOTAL_RATE = "computed token rate of the job"
+    PREFILL_RATE = "prefill rate of the engine"
+    DECODE_RATE = "decode rate of the engine"
+    OCCUPANCY = "occupancy"
+    LENGTH = "length of answers"
+    CACHE = "prompt tokens not computed again"
+    SUCCESS = "requests answered"
+    QUALITY = "answers that are right"
+    MEMORY = "memory"
+
+
+class Better(StrEnum):
+    """Which way is better; a count of what was asked is neither."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    NEITHER = "neither"
+
+
+#: Percentiles of every distribution, and the fewest values that give a two-sided 95 % interval for each: below, a
+#: percentile is shown dimmed, with this number beside it.
+PERCENTILES: dict[str, tuple[float, int]] = {"p50": (50, 6), "p90": (90, 36), "p95": (95, 72), "p99": (99, 368)}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure. ``formula`` is in terms of columns of ``results`` (of ok rows unless it says otherwise)."""
+
+    name: str
+    label: str
+    unit: Unit
+    kind: Kind
+    better: Better
+    formula: str
+    #: Fewest values behind the figure for it to say anything.
+    min_n: int = 1
+
+    def text(self, value: float | None) -> str:
+        """``value`` for people, without its unit; a dash for what was not measured."""
+        if value is None or math.isnan(value):
+            return "–"
+        if self.unit is Unit.SHARE:
+            return f"{100 * value:.1f}"
+        if self.unit is Unit.BYTES:
+            return f"{value / 2**20:,.0f}"
+        return whole(value) if self.unit in _WHOLE and float(value).is_integer() else digits(value)
+
+    @property
+    def shown_unit(self) -> str:
+        return "MiB" if self.unit is Unit.BYTES else str(self.unit)
+
+
+_WHOLE = frozenset({Unit.TOKENS, Unit.REQUESTS, Unit.SEQUENCES})
+
+
+def whole(value: float) -> str:
+    return f"{int(value):,}"
+
+
+def digits(value: float) -> str:
+    """Three significant digits, and never fewer than the whole number: 0.0123, 4.56, 78.9, 12,345."""
+    if value == 0:
+        return "0"
+    decimals = max(0, min(6, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:,.{decimals}f}"
+
+
+def comparable(one: Metric, other: Metric) -> bool:
+    """Whether two figures may be set against each other."""
+    return one.kind is other.kind and one.unit is other.unit
+
+
+_COUNT, _NEITHER, _HIGHER, _LOWER = Kind.COUNT, Better.NEITHER, Better.HIGHER, Better.LOWER
+_WALL = "(max finished_at - min admitted_at over all rows that had a slot)"
+
+_ALL = (
+    Metric("rows", "rows", Unit.REQUESTS, _COUNT, _NEITHER, "jobs.rows: lines of the dataset in this job"),
+    Metric("attempted", "attempted", Unit.REQUESTS, _COUNT, _NEITHER, "rows of results, whatever their state"),
+    Metric("ok", "ok", Unit.REQUESTS, _COUNT, _HIGHER, "rows of results with state ok"),
+    Metric("errors", "errors", Unit.REQUESTS, _COUNT, _LOWER, "rows of results with state error, cancelled included"),
+    Metric("cancelled", "cancelled", Unit.REQUESTS, _COUNT, _NEITHER, "errors of class cancelled"),
+    Metric("cut_off", "cut off", Unit.REQUESTS, _COUNT, _LOWER, "ok rows with finish_reason length"),
+    Metric("success_rate", "success", Unit.SHARE, Kind.SUCCESS, _HIGHER, "ok / attempted"),
+    Metric("wall_s", "wall", Unit.SECONDS, Kind.WALL_TIME, _LOWER, _WALL),
+    Metric("items_per_s", "requests/s", Unit.REQUESTS_PER_SECOND, Kind.REQUEST_RATE, _HIGHER, "ok / wall_s"),
+    Metric("output_tps", "output", Unit.TOKENS_PER_SECOND, Kind.OUTPUT_RATE, _HIGHER, "sum of output_tokens / wall_s"),
+    Metric(
+        "total_tps",
+        "prompt computed + output",
+        Unit.TOKENS_PER_SECOND,
+        Kind.TOTAL_RATE,
+        _HIGHER,
+        "sum of (prompt_tokens - cached_tokens + output_tokens) / wall_s",
+    ),
+    Metric(
+        "prefill_tps",
+        "prefill",
+        Unit.TOKENS_PER_SECOND,
+        Kind.PREFILL_RATE,
+        _HIGHER,
+        "sum of attempts.prefill_tokens / sum of attempts.prefill_s: computed prompt tokens per second of prefill",
+    ),
+    Metric(
+        "decode_tps",
+        "decode",
+        Unit.TOKENS_PER_SECOND,
+        Kind.DECODE_RATE,
+        _HIGHER,
+        "sum of attempts.decode_tokens / sum of attempts.decode_s: tokens per second of decoding",
+    ),
+    Metric("prompt_tokens", "prompt", Unit.TOKENS, _COUNT, _NEITHER, "sum of prompt_tokens"),
+    Metric("cached_tokens", "cached", Unit.TOKENS, _COUNT, _NEITHER, "sum of cached_tokens"),
+    Metric("output_tokens", "output", Unit.TOKENS, _COUNT, _NEITHER, "sum of output_tokens"),
+    Metric("reasoning_tokens", "reasoning", Unit.TOKENS, _COUNT, _NEITHER, "sum of reasoning_tokens (part of output)"),
+    Metric(
+        "wasted_tokens",
+        "wasted",
+        Unit.TOKENS,
+        _COUNT,
+        _LOWER,
+        "sum of attempts.wasted_tokens: sampled for requests that were cancelled or failed, and in no answer",
+    ),
+    Metric("mean_output_tokens", "mean answer", Unit.TOKENS, Kind.LENGTH, _NEITHER, "output_tokens / ok"),
+    Metric("cached_share", "cached share", Unit.SHARE, Kind.CACHE, _HIGHER, "cached_tokens / prompt_tokens"),
+    Metric(
+        "mean_active",
+        "mean active",
+        Unit.SEQUENCES,
+        Kind.OCCUPANCY,
+        _HIGHER,
+        "sum of (finished_at - admitted_at) over all rows that had a slot / wall_s",
+    ),
+    Metric(
+        "peak_active",
+        "peak active",
+        Unit.SEQUENCES,
+        Kind.OCCUPANCY,
+        _NEITHER,
+        "most rows between admitted_at and finished_at at one time",
+    ),
+    Metric("slots", "slots", Unit.SEQUENCES, _COUNT, _NEITHER, "most slots of workers with rows at one time"),
+    Metric(
+        "starved_share",
+        "starved",
+        Unit.SHARE,
+        Kind.OCCUPANCY,
+        _LOWER,
+        "sum of attempts.starved_s (a slot free while requests waited) / (prefill_s + decode_s + overhead_s + idle_s)",
+    ),
+    Metric(
+        "idle_share",
+        "idle",
+        Unit.SHARE,
+        Kind.OCCUPANCY,
+        _LOWER,
+        "sum of attempts.idle_s / (prefill_s + decode_s + overhead_s + idle_s)",
+    ),
+    Metric("latency_s", "latency", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER, "finished_at - admitted_at of each row", 6),
+    Metric("ttft_s", "TTFT", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER, "first_token_at - admitted_at of each row", 6),
+    Metric(
+        "tpot_s",
+        "TPOT",
+        Unit.SECONDS,
+        Kind.SERVICE_TIME,
+        _LOWER,
+        "(finished_at - first_token_at) / (output_tokens - 1) of each row with output_tokens >= 2",
+        6,
+    ),
+    Metric("queue_s", "queue", Unit.SECONDS, Kind.QUEUE_TIME, _LOWER, "admitted_at - enqueued_at of each row", 6),
+    Metric(
+        "accuracy",
+        "accuracy",
+        Unit.SHARE,
+        Kind.QUALITY,
+        _HIGHER,
+        "right answers / (scored + unparsed + truncated); requests without an answer count in success_rate instead",
+    ),
+    Metric(
+        "majority_baseline",
+        "majority",
+        Unit.SHARE,
+        Kind.QUALITY,
+        _NEITHER,
+        "share of the commonest expected label: the accuracy of always giving it",
+    ),
+    Metric("memory_bytes", "memory", Unit.BYTES, Kind.MEMORY, _LOWER, "max of worker_samples.memory_bytes (RSS)"),
+    Metric(
+        "device_memory_bytes",
+        "device memory",
+        Unit.BYTES,
+        Kind.MEMORY,
+        _LOWER,
+        "max of worker_samples.device_memory_bytes",
+    ),
+)
+
+#: Name -> figure.
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -1,0 +1,124 @@
+"""What the engines say they did, from the counters of ``attempts``: the other side of the books."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from promptmill.reports.distributions import covered_s
+
+#: Parts of an engine's time, in the order they are printed.
+PARTS = ("prefill_s", "decode_s", "overhead_s", "idle_s")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBudget:
+    """One worker's time on this job: ``wall_s`` with a lease, and what its engine did then (PARTS)."""
+
+    worker_id: str
+    wall_s: float
+    parts_s: tuple[float, ...]
+    measured: bool
+
+    @property
+    def accounted_s(self) -> float | None:
+        return sum(self.parts_s) if self.measured else None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Counters of all attempts of a job. None: not measured; ``missing`` says why the books cannot be closed."""
+
+    workers: tuple[WorkerBudget, ...]
+    prefill_tokens: int | None
+    prefill_s: float | None
+    decode_tokens: int | None
+    decode_s: float | None
+    starved_s: float | None
+    generated_tokens: int | None
+    wasted_tokens: int | None
+    missing: str | None
+
+    @property
+    def prefill_tps(self) -> float | None:
+        return _ratio(self.prefill_tokens, self.prefill_s)
+
+    @property
+    def decode_tps(self) -> float | None:
+        return _ratio(self.decode_tokens, self.decode_s)
+
+    @property
+    def starved_share(self) -> float | None:
+        return _ratio(self.starved_s, self._engine_s)
+
+    @property
+    def idle_share(self) -> float | None:
+        return _ratio(sum(each.parts_s[-1] for each in self.workers if each.measured), self._engine_s)
+
+    @property
+    def _engine_s(self) -> float:
+        return sum(each.accounted_s or 0.0 for each in self.workers)
+
+
+def budget(attempts: Sequence[sa.Row[Any]], shared: int) -> Budget:
+    """The sums over a job's attempts. The books close only when every attempt has ended with its counters.
+
+    ``shared``: attempts of other jobs that ran on the same engines meanwhile; counters are of an engine, not of a job.
+    """
+    counted = [each for each in attempts if each.decode_tokens is not None]
+    missing = _missing(attempts, shared)
+    return Budget(
+        workers=tuple(_worker_budgets(attempts)),
+        prefill_tokens=_total(counted, "prefill_tokens"),
+        prefill_s=_total(counted, "prefill_s"),
+        decode_tokens=_total(counted, "decode_tokens"),
+        decode_s=_total(counted, "decode_s"),
+        starved_s=_total(counted, "starved_s"),
+        generated_tokens=None if missing else _total(counted, "decode_tokens"),
+        wasted_tokens=_total(counted, "wasted_tokens"),
+        missing=missing,
+    )
+
+
+def _missing(attempts: Sequence[sa.Row[Any]], shared: int) -> str | None:
+    running = sum(each.ended_at is None for each in attempts)
+    uncounted = sum(each.ended_at is not None and each.decode_tokens is None for each in attempts)
+    if running:
+        return f"not measured: {running:,} of {len(attempts):,} attempts still run"
+    if uncounted:
+        return f"not measured: {uncounted:,} of {len(attempts):,} attempts ended without counters"
+    if shared:
+        return "not measured: other jobs ran on the same engines"
+    return None if attempts else "not measured"
+
+
+def _worker_budgets(attempts: Sequence[sa.Row[Any]]) -> list[WorkerBudget]:
+    by_worker: dict[str, list[sa.Row[Any]]] = defaultdict(list)
+    for each in attempts:
+        by_worker[each.worker_id].append(each)
+    return [_worker_budget(worker_id, own) for worker_id, own in sorted(by_worker.items())]
+
+
+def _worker_budget(worker_id: str, attempts: Sequence[sa.Row[Any]]) -> WorkerBudget:
+    ended = [each for each in attempts if each.ended_at is not None]
+    return WorkerBudget(
+        worker_id=worker_id,
+        wall_s=covered_s([(each.started_at, each.ended_at) for each in ended]),
+        parts_s=tuple(sum(getattr(each, part) or 0.0 for each in ended) for part in PARTS),
+        measured=len(ended) == len(attempts)
+        and bool(ended)
+        and all(getattr(each, part) is not None for each in ended for part in PARTS),
+    )
+
+
+def _total(attempts: Sequence[sa.Row[Any]], name: str) -> Any:
+    values = [getattr(each, name) for each in attempts if getattr(each, name) is not None]
+    return sum(values) if values else None
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None

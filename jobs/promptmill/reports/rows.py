@@ -1,0 +1,223 @@
+"""What a report reads: a job's rows as sums per group, as columns of numbers, and as attempts of workers.
+
+Sums are made by the database; single values come in one streaming pass, 8 bytes each, so that a million rows take
+50 MB and a few seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+from sqlalchemy.engine import Connection, Engine
+
+from promptmill.database import reading
+from promptmill.errors import UnknownName
+from promptmill.tables import attempts, jobs, results, worker_samples, workers
+
+Floats = NDArray[np.float64]
+
+#: Rows fetched at a time.
+FETCH_ROWS = 20_000
+
+#: Seconds by which two clocks may disagree before a row counts as out of order: SQLite's clock ticks in milliseconds,
+#: and clocks of different machines are set by Redis to a few more.
+CLOCK_TOLERANCE_S = 0.010
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sums over the rows of one worker, state, finish reason and error class. ``timed`` rows had a slot."""
+
+    worker_id: str | None
+    state: str
+    finish_reason: str | None
+    error_class: str | None
+    rows: int
+    timed: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    first_admitted_at: float | None
+    last_finished_at: float | None
+    over_max_tokens: int
+    over_cached: int
+    #: Rows whose stamps of one worker are out of order.
+    disordered: int
+    #: Rows admitted before they were enqueued, by more than clocks may disagree.
+    early: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Columns of rows that had a slot, all of one length. Seconds since the epoch; NaN where a stamp is missing."""
+
+    enqueued_at: Floats
+    admitted_at: Floats
+    first_token_at: Floats
+    finished_at: Floats
+    output_tokens: Floats
+
+    def __len__(self) -> int:
+        return len(self.admitted_at)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorExample:
+    """The first row that failed in one way."""
+
+    error_class: str
+    row: int
+    message: str
+
+    def to_json(self) -> dict[str, str | int]:
+        return {"class": self.error_class, "row": self.row, "message": self.message}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that was read, of one moment."""
+
+    job: sa.Row[Any]
+    groups: tuple[Group, ...]
+    ok: Series
+    failed: Series
+    examples: tuple[ErrorExample, ...]
+    attempts: tuple[sa.Row[Any], ...]
+    #: Attempts of other jobs on the same workers at the same time.
+    shared: int
+    workers: tuple[sa.Row[Any], ...]
+    #: Worker -> most memory and most device memory, in bytes, of its samples while the job ran.
+    memory: Mapping[str, tuple[int | None, int | None]]
+
+
+@contextmanager
+def consistent(db: Engine | Connection) -> Iterator[Connection]:
+    """A connection that sees one state of the database."""
+    if isinstance(db, Connection):
+        yield db
+    else:
+        with reading(db) as connection:
+            yield connection
+
+
+def read_facts(db: Connection, job_id: str) -> Facts:
+    """All that a report needs but the answers. Raises :class:`UnknownName` when there is no such job."""
+    job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    if job is None:
+        raise UnknownName(f"there is no job {job_id}", hint="'promptmill list' shows the jobs.")
+    groups = _groups(db, job_id)
+    tried = tuple(db.execute(sa.select(attempts).where(attempts.c.job_id == job_id)).all())
+    ids = sorted({each.worker_id for each in tried} | {each.worker_id for each in groups if each.worker_id})
+    return Facts(
+        job=job,
+        groups=groups,
+        ok=_series(db, job_id, "ok"),
+        failed=_series(db, job_id, "error"),
+        examples=_examples(db, job_id),
+        attempts=tried,
+        shared=_shared(db, job_id, tried),
+        workers=tuple(db.execute(sa.select(workers).where(workers.c.id.in_(ids)).order_by(workers.c.id)).all()),
+        memory=_memory(db, ids, groups),
+    )
+
+
+def _groups(db: Connection, job_id: str) -> tuple[Group, ...]:
+    each = results.c
+    key = (each.worker_id, each.state, each.finish_reason, each.error_class)
+    had_slot = sa.and_(each.admitted_at.is_not(None), each.finished_at.is_not(None))
+    disordered = sa.or_(each.first_token_at < each.admitted_at, each.finished_at < each.first_token_at)
+    query = (
+        sa.select(
+            *key,
+            sa.func.count(),
+            sa.func.count().filter(had_slot),
+            *(_sum(column) for column in (each.prompt_tokens, each.cached_tokens)),
+            *(_sum(column) for column in (each.output_tokens, each.reasoning_tokens)),
+            sa.func.min(each.admitted_at).filter(had_slot),
+            sa.func.max(each.finished_at).filter(had_slot),
+            sa.func.count().filter(each.output_tokens > each.max_tokens),
+            sa.func.count().filter(each.cached_tokens > each.prompt_tokens),
+            sa.func.count().filter(disordered),
+            sa.func.count().filter(each.enqueued_at > each.admitted_at + CLOCK_TOLERANCE_S),
+        )
+        .where(each.job_id == job_id)
+        .group_by(*key)
+        .order_by(*(sa.func.coalesce(column, "") for column in key))
+    )
+    return tuple(Group(*row) for row in db.execute(query))
+
+
+def _sum(column: sa.Column[int]) -> sa.ColumnElement[int]:
+    # PostgreSQL sums integers to bigint; of nothing, both sum to NULL.
+    return sa.func.coalesce(sa.func.sum(column), 0)
+
+
+def _series(db: Connection, job_id: str, state: str) -> Series:
+    each = results.c
+    columns = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at, each.output_tokens)
+    query = sa.select(*columns).where(
+        each.job_id == job_id,
+        each.state == state,
+        each.admitted_at.is_not(None),
+        each.finished_at.is_not(None),
+    )
+    parts: list[list[Floats]] = [[np.empty(0)] for _ in columns]
+    streamed = db.execute(query, execution_options={"yield_per": FETCH_ROWS})
+    for rows in streamed.partitions():
+        # zip of rows is a transposition; None becomes NaN.
+        for part, values in zip(parts, zip(*rows, strict=True), strict=True):
+            part.append(np.array(values, dtype=np.float64))
+    return Series(*(np.concatenate(part) for part in parts))
+
+
+def _examples(db: Connection, job_id: str) -> tuple[ErrorExample, ...]:
+    """For each error class the row that comes first in the dataset."""
+    each = results.c
+    first = (
+        sa.select(sa.func.min(each.row))
+        .where(each.job_id == job_id, each.state == "error")
+        .group_by(each.error_class)
+        .scalar_subquery()
+    )
+    query = (
+        sa.select(each.error_class, each.row, each.error_message)
+        .where(each.job_id == job_id, each.row.in_(first))
+        .order_by(each.error_class)
+    )
+    return tuple(ErrorExample(name or "internal", row, message or "") for name, row, message in db.execute(query))
+
+
+def _shared(db: Connection, job_id: str, tried: tuple[sa.Row[Any], ...]) -> int:
+    if not tried:
+        return 0
+    each = attempts.c
+    begin = min(attempt.started_at for attempt in tried)
+    end = max(attempt.ended_at or attempt.started_at for attempt in tried)
+    query = sa.select(sa.func.count()).where(
+        each.worker_id.in_({attempt.worker_id for attempt in tried}),
+        each.job_id != job_id,
+        each.started_at < end,
+        sa.func.coalesce(each.ended_at, end) > begin,
+    )
+    return int(db.execute(query).scalar_one())
+
+
+def _memory(db: Connection, ids: list[str], groups: tuple[Group, ...]) -> dict[str, tuple[int | None, int | None]]:
+    begins = [group.first_admitted_at for group in groups if group.first_admitted_at is not None]
+    ends = [group.last_finished_at for group in groups if group.last_finished_at is not None]
+    if not begins or not ends:
+        return {}
+    each = worker_samples.c
+    query = (
+        sa.select(each.worker_id, sa.func.max(each.memory_bytes), sa.func.max(each.device_memory_bytes))
+        .where(each.worker_id.in_(ids), each.at.between(min(begins), max(ends)))
+        .group_by(each.worker_id)
+    )
+    return {worker: (memory, device) for worker, memory, device in db.execute(query)}

@@ -1,0 +1,226 @@
+"""A job's answers against what was expected: one pass over its rows, all scorers of the task at once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from promptmill.errors import TaskFileError
+from promptmill.registry import resolve
+from promptmill.scorers import SCORERS, JsonObject, Outcome, Scorer
+from promptmill.scorers.extraction import classify
+from promptmill.scorers.intervals import wilson
+from promptmill.tables import requests, results
+
+if TYPE_CHECKING:
+    from promptmill.task_file import Task
+
+#: Rows fetched at a time.
+FETCH_ROWS = 5_000
+
+#: Most different expected labels that are listed: more are not classes.
+MOST_CLASSES = 20
+
+#: Different expected objects that are remembered.
+REMEMBERED = 4096
+
+#: Outcomes in the denominator: an answer that cannot be read is a wrong answer.
+COUNTED = (Outcome.SCORED, Outcome.UNPARSED, Outcome.TRUNCATED)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One figure of quality. ``n`` = scored + unparsed + truncated; ``value`` = correct / n, None of nothing."""
+
+    name: str
+    metric: str
+    n: int
+    correct: int
+    unparsed: int
+    truncated: int
+    abstain: int
+    infra_error: int
+    #: Rows that expect nothing of this field.
+    unlabelled: int
+    #: Expected label, as JSON -> rows of ``n``; empty where there are more than MOST_CLASSES.
+    classes: Mapping[str, int]
+    #: Rows of ``n`` with the commonest expected label.
+    majority: int
+    ci95: tuple[float, float] | None
+
+    @property
+    def value(self) -> float | None:
+        return self.correct / self.n if self.n else None
+
+    @property
+    def majority_baseline(self) -> float | None:
+        """What always giving the commonest label would reach."""
+        return self.majority / self.n if self.n else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric, "value": self.value, "ci95": list(self.ci95) if self.ci95 else None, "n": self.n,
+            "correct": self.correct, "unparsed": self.unparsed, "truncated": self.truncated, "abstain": self.abstain,
+            "infra_error": self.infra_error, "unlabelled": self.unlabelled,
+            "majority_baseline": self.majority_baseline, "classes": dict(self.classes),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a task's answers are read: the keys an object must have, and other names for labels, by field."""
+
+    required: tuple[str, ...] = ()
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def canonical(self, item: JsonObject) -> JsonObject:
+        """``item`` with every label under its own name."""
+        if not self.aliases:
+            return item
+        return {key: self._label(key, value) for key, value in item.items()}
+
+    def _label(self, key: str, value: Any) -> Any:
+        names = self.aliases.get(key, {})
+        return names.get(value, value) if isinstance(value, str) else value
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one scorer over the rows so far."""
+
+    scorer: Scorer
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    correct: int = 0
+    unlabelled: int = 0
+
+    def add(self, outcome: Outcome, output: JsonObject, expected: JsonObject) -> None:
+        """Count one row. ``output`` is read only when ``outcome`` is scored."""
+        if self.scorer.field not in expected:
+            self.unlabelled += 1
+            return
+        if outcome is Outcome.SCORED and self.scorer.field not in output:
+            outcome = Outcome.UNPARSED
+        if outcome is Outcome.SCORED:
+            right = self.scorer(output, expected)
+            outcome = Outcome.ABSTAIN if right is None else outcome
+            self.correct += bool(right)
+        self.outcomes[outcome] += 1
+        if outcome in COUNTED:
+            self.labels[_label(expected[self.scorer.field])] += 1
+
+    def score(self, name: str) -> Score:
+        n = sum(self.outcomes[outcome] for outcome in COUNTED)
+        return Score(
+            name=name,
+            metric=self.scorer.metric,
+            n=n,
+            correct=self.correct,
+            unparsed=self.outcomes[Outcome.UNPARSED],
+            truncated=self.outcomes[Outcome.TRUNCATED],
+            abstain=self.outcomes[Outcome.ABSTAIN],
+            infra_error=self.outcomes[Outcome.INFRA_ERROR],
+            unlabelled=self.unlabelled,
+            classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
+            majority=max(self.labels.values(), default=0),
+            ci95=wilson(self.correct, n),
+        )
+
+
+def _label(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def build(entries: Sequence[Mapping[str, Any]]) -> dict[str, Scorer]:
+    """Scorers by the name their figure gets: the entry's ``as``, else its field.
+
+    ``entries``: ``{scorer: FIELD, option: value, ...}`` each. Raises :class:`TaskFileError`.
+    """
+    built: dict[str, Scorer] = {}
+    for entry in entries:
+        kind, target, options = _parts(entry)
+        scorer = _make(kind, target, {key: value for key, value in options.items() if key != "as"})
+        name = str(options.get("as", target))
+        if name in built:
+            raise TaskFileError(f"two scores are called '{name}'", hint="Give one of them another name with 'as'.")
+        built[name] = scorer
+    return built
+
+
+def _parts(entry: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Kind, field and options of an entry. The kind is its first key."""
+    (kind, target), *options = entry.items()
+    return kind, str(target), dict(options)
+
+
+def _make(kind: str, target: str, options: dict[str, Any]) -> Scorer:
+    make = resolve("scorer", kind, SCORERS)
+    try:
+        scorer: Scorer = make(target, **options)
+    except TypeError as problem:
+        raise TaskFileError(f"scorer '{kind}' of '{target}' does not know {', '.join(options)}") from problem
+    return scorer
+
+
+def score_rows(
+    rows: Iterator[tuple[str, str | None, str | None, str | None]], scorers: Mapping[str, Scorer], rules: Rules
+) -> dict[str, Score]:
+    """Scores of ``rows``: (state, text, finish_reason, expected as JSON) each."""
+    tallies = {name: Tally(scorer) for name, scorer in scorers.items()}
+    for state, text, finish_reason, expected in rows:
+        wanted = rules.canonical(_expected(expected))
+        outcome, output = _judged(state, text, finish_reason, rules)
+        for tally in tallies.values():
+            tally.add(outcome, output, wanted)
+    return {name: tally.score(name) for name, tally in tallies.items()}
+
+
+def _judged(state: str, text: str | None, finish_reason: str | None, rules: Rules) -> tuple[Outcome, JsonObject]:
+    if state != "ok":
+        return Outcome.INFRA_ERROR, {}
+    outcome, output = classify(text, finish_reason, rules.required)
+    return outcome, rules.canonical(output)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _expected(text: str | None) -> JsonObject:
+    """The expected object; of anything else no field can be scored."""
+    value = json.loads(text) if text else None
+    return value if isinstance(value, dict) else {}
+
+
+def rules_of(task: Task, scorers: Mapping[str, Scorer]) -> Rules:
+    """How the answers of ``task`` are read: by its schema, else by the fields that are scored."""
+    schema = task.output.schema if task.output else None
+    required = tuple((schema or {}).get("required", ())) or tuple(sorted({each.field for each in scorers.values()}))
+    return Rules(required, task.output.aliases if task.output else {})
+
+
+def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
+    """The scores that the job's task asks for, over the results that are there; none without a task.
+
+    Raises :class:`TaskFileError` for a task whose scores cannot be computed.
+    """
+    if job.task_text is None:
+        return {}
+    # Parsing a task needs pydantic and a template engine: jobs without one do not wait for them.
+    from promptmill.task_file import parse_task
+
+    task = parse_task(job.task_text, job.task_name or "task")
+    scorers = build(task.scores)
+    if not scorers:
+        return {}
+    query = (
+        sa.select(results.c.state, results.c.text, results.c.finish_reason, requests.c.expected)
+        .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
+        .where(results.c.job_id == job.id)
+    )
+    streamed = db.execute(query, execution_options={"yield_per": FETCH_ROWS})
+    return score_rows((row._tuple() for row in streamed), scorers, rules_of(task, scorers))

@@ -1,0 +1,203 @@
+"""Answers against expectations: what is read from a text, and what the rates rest on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from promptmill.errors import TaskFileError, UnknownName
+from promptmill.scorers import SCORERS, Outcome
+from promptmill.scorers.exact import Exact, same
+from promptmill.scorers.extraction import classify, extract, without_thinking
+from promptmill.scorers.intervals import wilson
+from promptmill.scorers.scoring import Rules, Score, build, score_rows
+
+REQUIRED = ("is_ad",)
+
+Row = tuple[str, str | None, str | None, str | None]
+
+
+def row(answer: str | None, expected: Any = True, finish_reason: str | None = "stop", state: str = "ok") -> Row:
+    return state, answer, finish_reason, json.dumps({"is_ad": expected})
+
+
+def score(*rows: Row, rules: Rules | None = None) -> Score:
+    found: Iterator[Row] = iter(rows)
+    return score_rows(found, {"is_ad": Exact("is_ad")}, rules or Rules(REQUIRED))["is_ad"]
+
+
+YES, NO = '{"is_ad": true}', '{"is_ad": false}'
+
+
+# --- extraction ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"is_ad": true, "score": 5}',
+        '  {"is_ad": true}\n',
+        '<think>It says "subscribe". {"is_ad": false}</think>{"is_ad": true}',
+        '<think>a</think> <think>{"is_ad": false}</think> The answer: {"is_ad": true}',
+        'It was opened in the prompt: {"is_ad": false}</think>\n{"is_ad": true}',
+        'Here it is:\n```json\n{"is_ad": true}\n```\nWas {"is_ad": false} not an option?',
+        '```\n{"is_ad": false}\n```\nor rather\n```JSON\r\n{"is_ad": true}\n```',
+        '```json\n{"label": "ad"}\n```\n{"is_ad": true}',
+        'First {"is_ad": false}, no: {"is_ad": true}. And {"score": 5}, {broken',
+        'wrapped {"answer": {"is_ad": true}}',
+        '{"is_ad": true, "why": {"is_ad": false}} as said',
+        'a brace in a string {"is_ad": true, "why": "} {"}',
+        '答案是：{"is_ad": true}。',
+    ],
+)
+def test_the_object_is_found(text: str) -> None:
+    found = extract(text, REQUIRED)
+    assert found is not None
+    assert found["is_ad"] is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "yes, this is_ad: true",
+        '{"is_ad": tru',
+        '["is_ad"]',
+        "true",
+        '{"score": 5}',
+        '{"is_ad": NaN}',
+        '<think>so {"is_ad": true}',
+        '{"is_ad" true}',
+        "{" * 5_000,
+        '{"a":' * 5_000,
+    ],
+)
+def test_f17_nothing_is_guessed_from_words_in_the_text(text: str) -> None:
+    assert extract(text, REQUIRED) is None
+
+
+def test_thinking_that_is_never_closed_takes_everything_along() -> None:
+    assert without_thinking("a <think>b</think> c <think>d") == "a  c"
+
+
+def test_an_object_must_have_every_required_key() -> None:
+    assert extract('{"is_ad": true}', ("is_ad", "score")) is None
+    assert extract('{"is_ad": true, "score": 5}', ("is_ad", "score")) is not None
+
+
+def test_an_answer_cut_off_before_its_object_ends_is_truncated_and_not_merely_unparsed() -> None:
+    assert classify('{"is_ad": tr', "length", REQUIRED)[0] is Outcome.TRUNCATED
+    assert classify('{"is_ad": tr', "stop", REQUIRED)[0] is Outcome.UNPARSED
+    assert classify(f"{YES} and so on", "length", REQUIRED)[0] is Outcome.SCORED
+    assert classify(None, "stop", REQUIRED)[0] is Outcome.UNPARSED
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (True, True, True), (True, 1, False), (0, False, False), (5, 5.0, True), ("a", "a", True), ("a", "A", False),
+        (None, None, True), (None, False, False), ([1, True], [1, 1], False), ({"a": [1]}, {"a": [1.0]}, True),
+        ({"a": 1}, {"a": 1, "b": 2}, False), ("1", 1, False),
+    ],
+)  # fmt: skip
+def test_values_are_compared_as_json_has_them(one: Any, other: Any, equal: bool) -> None:
+    assert same(one, other) is equal
+
+
+# --- rates -----------------------------------------------------------------------------------------------------------
+
+
+def test_f17_an_unparsed_answer_stays_in_the_denominator() -> None:
+    result = score(row(YES), row(NO), row("an advertisement, surely"), row('{"is_ad": t', finish_reason="length"))
+    assert (result.n, result.correct, result.unparsed, result.truncated) == (4, 1, 1, 1)
+    assert result.value == 0.25
+
+
+def test_a_request_without_an_answer_is_not_a_wrong_answer() -> None:
+    result = score(row(YES), row(None, finish_reason=None, state="error"))
+    assert (result.n, result.infra_error, result.value) == (1, 1, 1.0)
+
+
+def test_rows_that_expect_nothing_are_counted_apart() -> None:
+    result = score(row(YES), ("ok", YES, "stop", None), ("ok", YES, "stop", "7"), ("ok", YES, "stop", '{"score": 1}'))
+    assert (result.n, result.unlabelled) == (1, 3)
+
+
+def test_f9_a_rate_comes_with_its_interval_and_what_the_commonest_label_would_reach() -> None:
+    result = score(row(NO), row(NO))
+    assert result.value == 0.0
+    assert result.ci95 == pytest.approx((0.0, 0.6576), abs=1e-4)
+    mixed = score(row(YES), row(YES, False), row(NO, False))
+    assert mixed.majority_baseline == pytest.approx(2 / 3)
+    assert mixed.classes == {"false": 2, "true": 1}
+
+
+def test_f9_other_names_of_a_label_are_the_label() -> None:
+    rules = Rules(("category",), {"category": {"QQ/微信联系广告": "contact", "联系方式": "contact"}})
+    rows: list[Row] = [("ok", '{"category": "联系方式"}', "stop", '{"category": "QQ/微信联系广告"}')]
+    assert score_rows(iter(rows), {"category": Exact("category")}, rules)["category"].correct == 1
+
+
+def test_an_answer_without_the_scored_field_is_unparsed() -> None:
+    result = score(row('{"score": 5}'), rules=Rules(("score",)))
+    assert (result.n, result.unparsed) == (1, 1)
+
+
+def test_too_many_different_labels_are_not_listed_as_classes() -> None:
+    result = score(*(row(YES, f"label {number}") for number in range(30)))
+    assert result.classes == {}
+    assert result.n == 30
+
+
+def test_a_score_of_no_row_is_no_number() -> None:
+    result = score()
+    assert (result.value, result.ci95, result.majority_baseline, result.n) == (None, None, None, 0)
+
+
+def test_the_order_of_rows_changes_nothing() -> None:
+    rows = [row(YES), row(NO), row("?"), row(YES, False), row(None, state="error")]
+    assert score(*rows) == score(*reversed(rows))
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"), [(0, 2, 0.0, 0.658), (10, 10, 0.722, 1.0), (96, 100, 0.902, 0.984)]
+)
+def test_intervals_are_those_of_wilson(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-4)
+    assert wilson(0, 0) is None
+
+
+# --- task entries ----------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_names_its_scorer_and_its_field_and_may_name_its_figure() -> None:
+    built = build([{"exact": "is_ad"}, {"exact": "score", "as": "stars"}])
+    assert built == {"is_ad": Exact("is_ad"), "stars": Exact("score")}
+
+
+def test_an_unknown_scorer_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UnknownName, match="exact"):
+        build([{"exakt": "is_ad"}])
+
+
+def test_an_unknown_option_and_a_name_given_twice_are_errors() -> None:
+    with pytest.raises(TaskFileError, match="span"):
+        build([{"exact": "is_ad", "span": 5}])
+    with pytest.raises(TaskFileError, match="two scores"):
+        build([{"exact": "is_ad"}, {"exact": "is_ad"}])
+
+
+@pytest.mark.parametrize("kind", sorted(SCORERS))
+def test_every_scorer_says_its_field_and_its_figure(kind: str) -> None:
+    from promptmill.metrics import METRICS
+
+    (scorer,) = build([{kind: "label"}]).values()
+    assert scorer.field == "label"
+    assert scorer.metric in METRICS
+    assert scorer({"label": 1}, {"label": 1}) in (True, None)
