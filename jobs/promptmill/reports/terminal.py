@@ -62,7 +62,7 @@ def _page(summary: Summary, width: int) -> Group:
         sections += _section("Errors", _errors(summary))
     if summary.scores:
         sections += _section("Scores", _scores(summary.scores))
-    if len(summary.workers) > 1:
+    if len(summary.workers) > 1 or any(_measured(each) for each in summary.workers):
         sections += _section("Workers", _workers(summary.workers))
     sections += _section("Checks", _checks(summary.checks))
     return Group(*sections, "", _verdict(summary))
@@ -292,15 +292,22 @@ def _interval(bounds: tuple[float, float]) -> str:
     return f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _workers(workers: Iterable[WorkerShare]) -> Table:
+def _measured(worker: WorkerShare) -> bool:
+    return worker.memory_bytes is not None or worker.device_memory_bytes is not None
+
+
+def _workers(workers: Sequence[WorkerShare]) -> Table:
+    """What each worker did, and the most memory it had: of the process and of the device, which are two things."""
+    memory = ("memory_bytes", "device_memory_bytes") if any(map(_measured, workers)) else ()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("worker", "device got"):
         table.add_column(name, overflow="fold")
-    for name in ("slots", "ok", "errors", "output tok"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for each in workers:
-        numbers = (_number(each.slots), f"{each.ok:,}", f"{each.errors:,}", f"{each.output_tokens:,}")
-        table.add_row(Text(each.id), Text(each.device_got or "unknown"), *numbers)
+    for name in ("slots", "ok", "errors", *(f"{METRICS[each].label} {METRICS[each].shown_unit}" for each in memory)):
+        table.add_column(name, justify="right")
+    for worker in workers:
+        numbers = (_number(worker.slots), f"{worker.ok:,}", f"{worker.errors:,}")
+        sizes = (METRICS[name].text(getattr(worker, name)) for name in memory)
+        table.add_row(Text(worker.id), Text(worker.device_got or "unknown"), *numbers, *sizes)
     return table
 
 
