@@ -56,7 +56,7 @@ def _page(summary: Summary, width: int) -> Group:
     sections: list[RenderableType] = [_title(summary), _identity(summary)]
     sections += _section("Work", _work(summary, width))
     if summary.attempted:
-        sections += _section("Time", _times(summary))
+        sections += _section("Time", _times(summary, width))
         sections += _section("Output over time", *_sparkline(summary.curve, width)) if summary.curve else []
     if summary.errors_by_class:
         sections += _section("Errors", _errors(summary))
@@ -195,8 +195,9 @@ def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
 
 
-def _times(summary: Summary) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+def _times(summary: Summary, width: int) -> Table:
+    gap = 1 if width < TWO_COLUMNS else 2
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for name in (*PERCENTILES, "mean", "n"):
         table.add_column(name, justify="right", no_wrap=True)

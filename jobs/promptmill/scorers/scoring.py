@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -22,8 +23,11 @@ from promptmill.tables import requests, results
 if TYPE_CHECKING:
     from promptmill.task_file import Task
 
-#: Rows fetched at a time.
-FETCH_ROWS = 5_000
+#: Rows fetched and counted at a time.
+BATCH_ROWS = 10_000
+
+#: State, text, finish reason and expected object (as JSON) of one result.
+AnswerRow = tuple[str, str | None, str | None, str | None]
 
 #: Most different expected labels that are listed: more are not classes.
 MOST_CLASSES = 20
@@ -101,20 +105,20 @@ class Tally:
     correct: int = 0
     unlabelled: int = 0
 
-    def add(self, outcome: Outcome, output: JsonObject, expected: JsonObject) -> None:
-        """Count one row. ``output`` is read only when ``outcome`` is scored."""
+    def add(self, outcome: Outcome, output: JsonObject, expected: JsonObject, times: int) -> None:
+        """Count ``times`` equal rows. ``output`` is read only when ``outcome`` is scored."""
         if self.scorer.field not in expected:
-            self.unlabelled += 1
+            self.unlabelled += times
             return
         if outcome is Outcome.SCORED and self.scorer.field not in output:
             outcome = Outcome.UNPARSED
         if outcome is Outcome.SCORED:
             right = self.scorer(output, expected)
             outcome = Outcome.ABSTAIN if right is None else outcome
-            self.correct += bool(right)
-        self.outcomes[outcome] += 1
+            self.correct += times * bool(right)
+        self.outcomes[outcome] += times
         if outcome in COUNTED:
-            self.labels[_label(expected[self.scorer.field])] += 1
+            self.labels[_label(expected[self.scorer.field])] += times
 
     def score(self, name: str) -> Score:
         n = sum(self.outcomes[outcome] for outcome in COUNTED)
@@ -169,16 +173,16 @@ def _make(kind: str, target: str, options: dict[str, Any]) -> Scorer:
     return scorer
 
 
-def score_rows(
-    rows: Iterator[tuple[str, str | None, str | None, str | None]], scorers: Mapping[str, Scorer], rules: Rules
-) -> dict[str, Score]:
-    """Scores of ``rows``: (state, text, finish_reason, expected as JSON) each."""
+def score_rows(rows: Iterable[AnswerRow], scorers: Mapping[str, Scorer], rules: Rules) -> dict[str, Score]:
+    """Scores of ``rows``. Equal ones among BATCH_ROWS neighbours are looked at once: classifiers have few answers."""
     tallies = {name: Tally(scorer) for name, scorer in scorers.items()}
-    for state, text, finish_reason, expected in rows:
-        wanted = rules.canonical(_expected(expected))
-        outcome, output = _judged(state, text, finish_reason, rules)
-        for tally in tallies.values():
-            tally.add(outcome, output, wanted)
+    source = iter(rows)
+    while batch := Counter(islice(source, BATCH_ROWS)):
+        for (state, text, finish_reason, expected), times in batch.items():
+            wanted = rules.canonical(_expected(expected))
+            outcome, output = _judged(state, text, finish_reason, rules)
+            for tally in tallies.values():
+                tally.add(outcome, output, wanted, times)
     return {name: tally.score(name) for name, tally in tallies.items()}
 
 
@@ -222,5 +226,5 @@ def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
         .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
         .where(results.c.job_id == job.id)
     )
-    streamed = db.execute(query, execution_options={"yield_per": FETCH_ROWS})
-    return score_rows((row._tuple() for row in streamed), scorers, rules_of(task, scorers))
+    streamed = db.execute(query, execution_options={"yield_per": BATCH_ROWS})
+    return score_rows(streamed, scorers, rules_of(task, scorers))
