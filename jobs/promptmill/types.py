@@ -216,6 +216,8 @@ class DatasetLine:
     line: int
     custom_id: str | None = None
     prompt: str | None = None
+    #: The prompt is sent as it is, without the model's chat template.
+    raw: bool = False
     messages: tuple[Message, ...] | None = None
     #: Input fields of a template.
     fields: Mapping[str, JsonValue] | None = None

@@ -1,0 +1,69 @@
+"""A flat record becomes the input of a template; what is expected, and what names the line, is taken out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from promptmill.types import DatasetLine
+
+if TYPE_CHECKING:
+    from promptmill.readers import Layout
+
+
+class BadLine(Exception):
+    """Why a line cannot be used."""
+
+
+def from_fields(number: int, record: Mapping[str, Any], layout: Layout) -> DatasetLine:
+    """A line whose fields are all input but id, ``meta``, ``expected`` and the fields that ``layout`` expects."""
+    fields = dict(record)
+    custom_id = take_id(fields)
+    meta = take_object(fields, "meta")
+    return DatasetLine(number, custom_id, fields=fields, expected=take_expected(fields, layout.expected), meta=meta)
+
+
+def take_id(fields: dict[str, Any]) -> str | None:
+    """Remove ``id`` and ``custom_id``. Raises BadLine when they differ or are neither text nor whole numbers."""
+    found = [fields.pop(name) for name in ("custom_id", "id") if name in fields]
+    texts = [as_id(value) for value in found if value is not None]
+    if len(set(texts)) > 1:
+        raise BadLine("id and custom_id differ")
+    return texts[0] if texts else None
+
+
+def as_id(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadLine(f"an id is a text or a whole number, not {kind(value)}")
+    if value == "":
+        raise BadLine("the id is empty")
+    return str(value)
+
+
+def take_object(fields: dict[str, Any], name: str) -> dict[str, Any] | None:
+    value = fields.pop(name, None)
+    if value is not None and not isinstance(value, dict):
+        raise BadLine(f"'{name}' is {kind(value)}, not an object")
+    return value
+
+
+def take_expected(fields: dict[str, Any], names: Mapping[str, str]) -> Any:
+    """Remove what is expected: the field ``expected`` itself, and the fields that the task names."""
+    given = fields.pop("expected", None)
+    named = {name: fields.pop(field) for name, field in names.items() if field in fields}
+    if not named:
+        return given
+    return {**given, **named} if isinstance(given, dict) else named
+
+
+def kind(value: Any) -> str:
+    """What JSON calls the type of ``value``."""
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), "null")
