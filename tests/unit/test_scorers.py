@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ from promptmill.scorers import SCORERS, Outcome
 from promptmill.scorers.exact import Exact, same
 from promptmill.scorers.extraction import classify, extract, without_thinking
 from promptmill.scorers.intervals import wilson
-from promptmill.scorers.scoring import Rules, Score, build, score_rows
+from promptmill.scorers.scoring import Score, build, required_keys, score_rows
+from promptmill.task_file import SCORES, parse_task
 
 REQUIRED = ("is_ad",)
 
@@ -24,9 +24,8 @@ def row(answer: str | None, expected: Any = True, finish_reason: str | None = "s
     return state, answer, finish_reason, json.dumps({"is_ad": expected})
 
 
-def score(*rows: Row, rules: Rules | None = None) -> Score:
-    found: Iterator[Row] = iter(rows)
-    return score_rows(found, {"is_ad": Exact("is_ad")}, rules or Rules(REQUIRED))["is_ad"]
+def score(*rows: Row, required: tuple[str, ...] = REQUIRED) -> Score:
+    return score_rows(rows, {"is_ad": Exact("is_ad")}, required)["is_ad"]
 
 
 YES, NO = '{"is_ad": true}', '{"is_ad": false}'
@@ -138,14 +137,8 @@ def test_f9_a_rate_comes_with_its_interval_and_what_the_commonest_label_would_re
     assert mixed.classes == {"false": 2, "true": 1}
 
 
-def test_f9_other_names_of_a_label_are_the_label() -> None:
-    rules = Rules(("category",), {"category": {"QQ/微信联系广告": "contact", "联系方式": "contact"}})
-    rows: list[Row] = [("ok", '{"category": "联系方式"}', "stop", '{"category": "QQ/微信联系广告"}')]
-    assert score_rows(iter(rows), {"category": Exact("category")}, rules)["category"].correct == 1
-
-
 def test_an_answer_without_the_scored_field_is_unparsed() -> None:
-    result = score(row('{"score": 5}'), rules=Rules(("score",)))
+    result = score(row('{"score": 5}'), required=("score",))
     assert (result.n, result.unparsed) == (1, 1)
 
 
@@ -179,6 +172,18 @@ def test_intervals_are_those_of_wilson(successes: int, n: int, low: float, high:
 def test_an_entry_names_its_scorer_and_its_field_and_may_name_its_figure() -> None:
     built = build([{"exact": "is_ad"}, {"exact": "score", "as": "stars"}])
     assert built == {"is_ad": Exact("is_ad"), "stars": Exact("score")}
+
+
+def test_a_task_file_may_ask_for_every_scorer_and_for_no_other() -> None:
+    assert set(SCORES) == set(SCORERS)
+
+
+def test_an_answer_must_have_the_keys_that_the_schema_requires_or_else_the_scored_fields() -> None:
+    task = 'task: t\nprompt: {user: "{{ input.comment }}"}\nscores: [{exact: b}, {exact: a}]\n'
+    scorers = {"b": Exact("b"), "a": Exact("a")}
+    assert required_keys(parse_task(task, "t"), scorers) == ("a", "b")
+    with_schema = task + "output: {schema: {type: object, required: [b]}}\n"
+    assert required_keys(parse_task(with_schema, "t"), scorers) == ("b",)
 
 
 def test_an_unknown_scorer_is_answered_with_the_known_ones() -> None:

@@ -77,24 +77,6 @@ class Score:
         }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How a task's answers are read: the keys an object must have, and other names for labels, by field."""
-
-    required: tuple[str, ...] = ()
-    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def canonical(self, item: JsonObject) -> JsonObject:
-        """``item`` with every label under its own name."""
-        if not self.aliases:
-            return item
-        return {key: self._label(key, value) for key, value in item.items()}
-
-    def _label(self, key: str, value: Any) -> Any:
-        names = self.aliases.get(key, {})
-        return names.get(value, value) if isinstance(value, str) else value
-
-
 @dataclass(slots=True)
 class Tally:
     """Counts of one scorer over the rows so far."""
@@ -173,24 +155,25 @@ def _make(kind: str, target: str, options: dict[str, Any]) -> Scorer:
     return scorer
 
 
-def score_rows(rows: Iterable[AnswerRow], scorers: Mapping[str, Scorer], rules: Rules) -> dict[str, Score]:
-    """Scores of ``rows``. Equal ones among BATCH_ROWS neighbours are looked at once: classifiers have few answers."""
+def score_rows(rows: Iterable[AnswerRow], scorers: Mapping[str, Scorer], required: tuple[str, ...]) -> dict[str, Score]:
+    """Scores of ``rows``, whose answers are objects with the keys ``required``.
+
+    Equal rows among BATCH_ROWS neighbours are looked at once: classifiers have few answers.
+    """
     tallies = {name: Tally(scorer) for name, scorer in scorers.items()}
     source = iter(rows)
     while batch := Counter(islice(source, BATCH_ROWS)):
         for (state, text, finish_reason, expected), times in batch.items():
-            wanted = rules.canonical(_expected(expected))
-            outcome, output = _judged(state, text, finish_reason, rules)
+            outcome, output = _judged(state, text, finish_reason, required)
             for tally in tallies.values():
-                tally.add(outcome, output, wanted, times)
+                tally.add(outcome, output, _expected(expected), times)
     return {name: tally.score(name) for name, tally in tallies.items()}
 
 
-def _judged(state: str, text: str | None, finish_reason: str | None, rules: Rules) -> tuple[Outcome, JsonObject]:
-    if state != "ok":
-        return Outcome.INFRA_ERROR, {}
-    outcome, output = classify(text, finish_reason, rules.required)
-    return outcome, rules.canonical(output)
+def _judged(
+    state: str, text: str | None, finish_reason: str | None, required: tuple[str, ...]
+) -> tuple[Outcome, JsonObject]:
+    return classify(text, finish_reason, required) if state == "ok" else (Outcome.INFRA_ERROR, {})
 
 
 @lru_cache(maxsize=REMEMBERED)
@@ -200,11 +183,10 @@ def _expected(text: str | None) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def rules_of(task: Task, scorers: Mapping[str, Scorer]) -> Rules:
-    """How the answers of ``task`` are read: by its schema, else by the fields that are scored."""
-    schema = task.output.schema if task.output else None
-    required = tuple((schema or {}).get("required", ())) or tuple(sorted({each.field for each in scorers.values()}))
-    return Rules(required, task.output.aliases if task.output else {})
+def required_keys(task: Task, scorers: Mapping[str, Scorer]) -> tuple[str, ...]:
+    """What an object must have to be the answer: the schema's required keys, else the fields that are scored."""
+    by_schema = (task.output.schema_ or {}).get("required", ())
+    return tuple(by_schema) or tuple(sorted({scorer.field for scorer in scorers.values()}))
 
 
 def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
@@ -227,4 +209,4 @@ def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
         .where(results.c.job_id == job.id)
     )
     streamed = db.execute(query, execution_options={"yield_per": BATCH_ROWS})
-    return score_rows(streamed, scorers, rules_of(task, scorers))
+    return score_rows(streamed, scorers, required_keys(task, scorers))
