@@ -165,7 +165,7 @@ def _refuse_repeated_keys(node: yaml.Node, name: str) -> None:
 
 
 def _message(name: str, tree: yaml.Node, problem: Any) -> str:
-    place = tuple(part for part in problem["loc"])
+    place = tuple(problem["loc"])
     line, column = _position(tree, place)
     key = ".".join(str(part) for part in place)
     if problem["type"] == "extra_forbidden":
@@ -176,8 +176,9 @@ def _message(name: str, tree: yaml.Node, problem: Any) -> str:
 
 
 def _siblings(place: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = {"prompt": PromptPart, "output": OutputPart}.get(str(place[0]), TaskModel)
-    return [each.alias or name for name, each in (model if len(place) > 1 else TaskModel).model_fields.items()]
+    parts: dict[str, type[BaseModel]] = {"prompt": PromptPart, "output": OutputPart}
+    model = parts.get(str(place[0]), TaskModel) if len(place) > 1 else TaskModel
+    return [each.alias or name for name, each in model.model_fields.items()]
 
 
 def _position(tree: yaml.Node, place: tuple[Any, ...]) -> tuple[int, int]:

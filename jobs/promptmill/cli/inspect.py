@@ -205,11 +205,15 @@ def workers(as_json: bool) -> None:
         return
     rows = [
         [each["id"], each["state"], each["device_asked"], each["device_got"], _layers(each), each["model"],
-         each["slots"], None if each["output_tps"] is None else f"{each['output_tps']:.0f}", f"{each['age_s']:.0f} s ago"]
+         each["slots"], _rate(each["output_tps"]), f"{each['age_s']:.0f} s ago"]
         for each in found
     ]  # fmt: skip
     columns = ["worker", "state", "asked", "got", "layers on GPU", "model", "slots", "tok/s", "heartbeat"]
     table(columns, rows, right={"slots", "tok/s", "layers on GPU"})
+
+
+def _rate(tokens_s: float | None) -> str | None:
+    return None if tokens_s is None else f"{tokens_s:.0f}"
 
 
 def _layers(worker: Any) -> str | None:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, cast
 
 from promptmill.errors import DatasetError
 
@@ -107,11 +107,11 @@ class Source:
 
     def _opened(self) -> BinaryIO:
         if self.compression == "gz":
-            return gzip.open(self._path, "rb")  # type: ignore[return-value]
+            return cast(BinaryIO, gzip.open(self._path, "rb"))
         if self.compression == "zst":
             import zstandard
 
-            opened: BinaryIO = zstandard.open(self._path, "rb")  # type: ignore[assignment]
+            opened: BinaryIO = zstandard.open(self._path, "rb")
             return opened
         return self._path.open("rb")
 

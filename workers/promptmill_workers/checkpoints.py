@@ -1,0 +1,242 @@
+"""A model's name becomes files, and files become an engine.
+
+Names: ``demo`` and ``demo:mlx`` (bundled), ``echo[:options]``, a path to a GGUF or an MLX folder, and
+``hf:owner/repo[:file]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from promptmill.errors import ModelError
+from promptmill.registry import resolve, suggestion
+from promptmill_workers.engines import ENGINES
+from promptmill_workers.engines.contract import Engine, EngineOptions, TokenCounter
+
+#: Bytes at each end of a file that go into its fingerprint: hashing all of a large model would take minutes.
+FINGERPRINT_BYTES = 1024 * 1024
+
+#: What an MLX folder holds; anything else of a repository is not fetched.
+MLX_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model that can be loaded."""
+
+    name: str
+    engine: str
+    path: Path | None = None
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def bundled(name: str) -> Path:
+    """A file or folder of the demo model."""
+    return Path(__file__).parent / "demo_model" / name
+
+
+BUNDLED = {"demo": ("llamacpp", "demo.gguf"), "demo:mlx": ("mlx", "mlx")}
+
+
+def canonical(name: str) -> str:
+    """The name that everybody uses for this model: paths become absolute. Touches no file but to see if it exists."""
+    if name in BUNDLED or name.startswith("hf:") or name.partition(":")[0] == "echo":
+        return name
+    looks_like_path = os.sep in name or name.endswith(".gguf") or Path(name).exists()
+    return str(Path(name).expanduser().absolute()) if looks_like_path else name
+
+
+def engine_of(name: str) -> str:
+    """The engine of a canonical name, as far as the name tells. Raises ModelError for a name that is none."""
+    if name in BUNDLED:
+        return BUNDLED[name][0]
+    if name.partition(":")[0] == "echo":
+        return "echo"
+    if name.startswith("hf:"):
+        return "llamacpp" if name.endswith(".gguf") else "mlx" if "mlx" in name.lower() else "llamacpp"
+    return "mlx" if Path(name).is_dir() else "llamacpp"
+
+
+def locate(name: str) -> Checkpoint:
+    """The model's files; those of a repository are fetched, with progress on stderr.
+
+    Raises :class:`ModelError` for an unknown name, a file that is missing or no model, or a repository that cannot be
+    fetched.
+    """
+    known = canonical(name)
+    if known in BUNDLED:
+        engine, file = BUNDLED[known]
+        return Checkpoint(known, engine, bundled(file))
+    kind, _, rest = known.partition(":")
+    if kind == "echo":
+        return Checkpoint(known, "echo", None, _options(rest))
+    if kind == "hf":
+        return replace(_from_path(_fetch(rest), known), name=known)
+    if os.sep not in known:
+        here = [checkpoint.name for checkpoint in available()]
+        raise ModelError(f"unknown model '{name}'", hint=f"{suggestion(name, here)} Or give a path or hf:owner/repo.")
+    return _from_path(Path(known), known)
+
+
+def _options(text: str) -> dict[str, str]:
+    """``a=1,b=2`` as a dictionary."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise ModelError(f"echo:{text} is not understood", hint="Example: echo:prefill_s=0.001,token_s=0.01")
+    return {name: value for name, _, value in pairs}
+
+
+def _from_path(path: Path, name: str) -> Checkpoint:
+    if not path.exists():
+        raise ModelError(
+            f"there is no model at {path}", hint="Check the path. 'promptmill models list' shows what is here."
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} has no config.json: it is no MLX model folder", hint="Give a .gguf file or such a folder."
+            )
+        return Checkpoint(name, "mlx", path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path.name} is not a GGUF file", hint="llama.cpp reads GGUF; MLX models are folders.")
+    return Checkpoint(name, "llamacpp", path)
+
+
+def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
+    """Load the model. Raises ModelError or DeviceError."""
+    _require_mlx(checkpoint)
+    kind: Any = resolve("engine", checkpoint.engine, ENGINES)
+    engine: Engine = kind.load(checkpoint.path, checkpoint.name, replace(options, model_options=checkpoint.options))
+    return engine
+
+
+def token_counter(checkpoint: Checkpoint) -> TokenCounter:
+    """The model's tokeniser without its weights. Raises ModelError."""
+    _require_mlx(checkpoint)
+    kind: Any = resolve("engine", checkpoint.engine, ENGINES)
+    counter: TokenCounter = kind.token_counter(checkpoint.path)
+    return counter
+
+
+def _require_mlx(checkpoint: Checkpoint) -> None:
+    if checkpoint.engine == "mlx" and not _has_mlx():
+        raise ModelError(
+            f"{checkpoint.name} needs MLX, which is not installed",
+            hint="pip install 'promptmill[mlx]' (Linux); on Apple Silicon it comes with promptmill.",
+        )
+
+
+def _has_mlx() -> bool:
+    return importlib.util.find_spec("mlx_lm") is not None
+
+
+def fingerprint(checkpoint: Checkpoint) -> str | None:
+    """SHA-256 over the names and sizes of the model's files and the first and last MiB of each; None for echo."""
+    if checkpoint.path is None:
+        return None
+    digest = hashlib.sha256()
+    for path in _model_files(checkpoint.path):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _model_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+
+
+def available() -> list[Checkpoint]:
+    """The models on this machine: the bundled ones, and those fetched from a hub before."""
+    here = [
+        Checkpoint(name, engine, bundled(file))
+        for name, (engine, file) in BUNDLED.items()
+        if engine != "mlx" or _has_mlx()
+    ]
+    return [*here, Checkpoint("echo", "echo"), *_cached()]
+
+
+def _cached() -> Iterator[Checkpoint]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repo in sorted(repos, key=lambda each: each.repo_id):
+        if repo.repo_type != "model":
+            continue
+        files = {file.file_name: file.file_path for revision in repo.revisions for file in revision.files}
+        ggufs = sorted(name for name in files if name.endswith(".gguf"))
+        for name in ggufs:
+            yield Checkpoint(f"hf:{repo.repo_id}:{name}", "llamacpp", Path(files[name]))
+        if not ggufs and "config.json" in files and any(name.endswith(".safetensors") for name in files):
+            yield Checkpoint(f"hf:{repo.repo_id}", "mlx", Path(files["config.json"]).parent)
+
+
+# --- repositories ----------------------------------------------------------------------------------------------------
+
+
+def _fetch(reference: str) -> Path:
+    """``owner/repo[:file]`` from the hub, or from the cache when it is there. Raises ModelError."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, file = reference.partition(":")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ModelError(f"hf:{reference} is no repository", hint="Examples: hf:owner/repo, hf:owner/repo:model.gguf")
+    try:
+        if not file:
+            file = _only_gguf(repo) or ""
+        if file:
+            return Path(hf_hub_download(repo, file))
+        return Path(snapshot_download(repo, allow_patterns=MLX_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+        raise _fetch_error(reference, problem) from None
+    except ValueError as problem:
+        raise ModelError(f"hf:{reference}: {str(problem).splitlines()[0]}") from None
+
+
+def _only_gguf(repo: str) -> str | None:
+    """The one GGUF of a repository, None when it has none. Raises ModelError naming them when there are several."""
+    from huggingface_hub import HfApi
+
+    ggufs = sorted(name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf"))
+    if len(ggufs) > 1:
+        raise ModelError(
+            f"hf:{repo} has {len(ggufs)} GGUF files", hint="Name one: " + ", ".join(f"hf:{repo}:{g}" for g in ggufs[:8])
+        )
+    return ggufs[0] if ggufs else None
+
+
+def _fetch_error(reference: str, problem: Exception) -> ModelError:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    name = f"hf:{reference}"
+    if isinstance(problem, GatedRepoError):
+        return ModelError(f"{name} may not be fetched", hint="Ask for access on the hub and set HF_TOKEN.")
+    if isinstance(problem, RepositoryNotFoundError):
+        return ModelError(f"there is no repository {name}", hint="Check the name; a private one needs HF_TOKEN.")
+    if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
+        return ModelError(f"the repository has no such file: {name}", hint="Check the file's name.")
+    return ModelError(
+        f"{name} cannot be fetched: the hub cannot be reached, and it is not in the cache",
+        hint="Check the network, or fetch it elsewhere and give its path.",
+    )

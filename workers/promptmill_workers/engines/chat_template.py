@@ -1,0 +1,51 @@
+"""The chat template that a model brings, rendered in a sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from promptmill.errors import RequestError
+from promptmill.types import Message
+
+
+class ChatTemplate:
+    """Messages to the text that the model was trained on, up to where its answer begins.
+
+    A user's text that spells a special token (``<|im_end|>``) is that token to the model: templates know no escape.
+    """
+
+    def __init__(self, source: str, bos: str, eos: str) -> None:
+        """Raises RequestError for a template that cannot be compiled."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = _tojson
+        self._names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as problem:
+            raise RequestError(f"the model's chat template cannot be used: {problem}") from None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Raises RequestError for messages that the template refuses."""
+        turns = [{"role": each.role, "content": each.content} for each in messages]
+        try:
+            return str(self._template.render(messages=turns, **self._names))
+        except Exception as problem:
+            # Whatever a model's template does wrong concerns this request only.
+            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    import json
+
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)

@@ -1,0 +1,304 @@
+"""The border to llama.cpp: its low-level bindings, with names and types of ours. No ctypes leave this file."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from promptmill.errors import DeviceError, ModelError
+from promptmill.types import SamplingParams
+
+log = logging.getLogger("promptmill.llamacpp")
+
+Tokens = NDArray[np.int32]
+
+#: What llama_decode returns when the KV cache has no room for the batch.
+NO_ROOM = 1
+
+#: Sequences that llama.cpp was built for.
+MOST_SEQUENCES = 256
+
+#: Lines of the engine's log that are kept to explain a failure.
+KEPT_LINES = 200
+
+_lines: deque[str] = deque(maxlen=KEPT_LINES)
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, user: Any) -> None:
+    line = text.decode(errors="replace").rstrip()
+    if line:
+        _lines.append(line)
+        log.debug("%s", line)
+
+
+# Before anything else is called: the default floods stderr.
+llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+llama_cpp.llama_backend_init()
+
+
+def _complaint() -> str:
+    """The last line of the log that speaks of an error."""
+    bad = [line for line in _lines if re.search(r"error|fail|invalid|unable", line, re.IGNORECASE)]
+    return (bad or list(_lines) or ["no reason was given"])[0][:200]
+
+
+class Vocabulary:
+    """Text to token ids and back."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
+        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.bos = self._text(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eos = self._text(llama_cpp.llama_vocab_eos(self._vocab))
+        self._buffer = (llama_cpp.llama_token * 4096)()
+
+    def _text(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return bytes(llama_cpp.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
+
+    def tokens(self, text: str, *, parse_special: bool) -> Tokens:
+        """Ids of ``text``, with what the model wants at the start (BOS) added once."""
+        if self.adds_bos and self.bos and parse_special and text.startswith(self.bos):
+            text = text[len(self.bos) :]
+        data = text.encode(errors="replace")
+        count = self._tokenize(data, parse_special)
+        if count < 0:
+            self._buffer = (llama_cpp.llama_token * (-count))()
+            count = self._tokenize(data, parse_special)
+        return np.ctypeslib.as_array(self._buffer)[:count].astype(np.int32)
+
+    def _tokenize(self, data: bytes, parse_special: bool) -> int:
+        size = len(self._buffer)
+        return int(llama_cpp.llama_tokenize(self._vocab, data, len(data), self._buffer, size, True, parse_special))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token adds to the text; none for control tokens. May be part of a character."""
+        found = self._pieces.get(token)
+        if found is None:
+            buffer = ctypes.create_string_buffer(256)
+            size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+            found = self._pieces[token] = buffer.raw[:size] if size > 0 else b""
+        return found
+
+    def ends(self, token: int) -> bool:
+        """Whether the model ends its answer with this token."""
+        found = self._ends.get(token)
+        if found is None:
+            found = self._ends[token] = bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return found
+
+
+class Model:
+    """A GGUF in memory; with ``vocab_only`` only its words and its header."""
+
+    def __init__(self, path: Path, *, vocab_only: bool = False, gpu: bool = False) -> None:
+        """Raises ModelError for a file that cannot be loaded, DeviceError for a GPU that cannot be used."""
+        if gpu and not llama_cpp.llama_supports_gpu_offload():
+            raise DeviceError(
+                "the installed llama-cpp-python was built without GPU support",
+                hint="Build it for this GPU (README, 'GPUs'), or use --device cpu.",
+            )
+        _lines.clear()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.n_gpu_layers = -1 if gpu else 0
+        self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
+            raise ModelError(
+                f"{path.name} cannot be loaded: {_complaint()}", hint="The file may be damaged: fetch it again."
+            )
+        self.offloaded, self.layers = _offload(self.handle)
+        if gpu and not self.offloaded:
+            self.close()
+            raise DeviceError(
+                "no layer of the model went to the GPU", hint="Use --device cpu, or a GPU with more memory."
+            )
+        self.vocabulary = Vocabulary(self.handle)
+        self.context_trained = int(llama_cpp.llama_model_n_ctx_train(self.handle))
+        # Recurrent memory is a state and not a list of cells: a part of it cannot be copied.
+        self.has_cells = not (
+            llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle)
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        source = llama_cpp.llama_model_chat_template(self.handle, None)
+        return source.decode(errors="replace") if source else None
+
+    def device_name(self) -> str:
+        """The device by the engine's own log; ``cpu`` when nothing was offloaded."""
+        if not self.offloaded:
+            return "cpu"
+        named = [match[1] for line in _lines if (match := re.search(r"using device (.+?) - ", line))]
+        return named[0] if named else "gpu"
+
+    def close(self) -> None:
+        if self.handle:
+            llama_cpp.llama_model_free(self.handle)
+            self.handle = None
+
+
+def _offload(handle: Any) -> tuple[int, int]:
+    """Layers on the GPU and layers in all, from the log of the load; the engine has no call for it."""
+    for line in _lines:
+        match = re.search(r"offloaded (\d+)/(\d+) layers", line)
+        if match:
+            return int(match[1]), int(match[2])
+    return 0, int(llama_cpp.llama_model_n_layer(handle)) + 1
+
+
+#: Everything of the sampling parameters but the seed: samplers of one shape can be reused.
+Shape = tuple[float, int, float, float]
+
+GREEDY: Shape = (0.0, 0, 1.0, 0.0)
+
+
+def shape_of(sampling: SamplingParams) -> Shape:
+    if sampling.temperature <= 0:
+        return GREEDY
+    return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+
+
+def _make_sampler(shape: Shape, seed: int) -> Any:
+    temperature, top_k, top_p, min_p = shape
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    if shape == GREEDY:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
+        return chain
+    if top_k > 0:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_k(top_k))
+    if top_p < 1.0:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(top_p, 1))
+    if min_p > 0.0:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_min_p(min_p, 1))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed & 0xFFFFFFFF))
+    return chain
+
+
+class Context:
+    """KV cells, sequences, samplers and the batch of one step.
+
+    Samplers run inside the compute graph: what comes back of a step is a token, not a vocabulary of logits.
+    """
+
+    def __init__(self, model: Model, *, cells: int, batch: int, slots: int, spare: int, threads: int) -> None:
+        """``spare`` sequences beside the slots hold shared prefixes. Raises ModelError when memory does not suffice."""
+        self._shapes = [GREEDY] * slots
+        self._samplers = [_make_sampler(GREEDY, 0) for _ in range(slots)]
+        self._configs = (llama_cpp.llama_sampler_seq_config * slots)()
+        for slot, chain in enumerate(self._samplers):
+            self._configs[slot].seq_id = slot
+            self._configs[slot].sampler = ctypes.cast(chain, ctypes.c_void_p)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = cells
+        params.n_batch = params.n_ubatch = batch
+        params.n_seq_max = slots + spare
+        params.n_threads = params.n_threads_batch = threads
+        # Cells of one buffer can belong to several sequences: a shared prefix costs no memory and no copy.
+        params.kv_unified = True
+        params.no_perf = True
+        params.samplers = self._configs
+        params.n_samplers = slots
+        self._handle = llama_cpp.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise ModelError(
+                f"no memory for {cells:,} KV cells: {_complaint()}", hint="Give fewer --slots or a smaller --context."
+            )
+        self._memory = llama_cpp.llama_get_memory(self._handle)
+        self.cells = int(llama_cpp.llama_n_ctx(self._handle))
+        self._batch = llama_cpp.llama_batch_init(batch, 0, 1)
+        self._view_batch(batch)
+
+    def _view_batch(self, size: int) -> None:
+        """See the batch's arrays as numpy arrays: one attribute write per token would cost more than small models."""
+
+        def view(pointer: Any) -> NDArray[Any]:
+            return np.ctypeslib.as_array(pointer, shape=(size,))
+
+        self._token, self._pos = view(self._batch.token), view(self._batch.pos)
+        self._logits = view(self._batch.logits)
+        self._sequence = np.empty(size, dtype=np.int32)
+        view(self._batch.n_seq_id)[:] = 1
+        for index in range(size):
+            # Each token's list of sequences is one cell of our own array.
+            self._batch.seq_id[index] = ctypes.cast(
+                self._sequence.ctypes.data + 4 * index, ctypes.POINTER(llama_cpp.llama_seq_id)
+            )
+        self._filled = 0
+
+    # --- the batch of a step -----------------------------------------------------------------------------------------
+
+    def clear_batch(self) -> None:
+        self._filled = 0
+
+    def put(self, sequence: int, position: int, tokens: Tokens | Sequence[int], *, last_wanted: bool) -> int:
+        """Add tokens of one sequence from ``position`` on; returns the batch index of the last one."""
+        start, end = self._filled, self._filled + len(tokens)
+        self._token[start:end] = tokens
+        self._pos[start:end] = np.arange(position, position + len(tokens))
+        self._sequence[start:end] = sequence
+        self._logits[start:end] = 0
+        self._logits[end - 1] = last_wanted
+        self._filled = end
+        return end - 1
+
+    def decode(self) -> int:
+        """Run the batch; 0, or NO_ROOM with nothing computed. Raises RuntimeError for anything else."""
+        self._batch.n_tokens = self._filled
+        code = int(llama_cpp.llama_decode(self._handle, self._batch))
+        if code not in (0, NO_ROOM):
+            raise RuntimeError(f"llama_decode returned {code}: {_complaint()}")
+        return code
+
+    def sampled(self, slot: int, index: int) -> int:
+        """The token drawn for ``slot`` from the output at batch index ``index``; its value is now on the host."""
+        return int(llama_cpp.llama_sampler_sample(self._samplers[slot], self._handle, index))
+
+    # --- sequences ---------------------------------------------------------------------------------------------------
+
+    def set_sampling(self, slot: int, shape: Shape, seed: int) -> None:
+        """Prepare the slot's sampler for a new request.
+
+        A new shape makes llama.cpp plan its graph again, which takes tens of milliseconds; a new seed does not.
+        """
+        if shape == self._shapes[slot] and shape == GREEDY:
+            return
+        fresh = _make_sampler(shape, seed)
+        if shape == self._shapes[slot]:
+            llama_cpp.llama_sampler_copy(fresh, self._samplers[slot])
+            llama_cpp.llama_sampler_free(fresh)
+            return
+        # A False only says that the chain does not run inside the graph; sampling on the host gives the same.
+        llama_cpp.llama_set_sampler(self._handle, slot, fresh)
+        llama_cpp.llama_sampler_free(self._samplers[slot])
+        self._samplers[slot], self._shapes[slot] = fresh, shape
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence; its cells are free when no other sequence shares them."""
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let ``target`` begin with the first ``length`` cells of ``source``."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def close(self) -> None:
+        if self._handle:
+            llama_cpp.llama_free(self._handle)
+            self._handle = None
+            for chain in self._samplers:
+                llama_cpp.llama_sampler_free(chain)
