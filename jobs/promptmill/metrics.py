@@ -96,7 +96,9 @@ def digits(value: float) -> str:
     """Three significant digits, and never fewer than the whole number: 0.0123, 4.56, 78.9, 12,345."""
     if value == 0:
         return "0"
-    decimals = max(0, min(6, 2 - math.floor(math.log10(abs(value)))))
+    # Rounded first: 9.999 is 10.0, not 10.00.
+    rounded = float(f"{value:.3g}")
+    decimals = max(0, min(6, 2 - math.floor(math.log10(abs(rounded)))))
     return f"{value:,.{decimals}f}"
 
 

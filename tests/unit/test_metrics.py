@@ -53,7 +53,15 @@ def test_each_percentile_knows_how_many_values_it_needs() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.012345, "0.0123"), (4.5678, "4.57"), (78.91, "78.9"), (12345.6, "12,346"), (999.7, "1,000")],
+    [
+        (0, "0"),
+        (0.012345, "0.0123"),
+        (4.5678, "4.57"),
+        (78.91, "78.9"),
+        (12345.6, "12,346"),
+        (999.7, "1,000"),
+        (9.9996, "10.0"),
+    ],
 )
 def test_numbers_show_three_digits_and_never_fewer_than_the_whole_number(value: float, text: str) -> None:
     assert digits(value) == text
