@@ -1,0 +1,352 @@
+"""MLX through mlx-lm's continuous batcher: waiting requests join the running batch as its rows become free.
+
+Nothing here imports MLX before an engine is loaded: counting tokens must not touch a device, and MLX allows no fork.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from promptmill.errors import RequestError
+from promptmill.types import EngineCounters, ErrorClass, FinishReason, Usage
+from promptmill_workers.engines.contract import (
+    EngineInfo,
+    EngineOptions,
+    EngineRequest,
+    Event,
+    Finished,
+    Rejected,
+    RequestKey,
+)
+from promptmill_workers.engines.mlx_prefixes import Prefixes
+from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenCounter, MlxTokenizer
+from promptmill_workers.prefix_plan import Tokens, plan
+
+if TYPE_CHECKING:
+    from promptmill_workers.engines.mlx_batch import Batcher, MlxModel, SequenceId, Token
+
+#: Context of a request when nobody asked for another one.
+CONTEXT_TOKENS = 4096
+
+#: KV cells that a slot is given on average.
+CELLS_PER_SLOT = 1024
+
+#: Requests that are turned into tokens in one step while sequences run: they must not wait for a long list.
+TOKENISED_PER_STEP = 64
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request that is tokenised and has no slot. ``shared`` tokens of its prompt are planned to be computed once."""
+
+    request: EngineRequest
+    prompt: Tokens
+    limit: int
+    shared: int = 0
+
+    @property
+    def cells(self) -> int:
+        """KV cells that are set aside for it. A shared prefix saves time and no memory: each row has its copy."""
+        return len(self.prompt) + self.limit
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A request in a slot."""
+
+    waiting: Waiting
+    answer: AnswerText
+    cached: int
+    admitted_at: float
+    first_token_at: float | None = None
+    count: int = 0
+
+    @property
+    def request(self) -> EngineRequest:
+        return self.waiting.request
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.waiting.prompt), self.cached, self.count)
+
+
+class MlxEngine:
+    """The engine of the contract over ``mlx_lm.generate.BatchGenerator``."""
+
+    def __init__(self, batcher: Batcher, tokenizer: MlxTokenizer, info: EngineInfo) -> None:
+        self._batcher = batcher
+        self._tokenizer = tokenizer
+        self._info = info
+        self._incoming: deque[EngineRequest] = deque()
+        self._waiting: deque[Waiting] = deque()
+        self._running: dict[SequenceId, Running] = {}
+        self._prefixes = Prefixes(batcher)
+        self._planned = True
+        self._rejected: list[Event] = []
+        self._counters = EngineCounters()
+        self._last_end = time.monotonic()
+
+    @classmethod
+    def load(cls, path: Path | None, model_name: str, options: EngineOptions) -> Self:
+        """Raises ModelError or DeviceError."""
+        from promptmill_workers.engines.mlx_batch import Batcher, MlxModel, open_device
+
+        assert path is not None
+        device, device_got = open_device(options.device)
+        tokenizer = MlxTokenizer(path)
+        model = MlxModel(path)
+        batcher = Batcher(model, sorted(tokenizer.eos_ids), device, options.slots, options.batch_tokens)
+        return cls(batcher, tokenizer, _info(model, tokenizer, model_name, options, device_got))
+
+    @staticmethod
+    def token_counter(path: Path | None) -> MlxTokenCounter:
+        """Raises ModelError."""
+        assert path is not None
+        return MlxTokenCounter(MlxTokenizer(path))
+
+    # --- the contract ------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self._counters
+
+    @property
+    def active(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._incoming) + len(self._waiting)
+
+    def waiting_keys(self) -> Collection[RequestKey]:
+        return {each.key for each in self._incoming} | {each.request.key for each in self._waiting}
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        self._incoming.extend(requests)
+
+    def cancel(self, key: RequestKey) -> None:
+        for sequence, running in self._running.items():
+            if running.request.key == key:
+                self._drop(sequence)
+                return
+        self._incoming = deque(each for each in self._incoming if each.key != key)
+        self._waiting = deque(each for each in self._waiting if each.request.key != key)
+        self._rejected = [each for each in self._rejected if each.key != key]
+
+    def render(self, request: EngineRequest) -> str:
+        return self._tokenizer.render(request)
+
+    def close(self) -> None:
+        self._running.clear()
+        self._prefixes.clear()
+        self._batcher.close()
+
+    def step(self) -> Sequence[Event]:
+        started = time.monotonic()
+        self._count(idle_s=started - self._last_end)
+        before = self._counters
+        self._admit(started)
+        is_starved = bool(self._waiting) and len(self._running) < self._info.slots
+        tokens = self._forward()
+        events = [*self._take_rejected(), *self._retire(tokens), *self._time_out()]
+        self._account(started, before, is_starved)
+        return events
+
+    # --- admit -------------------------------------------------------------------------------------------------------
+
+    def _admit(self, now: float) -> None:
+        self._tokenise()
+        if not self._planned:
+            self._plan()
+        # The batcher takes a limited number of prompts at once. Those beyond it would only wait inside it, seemingly
+        # admitted.
+        while self._waiting and self._has_slot() and self._make_room(self._waiting[0]):
+            self._start(self._waiting.popleft(), now)
+        self._counters = replace(
+            self._counters,
+            peak_active=max(self._counters.peak_active, len(self._running)),
+            peak_kv_cells=max(self._counters.peak_kv_cells, self._row_cells() + self._prefixes.cells),
+        )
+
+    def _has_slot(self) -> bool:
+        return len(self._running) < self._info.slots and self._batcher.room > 0
+
+    def _tokenise(self) -> None:
+        """Turn some of what came in into tokens; all of it when nothing runs."""
+        quota = TOKENISED_PER_STEP if self._running else len(self._incoming)
+        for _ in range(min(quota, len(self._incoming))):
+            request = self._incoming.popleft()
+            try:
+                self._waiting.append(self._prepared(request))
+            except RequestError as problem:
+                self._rejected.append(Rejected(request.key, ErrorClass.INVALID_REQUEST, problem.message))
+            except _TooLong as problem:
+                self._rejected.append(Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, str(problem)))
+            else:
+                self._planned = False
+
+    def _prepared(self, request: EngineRequest) -> Waiting:
+        """Raises RequestError or _TooLong."""
+        prompt = self._tokenizer.tokens(request)
+        room = self._info.context_tokens - len(prompt)
+        if room < 1:
+            raise _TooLong(f"the prompt has {len(prompt):,} tokens, the context {self._info.context_tokens:,}")
+        return Waiting(request, prompt, max(1, min(request.sampling.max_tokens, room)))
+
+    def _plan(self) -> None:
+        """Decide which prefixes to share, and bring requests that share one together."""
+        self._planned = True
+        waiting = list(self._waiting)
+        first = list(range(len(waiting)))
+        for each in waiting:
+            each.shared = 0
+        for group in plan([each.prompt for each in waiting]):
+            for member in group.members:
+                waiting[member].shared = group.length
+                first[member] = group.members[0]
+        # Stable: groups stay in the order of their first request, and requests in the order they came.
+        self._waiting = deque(waiting[index] for index in sorted(range(len(first)), key=lambda at: (first[at], at)))
+
+    def _start(self, waiting: Waiting, now: float) -> None:
+        """Give the request a slot, its prefix computed before it if it is the first that wants it.
+
+        That first one pays for its prefix: so the tokens computed add up over the requests.
+        """
+        prefix, cached = self._prefixes.begin(waiting.prompt, waiting.shared)
+        rest = waiting.prompt[len(prefix.tokens) :] if prefix else waiting.prompt
+        sampling = waiting.request.sampling
+        sequence = self._batcher.insert(rest, waiting.limit, sampling, prefix.cache if prefix else None)
+        self._running[sequence] = Running(waiting, AnswerText(self._tokenizer, sampling.stop), cached, now)
+
+    def _make_room(self, waiting: Waiting) -> bool:
+        """Whether there are cells for the request and its prefix, after forgetting other prefixes if need be.
+
+        It waits for a row to end rather than lose its own prefix, which those behind it want too. Alone it always
+        fits: there are as many cells as a context has.
+        """
+        wanted = self._prefixes.wanted(waiting.prompt, waiting.shared)
+        own = len(wanted.tokens) if wanted else waiting.shared
+        needed = self._row_cells() + waiting.cells + own
+        if needed <= self._info.kv_cells:
+            others = self._prefixes.cells - (len(wanted.tokens) if wanted else 0)
+            self._prefixes.forget(needed + others - self._info.kv_cells, keep=wanted)
+            return True
+        if self._running:
+            return False
+        self._prefixes.clear()
+        waiting.shared = 0
+        return True
+
+    def _row_cells(self) -> int:
+        return sum(each.waiting.cells for each in self._running.values())
+
+    # --- forward and retire ------------------------------------------------------------------------------------------
+
+    def _forward(self) -> list[Token]:
+        """One step of the batcher; its tokens are on the host. Nothing when nothing runs."""
+        if not self._running:
+            return []
+        prefixes, done = self._prefixes.take_work(), self._batcher.step()
+        self._count(
+            steps=1,
+            # mlx-lm's own clock. A decode that is still being computed when a prefill begins is waited for there.
+            prefill_s=done.prefill_s + prefixes.seconds,
+            decode_s=done.decode_s,
+            prefill_tokens=done.prefill_tokens + prefixes.tokens,
+            decode_tokens=len(done.tokens),
+        )
+        return done.tokens
+
+    def _take_rejected(self) -> list[Event]:
+        taken, self._rejected = self._rejected, []
+        return taken
+
+    def _retire(self, tokens: Sequence[Token]) -> list[Event]:
+        now = time.monotonic()
+        events = (self._receive(each, now) for each in tokens)
+        return [event for event in events if event is not None]
+
+    def _receive(self, drawn: Token, now: float) -> Event | None:
+        """Add a token to its answer; the event when the sequence has ended with it."""
+        running = self._running[drawn.sequence]
+        running.count += 1
+        if running.first_token_at is None:
+            running.first_token_at = now
+        is_end = drawn.token in self._tokenizer.eos_ids
+        if not is_end and running.answer.add(drawn.token):
+            if not drawn.ended:
+                self._batcher.remove(drawn.sequence)
+            return self._finished(drawn.sequence, running.answer.cut_text, FinishReason.STOP, now)
+        if not drawn.ended:
+            return None
+        text, cut = running.answer.finish()
+        stopped = cut or (is_end and not running.request.sampling.ignore_eos)
+        return self._finished(drawn.sequence, text, FinishReason.STOP if stopped else FinishReason.LENGTH, now)
+
+    def _finished(self, sequence: SequenceId, text: str, reason: FinishReason, now: float) -> Finished:
+        running = self._running.pop(sequence)
+        assert running.first_token_at is not None
+        return Finished(
+            running.request.key, text, reason, running.usage, running.admitted_at, running.first_token_at, now
+        )
+
+    def _time_out(self) -> list[Event]:
+        now = time.monotonic()
+        late = [sequence for sequence, running in self._running.items() if _is_late(running, now)]
+        return [self._timed_out(sequence, now) for sequence in late]
+
+    def _timed_out(self, sequence: SequenceId, now: float) -> Rejected:
+        running = self._drop(sequence)
+        return Rejected(
+            running.request.key, ErrorClass.TIMEOUT, f"no answer within {running.request.sampling.timeout_s:g} s",
+            running.usage, running.admitted_at, running.first_token_at, now,
+        )  # fmt: skip
+
+    def _drop(self, sequence: SequenceId) -> Running:
+        """Free a slot whose tokens are of no use."""
+        running = self._running.pop(sequence)
+        self._batcher.remove(sequence)
+        self._count(wasted_tokens=running.count)
+        return running
+
+    # --- what it did -------------------------------------------------------------------------------------------------
+
+    def _account(self, started: float, before: EngineCounters, is_starved: bool) -> None:
+        """Close the step's books: what was neither prefill nor decode is overhead."""
+        self._last_end = time.monotonic()
+        spent = self._last_end - started
+        counted = self._counters.prefill_s + self._counters.decode_s - before.prefill_s - before.decode_s
+        self._count(overhead_s=max(0.0, spent - counted), starved_s=spent if is_starved else 0.0)
+
+    def _count(self, **more: float) -> None:
+        now = {name: getattr(self._counters, name) + value for name, value in more.items() if value}
+        if now:
+            self._counters = replace(self._counters, **now)
+
+
+class _TooLong(Exception):
+    """A prompt that leaves no room for an answer."""
+
+
+def _is_late(running: Running, now: float) -> bool:
+    limit = running.request.sampling.timeout_s
+    return limit is not None and now - running.admitted_at >= limit
+
+
+def _info(model: MlxModel, tokenizer: MlxTokenizer, name: str, options: EngineOptions, device_got: str) -> EngineInfo:
+    context = min(tokenizer.context_tokens, options.context_tokens or CONTEXT_TOKENS)
+    cells = options.kv_cells or options.slots * min(context, CELLS_PER_SLOT)
+    return EngineInfo(
+        engine="mlx", version=model.version, model_name=name, slots=options.slots, context_tokens=context,
+        kv_cells=max(cells, context), device_got=device_got, layers=model.layers,
+        layers_offloaded=0 if device_got == "cpu" else model.layers, extra=model.facts,
+    )  # fmt: skip

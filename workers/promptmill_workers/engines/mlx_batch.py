@@ -1,0 +1,236 @@
+"""The border to mlx-lm: its continuous batcher, its caches and its samplers, behind names of ours.
+
+Written against mlx-lm 0.32; what its ``BatchGenerator`` does inside is noted where it forced something here.
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator, StopSequences
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.utils import load_model
+
+from promptmill.errors import DeviceError, ModelError
+from promptmill.types import SamplingParams
+from promptmill_workers.prefix_plan import Tokens
+
+#: Prompts in one prefill pass. They are padded to the longest, so that many short ones gain and mixed ones lose.
+PREFILL_ROWS = 8
+
+#: Names a sequence inside the batcher.
+SequenceId = int
+
+#: The KV cache of one sequence: an object for each layer.
+Cache = list[Any]
+
+
+def open_device(asked: str) -> tuple[Any, str]:
+    """The MLX device for ``cpu``, ``metal`` or ``cuda:0``, and its name. Raises DeviceError when it is not here.
+
+    It becomes the default device of the process: MLX computes nowhere else unless told so array by array.
+    """
+    kind = asked.partition(":")[0]
+    known = {"cpu": True, "metal": mx.metal.is_available(), "cuda": mx.cuda.is_available()}
+    if not known.get(kind, False):
+        raise DeviceError(
+            f"{asked} was asked for, but the installed MLX cannot use it",
+            hint="Install the MLX that was built for this device (README, 'GPUs'), or ask for --device cpu.",
+        )
+    device = mx.Device(mx.cpu if kind == "cpu" else mx.gpu, 0)
+    mx.set_default_device(device)
+    if kind == "cpu":
+        return device, "cpu"
+    return device, f"{asked} ({mx.device_info(device).get('device_name', 'unknown')})"
+
+
+class MlxModel:
+    """The weights of an MLX folder on the default device."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelError."""
+        try:
+            self.network, config = load_model(folder, trust_remote_code=False)
+        except Exception as problem:
+            # Damage shows as anything from KeyError to RuntimeError, and each means the same to a person.
+            reason = str(problem).strip().split("\n")[0][:200]
+            raise ModelError(
+                f"{folder.name} cannot be loaded: {reason or type(problem).__name__}",
+                hint="The files may be damaged or of a kind that mlx-lm does not know.",
+            ) from None
+        if not all(hasattr(layer, "merge") for layer in make_prompt_cache(self.network)):
+            raise ModelError(f"{folder.name} cannot be batched by mlx-lm {version('mlx-lm')}")
+        self.version = version("mlx-lm")
+        self.layers = len(self.network.layers)
+        self.facts = _facts(self.network, config)
+
+
+def _facts(network: Any, config: dict[str, Any]) -> dict[str, Any]:
+    arrays = [array for _, array in tree_flatten(network.parameters())]
+    quantization = config.get("quantization") or {}
+    return {
+        "mlx": version("mlx"),
+        "weight_bytes": sum(array.nbytes for array in arrays),
+        "dtypes": sorted({str(array.dtype).removeprefix("mlx.core.") for array in arrays}),
+        "bits": quantization.get("bits"),
+    }
+
+
+class SeededSampler:
+    """Draws the tokens of one request from a random stream of its own, so that its neighbours change nothing.
+
+    mlx-lm's samplers share one global random state. The order is llama.cpp's: top-k, top-p, min-p, temperature.
+    """
+
+    def __init__(self, sampling: SamplingParams, vocabulary: int) -> None:
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        self._key = mx.random.key(seed & 0xFFFFFFFFFFFFFFFF)
+        self._sampling = sampling
+        # mlx-lm refuses a top-k that keeps everything.
+        self._top_k = sampling.top_k if sampling.top_k < vocabulary else 0
+
+    def __call__(self, logprobs: Any) -> Any:
+        """``logprobs`` has one row; called once for each token of the answer, in order."""
+        scores = logprobs.astype(mx.float32)
+        if self._top_k > 0:
+            scores = apply_top_k(scores, self._top_k)
+        if 0.0 < self._sampling.top_p < 1.0:
+            scores = apply_top_p(scores, self._sampling.top_p)
+        if self._sampling.min_p > 0.0:
+            scores = apply_min_p(scores, self._sampling.min_p)
+        keys = mx.random.split(self._key)
+        self._key = keys[0]
+        return mx.random.categorical(scores / self._sampling.temperature, key=keys[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token that is on the host. ``ended``: the batcher has dropped its sequence, at an end token or a limit."""
+
+    sequence: SequenceId
+    token: int
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one step of the batcher did. Times in seconds."""
+
+    tokens: list[Token]
+    prefill_tokens: int
+    prefill_s: float
+    decode_s: float
+
+
+class Batcher:
+    """Sequences that are decoded together; new ones join at any step."""
+
+    def __init__(self, model: MlxModel, eos_ids: Sequence[int], device: Any, slots: int, batch_tokens: int) -> None:
+        self._network = model.network
+        self._rows = max(1, min(slots, PREFILL_ROWS, batch_tokens))
+        self._batch_tokens = batch_tokens
+        self._vocabulary = _warm_up(model.network)
+        self._ends = StopSequences([(token,) for token in eos_ids])
+        self._endless = StopSequences()
+        self._in_prefill: set[SequenceId] = set()
+        self._generator = BatchGenerator(
+            self._network,
+            completion_batch_size=slots,
+            prefill_batch_size=self._rows,
+            # It computes this many tokens of each row at once.
+            prefill_step_size=max(1, batch_tokens // self._rows),
+            # Its default stream belongs to the device that was the default when mlx_lm was imported.
+            stream=mx.new_thread_local_stream(device),
+        )
+
+    @property
+    def room(self) -> int:
+        """Sequences that the next prefill pass can take."""
+        return self._rows - len(self._in_prefill)
+
+    def insert(self, prompt: Tokens, limit: int, sampling: SamplingParams, cache: Cache | None) -> SequenceId:
+        """Add a sequence; ``prompt`` is what follows the tokens that ``cache`` holds, at least one token.
+
+        ``cache`` may be given to many: merging it into a batch copies it.
+        """
+        # One greedy sampler for all (the generator's own) lets it sample the whole batch in one call.
+        greedy = sampling.temperature <= 0
+        sampler = None if greedy else SeededSampler(sampling, self._vocabulary)
+        (sequence,) = self._generator.insert(
+            [prompt.tolist()],
+            max_tokens=[limit],
+            caches=[cache],
+            samplers=[sampler],
+            stop_sequences=[self._endless if sampling.ignore_eos else self._ends],
+        )
+        self._in_prefill.add(sequence)
+        return int(sequence)
+
+    def remove(self, sequence: SequenceId) -> None:
+        """Free the row of a running sequence."""
+        self._in_prefill.discard(sequence)
+        with mx.stream(self._generator.stream):
+            self._generator.remove([sequence])
+
+    def step(self) -> Pass:
+        """A token of every sequence in decode, then the next prompt tokens of those in prefill.
+
+        The token of a sequence arrives a step after it was drawn: the next one is already being computed by then.
+        Where a sequence ends, that one was for nothing; it is counted nowhere.
+        """
+        with self._generator.stats() as work:
+            prefills, decodes = self._generator.next()
+        begun = {each.uid for each in prefills if each.end_of_prompt}
+        self._in_prefill -= begun
+        return Pass(
+            tokens=[Token(each.uid, int(each.token), each.finish_reason is not None) for each in decodes],
+            # The last token of a prompt goes through the model as the first decode, uncounted.
+            prefill_tokens=work.prompt_tokens + len(begun),
+            prefill_s=work.prompt_time,
+            decode_s=work.decode_time,
+        )
+
+    def prefill(self, tokens: Tokens, base: Cache | None = None) -> Cache:
+        """The cache after ``tokens``, which follow those in ``base``. ``base`` stays as it is."""
+        with mx.stream(self._generator.stream):
+            cache: Cache = make_prompt_cache(self._network) if base is None else copy.deepcopy(base)
+            for start in range(0, len(tokens), self._batch_tokens):
+                piece = mx.array(tokens[start : start + self._batch_tokens])
+                self._network(piece[None], cache=cache)
+                mx.eval([layer.state for layer in cache])
+        return cache
+
+    def shortened(self, cache: Cache, surplus: int) -> Cache | None:
+        """A view of ``cache`` without its last ``surplus`` tokens; None when its layers cannot go back."""
+        if surplus == 0:
+            return cache
+        if not can_trim_prompt_cache(cache):
+            return None
+        # Trimming moves a mark in the object and touches no array, and merging only reads: a shallow copy suffices.
+        view = [copy.copy(layer) for layer in cache]
+        return view if trim_prompt_cache(view, surplus) == surplus else None
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._generator.close()
+        del self._generator, self._network
+        mx.clear_cache()
+
+
+def _warm_up(network: Any) -> int:
+    """Run the network once, so that its kernels are compiled before a request waits for them.
+
+    Returns the entries of a row of logits, which may be more than the tokenizer has words.
+    """
+    logits = network(mx.array([[0, 0]]), cache=make_prompt_cache(network))
+    mx.eval(logits)
+    return int(logits.shape[-1])

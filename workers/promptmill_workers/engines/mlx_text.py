@@ -1,0 +1,177 @@
+"""Text to token ids and back, by the tokenizer of an MLX folder. Imports no MLX: counting prompts needs no device."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from promptmill.errors import ModelError, RequestError
+from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.prefix_plan import Tokens
+
+#: Context of a model whose configuration does not say what it was trained for.
+CONTEXT_UNKNOWN = 4096
+
+#: What decoders write for bytes that are no character (yet).
+NO_CHARACTER = "\ufffd"
+
+
+class MlxTokenizer:
+    """The words of an MLX folder: its tokenizer, its chat template and the tokens that end an answer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelError for a folder without a usable configuration or tokenizer."""
+        config = read_json(folder, "config.json")
+        self._tokenizer = _load(folder)
+        self.context_tokens = _context(config)
+        self.eos_ids = _eos_ids(config, folder, self._tokenizer.eos_token_id)
+
+    def render(self, request: EngineRequest) -> str:
+        """Raises RequestError."""
+        if request.messages is None:
+            return request.prompt or ""
+        if not self._tokenizer.chat_template:
+            raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
+        turns = [{"role": each.role, "content": each.content} for each in request.messages]
+        try:
+            # transformers renders templates in jinja2's immutable sandbox.
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as problem:
+            # Whatever a model's template does wrong concerns this request only.
+            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+        return str(text)
+
+    def tokens(self, request: EngineRequest) -> Tokens:
+        """Raises RequestError, also for a prompt without a single token.
+
+        A template writes special tokens, BOS included, as text. A raw prompt's text is only text, and what the model
+        wants at its start is added.
+        """
+        # A lone half of a surrogate pair has no UTF-8, which is all the tokenizer takes.
+        text = self.render(request).encode("utf-8", errors="replace").decode()
+        raw = request.messages is None
+        found = self._tokenizer.encode(text, add_special_tokens=raw, split_special_tokens=raw, verbose=False)
+        if not found:
+            raise RequestError("the prompt has no tokens")
+        return np.array(found, dtype=np.int32)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Control tokens add nothing; bytes that are no character are replaced."""
+        # "Cleaning up" would change the spaces of an answer, for one in JSON.
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class MlxTokenCounter:
+    """The tokenizer of an MLX folder without its weights."""
+
+    def __init__(self, tokenizer: MlxTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def context_tokens(self) -> int:
+        return self._tokenizer.context_tokens
+
+    def count(self, request: EngineRequest) -> int:
+        return len(self._tokenizer.tokens(request))
+
+    def render(self, request: EngineRequest) -> str:
+        return self._tokenizer.render(request)
+
+
+class AnswerText:
+    """The text of one answer, token by token where stop texts must be looked for, else in one go at its end."""
+
+    def __init__(self, tokenizer: MlxTokenizer, stops: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop for stop in stops if stop)
+        self._longest = max(map(len, self._stops), default=0)
+        self._ids: list[int] = []
+        self._text = ""
+        # Tokens before _read are in _text. Those from _context on are decoded again with each new token: what a token
+        # adds depends on its neighbours (spaces, characters of several tokens).
+        self._context = 0
+        self._read = 0
+
+    def add(self, token: int) -> bool:
+        """Take the next token; True when a stop text is complete. The text then ends before it."""
+        self._ids.append(token)
+        if not self._stops:
+            return False
+        fresh = self._fresh()
+        if fresh.endswith(NO_CHARACTER):
+            return False
+        self._context, self._read = self._read, len(self._ids)
+        return self._append(fresh)
+
+    def finish(self) -> tuple[str, bool]:
+        """The text, and whether it was cut at a stop text that only the end made readable."""
+        if not self._stops:
+            return self._tokenizer.text(self._ids), False
+        cut = self._append(self._fresh()) if self._read < len(self._ids) else False
+        return self._text, cut
+
+    @property
+    def cut_text(self) -> str:
+        """The text up to the stop text that was found."""
+        return self._text
+
+    def _fresh(self) -> str:
+        """What the tokens since ``_read`` add."""
+        known = self._tokenizer.text(self._ids[self._context : self._read])
+        return self._tokenizer.text(self._ids[self._context :])[len(known) :]
+
+    def _append(self, fresh: str) -> bool:
+        start = max(0, len(self._text) - self._longest + 1)
+        self._text += fresh
+        found = [at for stop in self._stops if (at := self._text.find(stop, start)) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+        return bool(found)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a model's folder. Raises ModelError."""
+    try:
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError:
+        raise ModelError(f"{folder.name} has no readable {name}", hint="Give the folder of an MLX model.") from None
+    except ValueError:
+        raise ModelError(
+            f"{name} of {folder.name} is not JSON", hint="The file may be damaged: fetch it again."
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{name} of {folder.name} is no JSON object")
+    return value
+
+
+def _load(folder: Path) -> Any:
+    # Said before the import, which otherwise warns that PyTorch is missing: only the tokenizer is wanted.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        # Left open, a tokenizer with code of its own would ask on the terminal whether to run it.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as problem:
+        # The libraries below raise whatever they like, down to bare Exception.
+        reason = str(problem).strip().split("\n")[0][:200]
+        raise ModelError(f"the tokenizer of {folder.name} cannot be loaded: {reason}") from None
+
+
+def _context(config: dict[str, Any]) -> int:
+    nested = config.get("text_config") or {}
+    found = config.get("max_position_embeddings") or nested.get("max_position_embeddings")
+    return int(found) if found else CONTEXT_UNKNOWN
+
+
+def _eos_ids(config: dict[str, Any], folder: Path, of_tokenizer: int | None) -> frozenset[int]:
+    """The generation settings go before the configuration, as in mlx-lm; the tokenizer's own end always counts."""
+    generation = read_json(folder, "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    named = generation.get("eos_token_id") or config.get("eos_token_id") or []
+    ids = {named} if isinstance(named, int) else set(named)
+    return frozenset(ids if of_tokenizer is None else {*ids, of_tokenizer})
