@@ -68,7 +68,8 @@ def _write_tokenizer(folder: Path, context: int, chat_template: str | None, voca
     if chat_template is not None:
         settings["chat_template"] = chat_template
     _write_json(folder / "tokenizer_config.json", settings)
-    return {special: tokenizer.token_to_id(special) for special in specials}
+    vocabulary_ids = tokenizer.get_vocab()
+    return {special: vocabulary_ids[special] for special in specials}
 
 
 def _write_weights(folder: Path, config: dict[str, Any], seed: int) -> None:
