@@ -36,6 +36,10 @@ LAST_WORDS = 20
 LAST_WORDS_CHARS = 300
 
 
+class HostCrashed(ModelError):
+    """Loading the model ended the engine process."""
+
+
 class HostDied(Exception):
     """The host ended or stalled while it held requests. ``str()`` is its last words."""
 
@@ -154,7 +158,7 @@ class EngineHost:
                 self.info = self._greet(connection)
         except (HostDied, OSError, EOFError) as death:
             self.kill()
-            raise ModelError(
+            raise HostCrashed(
                 f"loading {self.config.model} ended the engine process: {self.last_words()}",
                 hint="The file may be damaged or larger than the memory. JOBS_LOG_LEVEL=DEBUG shows the engine's log.",
             ) from death

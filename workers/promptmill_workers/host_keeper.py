@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from promptmill_workers.engines.contract import EngineInfo
-from promptmill_workers.host import EngineHost, HostConfig, HostDied, Session
+from promptmill_workers.host import EngineHost, HostConfig, HostCrashed, Session
 
 log = logging.getLogger("promptmill.worker")
 
@@ -34,6 +34,11 @@ class HostKeeper:
         self._sessions: set[Session] = set()
         self.restarts = 0
         self.state = "loading"
+
+    @property
+    def deaths(self) -> int:
+        """Hosts that died one after the other without a session that ended well."""
+        return self._deaths
 
     @property
     def info(self) -> EngineInfo | None:
@@ -104,6 +109,23 @@ class HostKeeper:
         if host is not None:
             host.kill()
 
+    def _load(self) -> EngineInfo:
+        """Start a host. One that crashes gets a second chance without the CPU's special kernels."""
+        self._host = EngineHost(self._config)
+        try:
+            return self._host.wait_ready()
+        except HostCrashed as crash:
+            self._host = None
+            options = self._config.options
+            if options.plain_kernels or options.device != "cpu":
+                raise
+            log.warning("%s; trying again without AMX and repacked weights", crash.message)
+            self._config = replace(self._config, options=replace(options, plain_kernels=True))
+            return self._load()
+        except BaseException:
+            self._host = None
+            raise
+
     def _serves(self, model: str, context_tokens: int | None) -> bool:
         if self._host is None or self._config.model != model:
             return False
@@ -121,16 +143,9 @@ class HostKeeper:
         self._config = replace(self._config, model=model)
         self.state = "loading"
         self._on_change(self)
-        self._host = EngineHost(self._config)
-        try:
-            info = self._host.wait_ready()
-        except BaseException:
-            self._host = None
-            raise
+        info = self._load()
         self.state = "idle"
         self._on_change(self)
         log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
         return info
 
-
-__all__ = ["HostDied", "HostKeeper"]

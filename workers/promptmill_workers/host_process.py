@@ -113,6 +113,10 @@ class HostLoop:
     def _handle(self, session: HostSession, message: Any) -> None:
         match message:
             case ("hello",):
+                if not self._sessions:
+                    # Time without a session is no job's time: an empty step counts it, and it is left out.
+                    self._engine.step()
+                    self._reported = self._engine.counters
                 self._sessions.add(session)
                 session.outbox.put(("ready", self._engine.info))
             case ("add", requests):

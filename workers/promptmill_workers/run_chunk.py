@@ -22,6 +22,10 @@ log = logging.getLogger("promptmill.worker")
 #: Chunks a worker holds at once, so that its batch never drains at a chunk's end.
 CHUNKS_AT_ONCE = 2
 
+#: Engine hosts that die one after the other, with no chunk ended well between, before their job is given up. Finding
+#: one bad request among 256 takes at most six.
+DEATHS_IN_A_ROW = 10
+
 #: Seconds between renewals of a lease: five may fail before somebody else takes the chunk.
 RENEW_S = 5.0
 
@@ -67,6 +71,8 @@ class ChunkRunner:
             log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
             hosts.replace_dead()
             ledger.fail(lease, ErrorClass.ENGINE_CRASH, str(death))
+            if hosts.deaths >= DEATHS_IN_A_ROW:
+                ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
         except PromptmillError as problem:
             log.error("job %s: %s", lease.chunk.job_id, problem.message)
             ledger.stop(lease.chunk.job_id, problem.message)

@@ -27,6 +27,8 @@ class EngineOptions:
     threads: int | None = None
     #: Device asked for: ``cpu``, ``cuda:0``, ``metal``.
     device: str = "cpu"
+    #: Leave the CPU's special matrix kernels (AMX, repacked weights) alone: on some machines they end the process.
+    plain_kernels: bool = False
     #: Options in the model's name (``echo:token_s=0.01``).
     model_options: dict[str, str] = field(default_factory=dict)
 

@@ -31,6 +31,9 @@ MOST_SEQUENCES = 256
 #: Lines of the engine's log that are kept to explain a failure.
 KEPT_LINES = 200
 
+#: Context of a model whose file does not say what it was trained for.
+CONTEXT_UNKNOWN = 4096
+
 _lines: deque[str] = deque(maxlen=KEPT_LINES)
 
 
@@ -105,7 +108,7 @@ class Vocabulary:
 class Model:
     """A GGUF in memory; with ``vocab_only`` only its words and its header."""
 
-    def __init__(self, path: Path, *, vocab_only: bool = False, gpu: bool = False) -> None:
+    def __init__(self, path: Path, *, vocab_only: bool = False, gpu: bool = False, plain_kernels: bool = False) -> None:
         """Raises ModelError for a file that cannot be loaded, DeviceError for a GPU that cannot be used."""
         if gpu and not llama_cpp.llama_supports_gpu_offload():
             raise DeviceError(
@@ -116,6 +119,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = -1 if gpu else 0
+        params.use_extra_bufts = not plain_kernels
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelError(
@@ -128,11 +132,19 @@ class Model:
                 "no layer of the model went to the GPU", hint="Use --device cpu, or a GPU with more memory."
             )
         self.vocabulary = Vocabulary(self.handle)
-        self.context_trained = int(llama_cpp.llama_model_n_ctx_train(self.handle))
+        # The header, because a vocabulary alone has no n_ctx_train.
+        architecture = self._header("general.architecture")
+        self.context_trained = int(self._header(f"{architecture}.context_length") or CONTEXT_UNKNOWN)
         # Recurrent memory is a state and not a list of cells: a part of it cannot be copied.
         self.has_cells = not (
             llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle)
         )
+
+    def _header(self, key: str) -> str:
+        """A value of the file's header as text; empty when it is not there."""
+        buffer = ctypes.create_string_buffer(256)
+        size = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if size >= 0 else ""
 
     @property
     def chat_template(self) -> str | None:
@@ -212,7 +224,7 @@ class Context:
         # Cells of one buffer can belong to several sequences: a shared prefix costs no memory and no copy.
         params.kv_unified = True
         params.no_perf = True
-        params.samplers = self._configs
+        params.samplers = ctypes.cast(self._configs, ctypes.POINTER(llama_cpp.llama_sampler_seq_config))
         params.n_samplers = slots
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
@@ -268,6 +280,13 @@ class Context:
     def sampled(self, slot: int, index: int) -> int:
         """The token drawn for ``slot`` from the output at batch index ``index``; its value is now on the host."""
         return int(llama_cpp.llama_sampler_sample(self._samplers[slot], self._handle, index))
+
+    def warm_up(self) -> None:
+        """One small pass, so that a machine that cannot run this model says so now, and no request waits for it."""
+        self.clear_batch()
+        self.put(0, 0, np.zeros(min(32, len(self._token)), dtype=np.int32), last_wanted=True)
+        self.decode()
+        self.drop(0)
 
     # --- sequences ---------------------------------------------------------------------------------------------------
 

@@ -128,6 +128,7 @@ class LlamaCppEngine:
             model, cells=max(cells, self._context_tokens), batch=self._batch_tokens, slots=options.slots,
             spare=PREFIXES, threads=options.threads or _cores(),
         )  # fmt: skip
+        self._context.warm_up()
         self._incoming: deque[EngineRequest] = deque()
         self._waiting: deque[Waiting] = deque()
         self._running: dict[int, Running] = {}
@@ -149,7 +150,8 @@ class LlamaCppEngine:
     def load(cls, path: Path | None, model_name: str, options: EngineOptions) -> Self:
         """Raises ModelError or DeviceError."""
         assert path is not None
-        return cls(Model(path, gpu=options.device != "cpu"), model_name, options)
+        model = Model(path, gpu=options.device != "cpu", plain_kernels=options.plain_kernels)
+        return cls(model, model_name, options)
 
     @staticmethod
     def token_counter(path: Path | None) -> LlamaTokenCounter:
