@@ -307,8 +307,10 @@ def test_a_request_that_takes_too_long_ends_as_a_timeout(load: Callable[..., Mlx
 def test_a_cancelled_request_frees_its_slot_and_is_heard_of_no_more(load: Callable[..., MlxEngine]) -> None:
     engine = load(slots=1)
     alone = texts(run(load(slots=1), [chat(1)]))
-    engine.add([chat(0, max_tokens=400, ignore_eos=True), chat(1), chat(2)])
-    early = [event for _ in range(6) for event in engine.step()]
+    engine.add([chat(0, max_tokens=400, ignore_eos=True)])
+    early = [*engine.step()]
+    engine.add([chat(1), chat(2)])
+    early += [event for _ in range(5) for event in engine.step()]
     assert (early, engine.active, engine.waiting) == ([], 1, 2)
     assert set(engine.waiting_keys()) == {1, 2}
 

@@ -24,9 +24,6 @@ from promptmill.errors import DeviceError, ModelError
 from promptmill.types import SamplingParams
 from promptmill_workers.prefix_plan import Tokens
 
-#: Prompts in one prefill pass. They are padded to the longest, so that many short ones gain and mixed ones lose.
-PREFILL_ROWS = 8
-
 #: Names a sequence inside the batcher.
 SequenceId = int
 
@@ -136,8 +133,7 @@ class Batcher:
 
     def __init__(self, model: MlxModel, eos_ids: Sequence[int], device: Any, slots: int, batch_tokens: int) -> None:
         self._network = model.network
-        self._rows = max(1, min(slots, PREFILL_ROWS, batch_tokens))
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = max(batch_tokens, slots)
         self._vocabulary = _warm_up(model.network)
         self._ends = StopSequences([(token,) for token in eos_ids])
         self._endless = StopSequences()
@@ -145,17 +141,11 @@ class Batcher:
         self._generator = BatchGenerator(
             self._network,
             completion_batch_size=slots,
-            prefill_batch_size=self._rows,
-            # It computes this many tokens of each row at once.
-            prefill_step_size=max(1, batch_tokens // self._rows),
+            prefill_batch_size=slots,
+            prefill_step_size=self._batch_tokens,
             # Its default stream belongs to the device that was the default when mlx_lm was imported.
             stream=mx.new_thread_local_stream(device),
         )
-
-    @property
-    def room(self) -> int:
-        """Sequences that the next prefill pass can take."""
-        return self._rows - len(self._in_prefill)
 
     def insert(self, prompt: Tokens, limit: int, sampling: SamplingParams, cache: Cache | None) -> SequenceId:
         """Add a sequence; ``prompt`` is what follows the tokens that ``cache`` holds, at least one token.
@@ -187,6 +177,8 @@ class Batcher:
         The token of a sequence arrives a step after it was drawn: the next one is already being computed by then.
         Where a sequence ends, that one was for nothing; it is counted nowhere.
         """
+        # It takes this many tokens of each prompt, and pads to the longest: few prompts get much, many get little each.
+        self._generator.prefill_step_size = self._batch_tokens // max(1, len(self._in_prefill))
         with self._generator.stats() as work:
             prefills, decodes = self._generator.next()
         begun = {each.uid for each in prefills if each.end_of_prompt}
