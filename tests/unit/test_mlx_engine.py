@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,9 @@ import pytest
 from tests.unit.tiny_mlx import write_tiny_mlx
 
 from promptmill.errors import DeviceError, ModelError, RequestError
+from promptmill.resources import resource_dir
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
+from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
 
 pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptmill[mlx]'")
@@ -487,3 +490,26 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
     assert counted == f"512 {len(ids)}"
     assert loaded == "[]"
     assert done.stderr == ""
+
+
+def test_the_bundled_model_says_the_same_with_both_engines() -> None:
+    llamacpp = pytest.importorskip("promptmill_workers.engines.llamacpp")
+    lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").splitlines()[::9]
+    rules = "You are a moderator of comments. Decide whether the comment is an advertisement. Answer with JSON."
+    requests = [
+        chat(key, system=rules, text=f"Comment: {json.loads(line)['comment']}", max_tokens=32)
+        for key, line in enumerate(lines)
+    ]
+    said = []
+    for kind, file in ((MlxEngine, "mlx"), (llamacpp.LlamaCppEngine, "demo.gguf")):
+        engine = kind.load(bundled(file), "demo", EngineOptions(slots=8))
+        said.append(
+            {
+                key: (finished(event).text, finished(event).usage.prompt_tokens)
+                for key, event in run(engine, requests).items()
+            }
+        )
+        engine.close()
+
+    assert len(said[0]) == len(lines) >= 20
+    assert said[0] == said[1]
