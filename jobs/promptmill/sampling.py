@@ -65,6 +65,9 @@ PARAMETERS: Mapping[str, Callable[[Any], Any]] = {
     "ignore_eos": _flag,
 }
 
+#: Another name that servers use for ``max_tokens``.
+ALIASES = {"max_completion_tokens": "max_tokens"}
+
 #: Parameters for which null means "not set".
 NULLABLE = {"seed", "timeout_s"}
 
@@ -79,6 +82,17 @@ def check_parameter(name: str, value: Any) -> Any:
         return PARAMETERS[name](value)
     except ValueError as wanted:
         raise BadParameter(f"'{name}' must be {wanted}") from None
+
+
+def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter of a line under its own name. Raises :class:`BadParameter`, also for a value given twice."""
+    found = {name: check_parameter(name, value) for name, value in given.items() if name not in ALIASES}
+    for alias in given.keys() & ALIASES.keys():
+        name = ALIASES[alias]
+        value = check_parameter(name, given[alias])
+        if found.setdefault(name, value) != value:
+            raise BadParameter(f"'{alias}' and '{name}' differ")
+    return found
 
 
 def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> SamplingParams:

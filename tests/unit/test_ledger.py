@@ -54,8 +54,15 @@ def add_job(db: sa.Engine, rows: int, chunk_rows: int, **values: Any) -> None:
         for number, first in enumerate(range(0, rows, chunk_rows)):
             connection.execute(
                 sa.insert(chunks).values(
-                    job_id=JOB, number=number, first_row=first, rows=min(chunk_rows, rows - first), state="queued",
-                    attempt=0, ok=0, errors=0, output_tokens=0,
+                    job_id=JOB,
+                    number=number,
+                    first_row=first,
+                    rows=min(chunk_rows, rows - first),
+                    state="queued",
+                    attempt=0,
+                    ok=0,
+                    errors=0,
+                    output_tokens=0,
                 )  # fmt: skip
             )
 
@@ -294,3 +301,12 @@ def test_a_text_with_a_nul_is_stored(ledger: Ledger, db: sa.Engine) -> None:
     answer = Ok(0, "a\x00b", FinishReason.STOP, Usage(1, 0, 1), Timing(1, 1, 1, 1))
     assert ledger.record(lease, [(answer, 16)]) == 1
     assert column(db, sa.select(results.c.text)) == ["a\N{REPLACEMENT CHARACTER}b"]
+
+
+def test_a_chunk_that_failed_after_its_last_result_is_done(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [ok(0), ok(1)])
+    ledger.fail(lease, ErrorClass.ENGINE_CRASH, "died at the very end")
+    assert ledger.progress(JOB).state is JobState.COMPLETED

@@ -1,4 +1,4 @@
-"""Labelled comments composed from parts, English and Chinese, to train the demo model beside the real ones.
+"""Our own training examples beside the real ones: written comments, comments composed from parts, and small talk.
 
 None of the lines of ``datasets/ad_comments.jsonl`` is here, so that the bundled dataset stays a fair trial.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
+
+WRITTEN = Path(__file__).parent / "own_comments.txt"
 
 PARTS = {
     "topic": "song|video|comic|chapter|episode|movie|album|scene|story|clip|trailer|cover|drawing|ending|intro|remix|tutorial|lyrics",
@@ -51,7 +54,6 @@ I read the book before the {topic} and it is {praise}|where can I buy the {topic
 买了正版支持{zw}|{zt}的翻译有点问题|{zp}，比上一季好多了|看完{zt}睡不着|{zw}说{zt}{zm}，我不同意|哈哈哈哈{zp}
 别加那些微信，都是骗子|评论区广告好多，烦|楼上发链接的是骗人的|举报了，又是卖{zg}的广告|以前被卖{zg}的骗过，大家小心
 请问{zt}在哪里买正版|APP里看{zt}老是卡|微信公众号上好像没有这一话|加油，期待下一集|打卡第{zn}天|谁懂啊，{zw}{zp}
-什么是{zt}？|如何学习{zt}|{zt}的优点有哪些|你好|你是谁|今天天气怎么样
 """
 
 SPAM = """
@@ -84,32 +86,94 @@ def templates(text: str) -> list[str]:
 CHOICES = {name: text.split("|") for name, text in PARTS.items()}
 HAM_TEMPLATES, SPAM_TEMPLATES = templates(HAM), templates(SPAM)
 
-GREETINGS = ["hello", "hi", "who are you?", "what can you do?", "tell me a joke", "what is machine learning?", "write a poem",
-             "how do I cook rice?", "2 + 2 = ?", "good morning", "explain gravity", "test", "what is AI", "summarize this text"]  # fmt: skip
+#: What people type to try a model: English, then Chinese.
+QUESTIONS = """
+hello|hi|hi there|hey|good morning|who are you?|what are you?|what can you do?|help|test|tell me a joke|write a poem|thanks
+how do I cook {q}?|what is {q}?|explain {q} to a child|why is {q} important?|write a story about {q}|summarize {q}
+translate {q} into French|give me three facts about {q}|what is the difference between {q} and {q}?|how does {q} work?
+write a program for {q}|2 + 2 = ?|what is the capital of {q}|recommend a book about {q}|list five kinds of {q}
+"""
 
-GREETINGS_ZH = ["你好", "你是谁？", "你能做什么？", "什么是人工智能？", "讲个笑话", "机器学习是什么？", "如何学习编程？", "写一首诗",
-                "神经网络的结构是什么？", "数据库的作用有哪些？", "早上好", "怎么做饭", "推荐一本书", "推荐算法有哪些？", "云计算是什么？"]  # fmt: skip
+QUESTIONS_ZH = """
+你好|您好|在吗|早上好|你是谁？|你叫什么名字|你会什么？|帮助|测试|讲个笑话吧|写一首诗|谢谢
+什么是{c}？|{c}是什么意思|请解释{c}|如何学习{c}？|怎么做{c}|{c}有什么用？|{c}和{c}有什么区别？|{c}的原理是什么？|{c}的优点有哪些？
+{c}有哪些种类？|介绍一下{c}|写一篇关于{c}的文章|{c}的未来会怎样？|推荐一本关于{c}的书|为什么{c}很重要？|{c}的作用有哪些？|如何选择{c}？
+"""
+
+SUBJECTS = {
+    "q": "rice|gravity|machine learning|the sea|a computer|France|chess|history|music|photosynthesis|a database|money|the moon"
+    "|a neural network|tea|sleep|inflation|Python|a rainbow|football|vaccines|steel|the internet|bees|encryption",
+    "c": "面条|引力|历史|音乐|大海|计算机|围棋|神经网络|数据结构|算法|编程|睡眠|茶|经济|月亮|操作系统|网络安全|区块链|物理|英语|云服务"
+    "|咖啡|摄影|天气|加密|软件|模型|统计|健康|写作|前端|测试方法|容器|缓存|索引|搜索|芯片|卫星|显卡|气候|语言",
+}  # fmt: skip
+
+SYSTEMS = ("", "", "", "You are a helpful assistant.", "You are a poet.", "Answer briefly.", "你是一个有用的助手。", "请用中文回答。")
+
+
+def written() -> list[tuple[str, bool]]:
+    """The comments of ``own_comments.txt`` and whether each is an advertisement."""
+    lines = WRITTEN.read_text(encoding="utf-8").splitlines()
+    return [(line[2:].strip(), line[0] == "+") for line in lines if line[:2] in ("+ ", "- ")]
+
+
+def filled(template: str, choices: dict[str, list[str]], rng: random.Random) -> str:
+    return re.sub(r"\{(\w+)\}", lambda match: rng.choice(choices[match[1]]), template)
 
 
 def composed(rng: random.Random) -> tuple[str, bool]:
-    """One comment and whether it is an advertisement."""
+    """One comment made of parts, and whether it is an advertisement."""
     is_ad = rng.random() < 0.5
-    text = rng.choice(SPAM_TEMPLATES if is_ad else HAM_TEMPLATES)
-    text = re.sub(r"\{(\w+)\}", lambda match: rng.choice(CHOICES[match[1]]), text)
-    if rng.random() < 0.25 and not is_ad:
-        other = re.sub(r"\{(\w+)\}", lambda match: rng.choice(CHOICES[match[1]]), rng.choice(HAM_TEMPLATES))
-        text = f"{text}{rng.choice([', ', '. ', '，', ' '])}{other}"
-    style = rng.random()
-    if style < 0.15:
-        text = text.capitalize()
-    elif style < 0.2:
-        text = text.upper()
-    if rng.random() < 0.15:
-        text += rng.choice(["!", "!!!", "...", " :)", "~", "。", "！", "😂", "❤", "?"])
-    return text, is_ad
+    return filled(rng.choice(SPAM_TEMPLATES if is_ad else HAM_TEMPLATES), CHOICES, rng), is_ad
 
 
-def small_talk(rng: random.Random) -> tuple[str, bool]:
-    """A prompt that is no comment, and whether it is Chinese."""
+def small_talk(rng: random.Random) -> tuple[str, str, bool]:
+    """A system prompt, often empty, a prompt that is no comment, and whether it is Chinese."""
     chinese = rng.random() < 0.5
-    return rng.choice(GREETINGS_ZH if chinese else GREETINGS), chinese
+    text = filled(rng.choice(TALK_ZH if chinese else TALK), SUBJECT_CHOICES, rng)
+    if not chinese and rng.random() < 0.3:
+        text = text.capitalize()
+    return rng.choice(SYSTEMS), text, chinese
+
+
+TALK, TALK_ZH = templates(QUESTIONS), templates(QUESTIONS_ZH)
+SUBJECT_CHOICES = {name: text.split("|") for name, text in SUBJECTS.items()}
+
+#: Signs of an advertisement; how many a comment shows decides how sure the wanted score is.
+SIGNS = (
+    "http", "www", ".com", ".example", "subscribe", "check out", "channel", "free", "$", "follow", "click", "link", "code",
+    "whatsapp", "telegram", "微信", "qq", "扣扣", "加v", "群", "链接", "免费", "下载", "私信", "主页", "关注", "兼职", "日赚",
+)  # fmt: skip
+
+
+def score(comment: str, is_ad: bool) -> int:
+    """0 to 2 for a comment that is none, 3 to 5 for an advertisement, by the signs that it shows."""
+    signs = sum(sign in comment.lower() for sign in SIGNS)
+    return min(3 + signs, 5) if is_ad else min(signs, 2)
+
+
+def noise(rng: random.Random) -> str:
+    """Text that means nothing: people post that too, and an answer must be an answer even then."""
+    signs = rng.choice(("░▒▓█", "┃┏┓┗┛━", "xX_-*", "<>/br ", "😂🔥❤", "asdfghjkl", "!?.", "の々ヽ～", "0123456789ABCDEF;~"))
+    return "".join(rng.choice(signs) for _ in range(rng.randint(1, 60)))
+
+
+def varied(comment: str, rng: random.Random) -> str:
+    """The comment in another guise that keeps its meaning: the sets are small, and words matter more than spelling."""
+    if rng.random() < 0.3:
+        comment = re.sub(r"\d", lambda _: str(rng.randrange(10)), comment)
+    if rng.random() < 0.25:
+        words = comment.split(" ")
+        comment = " ".join(word for word in words if rng.random() > 0.1) or comment
+    if rng.random() < 0.1 and len(comment) > 8:
+        at = rng.randrange(len(comment))
+        comment = comment[:at] + comment[at + 1 :]
+    guise = rng.random()
+    if guise < 0.12:
+        comment = comment.lower()
+    elif guise < 0.15:
+        comment = comment.upper()
+    if rng.random() < 0.1:
+        comment += rng.choice(("!", "!!!", "...", " :)", "~", "。", "！", "😂", "❤", "?", "."))
+    if rng.random() < 0.02:
+        comment = f"{comment} {noise(rng)}"
+    return comment

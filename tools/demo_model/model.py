@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: Keys and values of one layer, [batch, heads, length, head] each.
+Past = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -27,10 +30,10 @@ class Shape:
         return self.width // self.heads
 
 
-def rope(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
+def rope(shape: Shape, start: int, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, [length, head]: the halves of a head rotate together."""
     frequency = shape.rope_base ** (-torch.arange(0, shape.head, 2) / shape.head)
-    angle = torch.outer(torch.arange(length), frequency)
+    angle = torch.outer(torch.arange(start, start + length), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
@@ -40,11 +43,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
 class Layer(nn.Module):
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
         self.shape, self.dropout = shape, dropout
-        linear = lambda a, b: nn.Linear(a, b, bias=False)  # noqa: E731
         self.input_layernorm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.q_proj, self.k_proj = linear(shape.width, shape.width), linear(shape.width, shape.width)
@@ -52,24 +58,38 @@ class Layer(nn.Module):
         self.gate_proj, self.up_proj = linear(shape.width, shape.ffn), linear(shape.width, shape.ffn)
         self.down_proj = linear(shape.ffn, shape.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        heads = lambda t: t.view(batch, length, self.shape.heads, self.shape.head).transpose(1, 2)  # noqa: E731
-        h = self.input_layernorm(x)
-        q, k = rotate(heads(self.q_proj(h)), cos, sin), rotate(heads(self.k_proj(h)), cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, heads(self.v_proj(h)), is_causal=True)
-        attended = self.o_proj(attended.transpose(1, 2).reshape(batch, length, width))
+    def forward(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """Hidden states [batch, length, width] after the tokens of ``past``, and the keys and values of all."""
+        attended, keys = self._attend(self.input_layernorm(x), past)
         x = x + F.dropout(attended, self.dropout, self.training)
         h = self.post_attention_layernorm(x)
-        return x + F.dropout(self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h)), self.dropout, self.training)
+        h = self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        return x + F.dropout(h, self.dropout, self.training), keys
+
+    def _attend(self, h: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        batch, length, width = h.shape
+        before = past[0].shape[2] if past else 0
+        cos, sin = rope(self.shape, before, length)
+        q, k, v = (
+            proj(h).view(batch, length, self.shape.heads, self.shape.head).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if past:
+            k = torch.cat([past[0].expand(batch, -1, -1, -1), k], dim=2)
+            v = torch.cat([past[1].expand(batch, -1, -1, -1), v], dim=2)
+        mask = torch.ones(length, before + length, dtype=torch.bool).tril(before)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, length, width))
+        return projected, (k, v)
 
 
 class DemoModel(nn.Module):
-    """Token ids [batch, length] -> logits [batch, length, vocab]. Input and output embeddings are one matrix."""
+    """Token ids -> logits of the next token. Input and output embeddings are one matrix."""
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.dropout = shape, dropout
         self.embed_tokens = nn.Embedding(shape.vocab, shape.width)
         self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
@@ -77,9 +97,20 @@ class DemoModel(nn.Module):
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        cos, sin = rope(self.shape, ids.shape[1])
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+    def forward(self, ids: Tensor, prefix: Tensor | None, wanted: Tensor) -> Tensor:
+        """Logits [n, vocab] where ``wanted`` [batch, length] is true, for ``ids`` [batch, length].
+
+        ``prefix`` [1, length] stands before every row and is computed once for all of them.
+        """
+        past: list[Past | None] = [None] * len(self.layers)
+        if prefix is not None:
+            past = list(self._hidden(prefix, past)[1])
+        return F.linear(self.norm(self._hidden(ids, past)[0][wanted]), self.embed_tokens.weight)
+
+    def _hidden(self, ids: Tensor, past: list[Past | None]) -> tuple[Tensor, list[Past]]:
+        x = F.dropout(self.embed_tokens(ids), self.dropout, self.training)
+        keys: list[Past] = []
+        for layer, before in zip(self.layers, past, strict=True):
+            x, both = layer(x, before)
+            keys.append(both)
+        return x, keys

@@ -148,4 +148,3 @@ class HostKeeper:
         self._on_change(self)
         log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
         return info
-

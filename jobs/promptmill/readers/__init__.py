@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from promptmill.errors import DatasetError, UnknownName
+from promptmill.errors import DatasetError
+from promptmill.readers.ids import IdTable
 from promptmill.readers.source import Source, TextLine
 from promptmill.registry import resolve, suggestion
 from promptmill.types import DatasetLine
@@ -22,17 +22,19 @@ READERS = {
     "text": "promptmill.readers.plain_text:read",
 }
 
+#: Beside ``body``, any of these makes a line one of OpenAI's batch format.
+NAMES_A_CALL = {"custom_id", "method", "url"}
+
 #: File name ending -> format.
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}
-
-#: Bytes of an id's digest that duplicates are looked for by: a million ids collide by chance once in 10^7 datasets.
-DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What a reader must know beyond the lines: which fields are expected values, and whether a template follows."""
 
+    #: Of the file, for messages that concern all of it.
+    source: str
     #: Name of the expected value -> field of the line.
     expected: Mapping[str, str]
     has_template: bool
@@ -88,20 +90,20 @@ def open_dataset(
     source = Source.open(str(path))
     try:
         chosen = _format(source, format)
-        return Dataset(source, chosen, Layout(dict(expected or {}), has_template))
+        return Dataset(source, chosen, Layout(source.name, dict(expected or {}), has_template))
     except BaseException:
         source.close()
         raise
 
 
 def _format(source: Source, asked: str | None) -> str:
-    if asked is not None:
-        if asked not in READERS:
-            raise UnknownName(f"unknown dataset format '{asked}'", hint=suggestion(asked, READERS))
-        return asked
+    if asked is not None and asked not in READERS:
+        raise DatasetError(f"unknown dataset format '{asked}'", hint=suggestion(asked, READERS))
     first = source.first_line()
+    if asked is not None:
+        return asked
     found = ENDINGS.get(source.ending)
-    if found is None and source.is_stdin:
+    if found is None and source.is_stream:
         found = "jsonl" if first.startswith("{") else "text"
     if found is None:
         raise DatasetError(
@@ -117,19 +119,17 @@ def _is_openai_batch(first_line: str) -> bool:
 
     try:
         line = json.loads(first_line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(line, dict) and "body" in line and bool({"custom_id", "method", "url"} & set(line))
+    return isinstance(line, dict) and isinstance(line.get("body"), dict) and not line.keys().isdisjoint(NAMES_A_CALL)
 
 
 def checked(lines: Iterable[DatasetLine]) -> Iterator[DatasetLine]:
-    """The same lines; the second and later ones with the same id carry an error. 8 bytes are kept for each id."""
-    seen: set[bytes] = set()
+    """The same lines; the second and later ones with the same id carry an error that names the first."""
+    seen = IdTable()
     for line in lines:
         if line.custom_id is not None and line.error is None:
-            digest = hashlib.blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES).digest()
-            if digest in seen:
-                line = replace(line, error=f"duplicate id '{line.custom_id[:40]}'")
-            else:
-                seen.add(digest)
+            first = seen.first_line(line.custom_id, line.line)
+            if first != line.line:
+                line = replace(line, error=f"duplicate id '{line.custom_id[:40]}', first in line {first}")
         yield line

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import DatasetError
-from promptmill.readers.fields import from_fields
+from promptmill.readers.fields import BadLine, take_expected
 from promptmill.readers.source import LONGEST_LINE, TextLine
+from promptmill.sampling import PARAMETERS, BadParameter, check_parameter
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
@@ -34,8 +36,7 @@ class _Feed:
     def __iter__(self) -> Iterator[str]:
         for line in self._lines:
             self.number = line.number
-            if line.error:
-                self.error = line.error
+            self.error = self.error or line.error
             yield line.text + "\n"
 
 
@@ -43,48 +44,98 @@ def _read(lines: Iterator[TextLine], layout: Layout, delimiter: str) -> Iterator
     csv.field_size_limit(LONGEST_LINE)
     feed = _Feed(lines)
     records = csv.reader(feed, delimiter=delimiter, strict=True)
-    header = _header(records, feed)
+    header = _header(records, feed, layout)
+    empty = True
+    start = feed.number + 1
+    while (record := _next(records)) is not None:
+        problem, feed.error = feed.error, None
+        if record or problem:
+            empty = False
+            yield _line(start, header, record, problem, layout)
+        start = feed.number + 1
+    if empty:
+        raise DatasetError(f"{layout.source} has a header and no records", hint="A dataset has at least one line.")
+
+
+def _next(records: Iterator[list[str]]) -> list[str] | str | None:
+    """The next record, what is wrong with it, or None at the end."""
+    try:
+        return next(records, None)
+    except csv.Error as problem:
+        return f"broken CSV: {problem}"
+
+
+def _header(records: Iterator[list[str]], feed: _Feed, layout: Layout) -> list[str]:
+    found = _next(records)
+    while found == []:
+        found = _next(records)
+    if feed.error or not isinstance(found, list):
+        raise DatasetError(f"{layout.source}:{feed.number}: the header cannot be read: {feed.error or found}")
+    header = [name.strip() for name in found]
+    if not all(header) or len(set(header)) != len(header):
+        raise DatasetError(
+            f"{layout.source}: the header has empty or repeated names", hint="The first line names the columns."
+        )
     if not layout.has_template and "prompt" not in header:
         raise DatasetError(
-            f"the header has no column 'prompt' (it has: {', '.join(header)[:200]})",
+            f"{layout.source}: the header has no column 'prompt' (it has: {', '.join(header)[:200]})",
             hint="Name the column prompt, or give --template or --task to make prompts from the columns.",
         )
-    while True:
-        start = feed.number + 1
-        try:
-            record = next(records)
-        except StopIteration:
-            return
-        except csv.Error as problem:
-            yield DatasetLine(start, error=f"broken CSV: {problem}")
-            continue
-        if feed.error:
-            yield DatasetLine(start, error=feed.error)
-            feed.error = None
-        elif len(record) not in (0, len(header)):
-            yield DatasetLine(start, error=f"{len(record)} fields, the header has {len(header)}")
-        elif record:
-            yield _line(start, dict(zip(header, record, strict=True)), layout)
-
-
-def _header(records: Iterator[list[str]], feed: _Feed) -> list[str]:
-    try:
-        header = [name.strip() for name in next(records)]
-    except (StopIteration, csv.Error) as problem:
-        raise DatasetError(f"the header cannot be read: {problem}") from None
-    if feed.error:
-        raise DatasetError(f"line {feed.number}: {feed.error}")
-    if not all(header) or len(set(header)) != len(header):
-        raise DatasetError("the header has empty or repeated names", hint="The first line names the columns.")
     return header
 
 
-def _line(number: int, fields: dict[str, str], layout: Layout) -> DatasetLine:
-    if layout.has_template:
-        return from_fields(number, fields, layout)
-    prompt = fields.pop("prompt")
-    if not prompt.strip():
-        return DatasetLine(number, error="the prompt is empty")
-    custom_id = fields.pop("custom_id", None) or fields.pop("id", None)
-    expected = {name: fields.pop(field) for name, field in layout.expected.items() if field in fields}
-    return DatasetLine(number, custom_id, prompt=prompt, expected=expected or None, meta=fields or None)
+def _line(number: int, header: list[str], record: list[str] | str, problem: str | None, layout: Layout) -> DatasetLine:
+    """``problem``: what is wrong with the text of the record."""
+    if problem is None and isinstance(record, str):
+        problem = record
+    if problem is None and len(record) != len(header):
+        problem = f"{len(record)} fields, the header has {len(header)}"
+    if problem is not None:
+        return DatasetLine(number, error=problem)
+    return _from_cells(number, dict(zip(header, record, strict=True)), layout)
+
+
+def _from_cells(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLine:
+    """A template gets every column but id and labels; else there is a prompt, and the other columns are ``meta``."""
+    custom_id = None
+    try:
+        custom_id = _take_id(cells)
+        expected = _labels(take_expected(cells, layout.expected))
+        if layout.has_template:
+            return DatasetLine(number, custom_id, fields=cells, expected=expected)
+        prompt = cells.pop("prompt")
+        if not prompt:
+            raise BadLine("the prompt is empty")
+        sampling = {name: _parameter(name, cells.pop(name)) for name in PARAMETERS.keys() & cells.keys()}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        return DatasetLine(number, custom_id, prompt, expected=expected, meta=cells or None, sampling=given)
+    except BadLine as problem:
+        return DatasetLine(number, custom_id, error=str(problem))
+    except BadParameter as problem:
+        return DatasetLine(number, custom_id, error=problem.message)
+
+
+def _take_id(cells: dict[str, Any]) -> str | None:
+    """Remove ``id`` and ``custom_id``. An empty cell is no id."""
+    found = {cells.pop(name) for name in ("custom_id", "id") if name in cells} - {""}
+    if len(found) > 1:
+        raise BadLine("id and custom_id differ")
+    return found.pop() if found else None
+
+
+def _labels(expected: Any) -> Any:
+    """Without empty cells: a record that has none of them is not labelled."""
+    if isinstance(expected, dict):
+        expected = {name: value for name, value in expected.items() if value != ""}
+    return expected or None
+
+
+def _parameter(name: str, cell: str) -> Any:
+    """A sampling parameter from its cell: a number, true or false; None for an empty cell. Stop strings are text."""
+    if not cell or name == "stop":
+        return check_parameter(name, cell) if cell else None
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        value = cell
+    return check_parameter(name, value)

@@ -19,8 +19,9 @@ def from_fields(number: int, record: Mapping[str, Any], layout: Layout) -> Datas
     """A line whose fields are all input but id, ``meta``, ``expected`` and the fields that ``layout`` expects."""
     fields = dict(record)
     custom_id = take_id(fields)
+    expected = take_expected(fields, layout.expected)
     meta = take_object(fields, "meta")
-    return DatasetLine(number, custom_id, fields=fields, expected=take_expected(fields, layout.expected), meta=meta)
+    return DatasetLine(number, custom_id, fields=fields, expected=expected, meta=meta)
 
 
 def take_id(fields: dict[str, Any]) -> str | None:
@@ -30,6 +31,14 @@ def take_id(fields: dict[str, Any]) -> str | None:
     if len(set(texts)) > 1:
         raise BadLine("id and custom_id differ")
     return texts[0] if texts else None
+
+
+def peek_id(record: Any) -> str | None:
+    """The id of a line that cannot be used, where it has one: its error is then reported under it."""
+    try:
+        return take_id(dict(record)) if isinstance(record, dict) else None
+    except BadLine:
+        return None
 
 
 def as_id(value: Any) -> str:
@@ -48,12 +57,20 @@ def take_object(fields: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def take_expected(fields: dict[str, Any], names: Mapping[str, str]) -> Any:
-    """Remove what is expected: the field ``expected`` itself, and the fields that the task names."""
+    """Remove what is expected: the fields that the task names, and the field ``expected`` itself."""
+    named = take_named(fields, names)
     given = fields.pop("expected", None)
-    named = {name: fields.pop(field) for name, field in names.items() if field in fields}
     if not named:
         return given
     return {**given, **named} if isinstance(given, dict) else named
+
+
+def take_named(fields: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Remove the fields that the task expects; those that the line does not have are left out."""
+    named = {name: fields[field] for name, field in names.items() if field in fields}
+    for field in names.values():
+        fields.pop(field, None)
+    return named
 
 
 def kind(value: Any) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from promptmill.readers.fields import BadLine, from_fields, kind, take_id, take_object
+from promptmill.readers.fields import BadLine, from_fields, kind, peek_id, take_id, take_named, take_object
 from promptmill.readers.source import TextLine
 from promptmill.registry import suggestion
-from promptmill.sampling import PARAMETERS, check_parameter
+from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
 from promptmill.types import DatasetLine, Message
 
 if TYPE_CHECKING:
@@ -20,46 +22,74 @@ ROLES = {"system", "developer", "user", "assistant", "tool"}
 #: One of these says what the line asks.
 QUESTIONS = ("prompt", "messages", "input")
 
-#: Another name that servers use for ``max_tokens``.
-ALIASES = {"max_completion_tokens": "max_tokens"}
-
 KNOWN = {*QUESTIONS, "id", "custom_id", "expected", "meta", *PARAMETERS, *ALIASES}
+
+#: Escapes that may stand for what no database takes: NUL, and halves of surrogate pairs.
+SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+
+Convert = Callable[[int, dict[str, Any]], DatasetLine]
 
 
 def read(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]:
     return read_objects(lines, lambda number, record: line_of(number, record, layout))
 
 
-def read_objects(
-    lines: Iterator[TextLine], convert: Callable[[int, dict[str, Any]], DatasetLine]
-) -> Iterator[DatasetLine]:
+def read_objects(lines: Iterator[TextLine], convert: Convert) -> Iterator[DatasetLine]:
     """Parse each line as a JSON object and convert it; what cannot be becomes a line with an error."""
-    decode = json.JSONDecoder(parse_constant=_no_constant).decode
+    decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
     for line in lines:
         if line.error:
             yield DatasetLine(line.number, error=line.error)
-            continue
-        if not line.text or line.text.isspace():
-            continue
-        try:
-            record = decode(line.text)
-            if not isinstance(record, dict):
-                raise BadLine(f"the line is {kind(record)}, not a JSON object")
-            yield convert(line.number, record)
-        except json.JSONDecodeError as problem:
-            yield DatasetLine(line.number, error=f"broken JSON at column {problem.colno}: {problem.msg}")
-        except RecursionError:
-            yield DatasetLine(line.number, error="broken JSON: nested too deeply")
-        except (BadLine, ValueError) as problem:
-            yield DatasetLine(line.number, error=str(problem))
+        elif line.text and not line.text.isspace():
+            yield _converted(line, decode, convert)
+
+
+def _converted(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
+    record: Any = None
+    try:
+        record = decode(line.text)
+        if not isinstance(record, dict):
+            raise BadLine(f"the line is {kind(record)}, not a JSON object")
+        if "\\u" in line.text and SUSPECT.search(line.text):
+            _refuse_unstorable(record)
+        return convert(line.number, record)
+    except json.JSONDecodeError as problem:
+        error = f"broken JSON at column {problem.colno}: {problem.msg}"
+    except RecursionError:
+        error = "broken JSON: nested too deeply"
+    except BadParameter as problem:
+        error = f"{problem.message}. {problem.hint}" if problem.hint else problem.message
+    except BadLine as problem:
+        error = str(problem)
+    except ValueError:
+        # Python reads no whole number of more than 4,300 digits.
+        error = "broken JSON: a number with too many digits"
+    return DatasetLine(line.number, peek_id(record), error=error)
 
 
 def _no_constant(name: str) -> None:
     raise BadLine(f"broken JSON: {name} is no JSON number")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise BadLine(f"the number {digits[:40]} is out of range")
+    return number
+
+
+def _refuse_unstorable(record: dict[str, Any]) -> None:
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadLine("half of a surrogate pair: its \\u escape stands for no character") from None
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise BadLine("a NUL character (\\u0000)")
+
+
 def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
-    """Raises BadLine or ValueError for a record that cannot be used."""
+    """Raises BadLine or BadParameter for a record that cannot be used."""
     if layout.has_template and "input" not in record:
         return from_fields(number, record, layout)
     asked = [name for name in QUESTIONS if name in record]
@@ -71,20 +101,18 @@ def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
 
 
 def _structured(number: int, record: dict[str, Any], layout: Layout, question: str) -> DatasetLine:
-    # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
-    named = {name: record.pop(field) for name, field in layout.expected.items() if field in record}
-    if record.keys() - KNOWN:
-        unknown = sorted(record.keys() - KNOWN)[0]
-        raise BadLine(f"unknown parameter '{unknown}'. {suggestion(unknown, KNOWN)}")
+    record = dict(record)
     value = record.pop(question)
     custom_id = take_id(record)
+    # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
+    expected = _expected(record, value, layout)
     meta = take_object(record, "meta")
-    expected = record.pop("expected", None)
-    if named:
-        expected = {**(expected if isinstance(expected, dict) else {}), **named}
-    sampling = {ALIASES.get(name, name): check_parameter(ALIASES.get(name, name), v) for name, v in record.items()}
+    if not record.keys() <= KNOWN:
+        unknown = min(record.keys() - KNOWN)
+        raise BadLine(f"unknown parameter '{unknown[:40]}'. {suggestion(unknown, KNOWN)}")
+    sampling = check_parameters(record) if record else {}
     if question == "prompt":
-        return DatasetLine(number, custom_id, prompt=text_of(value), expected=expected, meta=meta, sampling=sampling)
+        return DatasetLine(number, custom_id, text_of(value), expected=expected, meta=meta, sampling=sampling)
     if question == "messages":
         turns = messages_of(value)
         return DatasetLine(number, custom_id, messages=turns, expected=expected, meta=meta, sampling=sampling)
@@ -93,6 +121,16 @@ def _structured(number: int, record: dict[str, Any], layout: Layout, question: s
     if not layout.has_template:
         raise BadLine("the line has 'input' fields and there is no template: give --template or --task")
     return DatasetLine(number, custom_id, fields=value, expected=expected, meta=meta, sampling=sampling)
+
+
+def _expected(record: dict[str, Any], value: Any, layout: Layout) -> Any:
+    """What is expected, taken out of the record and out of its ``input``: no template may see it."""
+    named = take_named(value, layout.expected) if isinstance(value, dict) else {}
+    named |= take_named(record, layout.expected)
+    given = record.pop("expected", None)
+    if not named:
+        return given
+    return {**given, **named} if isinstance(given, dict) else named
 
 
 def text_of(value: Any) -> str:
@@ -113,12 +151,13 @@ def messages_of(value: Any) -> tuple[Message, ...]:
 def _message(index: int, value: Any) -> Message:
     if not isinstance(value, dict):
         raise BadLine(f"messages[{index}] is {kind(value)}, not an object")
-    if value.get("role") not in ROLES:
+    role = value.get("role")
+    if not isinstance(role, str) or role not in ROLES:
         raise BadLine(f"messages[{index}].role is not one of {', '.join(sorted(ROLES))}")
     extra = value.keys() - {"role", "content", "name"}
     if extra:
-        raise BadLine(f"unsupported key '{sorted(extra)[0]}' in messages[{index}]")
-    return Message(value["role"], _content(index, value.get("content")))
+        raise BadLine(f"unsupported key '{min(extra)[:40]}' in messages[{index}]")
+    return Message(role, _content(index, value.get("content")))
 
 
 def _content(index: int, value: Any) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from promptmill.readers.fields import BadLine, as_id, kind
+from promptmill.readers.fields import BadLine, as_id, kind, take_object
 from promptmill.readers.jsonl import messages_of, read_objects, text_of
 from promptmill.readers.source import TextLine
 from promptmill.registry import suggestion
-from promptmill.sampling import PARAMETERS, check_parameter
+from promptmill.sampling import ALIASES, PARAMETERS, check_parameters
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
@@ -27,7 +27,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 #: Notes of the client to itself.
-NOTES = {"model", "user", "metadata"}
+NOTES = {"user", "metadata"}
+
+KNOWN = {*PARAMETERS, *ALIASES}
+
+#: Highest temperature of that format; lines of our own may go higher.
+HOTTEST = 2
 
 
 def read(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]:
@@ -46,7 +51,7 @@ def _line(number: int, record: dict[str, Any]) -> DatasetLine:
     if record["url"] not in (CHAT, COMPLETIONS):
         raise BadLine(f"url is neither {CHAT} nor {COMPLETIONS}")
     if not isinstance(record["custom_id"], str):
-        raise BadLine("custom_id is not a text")
+        raise BadLine(f"custom_id is {kind(record['custom_id'])}, not a text")
     if not isinstance(record["body"], dict):
         raise BadLine(f"'body' is {kind(record['body'])}, not an object")
     return _request(number, as_id(record["custom_id"]), record)
@@ -59,7 +64,7 @@ def _request(number: int, custom_id: str, record: dict[str, Any]) -> DatasetLine
         raise BadLine(f"missing 'body.{question}'")
     asked = body.pop(question)
     sampling = _sampling(body)
-    expected, meta = record.get("expected"), record.get("meta")
+    expected, meta = record.get("expected"), take_object(record, "meta")
     if question == "messages":
         turns = messages_of(asked)
         return DatasetLine(number, custom_id, messages=turns, expected=expected, meta=meta, sampling=sampling)
@@ -74,16 +79,18 @@ def _request(number: int, custom_id: str, record: dict[str, Any]) -> DatasetLine
 
 def _sampling(body: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters of a body. Refuses whatever would change the answer and cannot be obeyed."""
-    found: dict[str, Any] = {}
+    if not isinstance(body.pop("model", ""), str | None):
+        raise BadLine("'body.model' is not a text")
+    asked: dict[str, Any] = {}
     for name, value in body.items():
-        if name in NOTES:
-            continue
         if name in HARMLESS:
             if value not in HARMLESS[name]:
-                raise BadLine(f"unsupported parameter 'body.{name}'")
-        elif value is not None:
-            own = "max_tokens" if name == "max_completion_tokens" else name
-            if own not in PARAMETERS:
-                raise BadLine(f"unsupported parameter 'body.{name}'. {suggestion(name, PARAMETERS)}")
-            found[own] = check_parameter(own, value)
+                raise BadLine(f"unsupported parameter 'body.{name}': it would change the answer")
+        elif name not in NOTES and value is not None:
+            if name not in KNOWN:
+                raise BadLine(f"unsupported parameter 'body.{name[:40]}'. {suggestion(name, KNOWN)}")
+            asked[name] = value
+    found = check_parameters(asked)
+    if found.get("temperature", 0) > HOTTEST:
+        raise BadLine(f"'temperature' must be a number from 0 to {HOTTEST}")
     return found

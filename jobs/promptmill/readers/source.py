@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import stat
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, NamedTuple, Protocol
 
 from promptmill.errors import DatasetError
+from promptmill.readers.zst import ZstFile
 
 #: Longest line, in bytes. A longer one is an error of its own, and is never in memory whole.
 LONGEST_LINE = 16 * 1024 * 1024
@@ -22,104 +24,131 @@ BLOCK = 1024 * 1024
 
 BOM = b"\xef\xbb\xbf"
 
+#: How a UTF-16 file begins, which spreadsheets like to write.
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
-@dataclass(frozen=True, slots=True)
-class TextLine:
-    """A line without its end. ``number`` counts from 1; ``error`` is set when ``text`` cannot be had."""
+#: First bytes -> compression, for streams, which have no name to tell it.
+MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+
+
+class TextLine(NamedTuple):
+    """A line without its end. ``number`` counts from 1; ``error`` is set when ``text`` cannot be trusted.
+
+    A named tuple because there is one for every line: it is made four times as fast as a frozen dataclass.
+    """
 
     number: int
     text: str
     error: str | None = None
 
 
-class Source:
-    """A file that can be read several times from its start."""
+class Readable(Protocol):
+    """What is read in blocks."""
 
-    def __init__(self, path: Path, name: str, *, is_stdin: bool = False, spooled: IO[bytes] | None = None) -> None:
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Source:
+    """A file that can be read several times from its start. A stream is kept in a temporary file for that."""
+
+    def __init__(self, path: Path, name: str, *, spooled: IO[bytes] | None = None) -> None:
         self._path = path
         self._spooled = spooled
         self.name = name
-        self.is_stdin = is_stdin
-        self._sha256: str | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        """It came through a pipe, so that its name tells nothing."""
+        return self._spooled is not None
 
     @classmethod
     def open(cls, path: str) -> Source:
         """Raises :class:`DatasetError` when there is no such file, it is a folder, or it cannot be read."""
         if path == "-":
-            return cls._stdin()
+            return cls._spool(sys.stdin.buffer, "<stdin>")
         found = Path(path)
-        if found.is_dir():
-            raise DatasetError(f"{path} is a folder", hint="Give a file.")
         try:
+            kind = found.stat().st_mode
+            if stat.S_ISDIR(kind):
+                raise DatasetError(f"{path} is a folder", hint="Give a file.")
             with found.open("rb") as file:
+                if not stat.S_ISREG(kind):
+                    return cls._spool(file, found.name)
                 empty = not file.read(1)
         except FileNotFoundError:
             raise DatasetError(f"there is no file {path}", hint="Check the path.") from None
-        except OSError as problem:
-            raise DatasetError(f"cannot read {path}: {problem.strerror}") from None
+        except (OSError, ValueError) as problem:
+            raise DatasetError(f"cannot read {path[:200]}: {getattr(problem, 'strerror', problem)}") from None
         if empty:
             raise DatasetError(f"{path} is empty", hint="A dataset has at least one line.")
         return cls(found, found.name)
 
     @classmethod
-    def _stdin(cls) -> Source:
-        spooled = tempfile.NamedTemporaryFile(prefix="promptmill-stdin-")  # noqa: SIM115 - closed by close()
-        while block := sys.stdin.buffer.read(BLOCK):
-            spooled.write(block)
-        spooled.flush()
-        if not spooled.tell():
+    def _spool(cls, stream: IO[bytes], name: str) -> Source:
+        """Keep what can be read only once: standard input, a named pipe, a shell's ``<(command)``."""
+        spooled = tempfile.NamedTemporaryFile(prefix="promptmill-")  # noqa: SIM115 - closed by close()
+        try:
+            while block := stream.read(BLOCK):
+                spooled.write(block)
+            spooled.flush()
+            if not spooled.tell():
+                raise DatasetError(f"{name} is empty", hint="A dataset has at least one line.")
+        except BaseException:
             spooled.close()
-            raise DatasetError("standard input is empty", hint="A dataset has at least one line.")
-        return cls(Path(spooled.name), "<stdin>", is_stdin=True, spooled=spooled)
+            raise
+        return cls(Path(spooled.name), name, spooled=spooled)
 
     def close(self) -> None:
         if self._spooled is not None:
             self._spooled.close()
 
-    @property
+    @cached_property
     def compression(self) -> str | None:
-        return {".gz": "gz", ".zst": "zst"}.get(self._path.suffix.lower())
+        by_name = {".gz": "gz", ".zst": "zst"}.get(Path(self.name).suffix.lower())
+        if by_name or not self.is_stream:
+            return by_name
+        with self._path.open("rb") as file:
+            start = file.read(4)
+        return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
 
     @property
     def ending(self) -> str:
         """The ending that tells the format, behind it any .gz or .zst left out."""
-        path = self._path.with_suffix("") if self.compression else self._path
-        return path.suffix.lower()
+        path = Path(self.name)
+        return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path).suffix.lower()
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        if self._sha256 is None:
-            with self._path.open("rb") as file:
-                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._sha256
+        with self._path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def first_line(self) -> str:
-        """The first line that is not blank, at most 64 KiB of it. Raises DatasetError when there is none."""
+        """The first line that is not blank. Raises DatasetError when there is none."""
         for line in self.lines():
             if line.text.strip() or line.error:
-                return line.text.strip()[:65_536]
+                return line.text.strip()
         raise DatasetError(f"{self.name} has no lines but blank ones", hint="A dataset has at least one line.")
 
     def lines(self) -> Iterator[TextLine]:
         """Every line. A problem of the compression ends the reading with a DatasetError."""
-        with self._opened() as file:
-            yield from _lines(_Blocks(file, self.name))
+        with self._path.open("rb") as file:
+            unpacked = self._unpacked(file)
+            try:
+                yield from _lines(_Blocks(unpacked, self.name), self.name)
+            finally:
+                unpacked.close()
 
-    def _opened(self) -> BinaryIO:
+    def _unpacked(self, file: BinaryIO) -> Readable:
         if self.compression == "gz":
-            return cast(BinaryIO, gzip.open(self._path, "rb"))
-        if self.compression == "zst":
-            import zstandard
-
-            opened: BinaryIO = zstandard.open(self._path, "rb")
-            return opened
-        return self._path.open("rb")
+            return gzip.GzipFile(fileobj=file)
+        return ZstFile(file) if self.compression == "zst" else file
 
 
 class _Blocks:
     """Reads blocks and turns errors of decompression into one clear error."""
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: Readable, name: str) -> None:
         self._file = file
         self._name = name
 
@@ -128,15 +157,16 @@ class _Blocks:
             return self._file.read(BLOCK)
         except (OSError, EOFError, zlib.error) as problem:
             raise DatasetError(f"{self._name} is damaged: {problem}", hint="Compress or copy it again.") from None
-        except Exception as problem:
-            if type(problem).__name__ != "ZstdError":
-                raise
-            raise DatasetError(f"{self._name} is damaged: {problem}", hint="Compress or copy it again.") from None
 
 
-def _lines(blocks: _Blocks) -> Iterator[TextLine]:
+def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
     number, offset, rest = 0, 0, b""
     block = blocks.read()
+    if block.startswith(UTF16):
+        raise DatasetError(
+            f"{name}: not UTF-8 at byte 0 of the file: it looks like UTF-16",
+            hint="Convert it: iconv -f UTF-16 -t UTF-8",
+        )
     if block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
     while block:
@@ -173,5 +203,9 @@ def _decoded(number: int, offset: int, line: bytes) -> TextLine:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as problem:
-        return TextLine(number, "", f"not UTF-8 at byte {offset + problem.start} of the file")
+        # What can be read of it is kept: a quote in it still opens or closes a field of a CSV file.
+        problem_text = f"not UTF-8 at byte {offset + problem.start} of the file"
+        return TextLine(number, line.decode("utf-8", "replace").removesuffix("\r"), problem_text)
+    if "\0" in text:
+        return TextLine(number, "", f"a NUL character at byte {offset + line.index(0)} of the file")
     return TextLine(number, text[:-1] if text.endswith("\r") else text)

@@ -204,9 +204,11 @@ class LlamaCppEngine:
         self._count(idle_s=started - self._last_end)
         self._sampled = 0
         self._admit(started)
+        # After the slots were filled: a slot that ended in the last step has not starved.
+        starved = bool(self._free and self._waiting)
         computed = self._forward()
         events = self._retire()
-        self._account(started, *computed)
+        self._account(started, starved, *computed)
         return events
 
     # --- admit -------------------------------------------------------------------------------------------------------
@@ -454,7 +456,7 @@ class LlamaCppEngine:
 
     # --- what it did -------------------------------------------------------------------------------------------------
 
-    def _account(self, started: float, decoding: int, prefilled: int) -> None:
+    def _account(self, started: float, starved: bool, decoding: int, prefilled: int) -> None:
         """Share the step's time out by tokens; a step without any is overhead."""
         self._last_end = time.monotonic()
         spent, tokens = self._last_end - started, decoding + prefilled
@@ -465,7 +467,7 @@ class LlamaCppEngine:
             overhead_s=0.0 if tokens else spent,
             prefill_tokens=prefilled,
             decode_tokens=self._sampled,
-            starved_s=spent if self._free and self._waiting else 0.0,
+            starved_s=spent if starved else 0.0,
         )
         self._counters = replace(
             self._counters,
