@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, nodes
 from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError, TaskFileError
@@ -17,9 +18,6 @@ from promptmill.types import DatasetLine, Message, Request, SamplingParams
 #: Longest rendered text, in characters: as long as the longest line of a dataset.
 LONGEST_TEXT = 16 * 1024 * 1024
 
-#: Names that a template may use besides the fields of its line.
-NAMESPACES = ("input", "meta")
-
 #: The answer key. No template reaches it, by whatever name.
 HIDDEN = "expected"
 
@@ -28,9 +26,53 @@ class RenderError(RequestError):
     """A template cannot be filled with a line."""
 
 
+class TemplateMistake(TaskFileError):
+    """A template cannot be used: which ``part`` of the prompt, and the line in it, from 1."""
+
+    def __init__(self, part: str, line: int, problem: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{part} template, line {line}: {problem}", hint=hint)
+        self.part, self.line = part, line
+
+
+#: Largest power that a template may raise a number to, and largest base.
+LARGEST_POWER = 1_000
+
+#: Roles whose message stands for the system's.
+SYSTEM_ROLES = ("system", "developer")
+
+
+class _Missing(StrictUndefined):
+    """Says the name that is missing, not that a dict object lacks an attribute."""
+
+    @property
+    def _undefined_message(self) -> str:
+        return self._undefined_hint or f"'{self._undefined_name}' is undefined"
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which limits ``range``, with limits on the operators that can fill the memory.
+
+    What draws random values is taken out: a prompt must come out the same in the worker as at submission.
+    """
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(undefined=_Missing, keep_trailing_newline=True, autoescape=False)
+        del self.globals["lipsum"], self.filters["random"]
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and (abs(left) > LARGEST_POWER or abs(right) > LARGEST_POWER):
+            raise SecurityError(f"powers end at {LARGEST_POWER}")
+        for many, times in ((left, right), (right, left)):
+            if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > LONGEST_TEXT:
+                raise SecurityError(f"a text of more than {LONGEST_TEXT:,} characters")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+def _environment() -> _Sandbox:
+    return _Sandbox()
 
 
 class Template:
@@ -47,12 +89,13 @@ class Template:
 
     def render(self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> tuple[Message, ...]:
         """The messages of one line. Raises :class:`RenderError`."""
-        names = {name: value for name, value in fields.items() if name not in (*NAMESPACES, HIDDEN)}
-        names |= {"input": dict(fields), "meta": dict(line_meta or {})}
-        user = Message("user", _fill(self._user, names, fields))
+        shown = {name: value for name, value in fields.items() if name != HIDDEN}
+        about = {name: value for name, value in (line_meta or {}).items() if name != HIDDEN}
+        names = {**shown, "input": shown, "meta": about}
+        user = Message("user", _fill(self._user, names, shown))
         if self._system is None:
             return (user,)
-        return Message("system", _fill(self._system, names, fields)), user
+        return Message("system", _fill(self._system, names, shown)), user
 
 
 def _compile(part: str, text: str) -> Any:
@@ -60,34 +103,53 @@ def _compile(part: str, text: str) -> Any:
     try:
         tree = environment.parse(text)
         _refuse_hidden(part, tree)
+        _refuse_other_files(part, tree)
         return environment.from_string(text)
     except TemplateSyntaxError as problem:
-        raise TaskFileError(f"{part} template, line {problem.lineno}: {problem.message}") from None
+        raise TemplateMistake(part, problem.lineno, problem.message or "cannot be read") from None
+    except (SyntaxError, RecursionError, ValueError, MemoryError) as problem:
+        # Python's own compiler, which Jinja hands its code to, has its limits too.
+        raise TemplateMistake(part, 1, f"too deep: {str(problem)[:80]}") from None
 
 
 def _refuse_hidden(part: str, tree: nodes.Template) -> None:
-    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
-    keys = {node.arg.value for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)}
-    if HIDDEN in meta.find_undeclared_variables(tree) | attributes | keys:
-        raise TaskFileError(
-            f"{part} template: '{HIDDEN}' cannot be used in a prompt",
-            hint="The expected answer is for scoring; a model that saw it would prove nothing.",
-        )
+    names = [(node.name, node.lineno) for node in tree.find_all(nodes.Name)]
+    names += [(node.attr, node.lineno) for node in tree.find_all(nodes.Getattr)]
+    names += [
+        (node.arg.value, node.lineno) for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)
+    ]
+    for name, line in names:
+        if name == HIDDEN:
+            raise TemplateMistake(
+                part,
+                line,
+                f"'{HIDDEN}' cannot be used in a prompt",
+                hint="The expected answer is for scoring; a model that saw it would prove nothing.",
+            )
+
+
+def _refuse_other_files(part: str, tree: nodes.Template) -> None:
+    for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        raise TemplateMistake(part, node.lineno, "a template cannot use other files")
 
 
 def _fill(template: Any, names: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    pieces, size = [], 0
     try:
-        text = str(template.render(names))
+        # Piece by piece, so that an endless loop ends when it has written too much.
+        for piece in template.generate(names):
+            pieces.append(piece)
+            size += len(piece)
+            if size > LONGEST_TEXT:
+                raise RenderError(f"template: the rendered text is longer than {LONGEST_TEXT:,} characters")
     except UndefinedError as problem:
         here = ", ".join(sorted(map(str, fields))) or "none"
         raise RenderError(f"template: {problem.message}; fields of the line: {here[:200]}") from None
-    except (SecurityError, OverflowError, MemoryError) as problem:
-        raise RenderError(f"template: refused: {problem}") from None
+    except (SecurityError, OverflowError, MemoryError, RecursionError) as problem:
+        raise RenderError(f"template: refused: {str(problem)[:120]}") from None
     except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as problem:
         raise RenderError(f"template: {type(problem).__name__}: {str(problem)[:120]}") from None
-    if len(text) > LONGEST_TEXT:
-        raise RenderError(f"template: the rendered text is longer than {LONGEST_TEXT:,} characters")
-    return text
+    return "".join(pieces)
 
 
 def payload(line: DatasetLine) -> dict[str, Any]:
@@ -122,7 +184,7 @@ def to_request(
         turns = tuple(Message(each["role"], each["content"]) for each in body["messages"])
     else:
         turns = (Message("user", body["prompt"]),)
-    if system and not any(turn.role == "system" for turn in turns):
+    if system and not any(turn.role in SYSTEM_ROLES for turn in turns):
         turns = (Message("system", system), *turns)
     return Request(row, custom_id, sampling, messages=turns)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from promptmill.errors import PromptmillError, TaskFileError
-from promptmill.prompts import Template
+from promptmill.errors import TaskFileError
+from promptmill.prompts import Template, TemplateMistake
 from promptmill.registry import suggestion
 from promptmill.sampling import BadParameter, check_parameter
 
@@ -33,9 +33,10 @@ class PromptPart(_Part):
 
 
 class OutputPart(_Part):
-    """``output:`` of a task file: the JSON Schema that answers are read by."""
+    """``output:`` of a task file: the JSON Schema that answers are read by. ``free``: nothing makes them obey it."""
 
     schema_: dict[str, Any] | None = Field(None, alias="schema")
+    mode: Literal["free"] = "free"
 
 
 class TaskModel(_Part):
@@ -47,25 +48,6 @@ class TaskModel(_Part):
     expected: dict[str, str] = Field(default_factory=dict)
     output: OutputPart = Field(default_factory=lambda: OutputPart(schema=None))
     scores: list[dict[str, str]] = Field(default_factory=list)
-
-    @field_validator("generate")
-    @classmethod
-    def _known_parameters(cls, values: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {name: check_parameter(name, value) for name, value in values.items()}
-        except BadParameter as problem:
-            raise ValueError(f"{problem.message}. {problem.hint or ''}".rstrip(". ")) from None
-
-    @field_validator("scores")
-    @classmethod
-    def _known_scores(cls, scores: list[dict[str, str]]) -> list[dict[str, str]]:
-        for score in scores:
-            if len(score) != 1:
-                raise ValueError("a score is one name and one field, such as exact: is_ad")
-            name = next(iter(score))
-            if name not in SCORES:
-                raise ValueError(f"unknown score '{name}'. {suggestion(name, SCORES)}")
-        return scores
 
 
 @dataclass(frozen=True)
@@ -84,9 +66,10 @@ class Task:
     def sha256(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    @property
+    @cached_property
     def generate(self) -> Mapping[str, Any]:
-        return self.model.generate
+        """Sampling parameters of every line that sets none of its own."""
+        return {name: check_parameter(name, value) for name, value in self.model.generate.items()}
 
     @property
     def expected(self) -> Mapping[str, str]:
@@ -120,59 +103,90 @@ def load_task(path: str | Path) -> Task:
 
 def parse_task(text: str, name: str) -> Task:
     """The task in ``text``; ``name`` stands for it in messages. Raises :class:`TaskFileError`."""
-    tree = _compose(text, name)
+    tree, content = _loaded(text, name)
     try:
-        model = TaskModel.model_validate(yaml.safe_load(text))
+        model = TaskModel.model_validate(content)
     except ValidationError as problem:
         raise TaskFileError("\n".join(_message(name, tree, each) for each in problem.errors())) from None
+    problems = [f"{_at(name, tree, place)}: {what}" for place, what in _mistakes(model)]
+    if problems:
+        raise TaskFileError("\n".join(problems))
     try:
         return Task(text, model, Template(model.prompt.user, model.prompt.system))
-    except PromptmillError as problem:
-        line, column = _position(tree, ("prompt",))
-        raise TaskFileError(f"{name}:{line}:{column}: {problem.message}", hint=problem.hint) from None
+    except TemplateMistake as problem:
+        place = _at(name, tree, ("prompt", problem.part), inside=problem.line)
+        raise TaskFileError(f"{place}: {problem.message}", hint=problem.hint) from None
 
 
-def _compose(text: str, name: str) -> yaml.Node:
-    """The YAML tree, with its positions. Raises TaskFileError for what is no YAML, or repeats a key."""
+def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """What types cannot say: where, and what is wrong."""
+    for parameter in model.generate:
+        try:
+            check_parameter(parameter, model.generate[parameter])
+        except BadParameter as problem:
+            yield ("generate", parameter), f"{problem.message}. {problem.hint or ''}".rstrip(". ")
+    for index, score in enumerate(model.scores):
+        if len(score) != 1:
+            yield ("scores", index), "a score is one name and one field, such as exact: is_ad"
+            continue
+        ((scorer, field_),) = score.items()
+        if scorer not in SCORES:
+            yield ("scores", index, scorer), f"unknown score '{scorer}'. {suggestion(scorer, SCORES)}"
+        elif model.expected and field_ not in model.expected:
+            known = suggestion(field_, model.expected)
+            yield ("scores", index, scorer), f"'{field_}' is not among the expected values. {known}"
+
+
+def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:
+    """The YAML tree, with its positions, and what it says. Raises TaskFileError for what is no YAML."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(tree, yaml.MappingNode):
+            raise TaskFileError(
+                f"{name}: a task file has keys: task, prompt, ...", hint="See datasets/ad_comments.task.yaml."
+            )
+        _refuse_repeated_keys(tree, name)
+        return tree, yaml.safe_load(text)
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise TaskFileError(f"{place}: not YAML: {problem.problem}") from None
-    except yaml.YAMLError as problem:
-        raise TaskFileError(f"{name}: not YAML: {problem}") from None
-    if not isinstance(tree, yaml.MappingNode):
-        raise TaskFileError(
-            f"{name}: a task file has keys: task, prompt, ...", hint="See datasets/ad_comments.task.yaml."
-        )
-    _refuse_repeated_keys(tree, name)
-    return tree
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise TaskFileError(f"{name}: not YAML: {str(problem)[:200]}") from None
 
 
-def _refuse_repeated_keys(node: yaml.Node, name: str) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for each in node.value:
-            _refuse_repeated_keys(each, name)
-    if isinstance(node, yaml.MappingNode):
+def _refuse_repeated_keys(tree: yaml.Node, name: str) -> None:
+    """PyYAML takes the last of them and says nothing. An alias's node is looked at once, however often it is used."""
+    waiting, known = [tree], {id(tree)}
+    while waiting:
+        node = waiting.pop()
         seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                mark = key.start_mark
-                raise TaskFileError(f"{name}:{mark.line + 1}:{mark.column + 1}: the key '{key.value}' is there twice")
-            seen.add(key.value)
-            _refuse_repeated_keys(value, name)
+        for key in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key[0], yaml.ScalarNode) and key[0].value in seen:
+                mark = key[0].start_mark
+                place = f"{name}:{mark.line + 1}:{mark.column + 1}"
+                raise TaskFileError(f"{place}: the key '{key[0].value}' is there twice")
+            seen.add(str(key[0].value))
+        below = [part for part in _below(node) if id(part) not in known]
+        known.update(map(id, below))
+        waiting += below
+
+
+def _below(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [value for _, value in node.value]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _message(name: str, tree: yaml.Node, problem: Any) -> str:
     place = tuple(problem["loc"])
-    line, column = _position(tree, place)
+    where = _at(name, tree, place)
     key = ".".join(str(part) for part in place)
     if problem["type"] == "extra_forbidden":
-        return f"{name}:{line}:{column}: unknown key '{key}'. {suggestion(str(place[-1]), _siblings(place))}"
+        return f"{where}: unknown key '{key}'. {suggestion(str(place[-1]), _siblings(place))}"
     if problem["type"] == "missing":
-        return f"{name}:{line}:{column}: the key '{key}' is missing"
-    return f"{name}:{line}:{column}: {key}: {problem['msg'].removeprefix('Value error, ')}"
+        return f"{where}: the key '{key}' is missing"
+    return f"{where}: {key}: {problem['msg']}"
 
 
 def _siblings(place: tuple[Any, ...]) -> list[str]:
@@ -181,8 +195,11 @@ def _siblings(place: tuple[Any, ...]) -> list[str]:
     return [each.alias or name for name, each in model.model_fields.items()]
 
 
-def _position(tree: yaml.Node, place: tuple[Any, ...]) -> tuple[int, int]:
-    """Line and column of the deepest part of ``place`` that is in the file; both count from 1."""
+def _at(name: str, tree: yaml.Node, place: tuple[Any, ...], inside: int = 1) -> str:
+    """``name:line:column`` of the deepest part of ``place`` that is in the file, counted from 1.
+
+    ``inside``: the line within that part's text, for a text that is written line by line behind a ``|``.
+    """
     node, mark = tree, tree.start_mark
     for part in place:
         if isinstance(node, yaml.MappingNode):
@@ -193,4 +210,6 @@ def _position(tree: yaml.Node, place: tuple[Any, ...]) -> tuple[int, int]:
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             mark = node.start_mark
-    return mark.line + 1, mark.column + 1
+    if isinstance(node, yaml.ScalarNode) and node.style == "|":
+        return f"{name}:{node.start_mark.line + 1 + inside}"
+    return f"{name}:{mark.line + 1}:{mark.column + 1}"
