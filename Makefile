@@ -27,7 +27,7 @@ setup: .venv/.ready
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/mypy

@@ -220,7 +220,7 @@ class Ledger:
             return self._standing(db, lease.chunk.job_id)
 
     def is_suspect(self, lease: Lease) -> bool:
-        """Whether this is the chunk's last attempt: it must run with no neighbours, so that its end is its own doing."""
+        """Whether this is the chunk's last attempt: it must run alone, so that its end is its own doing."""
         return lease.attempt >= self._max_attempts
 
     def standing(self, lease: Lease) -> Standing:
@@ -271,25 +271,28 @@ class Ledger:
         if not batch:
             return 0
         with writing(self.db) as db:
-            if not self._hold(db, lease):
-                return 0
-            now = db.execute(sa.select(self._now())).scalar()
-            assert now is not None
-            copy_rows(db, results, RESULT_COLUMNS, [_result_row(lease, each, limit, now) for each, limit in batch])
-            answers = [each for each, _ in batch if isinstance(each, Ok)]
-            failures = len(batch) - len(answers)
-            db.execute(
-                sa.update(chunks)
-                .where(_held_by(lease))
-                .values(
-                    ok=chunks.c.ok + len(answers),
-                    errors=chunks.c.errors + failures,
-                    output_tokens=chunks.c.output_tokens + sum(each.usage.output_tokens for each in answers),
-                    leased_until=now + self.lease_s,
-                )
+            return self._record(db, lease, batch)
+
+    def _record(self, db: Connection, lease: Lease, batch: Sequence[tuple[Result, int]]) -> int:
+        if not batch or not self._hold(db, lease):
+            return 0
+        now = db.execute(sa.select(self._now())).scalar()
+        assert now is not None
+        copy_rows(db, results, RESULT_COLUMNS, [_result_row(lease, each, limit, now) for each, limit in batch])
+        answers = [each for each, _ in batch if isinstance(each, Ok)]
+        failures = len(batch) - len(answers)
+        db.execute(
+            sa.update(chunks)
+            .where(_held_by(lease))
+            .values(
+                ok=chunks.c.ok + len(answers),
+                errors=chunks.c.errors + failures,
+                output_tokens=chunks.c.output_tokens + sum(each.usage.output_tokens for each in answers),
+                leased_until=now + self.lease_s,
             )
-            if failures:
-                self._judge_guard(db, lease.chunk.job_id)
+        )
+        if failures:
+            self._judge_guard(db, lease.chunk.job_id)
         return len(batch)
 
     def _hold(self, db: Connection, lease: Lease) -> bool:
@@ -310,9 +313,19 @@ class Ledger:
 
     # --- the end of an attempt ---------------------------------------------------------------------------------------
 
-    def finish(self, lease: Lease, counters: EngineCounters | None = None, slots: int | None = None) -> bool:
-        """Close the chunk, and its job when it was the last one. False when the lease was overtaken."""
+    def finish(
+        self,
+        lease: Lease,
+        counters: EngineCounters | None = None,
+        slots: int | None = None,
+        last: Sequence[tuple[Result, int]] = (),
+    ) -> bool:
+        """Record the ``last`` results and close the chunk, and its job when it was the last chunk: one transaction.
+
+        False when the lease was overtaken, or rows of the chunk have no result; results that count are kept.
+        """
         with writing(self.db) as db:
+            self._record(db, lease, last)
             changed = db.execute(
                 sa.update(chunks)
                 .where(_held_by(lease), chunks.c.ok + chunks.c.errors == chunks.c.rows)

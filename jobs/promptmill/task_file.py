@@ -85,7 +85,9 @@ class Task:
 
     @classmethod
     def from_template(cls, template: str, system: str | None = None) -> Task:
-        """The task that ``--template`` and ``--system`` amount to."""
+        """The task that ``--template`` and ``--system`` amount to. Raises :class:`TaskFileError`."""
+        # First by itself: a mistake in it has no place in a file.
+        Template(template, system)
         prompt = {"user": template} | ({"system": system} if system else {})
         return parse_task(yaml.safe_dump({"task": "template", "prompt": prompt}, allow_unicode=True), "--template")
 

@@ -23,7 +23,17 @@ from typing import Any
 from promptmill import errors
 from promptmill.errors import ModelError, PromptmillError
 from promptmill.settings import Settings
-from promptmill.types import EngineCounters, Request, Result
+from promptmill.types import (
+    EngineCounters,
+    ErrorClass,
+    Failed,
+    FinishReason,
+    Ok,
+    Request,
+    Result,
+    Timing,
+    Usage,
+)
 from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
 
@@ -243,7 +253,7 @@ class Session:
             match self._receive():
                 case ("results", list() as batch):
                     self._outstanding -= len(batch)
-                    yield batch
+                    yield [_result(*each) for each in batch]
                 case ("dropped", int() as count):
                     self._outstanding -= count
                     self.dropped += count
@@ -284,6 +294,22 @@ class Session:
 def _wire(request: Request) -> Any:
     turns = None if request.messages is None else tuple((each.role, each.content) for each in request.messages)
     return request.row, turns, request.prompt, request.sampling
+
+
+def _result(
+    answered: bool,
+    row: int,
+    kind: str,
+    text: str,
+    usage: tuple[int, int, int] | None,
+    timing: tuple[float, float, float, float] | None,
+) -> Result:
+    """What the host sent (``host_process.WireResult``) as a value."""
+    if answered:
+        assert usage is not None
+        assert timing is not None
+        return Ok(row, text, FinishReason(kind), Usage(*usage), Timing(*timing))
+    return Failed(row, ErrorClass(kind), text, usage and Usage(*usage), timing and Timing(*timing))
 
 
 def _error_named(name: str) -> type[PromptmillError]:

@@ -29,6 +29,7 @@ class HostKeeper:
         self._on_change = on_change or (lambda keeper: None)
         self._host: EngineHost | None = None
         self._users = 0
+        self._alone = False
         self._deaths = 0
         self._changed = threading.Condition()
         self._sessions: set[Session] = set()
@@ -68,17 +69,20 @@ class HostKeeper:
             return self._ensure(self._config.model, context_tokens)
 
     @contextmanager
-    def session(self, model: str, context_tokens: int | None = None) -> Iterator[Session]:
-        """A session with ``model`` and room for requests of ``context_tokens``.
+    def session(self, model: str, context_tokens: int | None = None, *, alone: bool = False) -> Iterator[Session]:
+        """A session with ``model`` and room for requests of ``context_tokens``, if need be ``alone`` in its host.
 
         Raises HostDied, or PromptmillError for a model that cannot be loaded.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._users == 0 or self._serves(model, context_tokens))
+            self._changed.wait_for(
+                lambda: self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
+            )
             self._ensure(model, context_tokens)
             host = self._host
             assert host is not None
             self._users += 1
+            self._alone = alone
         try:
             with host.session() as session:
                 self._sessions.add(session)

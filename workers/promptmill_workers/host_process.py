@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from promptmill.types import EngineCounters, Failed, Message, Ok, Result, SamplingParams, Timing
+from promptmill.types import EngineCounters, Message, SamplingParams
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, RequestKey
 
 log = logging.getLogger("promptmill.host")
@@ -37,6 +37,10 @@ BEAT_S = 1.0
 #: A request as it travels: row, messages as (role, content) pairs or None, prompt or None, sampling.
 WireRequest = tuple[int, tuple[tuple[str, str], ...] | None, str | None, SamplingParams]
 
+#: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
+#: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing.
+WireResult = tuple[bool, int, str, str, tuple[int, int, int] | None, tuple[float, float, float, float] | None]
+
 
 @dataclass(slots=True, eq=False)
 class HostSession:
@@ -44,7 +48,7 @@ class HostSession:
 
     connection: Connection
     keys: dict[int, RequestKey] = field(default_factory=dict)
-    results: list[Result] = field(default_factory=list)
+    results: list[WireResult] = field(default_factory=list)
     outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     flushed_at: float = 0.0
     beat_at: float = 0.0
@@ -161,18 +165,19 @@ class HostLoop:
             del origin.session.keys[origin.row]
             origin.session.results.append(self._result(event, origin))
 
-    def _result(self, event: Event, origin: Origin) -> Result:
-        timing = None
+    def _result(self, event: Event, origin: Origin) -> WireResult:
+        timing: tuple[float, float, float, float] | None = None
         if event.admitted_at is not None and event.finished_at is not None:
             first = event.first_token_at if event.first_token_at is not None else event.finished_at
-            timing = Timing(
+            timing = (
                 self._wall(origin.received_at), self._wall(event.admitted_at), self._wall(first),
                 self._wall(event.finished_at),
             )  # fmt: skip
+        used = event.usage
+        usage = (used.prompt_tokens, used.cached_tokens, used.output_tokens) if used else None
         if isinstance(event, Finished):
-            assert timing is not None
-            return Ok(origin.row, event.text, event.finish_reason, event.usage, timing)
-        return Failed(origin.row, event.error_class, event.message, event.usage, timing)
+            return True, origin.row, event.finish_reason.value, event.text, usage, timing
+        return False, origin.row, event.error_class.value, event.message, usage, timing
 
     def _wall(self, monotonic_s: float) -> float:
         return self._anchor + monotonic_s

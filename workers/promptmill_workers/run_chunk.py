@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from promptmill.prompts import Template, resolve_sampling, to_request
-from promptmill.task_file import parse_task
-
 from promptmill.errors import PromptmillError
 from promptmill.ledger import JobSpec, Ledger, Standing
+from promptmill.prompts import Template, resolve_sampling, to_request
+from promptmill.task_file import parse_task
 from promptmill.types import ErrorClass, Failed, Lease, Request, Result
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import HostKeeper
@@ -56,19 +55,26 @@ class ChunkRunner:
         requests, failures = self._requests(lease)
         limits = {request.row: request.sampling.max_tokens for request in requests}
         ledger.record(lease, [(failure, 0) for failure in failures])
+        # The last results are stored together with the chunk's end, in one transaction.
+        last: list[tuple[Result, int]] = []
         try:
             with (
-                hosts.session(lease.model, lease.context_tokens) as session,
+                hosts.session(lease.model, lease.context_tokens, alone=ledger.is_suspect(lease)) as session,
                 watching(ledger, lease, session, self._stop),
             ):
                 for batch in session.answer(requests):
-                    ledger.record(lease, [(result, limits[result.row]) for result in batch])
+                    outcomes = [(result, limits.pop(result.row)) for result in batch]
+                    if limits:
+                        ledger.record(lease, outcomes)
+                    else:
+                        last = outcomes
                 counters, slots = session.counters(), hosts.slots
         except HostDied as death:
             if self._stop.abandoning.is_set():
                 ledger.release(lease)
                 return
             log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
+            ledger.record(lease, last)
             hosts.replace_dead()
             ledger.fail(lease, ErrorClass.ENGINE_CRASH, str(death))
             if hosts.deaths >= DEATHS_IN_A_ROW:
@@ -78,17 +84,19 @@ class ChunkRunner:
             ledger.stop(lease.chunk.job_id, problem.message)
             ledger.release(lease)
         else:
-            if not ledger.finish(lease, counters, slots):
+            if not ledger.finish(lease, counters, slots, last):
                 ledger.release(lease, counters, slots)
 
     def _requests(self, lease: Lease) -> tuple[list[Request], list[Result]]:
         """The rows to be answered, and those that cannot even be rendered."""
         spec, template = self._spec(lease.chunk.job_id)
+        usual = resolve_sampling(spec.sampling, {})
         requests: list[Request] = []
         failures: list[Result] = []
         for row in self._ledger.pending(lease):
             try:
-                sampling = resolve_sampling(spec.sampling, row.sampling)
+                # One object for all rows without parameters of their own: it is pickled once.
+                sampling = resolve_sampling(spec.sampling, row.sampling) if row.sampling else usual
                 requests.append(
                     to_request(row.row, row.custom_id, row.input, row.meta, sampling, template, spec.system_prompt)
                 )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -87,7 +87,8 @@ class EchoEngine:
         self._instant = not (self._script.prefill_s or self._script.token_s)
         self._waiting: deque[EngineRequest] = deque()
         self._active: dict[RequestKey, Sequence_] = {}
-        self._counters = EngineCounters()
+        self._sums: Counter[str] = Counter()
+        self._peak_active = 0
         self._last_step_end = clock()
         self._info = EngineInfo(
             engine="echo", version="1", model_name=model_name, slots=options.slots, context_tokens=self._context,
@@ -108,7 +109,7 @@ class EchoEngine:
 
     @property
     def counters(self) -> EngineCounters:
-        return self._counters
+        return EngineCounters(**self._sums, peak_active=self._peak_active)
 
     @property
     def active(self) -> int:
@@ -160,7 +161,7 @@ class EchoEngine:
                 self._active[request.key] = outcome
                 room -= 1
         active = min(len(self._active), self._slots)
-        self._counters = replace(self._counters, peak_active=max(self._counters.peak_active, active))
+        self._peak_active = max(self._peak_active, active)
         return rejected
 
     def _begin(self, request: EngineRequest, now: float) -> Sequence_ | Rejected:
@@ -220,8 +221,8 @@ class EchoEngine:
         )  # fmt: skip
 
     def _count(self, **more: float) -> None:
-        now = {name: getattr(self._counters, name) + value for name, value in more.items()}
-        self._counters = replace(self._counters, **now)
+        for name, value in more.items():
+            self._sums[name] += value  # type: ignore[assignment]
 
 
 def _ends_at(sequence: Sequence_) -> float:

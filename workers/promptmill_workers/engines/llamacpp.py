@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -138,7 +138,8 @@ class LlamaCppEngine:
         self._planned = True
         self._sampled = 0
         self._rejected: list[Event] = []
-        self._counters = EngineCounters()
+        self._sums: Counter[str] = Counter()
+        self._peak_active = self._peak_cells = 0
         self._last_end = time.monotonic()
         self._info = EngineInfo(
             engine="llamacpp", version=str(llama_cpp.__version__), model_name=name, slots=options.slots,
@@ -167,7 +168,7 @@ class LlamaCppEngine:
 
     @property
     def counters(self) -> EngineCounters:
-        return self._counters
+        return EngineCounters(**self._sums, peak_active=self._peak_active, peak_kv_cells=self._peak_cells)
 
     @property
     def active(self) -> int:
@@ -469,16 +470,12 @@ class LlamaCppEngine:
             decode_tokens=self._sampled,
             starved_s=spent if starved else 0.0,
         )
-        self._counters = replace(
-            self._counters,
-            peak_active=max(self._counters.peak_active, len(self._running)),
-            peak_kv_cells=max(self._counters.peak_kv_cells, self._used_cells()),
-        )
+        self._peak_active = max(self._peak_active, len(self._running))
+        self._peak_cells = max(self._peak_cells, self._used_cells())
 
     def _count(self, **more: float) -> None:
-        now = {name: getattr(self._counters, name) + value for name, value in more.items() if value}
-        if now:
-            self._counters = replace(self._counters, **now)
+        for name, value in more.items():
+            self._sums[name] += value  # type: ignore[assignment]
 
 
 def _grouped(first: Sequence[int]) -> list[int]:
