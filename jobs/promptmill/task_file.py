@@ -89,13 +89,15 @@ class Task:
         # First by itself: a mistake in it has no place in a file.
         Template(template, system)
         prompt = {"user": template} | ({"system": system} if system else {})
-        return parse_task(yaml.safe_dump({"task": "template", "prompt": prompt}, allow_unicode=True), "--template")
+        # In double quotes, the only style of YAML that keeps every character.
+        said = {"task": "template", "prompt": prompt}
+        return parse_task(yaml.safe_dump(said, allow_unicode=True, default_style='"', width=2**30), "--template")
 
 
 def load_task(path: str | Path) -> Task:
     """Raises :class:`TaskFileError` with file, line and column of what is wrong."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise TaskFileError(f"there is no task file {path}", hint="Check the path.") from None
     except (OSError, UnicodeDecodeError) as problem:

@@ -18,6 +18,7 @@ from promptmill.readers.zst import ZstFile
 
 #: Longest line, in bytes. A longer one is an error of its own, and is never in memory whole.
 LONGEST_LINE = 16 * 1024 * 1024
+TOO_LONG = f"the line is longer than {LONGEST_LINE // 2**20} MiB"
 
 #: Bytes read at a time.
 BLOCK = 1024 * 1024
@@ -176,12 +177,13 @@ def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
             number += 1
             yield _decoded(number, offset, part)
             offset += len(part) + 1
+        block = b""
         if len(rest) > LONGEST_LINE:
             number += 1
-            skipped, rest = _skip_line(blocks, rest)
-            yield TextLine(number, "", f"the line is longer than {LONGEST_LINE // 2**20} MiB")
-            offset += skipped
-        block = blocks.read()
+            skipped, block = _skip_line(blocks, rest)
+            yield TextLine(number, "", TOO_LONG)
+            rest, offset = b"", offset + skipped
+        block = block or blocks.read()
     if rest:
         yield _decoded(number + 1, offset, rest)
 
@@ -199,7 +201,7 @@ def _skip_line(blocks: _Blocks, start: bytes) -> tuple[int, bytes]:
 
 def _decoded(number: int, offset: int, line: bytes) -> TextLine:
     if len(line) > LONGEST_LINE:
-        return TextLine(number, "", f"the line is longer than {LONGEST_LINE // 2**20} MiB")
+        return TextLine(number, "", TOO_LONG)
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as problem:

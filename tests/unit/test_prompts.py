@@ -1,0 +1,224 @@
+"""From a line to what the model is asked, and what a template can and cannot reach."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from promptmill.errors import PromptmillError, TaskFileError
+from promptmill.prompts import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
+from promptmill.sampling import PARAMETERS, BadParameter
+from promptmill.types import DatasetLine, Message, SamplingParams
+
+
+def render(text: str, fields: dict[str, Any] | None = None, about: dict[str, Any] | None = None) -> str:
+    (message,) = Template(text).render(fields or {}, about)
+    return message.content
+
+
+def ask(line: DatasetLine, template: Template | None = None, system: str | None = None) -> tuple[Message, ...] | None:
+    """The messages of a line that was stored as JSON and read again."""
+    stored = json.loads(json.dumps(payload(line)))
+    return to_request(0, "a", stored, line.meta, SamplingParams(), template, system).messages
+
+
+# ---- templates
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("{{ input.x }}", "1 < 2"),
+        ("{{ x }}", "1 < 2"),
+        ("{{ input['a b'] }}", "spaced"),
+        ("{{ meta.m }}", "about"),
+        ("{% for word in x.split() %}{{ word }},{% endfor %}\n", "1,<,2,\n"),
+        ("{{ input.absent | default('none') }}", "none"),
+        ("{{ '评论' * 2 }}{{ 2 ** 10 }}", "评论评论1024"),
+    ],
+)
+def test_a_template_reads_input_and_meta(text: str, rendered: str) -> None:
+    assert render(text, {"x": "1 < 2", "a b": "spaced"}, {"m": "about"}) == rendered
+
+
+def test_a_field_named_input_or_meta_does_not_hide_the_others() -> None:
+    assert render("{{ input.x }} {{ meta.x }} {{ input.meta }}", {"input": 0, "meta": 5, "x": 1}, {"x": 2}) == "1 2 5"
+
+
+def test_the_system_text_is_a_template_too() -> None:
+    messages = Template("{{ x }}", "about {{ y }}").render({"x": 1, "y": 2}, None)
+    assert messages == (Message("system", "about 2"), Message("user", "1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("{{ commnt }}", "commnt"), ("{{ input.commnt }}", "commnt"), ("{{ meta['k'] }}", "k")]
+)
+def test_an_undefined_name_is_an_error_that_lists_the_fields(text: str, name: str) -> None:
+    with pytest.raises(RenderError, match=f"'{name}' is undefined; fields of the line: comment, video"):
+        render(text, {"video": "v", "comment": "c"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ expected }}",
+        "{{ input.expected }}",
+        "{{ input['expected'] }}",
+        "{{ meta.expected.is_ad }}",
+        "{% if expected == 1 %}x{% endif %}",
+        "{% for expected in input %}{% endfor %}",
+    ],
+)
+def test_a_template_that_mentions_expected_does_not_compile(text: str) -> None:
+    with pytest.raises(TaskFileError, match="line 2: 'expected' cannot be used in a prompt"):
+        Template("first line\n" + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ input|attr('expec' ~ 'ted') }}",
+        "{{ input['expec' ~ 'ted'] }}",
+        "{{ meta['expec' ~ 'ted'] }}",
+        "{{ input.get('expec' ~ 'ted') }}",
+        "{{ input }}{{ meta }}",
+        "{% for key, value in input.items() %}{{ key }}{{ value }}{% endfor %}",
+        "{{ self._TemplateReference__context }}",
+        "{{ self.__init__.__globals__ }}",
+    ],
+)
+def test_the_expected_value_is_out_of_reach_by_whatever_name(text: str) -> None:
+    try:
+        seen = render(text, {"x": 1, "expected": "SECRET"}, {"expected": "SECRET"})
+    except RenderError as problem:
+        seen = str(problem)
+    assert "SECRET" not in seen
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{{ x", "line 1: unexpected end of template"),
+        ("a\n\n{% endfor %}", "line 3: .*endfor"),
+        ("{{ x | nofilter }}", "No filter named 'nofilter'"),
+        ("{{ x | random }}", "No filter named 'random'"),
+        ("{% include 'file' %}", "cannot use other files"),
+        ("{% extends 'file' %}", "cannot use other files"),
+        ("{% import 'file' as f %}", "cannot use other files"),
+        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "too deep"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "too deep"),
+    ],
+)
+def test_a_template_that_cannot_be_compiled_names_the_line(text: str, problem: str) -> None:
+    with pytest.raises(TaskFileError, match=problem):
+        Template(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ input.update({'x': 2}) }}",
+        "{{ 'x' * 10 ** 9 }}",
+        "{{ 10 ** 9 * [1] }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ range(10 ** 7) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}more text{% endfor %}{% endfor %}",
+        "{{ x / 0 }}",
+        "{{ x + 'text' }}",
+        "{{ lipsum() }}",
+        "{{ 'a' ** 'b' }}",
+    ],
+)
+def test_what_a_template_may_not_do_is_an_error_of_the_line(text: str) -> None:
+    with pytest.raises(RenderError, match="template: "):
+        render(text, {"x": 1})
+
+
+def test_a_rendered_text_of_16_mib_is_the_limit() -> None:
+    assert len(render("{{ x }}", {"x": "a" * LONGEST_TEXT})) == LONGEST_TEXT
+    with pytest.raises(RenderError, match="longer than"):
+        render("{{ x }}b", {"x": "a" * LONGEST_TEXT})
+
+
+def test_an_error_of_a_template_quotes_no_prompt_at_length() -> None:
+    with pytest.raises(RenderError) as caught:
+        render("{{ x + 1 }}", {"x": "private " * 100})
+    assert len(str(caught.value)) < 200
+
+
+# ---- what is stored, and the request made of it
+
+
+def test_messages_stay_as_they_are() -> None:
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    assert ask(DatasetLine(1, messages=turns)) == turns
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_text_is_put_before_messages_that_have_none(role: str) -> None:
+    user, own = Message("user", "a"), Message(role, "own")
+    assert ask(DatasetLine(1, messages=(user,)), system="s") == (Message("system", "s"), user)
+    assert ask(DatasetLine(1, messages=(own, user)), system="s") == (own, user)
+
+
+def test_a_prompt_is_asked_as_a_users_message() -> None:
+    assert ask(DatasetLine(1, prompt="p")) == (Message("user", "p"),)
+    assert ask(DatasetLine(1, prompt="p"), system="s") == (Message("system", "s"), Message("user", "p"))
+
+
+def test_a_raw_prompt_is_sent_as_it_is() -> None:
+    request = to_request(3, "a", payload(DatasetLine(1, prompt="p", raw=True)), None, SamplingParams(), system="s")
+    assert (request.row, request.prompt, request.messages) == (3, "p", None)
+
+
+def test_fields_are_filled_into_the_template() -> None:
+    line = DatasetLine(1, fields={"x": 1}, meta={"m": 2})
+    assert ask(line, Template("{{ x }}{{ meta.m }}")) == (Message("user", "12"),)
+
+
+def test_fields_without_a_template_are_an_error() -> None:
+    with pytest.raises(PromptmillError, match="fields for a template, and the job has none"):
+        ask(DatasetLine(1, fields={"x": 1}))
+
+
+def test_what_is_stored_never_holds_the_expected_value() -> None:
+    lines = [DatasetLine(1, prompt="p", expected="SECRET"), DatasetLine(2, fields={"x": 1}, expected={"y": "SECRET"})]
+    assert "SECRET" not in json.dumps([payload(line) for line in lines])
+
+
+# ---- sampling
+
+
+def test_a_lines_own_parameters_win_over_the_jobs() -> None:
+    found = resolve_sampling({"max_tokens": 5, "stop": ["a"], "seed": 1}, {"max_tokens": 7, "seed": None})
+    assert found == SamplingParams(max_tokens=7, stop=("a",), seed=None)
+
+
+def test_the_parameters_are_those_of_sampling_params() -> None:
+    assert set(PARAMETERS) == set(SamplingParams.__dataclass_fields__)
+    assert resolve_sampling({}, {}) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"max_tokens": 0}, "'max_tokens' must be a whole number of 1 or more"),
+        ({"max_tokens": 1.0}, "'max_tokens' must be a whole number"),
+        ({"temperature": float("nan")}, "'temperature' must be"),
+        ({"temperature": 10**400}, "'temperature' must be"),
+        ({"top_k": -1}, "'top_k' must be a whole number of 0 or more"),
+        ({"top_p": 1.01}, "'top_p' must be a number above 0 to 1"),
+        ({"timeout_s": 0}, "'timeout_s' must be a number above 0"),
+        ({"stop": ["a", ""]}, "'stop' must be a text or a list of texts, none of them empty"),
+        ({"stop": {"a": 1}}, "'stop' must be"),
+        ({"max_tokens": None}, "'max_tokens' must be"),
+        ({"max_token": 5}, "unknown parameter 'max_token'\nDid you mean max_tokens?"),
+    ],
+)
+def test_a_wrong_parameter_says_what_it_should_be(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(BadParameter) as caught:
+        resolve_sampling(given, {})
+    assert problem in str(caught.value)

@@ -1,0 +1,596 @@
+"""Datasets: every format, and every way in which a file or a line can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from promptmill.errors import DatasetError
+from promptmill.readers import ENDINGS, READERS, checked, open_dataset
+from promptmill.readers.ids import IdTable
+from promptmill.readers.source import LONGEST_LINE
+from promptmill.registry import resolve
+from promptmill.types import DatasetLine, Message
+
+Write = Callable[[str, str | bytes], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Put content into a file of that name."""
+
+    def put(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return put
+
+
+def read(path: Path | str, **how: Any) -> list[DatasetLine]:
+    with open_dataset(path, **how) as dataset:
+        return list(checked(dataset.lines()))
+
+
+def jsonl(*records: Mapping[str, Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def one(write: Write, record: Mapping[str, Any], **how: Any) -> DatasetLine:
+    (line,) = read(write("one.jsonl", jsonl(record)), **how)
+    return line
+
+
+def error(write: Write, record: Mapping[str, Any], **how: Any) -> str:
+    found = one(write, record, **how).error
+    assert found is not None
+    return found
+
+
+def batch_line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    question = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in url else {"prompt": "hi"}
+    return {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "m", **question, **body}}
+
+
+# ---- the file as a whole
+
+
+def test_every_format_that_is_listed_can_be_resolved() -> None:
+    assert all(callable(resolve("dataset format", name, READERS)) for name in READERS)
+    assert set(ENDINGS.values()) <= set(READERS)
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="there is no file"):
+        open_dataset(tmp_path / "none.jsonl")
+
+
+def test_a_folder_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is a folder"):
+        open_dataset(tmp_path)
+
+
+def test_a_prompt_given_in_place_of_a_path_is_a_clear_error() -> None:
+    with pytest.raises(DatasetError, match="cannot read"):
+        open_dataset("why is the sky blue? " * 500)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_an_empty_file_is_an_error(write: Write, name: str) -> None:
+    with pytest.raises(DatasetError, match="is empty"):
+        open_dataset(write(name, ""))
+
+
+@pytest.mark.parametrize("how", [{}, {"format": "text"}])
+def test_a_file_of_blank_lines_is_an_error(write: Write, how: dict[str, str]) -> None:
+    with pytest.raises(DatasetError, match="no lines but blank ones"):
+        open_dataset(write("a.txt", "\n  \n\r\n"), **how)
+
+
+def test_an_unknown_ending_lists_the_known_ones(write: Write) -> None:
+    with pytest.raises(DatasetError, match=r"\.jsonl.*\.csv.*\.gz"):
+        open_dataset(write("a.parquet", "x"))
+
+
+def test_an_unknown_format_lists_the_known_ones(write: Write) -> None:
+    with pytest.raises(DatasetError, match=r"Did you mean jsonl\? Known: csv"):
+        open_dataset(write("a.jsonl", "x"), format="jsnl")
+
+
+def test_the_format_asked_for_wins_over_the_name(write: Write) -> None:
+    (line,) = read(write("a.csv", "just a prompt\n"), format="text")
+    assert line.prompt == "just a prompt"
+
+
+def test_the_checksum_is_that_of_the_bytes_on_disk(write: Write) -> None:
+    path = write("a.txt.gz", gzip.compress(b"hello\n"))
+    expected = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
+    with open_dataset(path) as dataset:
+        assert dataset.sha256 == expected
+
+
+def test_a_dataset_can_be_read_twice(write: Write) -> None:
+    with open_dataset(write("a.txt", "one\ntwo\n")) as dataset:
+        assert list(dataset.lines()) == list(dataset.lines())
+        assert (dataset.name, dataset.format) == ("a.txt", "text")
+
+
+def test_utf16_is_named_as_such(write: Write) -> None:
+    with pytest.raises(DatasetError, match=r"not UTF-8 at byte 0 .* UTF-16"):
+        read(write("a.txt", "hello\n".encode("utf-16")))
+
+
+# ---- streams and compression
+
+
+def pack_gz(data: bytes) -> bytes:
+    return gzip.compress(data)
+
+
+def pack_zst(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+PACKERS = {"gz": pack_gz, "zst": pack_zst}
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", '{"prompt": "p"}\n'), ("a.csv", "prompt\np\n"), ("a.txt", "p")]
+)
+def test_every_format_is_read_compressed(write: Write, packing: str, name: str, content: str) -> None:
+    (line,) = read(write(f"{name}.{packing}", PACKERS[packing](content.encode())))
+    assert line.prompt == "p"
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+def test_files_packed_in_several_parts_are_read_to_their_end(write: Write, packing: str) -> None:
+    pack = PACKERS[packing]
+    lines = read(write(f"a.txt.{packing}", pack(b"one\ntw") + pack(b"o\nthree\n")))
+    assert [line.prompt for line in lines] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_an_error_and_never_a_shorter_dataset(
+    write: Write, packing: str, kept: float
+) -> None:
+    packed = PACKERS[packing]("".join(f"line {number}\n" for number in range(20_000)).encode())
+    with pytest.raises(DatasetError, match="is damaged"):
+        read(write(f"a.txt.{packing}", packed[: int(len(packed) * kept)]))
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error(write: Write, packing: str) -> None:
+    with pytest.raises(DatasetError, match="is damaged"):
+        read(write(f"a.txt.{packing}", "hello\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "format_"),
+    [
+        (b'\n{"prompt": "p"}\n', "jsonl"),
+        (b"p\n", "text"),
+        (json.dumps(batch_line()).encode(), "openai_batch"),
+        (gzip.compress(b'{"prompt": "p"}\n'), "jsonl"),
+        (pack_zst(b"p\n"), "text"),
+    ],
+)
+def test_standard_input_is_told_by_its_content(monkeypatch: pytest.MonkeyPatch, content: bytes, format_: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with open_dataset("-") as dataset:
+        assert (dataset.name, dataset.format) == ("<stdin>", format_)
+        assert list(dataset.lines()) == list(dataset.lines()) != []
+
+
+def test_an_empty_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(DatasetError, match="<stdin> is empty"):
+        open_dataset("-")
+
+
+def test_a_named_pipe_can_be_read_twice(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["sh", "-c", f"echo hello > '{pipe}'"]), open_dataset(pipe) as dataset:
+        assert [line.prompt for line in dataset.lines()] == ["hello"]
+        assert [line.prompt for line in dataset.lines()] == ["hello"]
+
+
+# ---- lines of text
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_a_byte_order_mark_and_windows_line_ends_are_tolerated(write: Write, name: str) -> None:
+    content = {"a.jsonl": '{"prompt": "p"}\r\n', "a.csv": "prompt\r\np\r\n", "a.txt": "p\r\n"}[name]
+    (line,) = read(write(name, "\ufeff" + content))
+    assert line.prompt == "p"
+
+
+def test_blank_lines_are_left_out_and_counted(write: Write) -> None:
+    lines = read(write("a.jsonl", '\n{"prompt": "p"}\n  \n{"prompt": "q"}'))
+    assert [(line.line, line.prompt) for line in lines] == [(2, "p"), (4, "q")]
+
+
+@pytest.mark.parametrize("packing", ["", "gz"])
+def test_what_is_not_utf8_is_named_by_its_byte(write: Write, packing: str) -> None:
+    content = "\ufeffgut\nü\n".encode() + b"ab\xffcd\nlast\n"
+    path = write("a.txt.gz", gzip.compress(content)) if packing else write("a.txt", content)
+    lines = read(path)
+    assert [line.line for line in lines] == [1, 2, 3, 4]
+    assert lines[2].error == f"not UTF-8 at byte {content.index(0xFF)} of the file"
+    assert lines[3].prompt == "last"
+
+
+def test_a_nul_character_is_refused_since_no_postgresql_takes_it(write: Write) -> None:
+    lines = read(write("a.txt", b"ok\na\0b\n"))
+    assert lines[1].error == "a NUL character at byte 4 of the file"
+
+
+def test_a_line_over_16_mib_is_an_error_and_its_neighbours_are_read(write: Write) -> None:
+    long = b"x" * (LONGEST_LINE + 1)
+    lines = read(write("a.txt", b"before\n" + long + b"\nafter\n" + long + b"\nlast \xff\n" + long))
+    assert [line.line for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line.error for line in lines][1::2] == ["the line is longer than 16 MiB"] * 2 + [lines[5].error]
+    assert lines[5].error == "the line is longer than 16 MiB"
+    assert [lines[0].prompt, lines[2].prompt] == ["before", "after"]
+    assert lines[4].error == f"not UTF-8 at byte {7 + 2 * (LONGEST_LINE + 2) + 6 + 5} of the file"
+
+
+def test_a_line_of_exactly_16_mib_is_read(write: Write) -> None:
+    lines = read(write("a.txt", b"x" * LONGEST_LINE + b"\nafter\n"))
+    assert [len(line.prompt or "") for line in lines] == [LONGEST_LINE, 5]
+
+
+def test_an_endless_line_is_never_in_memory_whole(write: Write) -> None:
+    path = write("a.txt.gz", gzip.compress(b"x" * (120 * 2**20) + b"\none\ntwo\n", compresslevel=1))
+    tracemalloc.start()
+    try:
+        lines = [line.error or line.prompt for line in read(path)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert lines == ["the line is longer than 16 MiB", "one", "two"]
+    assert peak < 4 * LONGEST_LINE
+
+
+# ---- JSONL
+
+
+def test_a_prompt_with_everything_that_a_line_may_say(write: Write) -> None:
+    record = {
+        "custom_id": 7, "prompt": "p", "expected": {"x": 1}, "meta": {"group": "g"},
+        "max_completion_tokens": 9, "temperature": 1, "top_k": 3, "top_p": 0.5, "min_p": 0, "seed": -1,
+        "stop": "END", "timeout_s": 2, "ignore_eos": True,
+    }  # fmt: skip
+    assert one(write, record) == DatasetLine(
+        1, "7", "p", expected={"x": 1}, meta={"group": "g"},
+        sampling={
+            "max_tokens": 9, "temperature": 1.0, "top_k": 3, "top_p": 0.5, "min_p": 0.0, "seed": -1,
+            "stop": ("END",), "timeout_s": 2.0, "ignore_eos": True,
+        },
+    )  # fmt: skip
+
+
+def test_messages_may_hold_text_parts(write: Write) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    line = one(write, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]})
+    assert line.messages == (Message("system", "s"), Message("user", "ab"))
+
+
+def test_input_is_the_templates(write: Write) -> None:
+    line = one(write, {"input": {"a": 1}, "max_tokens": 3, "expected": 5}, has_template=True)
+    assert (line.fields, line.expected, line.sampling) == ({"a": 1}, 5, {"max_tokens": 3})
+
+
+def test_a_flat_record_is_input_but_for_id_meta_and_what_is_expected(write: Write) -> None:
+    record = {"id": "x", "comment": "c", "is_ad": True, "meta": {"m": 1}, "prompt": "also a field", "max_tokens": 5}
+    line = one(write, record, has_template=True, expected={"ad": "is_ad", "absent": "absent"})
+    assert (line.custom_id, line.expected, line.meta) == ("x", {"ad": True}, {"m": 1})
+    assert line.fields == {"comment": "c", "prompt": "also a field", "max_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected", "labels"),
+    [
+        ({"c": 1, "y": 2}, {"a": "y", "b": "y"}, {"a": 2, "b": 2}),
+        ({"c": 1, "expected": 2}, {"a": "expected"}, {"a": 2}),
+        ({"c": 1, "expected": {"z": 3}, "y": 2}, {"a": "y"}, {"z": 3, "a": 2}),
+        ({"c": 1, "expected": {"z": 3}}, {"a": "y"}, {"z": 3}),
+        ({"c": 1}, {"a": "y"}, None),
+        ({"input": {"c": 1, "y": 2}}, {"a": "y"}, {"a": 2}),
+        ({"input": {"c": 1}, "y": 2}, {"a": "y"}, {"a": 2}),
+    ],
+)
+def test_expected_values_are_kept_apart_from_the_input(
+    write: Write, record: dict[str, Any], expected: dict[str, str], labels: Any
+) -> None:
+    line = one(write, record, has_template=True, expected=expected)
+    assert (line.fields, line.expected) == ({"c": 1}, labels)
+
+
+def test_a_label_may_stand_beside_a_prompt(write: Write) -> None:
+    assert one(write, {"prompt": "p", "is_ad": 1}, expected={"ad": "is_ad"}).expected == {"ad": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"prompt": }', "broken JSON at column 12: Expecting value"),
+        ('{"prompt": "a"} x', "broken JSON at column 17: Extra data"),
+        ('{"prompt": "a', "broken JSON at column 12: Unterminated string starting at"),
+        ("[1]", "the line is a list, not a JSON object"),
+        ("null", "the line is null, not a JSON object"),
+        ('{"prompt": "a", "seed": NaN}', "broken JSON: NaN is no JSON number"),
+        ('{"prompt": "a", "expected": 1e999}', "the number 1e999 is out of range"),
+        ('{"prompt": "a", "expected": ' + "9" * 5000 + "}", "broken JSON: a number with too many digits"),
+        ('{"prompt": ' + "[" * 100_000, "broken JSON: nested too deeply"),
+        (r'{"prompt": "a\ud800b"}', r"half of a surrogate pair: its \u escape stands for no character"),
+        (r'{"prompt": "a\u0000b"}', r"a NUL character (\u0000)"),
+    ],
+)
+def test_broken_json_names_the_place(write: Write, text: str, problem: str) -> None:
+    first, second, third = read(write("a.jsonl", '{"prompt": "p"}\n' + text + '\n{"prompt": "q"}\n'))
+    assert (first.prompt, third.prompt) == ("p", "q")
+    assert (second.line, second.error) == (2, problem)
+
+
+@pytest.mark.parametrize("text", [r"\\u0000", r"\\ud800", r"\ud83d\ude00", r"\u00e9"])
+def test_escapes_that_stand_for_characters_are_read(write: Write, text: str) -> None:
+    (line,) = read(write("a.jsonl", f'{{"prompt": "{text}"}}'))
+    assert line.prompt == json.loads(f'"{text}"')
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"comment": "c"}, "neither 'prompt' nor 'messages'"),
+        ({"prompt": "p", "messages": []}, "both 'prompt' and 'messages'"),
+        ({"input": {"a": 1}}, "there is no template: give --template or --task"),
+        ({"prompt": 5}, "'prompt' is a number, not a text"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": None}, "'prompt' is null, not a text"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hi"}, "at least one message"),
+        ({"messages": ["hi"]}, r"messages\[0\] is a text, not an object"),
+        ({"messages": [{"role": "usr", "content": "c"}]}, r"messages\[0\].role is not one of"),
+        ({"messages": [{"role": ["user"], "content": "c"}]}, r"messages\[0\].role is not one of"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\].content is neither"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\].content is neither"),
+        ({"messages": [{"role": "user", "content": "c", "tool_calls": []}]}, "unsupported key 'tool_calls'"),
+        ({"prompt": "p", "max_token": 5}, "unknown parameter 'max_token'. Did you mean max_tokens?"),
+        ({"prompt": "p", "max_tokens": "5"}, "'max_tokens' must be a whole number"),
+        ({"prompt": "p", "max_tokens": 0}, "'max_tokens' must be a whole number of 1 or more"),
+        ({"prompt": "p", "max_tokens": True}, "'max_tokens' must be a whole number"),
+        (
+            {"prompt": "p", "max_tokens": 3, "max_completion_tokens": 4},
+            "'max_completion_tokens' and 'max_tokens' differ",
+        ),
+        ({"prompt": "p", "temperature": -1}, "'temperature' must be a number from 0"),
+        ({"prompt": "p", "top_p": 0}, "'top_p' must be a number above 0 to 1"),
+        ({"prompt": "p", "min_p": 1.5}, "'min_p' must be"),
+        ({"prompt": "p", "stop": [""]}, "'stop' must be"),
+        ({"prompt": "p", "stop": [5]}, "'stop' must be"),
+        ({"prompt": "p", "seed": 2**64}, "'seed' must be"),
+        ({"prompt": "p", "ignore_eos": 1}, "'ignore_eos' must be true or false"),
+        ({"prompt": "p", "id": "a", "custom_id": "b"}, "id and custom_id differ"),
+        ({"prompt": "p", "id": 1.5}, "an id is a text or a whole number"),
+        ({"prompt": "p", "id": True}, "an id is a text or a whole number"),
+        ({"prompt": "p", "id": ""}, "the id is empty"),
+        ({"prompt": "p", "meta": []}, "'meta' is a list, not an object"),
+    ],
+)
+def test_a_line_that_cannot_be_used_says_why(write: Write, record: dict[str, Any], problem: str) -> None:
+    line = one(write, record)
+    with pytest.raises(AssertionError, match=problem):
+        raise AssertionError(line.error)
+
+
+def test_a_line_that_cannot_be_used_keeps_its_id(write: Write) -> None:
+    assert one(write, {"id": "a", "prompt": "p", "tmperature": 1}).custom_id == "a"
+    assert one(write, {"id": 5, "comment": "c"}).custom_id == "5"
+
+
+# ---- duplicate ids
+
+
+def test_a_second_line_with_the_same_id_names_the_first(write: Write) -> None:
+    records = [{"id": "a", "prompt": "p"}, {"prompt": "q"}, {"id": "b", "prompt": "r"}, {"id": "a", "prompt": "s"}]
+    lines = read(write("a.jsonl", jsonl(*records)))
+    assert [line.error for line in lines] == [None, None, None, "duplicate id 'a', first in line 1"]
+
+
+def test_the_number_7_and_the_text_7_are_the_same_id(write: Write) -> None:
+    lines = read(write("a.jsonl", jsonl({"id": 7, "prompt": "p"}, {"custom_id": "7", "prompt": "q"})))
+    assert lines[1].error == "duplicate id '7', first in line 1"
+
+
+def test_the_table_of_ids_remembers_each_first_line_while_it_grows() -> None:
+    table = IdTable(places=4)
+    assert all(table.first_line(f"id {line}", line) == line for line in range(1, 10_001))
+    assert all(table.first_line(f"id {line}", 99_999) == line for line in range(1, 10_001))
+    assert len(table) == 10_000
+
+
+# ---- OpenAI batch lines
+
+
+def test_batch_lines_are_told_by_their_first_line(write: Write) -> None:
+    with open_dataset(write("a.jsonl", "\n" + jsonl(batch_line()))) as dataset:
+        assert dataset.format == "openai_batch"
+
+
+def test_a_flat_record_with_a_body_of_text_is_no_batch_line(write: Write) -> None:
+    path = write("a.jsonl", jsonl({"custom_id": "a", "body": "the text of a mail", "url": "of.the.mail"}))
+    with open_dataset(path, has_template=True) as dataset:
+        assert dataset.format == "jsonl"
+
+
+def test_a_chat_line_is_messages(write: Write) -> None:
+    line = one(write, batch_line(max_completion_tokens=5, temperature=0.5, top_p=None, user="u", n=1, stream=False))
+    assert (line.custom_id, line.messages) == ("a", (Message("user", "hi"),))
+    assert line.sampling == {"max_tokens": 5, "temperature": 0.5}
+
+
+@pytest.mark.parametrize("prompt", ["hi", ["hi"]])
+def test_a_completions_line_is_a_raw_prompt(write: Write, prompt: Any) -> None:
+    line = one(write, batch_line("/v1/completions", prompt=prompt))
+    assert (line.prompt, line.raw, line.messages) == ("hi", True, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"method": "GET"}, "method is not POST"),
+        ({"url": "/v1/embeddings"}, "url is neither"),
+        ({"url": ["/v1/completions"]}, "url is neither"),
+        ({"custom_id": 5}, "custom_id is a number, not a text"),
+        ({"custom_id": ""}, "the id is empty"),
+        ({"method": None}, "missing 'method'"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        ({"meta": 1}, "'meta' is a number, not an object"),
+    ],
+)
+def test_a_batch_line_has_the_four_keys_and_no_others(write: Write, changes: dict[str, Any], problem: str) -> None:
+    (_, line) = read(write("a.jsonl", jsonl(batch_line(), {**batch_line(), "custom_id": "b", **changes})))
+    assert line.error is not None
+    assert problem in line.error
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"tools": []}, "unsupported parameter 'body.tools'"),
+        ({"n": 2}, "unsupported parameter 'body.n'"),
+        ({"stream": True}, "unsupported parameter 'body.stream'"),
+        ({"store": True}, "unsupported parameter 'body.store'"),
+        ({"logprobs": True}, "unsupported parameter 'body.logprobs'"),
+        ({"response_format": {"type": "json_object"}}, "unsupported parameter 'body.response_format'"),
+        ({"presence_penalty": 0.5}, "unsupported parameter 'body.presence_penalty'"),
+        ({"temperatur": 1}, "unsupported parameter 'body.temperatur'. Did you mean temperature?"),
+        ({"temperature": 2.5}, "'temperature' must be a number from 0 to 2"),
+        ({"max_tokens": 0}, "'max_tokens' must be"),
+        ({"model": 5}, "'body.model' is not a text"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": None}, "at least one message"),
+    ],
+)
+def test_what_would_change_a_batch_answer_is_refused_by_name(write: Write, body: dict[str, Any], problem: str) -> None:
+    assert problem in error(write, batch_line(**body))
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [[1, 2]], 5, "", None])
+def test_a_prompt_of_tokens_or_of_several_texts_is_refused(write: Write, prompt: Any) -> None:
+    assert "rompt" in error(write, batch_line("/v1/completions", prompt=prompt))
+
+
+# ---- CSV and TSV
+
+
+def test_csv_without_a_template_has_a_prompt_column_and_meta(write: Write) -> None:
+    (line,) = read(write("a.csv", 'id,prompt,lang,max_tokens,stop\n5,"a, ""b""",en,12,END\n'))
+    assert line == DatasetLine(2, "5", 'a, "b"', meta={"lang": "en"}, sampling={"max_tokens": 12, "stop": ("END",)})
+
+
+def test_csv_with_a_template_gives_it_every_column_but_id_and_labels(write: Write) -> None:
+    lines = read(
+        write("a.tsv", "custom_id\tcomment\tis_ad\tmeta\na\tc\ttrue\tm\n\td\t\tn\n"),
+        has_template=True,
+        expected={"ad": "is_ad"},
+    )
+    assert [(line.custom_id, line.fields, line.expected) for line in lines] == [
+        ("a", {"comment": "c", "meta": "m"}, {"ad": "true"}),
+        (None, {"comment": "d", "meta": "n"}, None),
+    ]
+
+
+def test_a_record_over_several_lines_is_named_by_its_first(write: Write) -> None:
+    lines = read(write("a.csv", 'prompt,x\r\n"a\r\n\r\nb",1\r\n\r\nc\r\nd,2\r\n'))
+    assert [(line.line, line.prompt) for line in lines] == [(2, "a\n\nb"), (6, None), (7, "d")]
+    assert lines[1].error == "1 fields, the header has 2"
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ("a,1,2", "3 fields, the header has 2"),
+        (",1", "the prompt is empty"),
+        ('"a"b,1', "broken CSV"),
+        ("a\0,1", "a NUL character"),
+    ],
+)
+def test_a_record_that_cannot_be_used_says_why(write: Write, record: str, problem: str) -> None:
+    lines = read(write("a.csv", f"prompt,x\n{record}\nlast,1\n"))
+    assert problem in str(lines[0].error)
+    assert [line.prompt for line in lines] == [None, "last"]
+
+
+def test_a_wrong_parameter_in_a_column_says_why(write: Write) -> None:
+    lines = read(write("a.csv", "prompt,temperature\np,hot\np,\np,1\n"))
+    assert [line.error for line in lines] == ["'temperature' must be a number from 0 to 100", None, None]
+    assert [line.sampling for line in lines[1:]] == [{}, {"temperature": 1.0}]
+
+
+def test_bytes_that_are_not_utf8_spoil_their_record_only(write: Write) -> None:
+    lines = read(write("a.csv", b'prompt\n"a\xff\nb"\nlast\n'))
+    assert [(line.line, line.error) for line in lines] == [(2, "not UTF-8 at byte 9 of the file"), (4, None)]
+
+
+def test_a_quote_that_is_never_closed_is_an_error(write: Write) -> None:
+    (line,) = read(write("a.csv", 'prompt\n"a\nb\n'))
+    assert "broken CSV" in str(line.error)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("question\nq\n", r"a.csv: the header has no column 'prompt' \(it has: question\)"),
+        ("prompt,prompt\na,b\n", "empty or repeated names"),
+        ("prompt,\na,b\n", "empty or repeated names"),
+        ("prompt\n", "a header and no records"),
+        ("prompt\n\n\n", "a header and no records"),
+        (b"pro\xffmpt\na\n", "a.csv:1: the header cannot be read: not UTF-8 at byte 3"),
+    ],
+)
+def test_a_wrong_header_is_an_error_of_the_file(write: Write, content: str | bytes, problem: str) -> None:
+    with pytest.raises(DatasetError, match=problem):
+        read(write("a.csv", content))
+
+
+# ---- plain text
+
+
+def test_plain_text_is_a_prompt_a_line(write: Write) -> None:
+    lines = read(write("a.txt", " one\n\n二\u2028still two\n"))
+    assert [(line.line, line.prompt) for line in lines] == [(1, " one"), (3, "二\u2028still two")]
+
+
+def test_a_line_of_text_is_the_field_prompt_of_a_template(write: Write) -> None:
+    (line,) = read(write("a.txt", "hi"), has_template=True)
+    assert line.fields == {"prompt": "hi"}
+
+
+# ---- real files
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["prompts_500_zh.txt", "youtube_comments_test.jsonl", "youtube_comments_train.jsonl"])
+def test_real_files_are_read_to_their_last_line(shared: Path, name: str) -> None:
+    path = shared / "data" / name
+    found = read(path, has_template=name.endswith("jsonl"), expected={"is_ad": "is_ad"})
+    assert [line.error for line in found if line.error] == []
+    assert len(found) == sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
+    if name.endswith("jsonl"):
+        assert all(isinstance(line.expected["is_ad"], bool) for line in found if line.expected)
+        assert not any("is_ad" in (line.fields or {}) for line in found)
