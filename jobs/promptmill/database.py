@@ -157,6 +157,13 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
         connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)  # noqa: S608 - our names
 
 
+def refresh_statistics(connection: Connection, *tables: sa.Table) -> None:
+    """Tell PostgreSQL's planner about rows that were just loaded; its own daemon may come a minute late."""
+    if connection.dialect.name == "postgresql":
+        names = ", ".join(f'"{table.name}"' for table in tables)
+        connection.exec_driver_sql(f"ANALYZE {names}")
+
+
 # --- the schema's revision -------------------------------------------------------------------------------------------
 
 

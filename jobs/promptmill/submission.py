@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from ulid import ULID
 
-from promptmill.database import copy_rows, epoch, writing
+from promptmill.database import copy_rows, epoch, refresh_statistics, writing
 from promptmill.errors import BadLines, DatasetError, PromptmillError
 from promptmill.ledger import RESULT_COLUMNS
 from promptmill.preflight import Gauge
@@ -178,6 +178,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
                 finished_at=now if all_invalid else None,
             )
         )
+        refresh_statistics(connection, requests, chunks)
     return job_id
 
 

@@ -108,7 +108,12 @@ class Worker:
 
     def _run(self, lease: Lease) -> None:
         log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)
-        self._runner.run(lease)
+        try:
+            self._runner.run(lease)
+        except Exception:
+            # A bug, or the database went away: let another attempt begin now and not when the lease ends.
+            self.ledger.release(lease)
+            raise
 
     def _priority(self, job_id: str) -> int:
         return next((priority for each, _, priority in self.ledger.open_jobs("queue") if each == job_id), 0)
