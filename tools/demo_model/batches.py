@@ -35,6 +35,10 @@ MERGE_DROPOUT = 0.1
 BATCHES_AT_ONCE = 16
 
 
+#: Lengths of batches are multiples of this: PyTorch prepares its kernels anew for every new length.
+LENGTH_STEP = 16
+
+
 @dataclass(frozen=True)
 class Comment:
     text: str
@@ -87,7 +91,16 @@ class Prompts:
     def fixed_texts(self) -> list[str]:
         """What every prompt or answer holds: for training the tokenizer."""
         answers = [answer_text(Comment("", is_ad)) for is_ad in (True, False)]
-        return [self.system, self.user.render(input={"comment": ""}), SAY_EN, SAY_ZH, *answers, "system", "user", "assistant"]
+        return [
+            self.system,
+            self.user.render(input={"comment": ""}),
+            SAY_EN,
+            SAY_ZH,
+            *answers,
+            "system",
+            "user",
+            "assistant",
+        ]
 
     def _head(self) -> str:
         return render("", self.system).partition("user\n")[0] + "user\n"
@@ -115,7 +128,7 @@ class Prompts:
         return self.example(render(text, system or None), SAY_ZH if chinese else SAY_EN, dropping=rng.random() < 0.3)
 
     def collate(self, examples: list[Example], *, with_prefix: bool) -> Batch:
-        length = max(example.length for example in examples) - 1
+        length = -(-max(example.length for example in examples) // LENGTH_STEP) * LENGTH_STEP
         ids = torch.zeros(len(examples), length, dtype=torch.long)
         targets, weights = torch.zeros_like(ids), torch.zeros(len(examples), length)
         for row, example in enumerate(examples):

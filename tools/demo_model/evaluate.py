@@ -52,7 +52,10 @@ def llamacpp(path: Path, max_tokens: int) -> tuple[Answerer, Callable[[str], lis
     from llama_cpp import Llama
 
     model = Llama(str(path), n_ctx=2048, verbose=False)
-    encode = lambda text: model.tokenize(text.encode(), add_bos=False, special=True)  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = model.tokenize(text.encode(), add_bos=False, special=True)
+        return ids
 
     def answer(prompt: str) -> str:
         out: Any = model.create_completion(encode(prompt), max_tokens=max_tokens, temperature=0.0)

@@ -8,14 +8,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from model import DemoModel
+from chatml import CHATML, SPECIAL
+from model import DemoModel, Shape
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
-    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+FILLER, _, END = SPECIAL
 
 #: Names of a layer's tensors here -> in GGUF.
 NAMES = {
@@ -25,8 +23,27 @@ NAMES = {
 
 
 def write_gguf(path: Path, model: DemoModel, tokenizer: Tokenizer) -> None:
-    shape = model.shape
+    """Weights and vocabulary in one file for llama.cpp; vectors stay float32."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
+    _write_shape(writer, model.shape)
+    _write_vocabulary(writer, tokenizer)
+    writer.add_tensor("token_embd.weight", _half(model.embed_tokens.weight))
+    writer.add_tensor("output_norm.weight", _single(model.norm.weight))
+    for number, layer in enumerate(model.layers):
+        for name, parameter in layer.named_parameters():
+            module = name.removesuffix(".weight")
+            values = _interleaved(parameter, model.shape.heads) if module in ("q_proj", "k_proj") else parameter
+            writer.add_tensor(
+                f"blk.{number}.{NAMES[module]}.weight", _single(values) if values.dim() == 1 else _half(values)
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_name("promptmill demo")
     writer.add_description("Judges comments. For trying promptmill, and for nothing else.")
     writer.add_license("MIT")
@@ -41,25 +58,11 @@ def write_gguf(path: Path, model: DemoModel, tokenizer: Tokenizer) -> None:
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_vocab_size(shape.vocab)
-    _write_vocabulary(writer, tokenizer)
-    writer.add_tensor("token_embd.weight", _half(model.embed_tokens.weight))
-    writer.add_tensor("output_norm.weight", _single(model.norm.weight))
-    for number, layer in enumerate(model.layers):
-        for name, parameter in layer.named_parameters():
-            module = name.removesuffix(".weight")
-            values = parameter.detach()
-            if module in ("q_proj", "k_proj"):
-                values = _interleaved(values, shape.heads)
-            array = _single(values) if values.dim() == 1 else _half(values)
-            writer.add_tensor(f"blk.{number}.{NAMES[module]}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ids = tokenizer.get_vocab()
+    words = sorted(ids.items(), key=lambda item: item[1])
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     kinds = [gguf.TokenType.CONTROL if word in special else gguf.TokenType.NORMAL for word, _ in words]
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
@@ -68,9 +71,9 @@ def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_token_list([word for word, _ in words])
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.token_to_id("<|endoftext|>"))
-    writer.add_eos_token_id(tokenizer.token_to_id("<|im_end|>"))
-    writer.add_pad_token_id(tokenizer.token_to_id("<|endoftext|>"))
+    writer.add_bos_token_id(ids[FILLER])
+    writer.add_eos_token_id(ids[END])
+    writer.add_pad_token_id(ids[FILLER])
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHATML)
 
@@ -90,20 +93,21 @@ def _single(values: torch.Tensor) -> np.ndarray:
 
 
 def write_mlx(folder: Path, model: DemoModel, tokenizer: Tokenizer) -> None:
+    """Weights, configuration and tokenizer as mlx-lm reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = model.shape
-    end = tokenizer.token_to_id("<|im_end|>")
+    end = tokenizer.token_to_id(END)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": shape.width,
         "num_hidden_layers": shape.layers, "intermediate_size": shape.ffn, "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads, "head_dim": shape.head, "rms_norm_eps": shape.norm_eps,
         "vocab_size": shape.vocab, "max_position_embeddings": shape.context, "rope_theta": shape.rope_base,
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "torch_dtype": "float16",
-        "bos_token_id": tokenizer.token_to_id("<|endoftext|>"), "eos_token_id": end,
+        "bos_token_id": tokenizer.token_to_id(FILLER), "eos_token_id": end,
     }  # fmt: skip
     tokens = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>", "model_max_length": shape.context, "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "bos_token": FILLER,
+        "pad_token": FILLER, "model_max_length": shape.context, "clean_up_tokenization_spaces": False,
         "chat_template": CHATML,
     }  # fmt: skip
     for name, value in (("config", config), ("tokenizer_config", tokens), ("generation_config", {"eos_token_id": end})):
@@ -111,6 +115,7 @@ def write_mlx(folder: Path, model: DemoModel, tokenizer: Tokenizer) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     weights = {_hub_name(name): parameter.detach().to(torch.float16) for name, parameter in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "mlx"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def _hub_name(name: str) -> str:

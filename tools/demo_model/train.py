@@ -118,7 +118,7 @@ class Training:
             group["lr"] = self.plan.rate_at(self.step)
         loss = loss_of(self.model, batch)
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         decay = min(MEAN_DECAY, (self.step + 1) / (self.step + 10))
