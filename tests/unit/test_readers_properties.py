@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,11 @@ JSON = st.recursive(
     max_leaves=5,
 )
 FIELDS = st.dictionaries(TEXT.filter(lambda name: name not in {"id", "custom_id", "expected", "meta", "input"}), JSON)
-PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -140,9 +144,9 @@ def test_where_blocks_end_changes_nothing(lines: list[bytes], block: int) -> Non
 
 
 @quick
-@given(st.lists(st.sampled_from("abcdefgh") | TEXT))
-def test_the_table_of_ids_agrees_with_a_dictionary(ids: list[str]) -> None:
-    table, known = IdTable(places=2), dict[str, int]()
+@given(st.lists(st.sampled_from("abcdefgh") | TEXT), st.sampled_from([4, 1 << 22]))
+def test_the_table_of_ids_agrees_with_a_dictionary(ids: list[str], most_places: int) -> None:
+    table, known = IdTable(places=2, most_places=most_places), dict[str, int]()
     for line, custom_id in enumerate(ids, 1):
         assert table.first_line(custom_id, line) == known.setdefault(custom_id, line)
 
