@@ -494,7 +494,7 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
 
 def test_the_bundled_model_says_the_same_with_both_engines() -> None:
     llamacpp = pytest.importorskip("promptmill_workers.engines.llamacpp")
-    lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").splitlines()[::9]
+    lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").strip().split("\n")[::9]
     rules = "You are a moderator of comments. Decide whether the comment is an advertisement. Answer with JSON."
     requests = [
         chat(key, system=rules, text=f"Comment: {json.loads(line)['comment']}", max_tokens=32)
