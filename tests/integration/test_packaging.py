@@ -1,0 +1,110 @@
+"""The wheel: what it installs, and that it runs where nothing of the checkout is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A wheel and an sdist of the checkout."""
+    out = tmp_path_factory.mktemp("dist")
+    uv = ROOT / ".uv" / "bin" / "uv"
+    command = [str(uv) if uv.exists() else "uv", "build", "--out-dir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONSAFEPATH": "1"})
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_the_wheel_installs_two_names_and_no_other(built: tuple[Path, Path]) -> None:
+    names = {name.split("/")[0] for name in zipfile.ZipFile(built[0]).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"promptmill", "promptmill_workers"}
+
+
+def test_the_wheel_carries_data_and_no_stray_files(built: tuple[Path, Path]) -> None:
+    names = zipfile.ZipFile(built[0]).namelist()
+    for wanted in (
+        "promptmill/_migrations/versions/0001_initial.py", "promptmill/_datasets/ad_comments.jsonl",
+        "promptmill/_datasets/ad_comments.task.yaml", "promptmill_workers/demo_model/demo.gguf",
+        "promptmill_workers/demo_model/mlx/model.safetensors", "promptmill_workers/demo_model/README.md",
+    ):  # fmt: skip
+        assert wanted in names
+    assert not [name for name in names if name.endswith((".pt", ".pyc"))]
+    assert "docker-compose.yml" in " ".join(tarfile.open(built[1]).getnames())
+
+
+def test_the_wheel_runs_the_bundled_model_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """A clean environment: the wheel alone in its site-packages, its dependencies lent by this one."""
+    home = tmp_path / "env"
+    venv.create(home, with_pip=False)
+    site = next((home / "lib").glob("python*")) / "site-packages"
+    zipfile.ZipFile(built[0]).extractall(site)
+    lent = next(path for path in map(Path, sys.path) if path.name == "site-packages")
+    for dependency in lent.iterdir():
+        if not dependency.name.startswith(("promptmill", "_promptmill", "_editable")):
+            target = site / dependency.name
+            if not target.exists():
+                target.symlink_to(dependency)
+    script = "import promptmill.cli, sys; print(promptmill.__file__); sys.exit(promptmill.cli.main())"
+    data = site / "promptmill" / "_datasets"
+    done = subprocess.run(
+        [str(home / "bin" / "python"), "-P", "-c", script, "run", str(data / "ad_comments.jsonl"), "--task",
+         str(data / "ad_comments.task.yaml"), "--model", "demo", "--limit", "8", "-o", str(tmp_path / "out.jsonl")],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "JOBS_DATABASE_URL": f"sqlite:///{tmp_path}/j.sqlite"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(site) in done.stdout
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert all("is_ad" in json.loads(answer["text"]) for answer in answers)
+
+
+def test_the_datasets_folder_holds_no_python() -> None:
+    assert not list((ROOT / "datasets").rglob("*.py"))
+
+
+def test_another_package_named_datasets_wins_from_the_repositorys_root(tmp_path: Path) -> None:
+    package = tmp_path / "datasets"
+    package.mkdir()
+    (package / "__init__.py").write_text("ORIGIN = 'the other one'")
+    probe = (
+        "import promptmill.service, promptmill_workers.checkpoints, datasets; "
+        "assert datasets.ORIGIN == 'the other one'"
+    )
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_compose_file_is_sound_and_holds_no_secret() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    services = yaml.safe_load(text)["services"]
+    assert {"redis", "postgres", "migrate", "worker-cpu", "worker-cuda"} <= services.keys()
+    assert services["worker-cpu"]["profiles"] == ["cpu"]
+    assert services["worker-cuda"]["profiles"] == ["cuda"]
+    assert "--appendonly" in services["redis"]["command"]
+    assert all("healthcheck" in services[name] for name in ("redis", "postgres", "worker-cpu", "worker-cuda"))
+    assert "POSTGRES_PASSWORD: ${POSTGRES_PASSWORD:?" in text
+
+
+def test_docker_compose_accepts_the_file() -> None:
+    probe = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip("the docker compose plugin is not here")
+    environment = os.environ | {"POSTGRES_PASSWORD": "x"}
+    done = subprocess.run(
+        ["docker", "compose", "-f", str(ROOT / "docker-compose.yml"), "--profile", "cpu", "config", "--quiet"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
