@@ -212,22 +212,29 @@ def open_database(url: str) -> Engine:
     Raises :class:`DatabaseError` when the database is unreachable or at another revision.
     """
     engine = connect(url)
-    current = _stamped_revision(engine)
-    head = head_revision_fast()
+    try:
+        _require_revision(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _require_revision(engine: Engine) -> None:
+    current, head = _stamped_revision(engine), head_revision_fast()
     if current == head:
-        return engine
+        return
     if current is not None and not _is_known(current):
         raise DatabaseError(
             f"the database is at revision {current}, which this version of promptmill does not know",
             hint=f"It was made by a newer version; this one works with {head}. Update promptmill.",
         )
-    if engine.dialect.name == "sqlite":
-        upgrade(engine)
-        return engine
-    raise DatabaseError(
-        f"the database is at revision {current or 'none (empty)'}, this version of promptmill needs {head}",
-        hint="Run 'promptmill db upgrade'.",
-    )
+    if engine.dialect.name != "sqlite":
+        raise DatabaseError(
+            f"the database is at revision {current or 'none (empty)'}, this version of promptmill needs {head}",
+            hint="Run 'promptmill db upgrade'.",
+        )
+    upgrade(engine)
 
 
 def _stamped_revision(engine: Engine) -> str | None:

@@ -1,0 +1,119 @@
+"""Both databases: the schema that migrations make, the ledger's behaviour, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from promptmill.database import connect, current_revision, head_revision, head_revision_fast, open_database, upgrade
+from promptmill.errors import DatabaseError
+from promptmill.ledger import Ledger
+from promptmill.tables import attempts, metadata, results
+from promptmill.types import ChunkId, JobState
+from tests.unit.test_ledger import JOB, add_job, failed, ok
+
+
+def test_migrations_make_the_tables_of_the_code(database: sa.Engine) -> None:
+    with database.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    assert current_revision(database) == head_revision() == head_revision_fast()
+
+
+def test_upgrading_twice_changes_nothing(database: sa.Engine) -> None:
+    upgrade(database)
+    assert current_revision(database) == head_revision()
+
+
+def test_a_database_of_a_newer_version_is_refused(database: sa.Engine, database_url: str) -> None:
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(DatabaseError, match="revision 9999"):
+        open_database(database_url)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://host/db", "postgresql://127.0.0.1:1/none"])
+def test_a_database_that_cannot_be_used_is_one_clear_error(url: str) -> None:
+    with pytest.raises(DatabaseError):
+        open_database(url)
+
+
+def test_the_view_shows_each_result_with_its_question(database: sa.Engine) -> None:
+    add_job(database, 2, 2, state="running")
+    ledger = Ledger(database)
+    lease = ledger.claim(ChunkId(JOB, 0), "w")
+    assert lease is not None
+    ledger.finish(lease, last=[ok(0), failed(1)])
+    with database.connect() as connection:
+        rows = connection.execute(
+            sa.text("SELECT id, prompt, answer, state, error_class FROM v_results ORDER BY row")
+        ).all()
+    assert [tuple(row) for row in rows] == [
+        ("r0", "p", "answer 0", "ok", None),
+        ("r1", "p", None, "error", "internal"),
+    ]
+
+
+def test_many_workers_racing_on_one_job_run_each_row_once(database: sa.Engine) -> None:
+    """Twelve threads claim, record and finish the chunks of one job; some give theirs back."""
+    add_job(database, 120, 4, state="queued")
+    ledger = Ledger(database)
+    problems: list[BaseException] = []
+
+    def work(name: str) -> None:
+        try:
+            while (lease := ledger.claim_next(JOB, name)) is not None:
+                rows = [row.row for row in ledger.pending(lease)]
+                ledger.record(lease, [ok(row) for row in rows[:2]])
+                if lease.attempt == 1 and lease.chunk.number % 3 == 0:
+                    ledger.release(lease)
+                else:
+                    assert ledger.finish(lease, last=[ok(row) for row in rows[2:]])
+        except BaseException as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=work, args=(f"w{number}",)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    progress = ledger.progress(JOB)
+    assert (progress.state, progress.ok, progress.errors) == (JobState.COMPLETED, 120, 0)
+    assert _scalar(database, sa.select(sa.func.count()).select_from(results)) == 120
+    assert _scalar(database, sa.select(sa.func.count()).where(attempts.c.ended_at.is_(None))) == 0
+
+
+def test_one_chunk_claimed_by_many_at_once_has_one_holder(database: sa.Engine) -> None:
+    add_job(database, 4, 4)
+    ledger = Ledger(database)
+    start, held = threading.Barrier(8), []
+
+    def claim(name: str) -> None:
+        start.wait()
+        lease = ledger.claim(ChunkId(JOB, 0), name)
+        if lease is not None:
+            held.append(name)
+
+    threads = [threading.Thread(target=claim, args=(f"w{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1
+
+
+def _scalar(database: sa.Engine, query: sa.Select[Any]) -> Any:
+    with database.connect() as connection:
+        return connection.execute(query).scalar()
+
+
+def test_a_sqlite_file_is_made_and_migrated_by_itself(tmp_path: Any) -> None:
+    engine = open_database(f"sqlite:///{tmp_path}/new/folder/jobs.sqlite")
+    assert current_revision(engine) == head_revision()
+    engine.dispose()
+    assert connect(f"sqlite:///{tmp_path}/new/folder/jobs.sqlite").dialect.name == "sqlite"
