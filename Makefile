@@ -38,9 +38,9 @@ unit: setup
 integration: setup
 	$(PYTEST) tests/integration
 
-# Ratios against peers on this machine; not part of make test. tests/benchmarks/README.md says what they need.
+# Ratios against peers on this machine; not part of make test. tests/benchmarks/README.md says more.
 benchmark: setup
-	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/pipeline.py
 
 build: setup
 	$(UV) build
