@@ -100,13 +100,13 @@ def _answers(client: object) -> bool:
 
 
 @pytest.fixture
-def redis_url(redis_server: str) -> Iterator[str]:
+def redis_url(redis_server: str) -> str:
     """URL of an empty Redis database."""
     from redis import Redis
 
     with Redis.from_url(redis_server) as client:
         client.flushall()
-    yield redis_server
+    return redis_server
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ def test_the_wheel_carries_data_and_no_stray_files(built: tuple[Path, Path]) -> 
     ):  # fmt: skip
         assert wanted in names
     assert not [name for name in names if name.endswith((".pt", ".pyc"))]
-    assert "docker-compose.yml" in " ".join(tarfile.open(built[1]).getnames())
+    with tarfile.open(built[1]) as sdist:
+        assert any(name.endswith("/docker-compose.yml") for name in sdist.getnames())
 
 
 def test_the_wheel_runs_the_bundled_model_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> None:

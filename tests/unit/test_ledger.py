@@ -42,9 +42,19 @@ def ledger(db: sa.Engine, clock: Any) -> Ledger:
 
 def add_job(db: sa.Engine, rows: int, chunk_rows: int, **values: Any) -> None:
     job = {
-        "id": JOB, "state": "queued", "mode": "queue", "dataset_name": "d", "dataset_sha256": "0", "dataset_format": "f",
-        "model": "echo", "sampling": "{}", "priority": 5, "rows": rows, "env": "{}", "submitted_at": 0.0,
-    } | values  # fmt: skip
+        "id": JOB,
+        "state": "queued",
+        "mode": "queue",
+        "dataset_name": "d",
+        "dataset_sha256": "0",
+        "dataset_format": "f",
+        "model": "echo",
+        "sampling": "{}",
+        "priority": 5,
+        "rows": rows,
+        "env": "{}",
+        "submitted_at": 0.0,
+    } | values
     with writing(db) as connection:
         connection.execute(sa.insert(jobs).values(job))
         for row in range(rows):
@@ -63,7 +73,7 @@ def add_job(db: sa.Engine, rows: int, chunk_rows: int, **values: Any) -> None:
                     ok=0,
                     errors=0,
                     output_tokens=0,
-                )  # fmt: skip
+                )
             )
 
 

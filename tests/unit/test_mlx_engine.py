@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.tiny_mlx import write_tiny_mlx
 
 from promptmill.errors import DeviceError, ModelError, RequestError
 from promptmill.resources import resource_dir
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
+from tests.unit.tiny_mlx import write_tiny_mlx
 
 pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptmill[mlx]'")
 
