@@ -38,7 +38,10 @@ CHUNK_TOKENS = 64_000
 
 #: The first and last chunks are smaller: results show at once, and all devices finish together.
 FIRST_CHUNK_ROWS = 64
-LAST_CHUNK_ROWS = 32
+LAST_CHUNK_ROWS = 16
+
+#: A chunk takes at most this part of the rows that are left, so that dozens of devices end within two rounds.
+TAPER = 24
 
 #: Bytes of text a token stands for, on the safe side, where a chunk's work is estimated.
 BYTES_PER_TOKEN = 4
@@ -293,5 +296,5 @@ def plan_chunks(costs: Sequence[int]) -> Iterator[range]:
 def _most_rows(start: int, total: int) -> int:
     """Rows that a chunk starting here may have: it doubles from the first ones on, and shrinks with what is left."""
     growing = FIRST_CHUNK_ROWS if start < 2 * FIRST_CHUNK_ROWS else CHUNK_ROWS
-    left = max(LAST_CHUNK_ROWS, (total - start) // 8)
+    left = max(LAST_CHUNK_ROWS, (total - start) // TAPER)
     return min(growing, left, CHUNK_ROWS)
