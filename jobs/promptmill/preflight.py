@@ -65,24 +65,24 @@ class Gauge:
     def __call__(self, request: Request) -> None:
         """Raises :class:`PromptTooLong` for a prompt that leaves no room for one token."""
         self._rows += 1
-        self._output += request.sampling.max_tokens
         bound = _bytes(request) + TEMPLATE_TOKENS
-        if self._is_sampled() or bound >= self._context:
-            self._measure(request)
+        if self._rows <= MEASURED_ROWS or bound >= self._context:
+            self._measure(request, 1)
+        elif self._rows % SAMPLE_EVERY == 0:
+            self._measure(request, SAMPLE_EVERY)
         else:
             # A token is at least a byte: the row fits, whatever its tokens are.
             self._need = max(self._need, bound + request.sampling.max_tokens)
+        self._output += request.sampling.max_tokens
 
-    def _is_sampled(self) -> bool:
-        return self._rows <= MEASURED_ROWS or self._rows % SAMPLE_EVERY == 0
-
-    def _measure(self, request: Request) -> None:
+    def _measure(self, request: Request, stands_for: int) -> None:
+        """``stands_for``: rows that this one is the sample of; long rows are all measured, so that one is itself."""
         tokens = self._count(request)
         if tokens >= self._context:
             self._too_long += 1
             raise PromptTooLong(f"the prompt has {tokens:,} tokens, the model's context {self._context:,}")
         self._lengths.append(tokens)
-        self._weights.append(1 if self._rows <= MEASURED_ROWS else SAMPLE_EVERY)
+        self._weights.append(stands_for)
         self._need = max(self._need, tokens + request.sampling.max_tokens)
 
     @property
