@@ -1,0 +1,152 @@
+"""Results as files: what each format says of an answer and of an error."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from promptmill.database import connect, writing
+from promptmill.result_formats import CSV_COLUMNS, FORMATS, write
+from promptmill.tables import jobs, metadata, requests, results
+
+JOB = "01JOB"
+
+#: A text that every format must carry unharmed.
+TEXT = 'Yes, "это" is\r\na line 🙂\u2028'
+
+
+@pytest.fixture
+def db() -> Iterator[sa.Engine]:
+    engine = connect("sqlite://")
+    metadata.create_all(engine)
+    with writing(engine) as connection:
+        connection.execute(
+            sa.insert(jobs).values(
+                id=JOB, state="completed", mode="queue", dataset_name="d", dataset_sha256="0", dataset_format="f",
+                model="echo", sampling="{}", priority=5, rows=0, env="{}", submitted_at=0.0,
+            )
+        )  # fmt: skip
+    yield engine
+    engine.dispose()
+
+
+def add(db: sa.Engine, row: int, body: dict[str, Any] | None = None, **values: Any) -> None:
+    """A request and its result: an answer, unless ``error_class`` is given."""
+    stored = None if body is None else json.dumps(body)
+    answer = {
+        "state": "ok", "text": TEXT, "finish_reason": "stop", "prompt_tokens": 7, "cached_tokens": 3,
+        "output_tokens": 5, "enqueued_at": 99.0, "admitted_at": 100.0, "first_token_at": 100.25,
+        "finished_at": 101.5, "worker_id": "w1",
+    }  # fmt: skip
+    outcome = {"state": "error"} if "error_class" in values else answer
+    with writing(db) as connection:
+        connection.execute(sa.insert(requests).values(job_id=JOB, row=row, custom_id=f"q{row}", input=stored))
+        connection.execute(
+            sa.insert(results).values(job_id=JOB, row=row, committed_at=102.0, attempt=1, **(outcome | values))
+        )
+
+
+def written(db: sa.Engine, format_: str, failed_only: bool = False) -> tuple[int, str]:
+    stream = io.StringIO(newline="")
+    return write(db, JOB, "org/model:Q4", format_, stream, failed_only), stream.getvalue()
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def openai_line(db: sa.Engine) -> dict[str, Any]:
+    count, text = written(db, "openai")
+    assert count == 1
+    return json_lines(text)[0]
+
+
+def test_jsonl_has_a_line_for_each_result_in_the_order_of_rows(db: sa.Engine) -> None:
+    for row in (2, 0, 1):
+        add(db, row, {"prompt": "p"})
+    count, text = written(db, "jsonl")
+    assert count == 3
+    assert [line["id"] for line in json_lines(text)] == ["q0", "q1", "q2"]
+    first = json_lines(text)[0]
+    assert (first["text"], first["latency_s"], first["ttft_s"], first["queue_s"]) == (TEXT, 1.5, 0.25, 1.0)
+
+
+def test_csv_carries_every_text_and_both_parts_of_an_error(db: sa.Engine) -> None:
+    add(db, 0, {"prompt": "p"})
+    add(db, 1, {"prompt": "p"}, error_class="timeout", error_message='over "1 s", ended')
+    count, text = written(db, "csv")
+    answer, error = csv.DictReader(io.StringIO(text, newline=""))
+    assert count == 2
+    assert tuple(answer) == CSV_COLUMNS
+    assert (answer["text"], answer["error_class"]) == (TEXT, "")
+    assert (error["text"], error["error_class"], error["error_message"]) == ("", "timeout", 'over "1 s", ended')
+
+
+def test_an_answer_to_a_chat_is_a_chat_completion(db: sa.Engine) -> None:
+    add(db, 0, {"messages": [{"role": "user", "content": "p"}]})
+    line = openai_line(db)
+    body = line["response"]["body"]
+    assert (line["custom_id"], line["error"], line["response"]["status_code"]) == ("q0", None, 200)
+    assert (body["object"], body["model"], body["created"]) == ("chat.completion", "org/model:Q4", 101)
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": TEXT, "refusal": None}
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"] == {
+        "prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 3},
+    }  # fmt: skip
+
+
+def test_an_answer_to_a_raw_prompt_is_a_text_completion(db: sa.Engine) -> None:
+    add(db, 0, {"prompt": "p", "raw": True})
+    body = openai_line(db)["response"]["body"]
+    assert body["object"] == "text_completion"
+    assert (body["choices"][0]["text"], "message" in body["choices"][0]) == (TEXT, False)
+
+
+@pytest.mark.parametrize(
+    ("error_class", "status", "code", "kind"),
+    [
+        ("context_overflow", 400, "context_length_exceeded", "invalid_request_error"),
+        ("invalid_request", 400, "invalid_request", "invalid_request_error"),
+        ("tokenize", 400, "tokenize", "invalid_request_error"),
+        ("model_not_found", 404, "model_not_found", "invalid_request_error"),
+        ("engine_crash", 500, "engine_crash", "server_error"),
+        ("worker_lost", 500, "worker_lost", "server_error"),
+    ],
+)
+def test_an_error_is_the_status_that_a_server_would_give(
+    db: sa.Engine, error_class: str, status: int, code: str, kind: str
+) -> None:
+    add(db, 0, error_class=error_class, error_message="why")
+    response = openai_line(db)["response"]
+    assert response["status_code"] == status
+    assert response["body"]["error"] == {"message": "why", "type": kind, "param": None, "code": code}
+
+
+@pytest.mark.parametrize(("error_class", "code"), [("timeout", "request_timeout"), ("cancelled", "batch_cancelled")])
+def test_a_request_that_was_never_answered_has_no_response(db: sa.Engine, error_class: str, code: str) -> None:
+    add(db, 0, {"prompt": "p"}, error_class=error_class, error_message="why")
+    line = openai_line(db)
+    assert (line["response"], line["error"]) == (None, {"code": code, "message": "why"})
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_failed_rows_can_be_written_alone(db: sa.Engine, format_: str) -> None:
+    add(db, 0, {"prompt": "p"})
+    add(db, 1, error_class="grammar", error_message="why")
+    count, text = written(db, format_, failed_only=True)
+    assert count == 1
+    assert "q1" in text
+    assert "q0" not in text
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_job_without_results_is_an_empty_file_or_a_header(db: sa.Engine, format_: str) -> None:
+    count, text = written(db, format_)
+    assert count == 0
+    assert text == (",".join(CSV_COLUMNS) + "\r\n" if format_ == "csv" else "")
