@@ -146,7 +146,8 @@ def _fill(template: Any, names: Mapping[str, Any], fields: Mapping[str, Any]) ->
         here = ", ".join(sorted(map(str, fields))) or "none"
         raise RenderError(f"template: {problem.message}; fields of the line: {here[:200]}") from None
     except (SecurityError, OverflowError, MemoryError, RecursionError) as problem:
-        raise RenderError(f"template: refused: {str(problem)[:120]}") from None
+        # MemoryError has no text of its own.
+        raise RenderError(f"template: refused: {str(problem)[:120] or 'it needs too much memory'}") from None
     except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as problem:
         raise RenderError(f"template: {type(problem).__name__}: {str(problem)[:120]}") from None
     return "".join(pieces)

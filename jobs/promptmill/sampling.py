@@ -14,10 +14,16 @@ class BadParameter(RequestError, ValueError):
     """A sampling parameter has a wrong type or value."""
 
 
+#: Largest whole number that databases and engines take, but for seeds. An engine would silently cut off a larger one.
+LARGEST_WHOLE = 2**31 - 1
+
+
 def _whole(least: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"a whole number of {least} or more")
+        if value > LARGEST_WHOLE:
+            raise ValueError(f"a whole number of at most {LARGEST_WHOLE:,}")
         return value
 
     return check

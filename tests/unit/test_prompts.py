@@ -137,6 +137,11 @@ def test_what_a_template_may_not_do_is_an_error_of_the_line(text: str) -> None:
         render(text, {"x": 1})
 
 
+def test_a_text_that_fits_no_memory_is_an_error_that_says_so() -> None:
+    with pytest.raises(RenderError, match="refused: it needs too much memory"):
+        render("{{ 'a'.ljust(2 ** 62) }}", {"x": 1})
+
+
 def test_a_rendered_text_of_16_mib_is_the_limit() -> None:
     assert len(render("{{ x }}", {"x": "a" * LONGEST_TEXT})) == LONGEST_TEXT
     with pytest.raises(RenderError, match="longer than"):
@@ -209,6 +214,8 @@ def test_the_parameters_are_those_of_sampling_params() -> None:
         ({"max_tokens": 1.0}, "'max_tokens' must be a whole number"),
         ({"temperature": float("nan")}, "'temperature' must be"),
         ({"temperature": 10**400}, "'temperature' must be"),
+        ({"max_tokens": 2**31}, "'max_tokens' must be a whole number of at most 2,147,483,647"),
+        ({"top_k": 2**32 + 1}, "'top_k' must be a whole number of at most"),
         ({"top_k": -1}, "'top_k' must be a whole number of 0 or more"),
         ({"top_p": 1.01}, "'top_p' must be a number above 0 to 1"),
         ({"timeout_s": 0}, "'timeout_s' must be a number above 0"),
