@@ -6,10 +6,11 @@ Names: ``demo`` and ``demo:mlx`` (bundled), ``echo[:options]``, a path to a GGUF
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ FINGERPRINT_BYTES = 1024 * 1024
 
 #: What an MLX folder holds; anything else of a repository is not fetched.
 MLX_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+#: Seconds for the hub to answer what files a repository has.
+ANSWER_TIMEOUT_S = 15.0
+
+#: Errors of the disk, as against those of the network, which are OSErrors too.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +175,16 @@ def available() -> list[Checkpoint]:
 
 
 def _cached() -> Iterator[Checkpoint]:
+    for repo, files in _cached_files():
+        ggufs = sorted(name for name in files if name.endswith(".gguf"))
+        for name in ggufs:
+            yield Checkpoint(f"hf:{repo}:{name}", "llamacpp", files[name])
+        if not ggufs and "config.json" in files and any(name.endswith(".safetensors") for name in files):
+            yield Checkpoint(f"hf:{repo}", "mlx", files["config.json"].parent)
+
+
+def _cached_files() -> Iterator[tuple[str, dict[str, Path]]]:
+    """Each repository that was fetched from before, with the files that are here by their names in it."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -176,56 +193,74 @@ def _cached() -> Iterator[Checkpoint]:
     except CacheNotFound:
         return
     for repo in sorted(repos, key=lambda each: each.repo_id):
-        if repo.repo_type != "model":
-            continue
-        files = {file.file_name: file.file_path for revision in repo.revisions for file in revision.files}
-        ggufs = sorted(name for name in files if name.endswith(".gguf"))
-        for name in ggufs:
-            yield Checkpoint(f"hf:{repo.repo_id}:{name}", "llamacpp", Path(files[name]))
-        if not ggufs and "config.json" in files and any(name.endswith(".safetensors") for name in files):
-            yield Checkpoint(f"hf:{repo.repo_id}", "mlx", Path(files["config.json"]).parent)
+        if repo.repo_type == "model":
+            yield (
+                repo.repo_id,
+                {
+                    str(file.file_path.relative_to(revision.snapshot_path)): file.file_path
+                    for revision in sorted(repo.revisions, key=lambda each: each.last_modified)
+                    for file in revision.files
+                },
+            )
 
 
 # --- repositories ----------------------------------------------------------------------------------------------------
 
 
 def _fetch(reference: str) -> Path:
-    """``owner/repo[:file]`` from the hub, or from the cache when it is there. Raises ModelError."""
+    """``owner/repo[:file]`` from the hub, or from the cache when the hub does not answer. Raises ModelError."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo, _, file = reference.partition(":")
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ModelError(f"hf:{reference} is no repository", hint="Examples: hf:owner/repo, hf:owner/repo:model.gguf")
+    names, unanswered = _names_on_hub(repo)
+    from_cache = unanswered is not None
     try:
-        if not file:
-            file = _only_gguf(repo) or ""
+        file = file or _only_gguf(repo, _names_in_cache(repo) if from_cache else names)
         if file:
-            return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=MLX_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
-        raise _fetch_error(reference, problem) from None
-    except ValueError as problem:
-        raise ModelError(f"hf:{reference}: {str(problem).splitlines()[0]}") from None
+            return Path(hf_hub_download(repo, file, local_files_only=from_cache))
+        return Path(snapshot_download(repo, allow_patterns=MLX_FILES, local_files_only=from_cache))
+    except ModelError:
+        raise
+    except Exception as problem:
+        # The client lets the errors of its HTTP library through, and which library that is depends on its version.
+        raise _fetch_error(reference, unanswered or problem) from None
 
 
-def _only_gguf(repo: str) -> str | None:
-    """The one GGUF of a repository, None when it has none. Raises ModelError naming them when there are several."""
+def _names_on_hub(repo: str) -> tuple[list[str], Exception | None]:
+    """The files of a repository, or why the hub did not tell."""
     from huggingface_hub import HfApi
 
-    ggufs = sorted(name for name in HfApi().list_repo_files(repo) if name.endswith(".gguf"))
+    try:
+        # Asked before anything else, and once: a download without a network tries for half a minute.
+        return [each.rfilename for each in HfApi().model_info(repo, timeout=ANSWER_TIMEOUT_S).siblings or ()], None
+    except Exception as problem:
+        return [], problem
+
+
+def _names_in_cache(repo: str) -> list[str]:
+    return [name for each, files in _cached_files() if each == repo for name in files]
+
+
+def _only_gguf(repo: str, names: Sequence[str]) -> str:
+    """The one GGUF of a repository, empty for an MLX model. Raises ModelError naming them when there are several."""
+    ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if len(ggufs) > 1:
         raise ModelError(
             f"hf:{repo} has {len(ggufs)} GGUF files", hint="Name one: " + ", ".join(f"hf:{repo}:{g}" for g in ggufs[:8])
         )
-    return ggufs[0] if ggufs else None
+    if names and not ggufs and "config.json" not in names:
+        raise ModelError(f"hf:{repo} holds neither a GGUF file nor an MLX model", hint="Choose another repository.")
+    return ggufs[0] if ggufs else ""
 
 
 def _fetch_error(reference: str, problem: Exception) -> ModelError:
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
-        LocalEntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
@@ -234,8 +269,17 @@ def _fetch_error(reference: str, problem: Exception) -> ModelError:
         return ModelError(f"{name} may not be fetched", hint="Ask for access on the hub and set HF_TOKEN.")
     if isinstance(problem, RepositoryNotFoundError):
         return ModelError(f"there is no repository {name}", hint="Check the name; a private one needs HF_TOKEN.")
-    if isinstance(problem, EntryNotFoundError) and not isinstance(problem, LocalEntryNotFoundError):
+    if isinstance(problem, HFValidationError):
+        return ModelError(f"{name} is no repository", hint="Examples: hf:owner/repo, hf:owner/repo:model.gguf")
+    if isinstance(problem, RemoteEntryNotFoundError):
         return ModelError(f"the repository has no such file: {name}", hint="Check the file's name.")
+    if isinstance(problem, HfHubHTTPError):
+        return ModelError(
+            f"{name} cannot be fetched: the hub answered {problem.response.status_code}",
+            hint="Try again later; if you set HF_TOKEN or HF_ENDPOINT, check them.",
+        )
+    if isinstance(problem, OSError) and problem.errno in DISK_ERRORS:
+        return ModelError(f"{name} cannot be stored: {problem.strerror}", hint="HF_HOME says where models are kept.")
     return ModelError(
         f"{name} cannot be fetched: the hub cannot be reached, and it is not in the cache",
         hint="Check the network, or fetch it elsewhere and give its path.",
