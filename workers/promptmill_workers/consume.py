@@ -23,7 +23,7 @@ from ulid import ULID
 from promptmill.broker import TASK_NAME, Broker, make_app, queue_name
 from promptmill.database import open_database
 from promptmill.dispatch import Dispatcher
-from promptmill.errors import EXIT_BAD_INPUT, BrokerError, PromptmillError
+from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.types import ChunkId, Lease
@@ -161,7 +161,8 @@ def main() -> None:
         Worker(config, settings).run()
     except PromptmillError as problem:
         log.error("%s", problem)
-        sys.exit(EXIT_BAD_INPUT)
+        # A service that is away comes back: the supervisor tries again. A model that is not here does not.
+        sys.exit(EXIT_FAILED if isinstance(problem, BrokerError | DatabaseError) else EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":
