@@ -1,9 +1,13 @@
-"""Which prompt prefixes are worth computing once: a plan over all waiting prompts, in token ids."""
+"""Which prompt prefixes are worth computing once: plans over all waiting prompts, in token ids.
+
+In sorted order the prompts that share a prefix stand together. The common lengths of neighbours span a tree of such
+runs, found in one pass; ``plan`` and ``plan_nested`` choose from that tree.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -28,6 +32,26 @@ class PrefixGroup:
         return self.length * (len(self.members) - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class NestedPlan:
+    """For engines whose prefixes can continue one another at no cost."""
+
+    #: Of each prompt, the tokens that it has in common with another one and that are worth sharing.
+    shared: list[int]
+    #: The prompts with those that share a prefix brought together, else in the order they came.
+    order: list[int]
+
+
+@dataclass(slots=True)
+class _Run:
+    """Sorted prompts ``low`` to ``high`` share ``length`` tokens; runs of them share more."""
+
+    length: int
+    low: int
+    high: int = 0
+    inner: list[int] = field(default_factory=list)
+
+
 def common_length(a: Tokens, b: Tokens) -> int:
     """Tokens that two prompts have in common at their start."""
     size = min(len(a), len(b))
@@ -39,17 +63,45 @@ def common_length(a: Tokens, b: Tokens) -> int:
 def plan(prompts: Sequence[Tokens], least: int = LEAST_TOKENS) -> list[PrefixGroup]:
     """The partition of the prompts into groups that saves the most tokens; prompts that share nothing are left out.
 
-    In sorted order the prompts that share a prefix stand together. The longest common prefixes of neighbours span a
-    tree of such runs; a run is kept whole when that saves more than its branches do. The last token of a prompt is
-    never shared: its logits are needed.
+    The last token of a prompt is never shared: its logits are needed.
     """
+    order, runs = _tree(prompts)
+    saved: list[int] = []
+    whole: list[bool] = []
+    for run in runs:
+        apart = sum(saved[index] for index in run.inner)
+        together = run.length * (run.high - run.low) if run.length >= least else -1
+        whole.append(together >= apart)
+        saved.append(max(together, apart))
+    return [
+        PrefixGroup(run.length, tuple(sorted(order[run.low : run.high + 1])))
+        for run in _outermost(runs, whole)
+    ]  # fmt: skip
+
+
+def plan_nested(prompts: Sequence[Tokens], least: int = LEAST_TOKENS) -> NestedPlan:
+    """Each prompt shares the longest prefix that another prompt has too.
+
+    A prefix that is less than ``least`` tokens longer than the one it continues is not worth its sequence.
+    """
+    order, runs = _tree(prompts)
+    shared = [0] * len(prompts)
+    together: list[tuple[int, ...]] = [()] * len(prompts)
+    for run in reversed(runs):  # a run comes before what is inside it
+        members = order[run.low : run.high + 1]
+        if run.length - shared[members[0]] >= least:
+            first = min(members)
+            for member in members:
+                shared[member] = run.length
+                together[member] += (first,)
+    return NestedPlan(shared, sorted(range(len(prompts)), key=lambda index: (*together[index], index)))
+
+
+def _tree(prompts: Sequence[Tokens]) -> tuple[list[int], list[_Run]]:
+    """The prompts' indices in sorted order, and the runs of two or more, inner ones first."""
     order = sorted(range(len(prompts)), key=lambda index: _sortable(prompts[index]))
     heads = [prompts[index][:-1] for index in order]
-    shared = [common_length(a, b) for a, b in pairwise(heads)]
-    return [
-        PrefixGroup(length, tuple(sorted(order[first : last + 1])))
-        for length, first, last in _best(shared, 0, len(order) - 1, least)
-    ]
+    return order, _runs([common_length(a, b) for a, b in pairwise(heads)])
 
 
 def _sortable(tokens: Tokens) -> bytes:
@@ -57,33 +109,33 @@ def _sortable(tokens: Tokens) -> bytes:
     return tokens.astype(">u4").tobytes()
 
 
-def _best(shared: list[int], first: int, last: int, least: int) -> list[tuple[int, int, int]]:
-    """Groups (length, first, last) of the sorted prompts ``first`` to ``last``; an explicit stack bounds the depth.
-
-    Each run is visited after its branches, so that the two can be compared.
-    """
-    found: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    stack = [(first, last, False)]
-    while stack:
-        low, high, visited = stack.pop()
-        if low >= high:
-            found[low, high] = []
-            continue
-        length = min(shared[low:high])
-        branches = _branches(shared, low, high, length)
-        if not visited:
-            stack.append((low, high, True))
-            stack.extend((a, b, False) for a, b in branches)
-            continue
-        inner = [group for branch in branches for group in found.pop(branch)]
-        whole = length * (high - low)
-        apart = sum(size * (end - start) for size, start, end in inner)
-        found[low, high] = [(length, low, high)] if length >= least and whole >= apart else inner
-    return found.get((first, last), [])
+def _runs(shared: Sequence[int]) -> list[_Run]:
+    """The runs by the common lengths of neighbours. ``open_runs`` are nested, the innermost last."""
+    closed: list[_Run] = []
+    open_runs: list[_Run] = []
+    for index, length in enumerate([*shared, -1]):
+        low, inner = index, -1
+        while open_runs and open_runs[-1].length > length:
+            run = open_runs.pop()
+            run.high, low = index, run.low
+            if inner >= 0:
+                run.inner.append(inner)
+            closed.append(run)
+            inner = len(closed) - 1
+        if not open_runs or open_runs[-1].length < length:
+            open_runs.append(_Run(length, low))
+        if inner >= 0:
+            open_runs[-1].inner.append(inner)
+    return closed
 
 
-def _branches(shared: list[int], low: int, high: int, length: int) -> list[tuple[int, int]]:
-    """The run cut where neighbours share no more than ``length``."""
-    cuts = [index for index in range(low, high) if shared[index] == length]
-    starts, ends = [low, *[cut + 1 for cut in cuts]], [*cuts, high]
-    return list(zip(starts, ends, strict=True))
+def _outermost(runs: Sequence[_Run], chosen: Sequence[bool]) -> list[_Run]:
+    """The chosen runs that are inside no other chosen one."""
+    found: list[_Run] = []
+    covered = [False] * len(runs)
+    for index in reversed(range(len(runs))):
+        if chosen[index] and not covered[index]:
+            found.append(runs[index])
+        for inner in runs[index].inner:
+            covered[inner] = covered[index] or chosen[index]
+    return found[::-1]

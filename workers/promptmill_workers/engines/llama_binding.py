@@ -92,10 +92,13 @@ class Vocabulary:
         """The bytes that a token adds to the text; none for control tokens. May be part of a character."""
         found = self._pieces.get(token)
         if found is None:
-            buffer = ctypes.create_string_buffer(256)
-            size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-            found = self._pieces[token] = buffer.raw[:size] if size > 0 else b""
+            found = self._pieces[token] = self._piece(token, 64)
         return found
+
+    def _piece(self, token: int, room: int) -> bytes:
+        buffer = ctypes.create_string_buffer(room)
+        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+        return self._piece(token, -size) if size < 0 else buffer.raw[:size]
 
     def ends(self, token: int) -> bool:
         """Whether the model ends its answer with this token."""
@@ -178,14 +181,19 @@ Shape = tuple[float, int, float, float]
 
 GREEDY: Shape = (0.0, 0, 1.0, 0.0)
 
+#: A min_p from here on leaves the likeliest token alone.
+LARGEST_MIN_P = 0.9999
+
 
 def shape_of(sampling: SamplingParams) -> Shape:
-    if sampling.temperature <= 0:
+    # The samplers of the graph keep what is likelier than the bound: at a min_p of 1 that would be nothing.
+    if sampling.temperature <= 0 or sampling.top_k == 1 or sampling.min_p >= LARGEST_MIN_P:
         return GREEDY
     return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def _make_sampler(shape: Shape, seed: int) -> Any:
+    """A chain with a random stream of its own. Seeds wrap at 2**32 - 1, which means "draw one" to llama.cpp."""
     temperature, top_k, top_p, min_p = shape
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     if shape == GREEDY:
@@ -198,8 +206,12 @@ def _make_sampler(shape: Shape, seed: int) -> Any:
     if min_p > 0.0:
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_min_p(min_p, 1))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed & 0xFFFFFFFF))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
     return chain
+
+
+def _pointer(array: NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
 class Context:
@@ -219,7 +231,8 @@ class Context:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = cells
         params.n_batch = params.n_ubatch = batch
-        params.n_seq_max = slots + spare
+        # A slot asks for one output a step; room for an output of each token would cost a vocabulary of logits each.
+        params.n_seq_max = params.n_outputs_max = slots + spare
         params.n_threads = params.n_threads_batch = threads
         # Cells of one buffer can belong to several sequences: a shared prefix costs no memory and no copy.
         params.kv_unified = True
@@ -232,25 +245,25 @@ class Context:
                 f"no memory for {cells:,} KV cells: {_complaint()}", hint="Give fewer --slots or a smaller --context."
             )
         self._memory = llama_cpp.llama_get_memory(self._handle)
+        if not self._memory:
+            self.close()
+            raise ModelError("the model keeps no KV cache: it does not generate text", hint="Choose another model.")
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
-        self._batch = llama_cpp.llama_batch_init(batch, 0, 1)
-        self._view_batch(batch)
+        self._make_batch(batch)
 
-    def _view_batch(self, size: int) -> None:
-        """See the batch's arrays as numpy arrays: one attribute write per token would cost more than small models."""
-
-        def view(pointer: Any) -> NDArray[Any]:
-            return np.ctypeslib.as_array(pointer, shape=(size,))
-
-        self._token, self._pos = view(self._batch.token), view(self._batch.pos)
-        self._logits = view(self._batch.logits)
-        self._sequence = np.empty(size, dtype=np.int32)
-        view(self._batch.n_seq_id)[:] = 1
-        for index in range(size):
-            # Each token's list of sequences is one cell of our own array.
-            self._batch.seq_id[index] = ctypes.cast(
-                self._sequence.ctypes.data + 4 * index, ctypes.POINTER(llama_cpp.llama_seq_id)
-            )
+    def _make_batch(self, size: int) -> None:
+        """The batch over numpy arrays of ours: one attribute write per token would cost more than small models."""
+        self._token, self._pos, self._sequence = (np.empty(size, dtype=np.int32) for _ in range(3))
+        self._logits = np.zeros(size, dtype=np.int8)
+        self._counts = np.ones(size, dtype=np.int32)
+        # Each token's list of sequences is one cell of the array of sequences.
+        self._lists = self._sequence.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
+        self._batch = llama_cpp.llama_batch(
+            n_tokens=0, embd=None, token=_pointer(self._token, llama_cpp.llama_token),
+            pos=_pointer(self._pos, llama_cpp.llama_pos), n_seq_id=_pointer(self._counts, ctypes.c_int32),
+            seq_id=_pointer(self._lists, ctypes.POINTER(llama_cpp.llama_seq_id)),
+            logits=_pointer(self._logits, ctypes.c_int8),
+        )  # fmt: skip
         self._filled = 0
 
     # --- the batch of a step -----------------------------------------------------------------------------------------
@@ -275,6 +288,8 @@ class Context:
         code = int(llama_cpp.llama_decode(self._handle, self._batch))
         if code not in (0, NO_ROOM):
             raise RuntimeError(f"llama_decode returned {code}: {_complaint()}")
+        # A GPU works on while the call returns: its time belongs here, and the outputs are needed next anyway.
+        llama_cpp.llama_synchronize(self._handle)
         return code
 
     def sampled(self, slot: int, index: int) -> int:
@@ -289,6 +304,10 @@ class Context:
         self.drop(0)
 
     # --- sequences ---------------------------------------------------------------------------------------------------
+
+    def shape(self, slot: int) -> Shape:
+        """How the slot's sampler draws."""
+        return self._shapes[slot]
 
     def set_sampling(self, slot: int, shape: Shape, seed: int) -> None:
         """Prepare the slot's sampler for a new request.

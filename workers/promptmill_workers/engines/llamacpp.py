@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,6 @@ import llama_cpp
 
 from promptmill.errors import ModelError, RequestError
 from promptmill.types import EngineCounters, ErrorClass, FinishReason, Usage
-from promptmill_workers.engines.chat_template import ChatTemplate
 from promptmill_workers.engines.contract import (
     EngineInfo,
     EngineOptions,
@@ -28,16 +28,10 @@ from promptmill_workers.engines.contract import (
     Rejected,
     RequestKey,
 )
-from promptmill_workers.engines.llama_binding import (
-    MOST_SEQUENCES,
-    NO_ROOM,
-    Context,
-    Model,
-    Tokens,
-    Vocabulary,
-    shape_of,
-)
-from promptmill_workers.prefix_plan import LEAST_TOKENS, common_length, plan
+from promptmill_workers.engines.llama_binding import MOST_SEQUENCES, NO_ROOM, Context, Model, Shape, Tokens, shape_of
+from promptmill_workers.engines.llama_prefixes import Prefix, Prefixes
+from promptmill_workers.engines.llama_text import AnswerText, LlamaTokenCounter, PromptReader, PromptTooLong
+from promptmill_workers.prefix_plan import LEAST_TOKENS, common_length, plan_nested
 
 #: Context of a request when nobody asked for another one.
 CONTEXT_TOKENS = 4096
@@ -51,20 +45,8 @@ PREFIXES = 8
 #: Requests that are turned into tokens in one step while sequences run: they must not wait for a long list.
 TOKENISED_PER_STEP = 64
 
-
-@dataclass(slots=True, eq=False)
-class Prefix:
-    """A shared prefix in a sequence of its own. ``done`` of its tokens are in the KV cache."""
-
-    sequence: int
-    tokens: Tokens
-    done: int = 0
-    users: int = 0
-    used_at: float = 0.0
-
-    @property
-    def ready(self) -> bool:
-        return self.done == len(self.tokens)
+#: Requests behind one whose prefix is being computed that may be admitted before it, for each slot.
+LOOKED_AT_PER_SLOT = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -79,19 +61,23 @@ class Waiting:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """A request in a slot. ``done`` of its prompt tokens are in the KV cache."""
+    """A request in a slot. ``done`` of its prompt tokens are in the KV cache, the first ``shared`` of them a prefix's.
+
+    ``cached`` of them were not computed for this request.
+    """
 
     slot: int
     waiting: Waiting
     prefix: Prefix | None
+    shared: int
     cached: int
     done: int
     admitted_at: float
+    text: AnswerText
     first_token_at: float | None = None
     count: int = 0
     last: int = -1
-    text: bytearray = field(default_factory=bytearray)
-    #: Batch index of the output that this step samples; -1 when the prompt is not finished.
+    #: Batch index of the output that this step samples; -1 when it asks for none.
     output: int = -1
 
     @property
@@ -104,12 +90,23 @@ class Running:
 
     @property
     def cells(self) -> int:
-        """KV cells that are set aside for it, without those of its prefix."""
-        return len(self.waiting.prompt) - self.cached + self.waiting.limit
+        """KV cells that are set aside for it. A prefix's are the prefix's; a neighbour's become its when that ends."""
+        return _cells(self.waiting, self.shared)
 
     @property
     def usage(self) -> Usage:
         return Usage(len(self.waiting.prompt), self.cached, self.count)
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one forward pass computed, in tokens, and how long it took."""
+
+    decoded: int = 0
+    prefilled: int = 0
+    seconds: float = 0.0
+    #: Pieces of prompts and prefixes that were in the batch.
+    pieces: list[tuple[Prefix | Running, int]] = field(default_factory=list)
 
 
 class LlamaCppEngine:
@@ -123,7 +120,7 @@ class LlamaCppEngine:
         self._prompts = PromptReader(model)
         self._context_tokens = min(model.context_trained, options.context_tokens or CONTEXT_TOKENS)
         cells = options.kv_cells or max(self._context_tokens, options.slots * min(self._context_tokens, CELLS_PER_SLOT))
-        self._batch_tokens = max(options.batch_tokens, options.slots)
+        self._batch_tokens = max(options.batch_tokens, options.slots + PREFIXES)
         self._context = Context(
             model, cells=max(cells, self._context_tokens), batch=self._batch_tokens, slots=options.slots,
             spare=PREFIXES, threads=options.threads or _cores(),
@@ -133,8 +130,7 @@ class LlamaCppEngine:
         self._waiting: deque[Waiting] = deque()
         self._running: dict[int, Running] = {}
         self._free = list(range(options.slots))[::-1]
-        self._prefixes: list[Prefix] = []
-        self._spare = [options.slots + index for index in range(PREFIXES)]
+        self._prefixes = Prefixes(self._context, range(options.slots, options.slots + PREFIXES))
         self._planned = True
         self._sampled = 0
         self._rejected: list[Event] = []
@@ -192,6 +188,7 @@ class LlamaCppEngine:
                 return
         self._incoming = deque(each for each in self._incoming if each.key != key)
         self._waiting = deque(each for each in self._waiting if each.request.key != key)
+        self._rejected = [each for each in self._rejected if each.key != key]
 
     def render(self, request: EngineRequest) -> str:
         return self._prompts.render(request)
@@ -206,24 +203,29 @@ class LlamaCppEngine:
         self._sampled = 0
         self._admit(started)
         # After the slots were filled: a slot that ended in the last step has not starved.
-        starved = bool(self._free and self._waiting)
-        computed = self._forward()
+        starved = bool(self._free and self.waiting)
+        done = self._forward()
         events = self._retire()
-        self._account(started, starved, *computed)
+        self._account(started, starved, done)
         return events
 
     # --- admit -------------------------------------------------------------------------------------------------------
 
     def _admit(self, now: float) -> None:
         self._tokenise()
-        if not self._planned:
+        if self._free and not self._planned:
             self._plan()
-        while self._free and self._waiting:
-            # A request whose prefix is still being computed waits; those behind it may go first.
-            ready = next((each for each in self._waiting if self._try_admit(each, now)), None)
-            if ready is None:
+        looked_at = len(self._free) + LOOKED_AT_PER_SLOT * self._info.slots
+        for waiting in list(islice(self._waiting, looked_at)):
+            if not self._free:
                 return
-            self._waiting.remove(ready)
+            prefix, shared, ready = self._prefix_for(waiting)
+            if not ready:
+                continue  # Its prefix is being computed; those behind it may go first.
+            if not self._make_room(_cells(waiting, shared if prefix else 0), keep=prefix):
+                return  # Those behind it may not, or a request that needs many cells would never run.
+            self._waiting.remove(waiting)
+            self._begin(waiting, prefix, shared, now)
 
     def _tokenise(self) -> None:
         """Turn some of what came in into tokens; all of it when nothing runs."""
@@ -231,15 +233,14 @@ class LlamaCppEngine:
         for _ in range(min(quota, len(self._incoming))):
             request = self._incoming.popleft()
             try:
-                prompt = self._prompts.tokens(request)
+                prompt = self._prompts.fitting_tokens(request, self._context_tokens)
+            except PromptTooLong as problem:
+                self._rejected.append(Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, problem.message))
+                continue
             except RequestError as problem:
                 self._rejected.append(Rejected(request.key, ErrorClass.INVALID_REQUEST, problem.message))
                 continue
             room = self._context_tokens - len(prompt)
-            if room < 1:
-                message = f"the prompt has {len(prompt):,} tokens, the context {self._context_tokens:,}"
-                self._rejected.append(Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, message))
-                continue
             self._waiting.append(Waiting(request, prompt, min(request.sampling.max_tokens, room)))
             self._planned = False
 
@@ -249,141 +250,157 @@ class LlamaCppEngine:
         if not self._model.has_cells:
             return
         waiting = list(self._waiting)
-        for each in waiting:
-            each.shared = 0
-        first = list(range(len(waiting)))
-        for group in plan([each.prompt for each in waiting]):
-            for member in group.members:
-                waiting[member].shared = group.length
-                first[member] = group.members[0]
-        # Stable: groups stay in the order of their first request, and requests in the order they came.
-        self._waiting = deque(waiting[index] for index in _grouped(first))
+        nested = plan_nested([each.prompt for each in waiting])
+        for each, shared in zip(waiting, nested.shared, strict=True):
+            each.shared = shared
+        self._waiting = deque(waiting[index] for index in nested.order)
 
-    def _try_admit(self, waiting: Waiting, now: float) -> bool:
-        """Give the request a slot; False while its prefix is not ready or the KV cells do not suffice."""
-        prefix, shared = self._prefix_for(waiting)
-        if prefix is not None and not prefix.ready:
-            return False
-        cells = len(waiting.prompt) - shared + waiting.limit
-        if not self._make_room(cells, keep=prefix):
-            return False
-        slot = self._free.pop()
-        if prefix is not None:
-            self._context.share(prefix.sequence, slot, shared)
-            prefix.users += 1
-            prefix.used_at = now
-        sampling = waiting.request.sampling
-        seed = sampling.seed if sampling.seed is not None else random.getrandbits(32)
-        self._context.set_sampling(slot, shape_of(sampling), seed)
-        self._running[slot] = Running(slot, waiting, prefix, shared, shared, now)
-        return True
+    def _prefix_for(self, waiting: Waiting) -> tuple[Prefix | None, int, bool]:
+        """The prefix to use, how many of its tokens, and whether these are in the KV cache.
 
-    def _prefix_for(self, waiting: Waiting) -> tuple[Prefix | None, int]:
-        """The prefix to use and how many of its tokens: the best that is here, or a new one if the plan wants more."""
-        head = waiting.prompt[:-1]
-        best, shared = None, LEAST_TOKENS - 1
-        for prefix in self._prefixes:
-            length = common_length(prefix.tokens, head)
-            if length > shared:
-                best, shared = prefix, length
-        if waiting.shared >= LEAST_TOKENS and waiting.shared - (shared if best else 0) >= LEAST_TOKENS:
+        The best that is here, or a new one when the plan wants clearly more.
+        """
+        prefix, shared = self._prefixes.longest(waiting.prompt[:-1])
+        if waiting.shared - shared >= LEAST_TOKENS:
+            if prefix is not None and prefix.done < shared:
+                return prefix, shared, False  # A new one will continue this one.
             made = self._new_prefix(waiting.prompt[: waiting.shared])
             if made is not None:
-                return made, len(made.tokens)
-        return (best, shared) if best is not None else (None, 0)
+                prefix, shared = made, waiting.shared
+        return prefix, shared, prefix is None or prefix.done >= shared
 
     def _new_prefix(self, tokens: Tokens) -> Prefix | None:
-        """Start a prefix; None when there is neither a sequence nor room for it."""
-        if not self._spare and not self._evict_one(None):
+        """Start a prefix with what others have computed of it; None when there is no sequence or no room for it."""
+        if self._prefixes.full and not self._prefixes.forget_one(self._prompts_waiting()):
             return None
-        if not self._make_room(len(tokens), keep=None):
+        if not self._make_room(len(tokens)):
             return None
-        prefix = Prefix(self._spare.pop(), tokens.copy(), used_at=time.monotonic())
-        self._prefixes.append(prefix)
-        return prefix
+        base, shared = self._prefixes.longest(tokens)
+        done = min(base.done, shared) if base else 0
+        neighbour, common = self._neighbour(tokens)
+        if neighbour is not None and common > done:
+            return self._prefixes.begin(tokens, neighbour.slot, common)
+        return self._prefixes.begin(tokens, base.sequence if base else 0, done)
 
-    def _make_room(self, cells: int, keep: Prefix | None) -> bool:
-        """Whether ``cells`` are free, after forgetting prefixes that nobody uses, the longest unused first."""
+    def _neighbour(self, tokens: Tokens) -> tuple[Running | None, int]:
+        """The running sequence that has computed most of ``tokens``, and how many."""
+        best, shared = None, LEAST_TOKENS - 1
+        for running in self._running.values() if self._model.has_cells else ():
+            length = min(running.done, common_length(running.waiting.prompt, tokens))
+            if length > shared:
+                best, shared = running, length
+        return best, shared if best else 0
+
+    def _begin(self, waiting: Waiting, prefix: Prefix | None, shared: int, now: float) -> None:
+        """Give the request a slot."""
+        slot = self._slot_for(shape_of(waiting.request.sampling))
+        if prefix is not None:
+            cached, done = self._prefixes.use(prefix, slot, shared, now), shared
+        else:
+            cached = done = self._share_with_neighbour(slot, waiting.prompt[:-1])
+        sampling = waiting.request.sampling
+        seed = sampling.seed if sampling.seed is not None else random.getrandbits(31)
+        self._context.set_sampling(slot, shape_of(sampling), seed)
+        self._running[slot] = Running(slot, waiting, prefix, shared, cached, done, now, AnswerText(sampling.stop))
+
+    def _share_with_neighbour(self, slot: int, head: Tokens) -> int:
+        """Take over what a running sequence has computed of ``head``; returns how many tokens."""
+        neighbour, shared = self._neighbour(head)
+        if neighbour is not None:
+            self._context.share(neighbour.slot, slot, shared)
+        return shared
+
+    def _slot_for(self, shape: Shape) -> int:
+        """A free slot, best one whose sampler has the same shape: another shape costs a new graph."""
+        slot = next((each for each in reversed(self._free) if self._context.shape(each) == shape), self._free[-1])
+        self._free.remove(slot)
+        return slot
+
+    def _make_room(self, cells: int, keep: Prefix | None = None) -> bool:
+        """Whether ``cells`` are free, after forgetting prefixes that nobody uses if need be."""
         while self._used_cells() + cells > self._context.cells:
-            if not self._evict_one(keep):
+            if not self._prefixes.forget_one(self._prompts_waiting(), keep):
                 return False
         return True
 
     def _used_cells(self) -> int:
-        return sum(len(each.tokens) for each in self._prefixes) + sum(each.cells for each in self._running.values())
+        return self._prefixes.cells + sum(each.cells for each in self._running.values())
 
-    def _evict_one(self, keep: Prefix | None) -> bool:
-        # A prefix in use shares its cells with running sequences: forgetting it would free nothing.
-        idle = [each for each in self._prefixes if each.users == 0 and each is not keep and each.ready]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda each: each.used_at)
-        self._context.drop(oldest.sequence)
-        self._prefixes.remove(oldest)
-        self._spare.append(oldest.sequence)
-        return True
+    def _prompts_waiting(self) -> Collection[Tokens]:
+        return [each.prompt for each in self._waiting]
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def _forward(self) -> tuple[int, int]:
-        """One batch: a token of every decoding sequence, then prompt tokens as they fit. Returns their counts."""
+    def _forward(self) -> Pass:
+        """One batch: a token of every decoding sequence, then prompt tokens as they fit."""
+        done = Pass()
         self._context.clear_batch()
-        decoding = self._put_decodes()
-        room = self._batch_tokens - decoding
-        reached: list[tuple[Prefix | Running, int]] = []
-        for prefix in self._prefixes:
-            if not prefix.ready and room > 0:
-                size = min(room, len(prefix.tokens) - prefix.done)
-                self._context.put(
-                    prefix.sequence, prefix.done, prefix.tokens[prefix.done : prefix.done + size], last_wanted=False
-                )
-                reached.append((prefix, size))
-                room -= size
-        for running in self._running.values():
-            if running.in_prefill and room > 0:
-                size = self._put_prompt(running, room)
-                reached.append((running, size))
-                room -= size
-        prefilled = sum(size for _, size in reached)
-        if decoding + prefilled == 0:
-            return 0, 0
-        if self._context.decode() == NO_ROOM:
+        self._put_decodes(done)
+        self._put_prompts(done)
+        if done.decoded + done.prefilled == 0:
+            return done
+        started = time.monotonic()
+        code = self._context.decode()
+        done.seconds = time.monotonic() - started
+        if code == NO_ROOM:
             self._preempt()
-            return 0, 0
-        for each, size in reached:
+            return Pass()
+        for each, size in done.pieces:
             each.done += size
-        return decoding, prefilled
+        return done
 
-    def _put_decodes(self) -> int:
-        count = 0
+    def _put_decodes(self, done: Pass) -> None:
         for running in self._running.values():
-            running.output = -1
             if not running.in_prefill:
                 position = len(running.waiting.prompt) + running.count - 1
                 running.output = self._context.put(running.slot, position, (running.last,), last_wanted=True)
-                count += 1
-        return count
+                done.decoded += 1
 
-    def _put_prompt(self, running: Running, room: int) -> int:
-        """The next piece of a prompt; with its last token an output is asked for."""
-        prompt = running.waiting.prompt
-        size = min(room, len(prompt) - running.done)
-        complete = running.done + size == len(prompt)
-        piece = prompt[running.done : running.done + size]
-        index = self._context.put(running.slot, running.done, piece, last_wanted=complete)
-        running.output = index if complete else -1
-        return size
+    def _put_prompts(self, done: Pass) -> None:
+        """Prefixes first: requests wait for them. With the last token of a request's prompt an output is asked for."""
+        room = self._batch_tokens - done.decoded
+        for prefix in self._prefixes.unfinished:
+            size = min(room, len(prefix.tokens) - prefix.done)
+            self._put_piece(done, prefix, prefix.sequence, prefix.tokens, size, last_wanted=False)
+            room -= size
+        for running in self._running.values():
+            if running.in_prefill:
+                prompt = running.waiting.prompt
+                size = min(room, len(prompt) - running.done)
+                complete = running.done + size == len(prompt)
+                last = self._put_piece(done, running, running.slot, prompt, size, last_wanted=complete)
+                running.output = last if complete else -1
+                room -= size
+
+    def _put_piece(
+        self, done: Pass, owner: Prefix | Running, sequence: int, tokens: Tokens, size: int, *, last_wanted: bool
+    ) -> int:
+        """The next ``size`` tokens of a prompt or prefix; returns the batch index of the last."""
+        if size <= 0:
+            return -1
+        done.pieces.append((owner, size))
+        done.prefilled += size
+        return self._context.put(sequence, owner.done, tokens[owner.done : owner.done + size], last_wanted=last_wanted)
 
     def _preempt(self) -> None:
-        """No KV room, against the book-keeping: the youngest sequence starts again later."""
+        """No KV room, against the book-keeping. Forget a prefix, or let the youngest sequence start again later."""
+        for running in self._running.values():
+            running.output = -1
+        if self._prefixes.forget_one(self._prompts_waiting()):
+            return
+        if not self._running:
+            self._prefixes.forget_all()
+            for waiting in self._waiting:
+                waiting.shared = 0
+            return
         youngest = max(self._running.values(), key=lambda each: each.admitted_at)
         self._release(youngest)
         self._count(wasted_tokens=youngest.count)
-        self._waiting.appendleft(youngest.waiting)
-        if not self._running:
-            self._waiting.popleft()
-            message = "the KV cache has no room for this request"
-            self._rejected.append(Rejected(youngest.request.key, ErrorClass.OUT_OF_MEMORY, message))
+        if self._running:
+            self._waiting.appendleft(youngest.waiting)
+            return
+        message = f"the KV cache of {self._context.cells:,} cells has no room for this request"
+        self._rejected.append(Rejected(youngest.request.key, ErrorClass.OUT_OF_MEMORY, message))
 
     # --- retire ------------------------------------------------------------------------------------------------------
 
@@ -400,43 +417,28 @@ class LlamaCppEngine:
 
     def _sample(self, running: Running) -> Event | None:
         """Draw a token; the event when the sequence has ended with it."""
-        token = self._context.sampled(running.slot, running.output)
+        token = running.last = self._context.sampled(running.slot, running.output)
         running.output = -1
         now = time.monotonic()
         if running.first_token_at is None:
             running.first_token_at = now
-        running.last = token
         running.count += 1
         self._sampled += 1
-        sampling = running.request.sampling
         if self._vocabulary.ends(token):
-            if not sampling.ignore_eos:
+            if not running.request.sampling.ignore_eos:
                 return self._finished(running, FinishReason.STOP, now)
-        else:
-            start = len(running.text)
-            running.text += self._vocabulary.piece(token)
-            if sampling.stop and self._cut_at_stop(running, start):
-                return self._finished(running, FinishReason.STOP, now)
+        elif running.text.append(self._vocabulary.piece(token)):
+            return self._finished(running, FinishReason.STOP, now)
         if running.count >= running.waiting.limit:
             return self._finished(running, FinishReason.LENGTH, now)
         return None
 
-    def _cut_at_stop(self, running: Running, start: int) -> bool:
-        """Cut the text before the first stop string that the newest token completed."""
-        stops = [stop.encode() for stop in running.request.sampling.stop]
-        found = [
-            at for stop in stops if (at := running.text.find(stop, max(0, start - len(stop) + 1))) >= 0
-        ]  # fmt: skip
-        if found:
-            del running.text[min(found) :]
-        return bool(found)
-
     def _finished(self, running: Running, reason: FinishReason, now: float) -> Finished:
         assert running.first_token_at is not None
-        text = running.text.decode("utf-8", errors="replace")
         return Finished(
-            running.request.key, text, reason, running.usage, running.admitted_at, running.first_token_at, now
-        )
+            running.request.key, str(running.text), reason, running.usage, running.admitted_at,
+            running.first_token_at, now,
+        )  # fmt: skip
 
     def _timed_out(self, running: Running) -> Event | None:
         limit, now = running.request.sampling.timeout_s, time.monotonic()
@@ -457,16 +459,16 @@ class LlamaCppEngine:
 
     # --- what it did -------------------------------------------------------------------------------------------------
 
-    def _account(self, started: float, starved: bool, decoding: int, prefilled: int) -> None:
-        """Share the step's time out by tokens; a step without any is overhead."""
+    def _account(self, started: float, starved: bool, done: Pass) -> None:
+        """Share the pass out by tokens; the rest of the step is overhead."""
         self._last_end = time.monotonic()
-        spent, tokens = self._last_end - started, decoding + prefilled
+        spent, tokens = self._last_end - started, done.decoded + done.prefilled
         self._count(
             steps=1 if tokens else 0,
-            prefill_s=spent * prefilled / tokens if tokens else 0.0,
-            decode_s=spent * decoding / tokens if tokens else 0.0,
-            overhead_s=0.0 if tokens else spent,
-            prefill_tokens=prefilled,
+            prefill_s=done.seconds * done.prefilled / tokens if tokens else 0.0,
+            decode_s=done.seconds * done.decoded / tokens if tokens else 0.0,
+            overhead_s=spent - done.seconds,
+            prefill_tokens=done.prefilled,
             decode_tokens=self._sampled,
             starved_s=spent if starved else 0.0,
         )
@@ -478,55 +480,11 @@ class LlamaCppEngine:
             self._sums[name] += value  # type: ignore[assignment]
 
 
-def _grouped(first: Sequence[int]) -> list[int]:
-    """Indices ordered by the first member of their group, then by themselves."""
-    return sorted(range(len(first)), key=lambda index: (first[index], index))
+def _cells(waiting: Waiting, shared: int) -> int:
+    """KV cells of a request of which a prefix holds the first ``shared``."""
+    return len(waiting.prompt) - shared + waiting.limit
 
 
 def _cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class PromptReader:
-    """Requests to prompt tokens, by the model's own chat template and vocabulary."""
-
-    def __init__(self, model: Model) -> None:
-        self._vocabulary: Vocabulary = model.vocabulary
-        self._source = model.chat_template
-        self._template: ChatTemplate | None = None
-
-    def render(self, request: EngineRequest) -> str:
-        """Raises RequestError."""
-        if request.messages is None:
-            return request.prompt or ""
-        if self._template is None:
-            if self._source is None:
-                raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
-            self._template = ChatTemplate(self._source, self._vocabulary.bos, self._vocabulary.eos)
-        return self._template.render(request.messages)
-
-    def tokens(self, request: EngineRequest) -> Tokens:
-        """Raises RequestError, also for a prompt without a single token."""
-        found = self._vocabulary.tokens(self.render(request), parse_special=request.messages is not None)
-        if not len(found):
-            raise RequestError("the prompt has no tokens")
-        return found
-
-
-class LlamaTokenCounter:
-    """The vocabulary of a GGUF without its weights."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._prompts = PromptReader(model)
-
-    @property
-    def context_tokens(self) -> int:
-        return self._model.context_trained
-
-    def count(self, request: EngineRequest) -> int:
-        return len(self._prompts.tokens(request))
-
-    def render(self, request: EngineRequest) -> str:
-        return self._prompts.render(request)

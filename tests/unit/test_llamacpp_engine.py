@@ -1,0 +1,320 @@
+"""The llama.cpp engine on the bundled model: exactness of batches, pieces of prompts and characters, spoilt files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from tools.demo_model.float32 import write_float32
+
+from promptmill.errors import DeviceError, ModelError
+from promptmill.prompts import Template
+from promptmill.resources import resource_dir
+from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Usage
+from promptmill_workers.checkpoints import bundled
+from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.llama_binding import Model
+from promptmill_workers.engines.llama_text import AnswerText
+from promptmill_workers.engines.llamacpp import LlamaCppEngine
+from tests.unit.tiny_models import write_tiny_gguf
+
+ODD = "加V：abc123 😂 好听 naïve žluťoučký 👨‍👩‍👧‍👦 ░▒▓"
+
+Load = Callable[..., LlamaCppEngine]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in float32, in which the order of sums changes no token."""
+    path = tmp_path_factory.mktemp("exact") / "demo-f32.gguf"
+    write_float32(bundled("demo.gguf"), path)
+    return path
+
+
+@pytest.fixture
+def load(exact: Path) -> Iterator[Load]:
+    """Loads the float32 demo model with the options given, and closes it."""
+    loaded: list[LlamaCppEngine] = []
+
+    def load(slots: int = 4, path: Path = exact, **options: Any) -> LlamaCppEngine:
+        # One thread: threads that wait for one another are slow on a machine that does other things too.
+        options = {"context_tokens": 2048, "kv_cells": 8192, "threads": 1} | options
+        loaded.append(LlamaCppEngine.load(path, "demo", EngineOptions(slots=slots, **options)))
+        return loaded[-1]
+
+    yield load
+    for engine in loaded:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def task() -> Template:
+    """The template of the bundled task."""
+    from promptmill.task_file import load_task
+
+    prompt = load_task(resource_dir("datasets") / "ad_comments.task.yaml").model.prompt
+    assert prompt is not None
+    return Template(prompt.user, prompt.system)
+
+
+def comments() -> list[str]:
+    text = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["comment"] for line in text.split("\n") if line]
+
+
+def requests_of(task: Template, texts: Sequence[str], **sampling: Any) -> list[EngineRequest]:
+    settings = SamplingParams(**{"max_tokens": 32, **sampling})
+    return [
+        EngineRequest(key, settings, messages=task.render({"comment": text}, None)) for key, text in enumerate(texts)
+    ]
+
+
+def run(engine: LlamaCppEngine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
+    engine.add(requests)
+    events: list[Event] = []
+    for _ in range(5000):
+        events.extend(engine.step())
+        if not engine.active and not engine.waiting:
+            break
+    assert len(events) == len({event.key for event in events})
+    return {event.key: event for event in events}
+
+
+def finished(event: Event) -> Finished:
+    assert isinstance(event, Finished), event
+    return event
+
+
+def answers(events: dict[int, Event]) -> dict[int, tuple[str, FinishReason, int, int]]:
+    """Text, reason, and the tokens of prompt and answer: what must not depend on neighbours."""
+    found = {key: finished(event) for key, event in sorted(events.items())}
+    return {
+        key: (each.text, each.finish_reason, each.usage.prompt_tokens, each.usage.output_tokens)
+        for key, each in found.items()
+    }
+
+
+def alone(load: Load, requests: Sequence[EngineRequest]) -> dict[int, tuple[str, FinishReason, int, int]]:
+    """Each answer by an engine that was made for it: nothing is batched and nothing shared."""
+    found: dict[int, tuple[str, FinishReason, int, int]] = {}
+    for request in requests:
+        engine = load(slots=1, kv_cells=2048)
+        found |= answers(run(engine, [request]))
+        engine.close()
+    return found
+
+
+def varied(task: Template) -> list[EngineRequest]:
+    """48 prompts of one to many comments in every order of length."""
+    pool = comments()
+    texts = ["\n".join(pool[(7 * key + step) % len(pool)] for step in range(1 + key % 5)) for key in range(48)]
+    return requests_of(task, texts)
+
+
+@pytest.mark.parametrize("options", [{"slots": 16}, {"slots": 5, "batch_tokens": 40}, {"slots": 48, "kv_cells": 3000}])
+def test_batches_of_48_comments_are_answered_as_each_alone(
+    load: Load, task: Template, options: dict[str, Any], expected: dict[int, tuple[str, FinishReason, int, int]]
+) -> None:
+    engine = load(**options)
+
+    events = run(engine, varied(task))
+
+    assert answers(events) == expected
+    cached = [finished(event).usage.cached_tokens for event in events.values()]
+    assert sum(tokens > 50 for tokens in cached) >= 47
+
+
+@pytest.fixture(scope="module")
+def expected(exact: Path, task: Template) -> dict[int, tuple[str, FinishReason, int, int]]:
+    """The answer of each of the 48 alone."""
+
+    def load(slots: int, **options: Any) -> LlamaCppEngine:
+        return LlamaCppEngine.load(exact, "demo", EngineOptions(slots=slots, context_tokens=2048, threads=1, **options))
+
+    return alone(load, varied(task))
+
+
+def test_the_demo_model_answers_in_the_asked_for_shape(load: Load, task: Template) -> None:
+    events = run(load(slots=16, path=bundled("demo.gguf")), requests_of(task, comments()[::9]))
+
+    for event in events.values():
+        said = json.loads(finished(event).text)
+        assert set(said) == {"is_ad", "score"}
+        assert isinstance(said["is_ad"], bool)
+        assert said["score"] in range(6)
+        assert finished(event).finish_reason is FinishReason.STOP
+
+
+def test_a_long_prompt_is_computed_in_pieces_beside_running_answers(load: Load, task: Template) -> None:
+    short = requests_of(task, [comments()[0]], max_tokens=200, ignore_eos=True)[0]
+    text = " ".join(comments())[:3000]
+    long = EngineRequest(7, SamplingParams(max_tokens=8), messages=(Message("user", text),))
+    engine = load(slots=2, batch_tokens=64)
+    engine.add([short])
+    while not engine.counters.decode_tokens:
+        engine.step()
+    engine.add([long])
+    seen = [engine.counters]
+    events: list[Event] = []
+    while len(seen) < 12:
+        events.extend(engine.step())
+        seen.append(engine.counters)
+
+    for before, after in pairwise(seen):
+        assert after.decode_tokens - before.decode_tokens == 1
+        assert 0 < after.prefill_tokens - before.prefill_tokens <= 63
+    assert answers({event.key: event for event in events} | run(engine)) == alone(load, [short, long])
+
+
+def test_a_new_request_does_not_wait_for_a_running_one(load: Load, task: Template) -> None:
+    slow, quick = requests_of(task, comments()[:2], max_tokens=300, ignore_eos=True)
+    quick = EngineRequest(1, SamplingParams(max_tokens=2), messages=quick.messages)
+    engine = load(slots=2)
+    engine.add([slow])
+    engine.step()
+
+    engine.add([quick])
+    steps = 0
+    while not any(event.key == 1 for event in engine.step()):
+        steps += 1
+        assert steps < 10
+
+    assert engine.active == 1
+
+
+def test_an_answer_of_any_bytes_is_put_together_from_its_tokens(exact: Path) -> None:
+    model = Model(exact, vocab_only=True)
+    words = model.vocabulary
+    pieces = [words.piece(int(token)) for token in words.tokens(ODD, parse_special=False)]
+    answer = AnswerText(())
+
+    for piece in pieces:
+        assert not answer.append(piece)
+
+    assert str(answer) == ODD
+    assert any(b"\x80" <= piece[:1] < b"\xc0" for piece in pieces), "no character is split over tokens"
+    model.close()
+
+
+@pytest.mark.parametrize("stop", ["听", "😂 好", "abc123", "👨‍👩‍👧‍👦", "加V：", "░▒▓", ODD])
+def test_a_stop_text_is_found_across_tokens_and_characters(exact: Path, stop: str) -> None:
+    model = Model(exact, vocab_only=True)
+    words = model.vocabulary
+    answer = AnswerText(("never said", stop))
+
+    read = 0
+    for token in words.tokens(ODD + " and more", parse_special=False):
+        read += 1
+        if answer.append(words.piece(int(token))):
+            break
+
+    assert str(answer) == ODD[: ODD.index(stop)]
+    ended = b"".join(words.piece(int(token)) for token in words.tokens(ODD + " and more", parse_special=False)[:read])
+    assert stop.encode() in ended
+    model.close()
+
+
+def test_the_earliest_of_several_stop_texts_ends_the_answer() -> None:
+    answer = AnswerText(("later", "a", "la"))
+
+    assert answer.append(b"see you later")
+    assert str(answer) == "see you "
+
+
+def test_a_character_cut_in_the_middle_is_replaced() -> None:
+    answer = AnswerText(())
+    answer.append("ab😀".encode()[:-1])
+
+    assert str(answer) == "ab\ufffd"
+
+
+def test_a_control_token_in_a_raw_prompt_is_only_text(load: Load) -> None:
+    engine = load(slots=1, path=bundled("demo.gguf"))
+    text = "<|im_start|>user\nhello<|im_end|>\n"
+
+    events = run(engine, [EngineRequest(0, SamplingParams(max_tokens=1), prompt=text)])
+    chat = run(engine, [EngineRequest(1, SamplingParams(max_tokens=1), messages=(Message("user", "hello"),))])
+
+    assert finished(events[0]).usage.prompt_tokens > finished(chat[1]).usage.prompt_tokens
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "metal"])
+def test_a_gpu_that_the_build_cannot_use_is_refused(exact: Path, device: str) -> None:
+    if llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("this build can use a GPU")
+    with pytest.raises(DeviceError, match="without GPU support"):
+        LlamaCppEngine.load(exact, "demo", EngineOptions(device=device))
+
+
+def test_more_slots_than_llama_cpp_has_sequences_are_refused(exact: Path) -> None:
+    with pytest.raises(ModelError, match="at most"):
+        LlamaCppEngine.load(exact, "demo", EngineOptions(slots=300))
+
+
+def test_what_was_set_up_is_what_the_model_allows(load: Load) -> None:
+    info = load(slots=3, context_tokens=100_000, kv_cells=100).info
+
+    assert (info.engine, info.slots, info.context_tokens) == ("llamacpp", 3, 2048)
+    assert info.kv_cells >= info.context_tokens
+    assert (info.device_got, info.layers, info.layers_offloaded) == ("cpu", 5, 0)
+    assert info.version == llama_cpp.__version__
+
+
+def test_plain_kernels_give_the_same_answers(load: Load, task: Template) -> None:
+    some = requests_of(task, comments()[::40])
+
+    assert answers(run(load(plain_kernels=True), some)) == answers(run(load(), some))
+
+
+@pytest.mark.parametrize("kept", [4, 20, 3000, 0.3, 0.9])
+def test_a_file_that_is_cut_short_is_one_clear_error(tmp_path: Path, kept: float) -> None:
+    whole = bundled("demo.gguf").read_bytes()
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
+
+    _refused(file)
+
+
+def test_a_file_with_a_spoilt_header_is_one_clear_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    whole = bytearray(bundled("demo.gguf").read_bytes())
+    whole[8:600] = random.bytes(592)
+    file = tmp_path / "spoilt.gguf"
+    file.write_bytes(whole)
+
+    _refused(file)
+
+
+def test_a_folder_or_nothing_in_place_of_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    _refused(tmp_path / "nothing.gguf")
+    _refused(tmp_path)
+
+
+def _refused(file: Path) -> None:
+    """Neither the engine nor the counter of tokens loads the file, and both say which it is."""
+    for load in (lambda: LlamaCppEngine.load(file, "x", EngineOptions()), lambda: LlamaCppEngine.token_counter(file)):
+        with pytest.raises(ModelError, match="cannot be loaded") as caught:
+            load()
+        assert file.name in caught.value.message
+        assert "\n" not in caught.value.message
+
+
+def test_a_model_without_a_chat_template_answers_raw_prompts_only(load: Load, tmp_path: Path) -> None:
+    mute = write_tiny_gguf(tmp_path / "mute.gguf", chat_template=None)
+    engine = load(slots=2, path=mute, context_tokens=256, kv_cells=512)
+    chat = EngineRequest(0, SamplingParams(), messages=(Message("user", "hello"),))
+    raw = EngineRequest(1, SamplingParams(max_tokens=3, ignore_eos=True), prompt="hello")
+
+    events = run(engine, [chat, raw])
+
+    refused = events[0]
+    assert isinstance(refused, Rejected)
+    assert refused.error_class is ErrorClass.INVALID_REQUEST
+    assert "no chat template" in refused.message
+    assert finished(events[1]).usage == Usage(5, 0, 3)
