@@ -74,7 +74,7 @@ def load(checkpoint: Checkpoint) -> Iterator[Load]:
     loaded: list[Engine] = []
 
     def load(slots: int = 4, model_options: dict[str, str] | None = None, **options: Any) -> Engine:
-        options = {"context_tokens": CONTEXT, "threads": 1} | options
+        options = {"context_tokens": CONTEXT, "threads": 1, "exact": True} | options
         model = replace(checkpoint, options=model_options or {})
         loaded.append(build_engine(model, EngineOptions(slots=slots, **options)))
         return loaded[-1]
@@ -182,6 +182,16 @@ def test_a_shared_prefix_changes_no_answer(load: Load, case: Case) -> None:
     assert engine.counters.prefill_tokens == sum(each.prompt_tokens - each.cached_tokens for each in usage)
 
 
+def test_fast_arithmetic_leaks_no_text_either(load: Load) -> None:
+    """It may flip near ties of a random model, a few in a hundred; a neighbour's text would show in far more."""
+    requests = [chat(key, max_tokens=8) for key in range(40)]
+
+    together = answers(run(load(slots=4, exact=False), requests))
+
+    same = [together[key] == answer for key, answer in alone(load, requests).items()]
+    assert sum(same) >= 34
+
+
 def test_two_tasks_in_one_batch_are_kept_apart(load: Load) -> None:
     other = "Judge the tone of what follows; say warm, cold or neither, and give no reason for it at all. "
     requests = [chat(key, system=RULES if key % 2 else other) for key in range(10)]
@@ -250,8 +260,7 @@ def test_the_context_bounds_the_answer(load: Load) -> None:
 
 def test_an_answer_ends_before_its_stop_text(load: Load) -> None:
     whole = finished(run(load(slots=1), [chat(0, text="stop here, and not there", max_tokens=24)])[0]).text
-    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
-    assert "\ufffd" not in stop
+    stop = next(whole[at : at + 2] for at in range(2, len(whole)) if "\ufffd" not in whole[at : at + 2])
 
     stopped = finished(run(load(), [chat(0, text="stop here, and not there", max_tokens=24, stop=(stop, "zzz"))])[0])
 
@@ -325,8 +334,8 @@ def test_a_prompt_that_cannot_fit_is_one_requests_error(load: Load) -> None:
     assert texts({key: events[key] for key in (0, 2)}) == texts(run(load(), [requests[0], requests[2]]))
 
 
-def test_a_text_of_megabytes_is_refused_at_once(load: Load) -> None:
-    event = run(load(), [chat(0, text="spam " * 2_000_000)])[0]
+def test_a_text_far_beyond_the_context_is_refused(load: Load) -> None:
+    event = run(load(), [chat(0, text="spam " * 60_000)])[0]
 
     assert rejected(event).error_class == ErrorClass.CONTEXT_OVERFLOW
 
@@ -361,17 +370,18 @@ def test_a_request_that_takes_too_long_ends_as_a_timeout(load: Load, case: Case)
 
 def test_a_cancelled_request_frees_its_slot_and_is_heard_of_no_more(load: Load, case: Case) -> None:
     engine = load(slots=1, model_options=case.slowly)
-    engine.add([chat(0, text="one two three four five six", max_tokens=400, ignore_eos=True), chat(1)])
-    engine.step()
-    engine.step()
-    assert (engine.active, set(engine.waiting_keys())) == (1, {1})
+    requests = [chat(key, text="one two three four five six", max_tokens=40, ignore_eos=True) for key in range(2)]
+    engine.add(requests)
+    while not engine.active:
+        engine.step()
+    (waiting,) = engine.waiting_keys()
 
-    engine.cancel(0)
+    engine.cancel(1 - waiting)
     assert engine.active == 0
     events = run(engine)
 
-    assert set(events) == {1}
-    assert finished(events[1]).text == finished(run(load(slots=1), [chat(1)])[1]).text
+    assert set(events) == {waiting}
+    assert answers(events) == alone(load, [requests[waiting]])
     assert engine.counters.wasted_tokens <= engine.counters.decode_tokens
 
 

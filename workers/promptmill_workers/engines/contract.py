@@ -29,6 +29,8 @@ class EngineOptions:
     device: str = "cpu"
     #: Leave the CPU's special matrix kernels (AMX, repacked weights) alone: on some machines they end the process.
     plain_kernels: bool = False
+    #: Arithmetic that rounds (nearly) alike whatever else is in the batch, at some cost: to compare texts.
+    exact: bool = False
     #: Options in the model's name (``echo:token_s=0.01``).
     model_options: dict[str, str] = field(default_factory=dict)
 

@@ -123,7 +123,7 @@ class LlamaCppEngine:
         self._batch_tokens = max(options.batch_tokens, options.slots + PREFIXES)
         self._context = Context(
             model, cells=max(cells, self._context_tokens), batch=self._batch_tokens, slots=options.slots,
-            spare=PREFIXES, threads=options.threads or _cores(),
+            spare=PREFIXES, threads=options.threads or _cores(), exact=options.exact,
         )  # fmt: skip
         self._context.warm_up()
         self._incoming: deque[EngineRequest] = deque()
