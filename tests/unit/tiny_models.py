@@ -93,13 +93,13 @@ def _weights(vocabulary: int, seed: int) -> dict[str, NDArray[np.float32]]:
         "output_norm.weight": np.ones(WIDTH, np.float32),
     }
     for layer in range(LAYERS):
-        block = {
+        block: dict[str, NDArray[np.float32]] = {
             "attn_norm": np.ones(WIDTH, np.float32),
             "attn_q": draw(HEADS * head, WIDTH),
             "attn_k": draw(KV_HEADS * head, WIDTH),
             "attn_v": draw(KV_HEADS * head, WIDTH),
             # Less, because the KV cache is float16: its rounding depends on the batch, and must not tip a token.
-            "attn_output": draw(WIDTH, HEADS * head) / 3,
+            "attn_output": draw(WIDTH, HEADS * head) * np.float32(1 / 3),
             "ffn_norm": np.ones(WIDTH, np.float32),
             "ffn_gate": draw(FEED_FORWARD, WIDTH),
             "ffn_up": draw(FEED_FORWARD, WIDTH),
