@@ -132,6 +132,8 @@ class LlamaCppEngine:
         self._free = list(range(options.slots))[::-1]
         self._prefixes = Prefixes(self._context, range(options.slots, options.slots + PREFIXES))
         self._planned = True
+        #: Nobody is admitted between a full KV cache and the next request that ends.
+        self._crowded = False
         self._sampled = 0
         self._rejected: list[Event] = []
         self._sums: Counter[str] = Counter()
@@ -213,6 +215,8 @@ class LlamaCppEngine:
 
     def _admit(self, now: float) -> None:
         self._tokenise()
+        if self._crowded and self._running:
+            return
         if self._free and not self._planned:
             self._plan()
         looked_at = len(self._free) + LOOKED_AT_PER_SLOT * self._info.slots
@@ -393,8 +397,9 @@ class LlamaCppEngine:
             for waiting in self._waiting:
                 waiting.shared = 0
             return
-        youngest = max(self._running.values(), key=lambda each: each.admitted_at)
+        youngest = max(reversed(self._running.values()), key=lambda each: each.admitted_at)
         self._release(youngest)
+        self._crowded = True
         self._count(wasted_tokens=youngest.count)
         if self._running:
             self._waiting.appendleft(youngest.waiting)
@@ -451,6 +456,7 @@ class LlamaCppEngine:
         )  # fmt: skip
 
     def _release(self, running: Running) -> None:
+        self._crowded = False
         del self._running[running.slot]
         self._context.drop(running.slot)
         self._free.append(running.slot)
