@@ -27,7 +27,6 @@ from promptmill.types import JobState, Request, SamplingParams
 
 if TYPE_CHECKING:
     from promptmill_workers.checkpoints import Checkpoint
-
     from promptmill_workers.devices import Device
 
 #: Called while a job runs.
@@ -164,7 +163,6 @@ def _canonical(name: str) -> str:
 def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple[Checkpoint | None, Gauge | None]:
     """The model's files and a gauge with its tokeniser; neither where only the workers have the model."""
     from promptmill_workers.checkpoints import locate, token_counter
-
     from promptmill_workers.engines.contract import EngineRequest
 
     name = _model_name(options, settings)
@@ -303,7 +301,6 @@ def _store(prepared: Prepared, db: Engine) -> str:
 def _one_device(asked: str, options: RunOptions, settings: Settings) -> Device:
     """The device of an embedded job. Raises DeviceError."""
     from promptmill_workers.checkpoints import engine_of
-
     from promptmill_workers.devices import parse_devices, require_offload, usable
 
     engine = engine_of(_canonical(_model_name(options, settings)))
@@ -395,7 +392,6 @@ def _stored_template(job: Row[Any]) -> Template | None:
 def _rendered(model: str, request: Request) -> str | None:
     """The prompt with the model's chat template applied; None when the model is not on this machine."""
     from promptmill_workers.checkpoints import locate, token_counter
-
     from promptmill_workers.engines.contract import EngineRequest
 
     if request.prompt is not None:

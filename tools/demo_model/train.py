@@ -151,8 +151,8 @@ def accuracy(model: DemoModel, prompts: Prompts, comments: list[Comment]) -> flo
 def run(training: Training, stream: Iterator[Batch], prompts: Prompts, test: dict[str, list[Comment]]) -> None:
     """Train to the plan's last step, with a line of progress now and then and a checkpoint."""
     started, mean = time.monotonic(), 0.0
-    for batch in stream:
-        loss = training.learn(batch)
+    while training.step < training.plan.steps:
+        loss = training.learn(next(stream))
         mean = 0.98 * mean + 0.02 * loss if mean else loss
         if training.step % 50 == 0:
             say(f"step {training.step} loss {mean:.4f} {time.monotonic() - started:.0f} s")
@@ -161,8 +161,6 @@ def run(training: Training, stream: Iterator[Batch], prompts: Prompts, test: dic
             for name, comments in test.items():
                 if comments:
                     say(f"  {name}: {accuracy(training.mean, prompts, comments):.1%} of {len(comments)}")
-        if training.step >= training.plan.steps:
-            return
 
 
 def say(text: str) -> None:

@@ -21,10 +21,9 @@ Examples:
 @click.option("--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what jobs need]")
 def worker(device: str, models: tuple[str, ...], slots: int | None, context: int | None) -> None:
     """Start the workers of this machine, one per device, and keep them alive until Ctrl-C or SIGTERM."""
-    from promptmill_workers.checkpoints import locate
-
     from promptmill.database import open_database
     from promptmill.settings import load_settings
+    from promptmill_workers.checkpoints import locate
     from promptmill_workers.devices import parse_devices, require_offload, usable
     from promptmill_workers.pool import Pool
 
@@ -48,9 +47,8 @@ def worker(device: str, models: tuple[str, ...], slots: int | None, context: int
 def _default_model(model: str | None) -> tuple[str, ...]:
     if model is not None:
         return (model,)
-    from promptmill_workers.checkpoints import available
-
     from promptmill.errors import ModelError
+    from promptmill_workers.checkpoints import available
 
     here = ", ".join(checkpoint.name for checkpoint in available())
     raise ModelError("no model was named", hint=f"Give --model or set JOBS_MODEL. At hand: {here}.")
