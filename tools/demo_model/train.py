@@ -3,7 +3,7 @@
     pip install 'promptmill[train]'
     python tools/demo_model/train.py --data ../shared/data/youtube_comments_train.jsonl
 
-Takes about 15 minutes on 2 cores. The seed is fixed; another version of PyTorch may give other weights. A run that was
+Takes about 20 minutes on 2 cores. The seed is fixed; another version of PyTorch may give other weights. A run that was
 stopped continues from its last checkpoint with --resume. --hold-out 0.1 keeps a tenth of the comments apart and prints
 the accuracy on them while it trains: for choosing settings, the test file stays unseen.
 """
@@ -171,7 +171,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/youtube_comments_train.jsonl")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for demo.gguf and mlx/")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=48, help="examples a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--dropout", type=float, default=0.1)
