@@ -34,11 +34,17 @@ KEPT_LINES = 200
 #: Context of a model whose file does not say what it was trained for.
 CONTEXT_UNKNOWN = 4096
 
+#: GGML_LOG_LEVEL_DEBUG of ggml.h, which the bindings do not name.
+LOG_DEBUG = 1
+
 _lines: deque[str] = deque(maxlen=KEPT_LINES)
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, user: Any) -> None:
+    # Debug lines come with every token, and would push out those that explain a failure.
+    if level == LOG_DEBUG and not log.isEnabledFor(logging.DEBUG):
+        return
     line = text.decode(errors="replace").rstrip()
     if line:
         _lines.append(line)
@@ -293,6 +299,16 @@ class Context:
         self._filled = end
         return end - 1
 
+    def put_outputs(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int]) -> range:
+        """Add one token of each of several sequences, and ask for an output of each; returns their batch indices."""
+        start, end = self._filled, self._filled + len(slots)
+        self._token[start:end] = tokens
+        self._pos[start:end] = positions
+        self._sequence[start:end] = slots
+        self._logits[start:end] = 1
+        self._filled = end
+        return range(start, end)
+
     def decode(self) -> int:
         """Run the batch; 0, or NO_ROOM with nothing computed. Raises RuntimeError for anything else."""
         self._batch.n_tokens = self._filled
@@ -305,6 +321,10 @@ class Context:
 
     def sampled(self, slot: int, index: int) -> int:
         """The token drawn for ``slot`` from the output at batch index ``index``; its value is now on the host."""
+        token = int(llama_cpp.llama_get_sampled_token_ith(self._handle, index))
+        if token != llama_cpp.LLAMA_TOKEN_NULL:
+            return token
+        # The chain did not run in the graph.
         return int(llama_cpp.llama_sampler_sample(self._samplers[slot], self._handle, index))
 
     def warm_up(self) -> None:

@@ -354,11 +354,15 @@ class LlamaCppEngine:
         return done
 
     def _put_decodes(self, done: Pass) -> None:
-        for running in self._running.values():
-            if not running.in_prefill:
-                position = len(running.waiting.prompt) + running.count - 1
-                running.output = self._context.put(running.slot, position, (running.last,), last_wanted=True)
-                done.decoded += 1
+        decoding = [each for each in self._running.values() if not each.in_prefill]
+        outputs = self._context.put_outputs(
+            [each.slot for each in decoding],
+            [len(each.waiting.prompt) + each.count - 1 for each in decoding],
+            [each.last for each in decoding],
+        )
+        for running, output in zip(decoding, outputs, strict=True):
+            running.output = output
+        done.decoded = len(decoding)
 
     def _put_prompts(self, done: Pass) -> None:
         """Prefixes first: requests wait for them. With the last token of a request's prompt an output is asked for."""
@@ -446,8 +450,8 @@ class LlamaCppEngine:
         )  # fmt: skip
 
     def _timed_out(self, running: Running) -> Event | None:
-        limit, now = running.request.sampling.timeout_s, time.monotonic()
-        if limit is None or now - running.admitted_at < limit:
+        limit = running.request.sampling.timeout_s
+        if limit is None or (now := time.monotonic()) - running.admitted_at < limit:
             return None
         self._count(wasted_tokens=running.count)
         return Rejected(
