@@ -57,6 +57,8 @@ class Device:
         pinned = {"PYTHONSAFEPATH": "1", "PROMPTMILL_DEVICE": self.name, "TOKENIZERS_PARALLELISM": "false"}
         if self.kind != "metal":
             pinned["CUDA_VISIBLE_DEVICES"] = visible
+            # nvidia-smi numbers by bus; CUDA's own default puts the fastest first.
+            pinned["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         if self.cores:
             pinned["OMP_NUM_THREADS"] = str(len(self.cores))
         return {**base, **pinned}

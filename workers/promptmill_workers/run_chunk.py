@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from promptmill.errors import PromptmillError
+from promptmill.errors import DeviceError, ModelError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger, Standing
 from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.task_file import parse_task
@@ -59,9 +59,11 @@ class ChunkRunner:
         last: list[tuple[Result, int]] = []
         try:
             with (
+                # Renewal begins first: loading a model or waiting for another one may take longer than a lease.
+                watching(ledger, lease, self._stop) as watched,
                 hosts.session(lease.model, lease.context_tokens, alone=ledger.is_suspect(lease)) as session,
-                watching(ledger, lease, session, self._stop),
             ):
+                watched.session = session
                 for batch in session.answer(requests):
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
                     if limits:
@@ -79,7 +81,9 @@ class ChunkRunner:
             ledger.fail(lease, ErrorClass.ENGINE_CRASH, str(death))
             if hosts.deaths >= DEATHS_IN_A_ROW:
                 ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
-        except PromptmillError as problem:
+        except (ModelError, DeviceError) as problem:
+            # No attempt on this job can go better. Any other error, such as a database that is away, leaves the chunk
+            # to its next attempt.
             log.error("job %s: %s", lease.chunk.job_id, problem.message)
             ledger.stop(lease.chunk.job_id, problem.message)
             ledger.release(lease)
@@ -113,20 +117,27 @@ class ChunkRunner:
         return self._specs[job_id]
 
 
+@dataclass(slots=True)
+class Watched:
+    """What the watching thread watches; the session is set once the chunk has one."""
+
+    session: Session | None = None
+
+
 @contextmanager
-def watching(ledger: Ledger, lease: Lease, session: Session, stop: Stop) -> Iterator[None]:
+def watching(ledger: Ledger, lease: Lease, stop: Stop) -> Iterator[Watched]:
     """Beside the work, in a thread: renew the lease, and tell the session when its work is no longer wanted."""
-    ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(ledger, lease, session, stop, ended), daemon=True)
+    ended, watched = threading.Event(), Watched()
+    watcher = threading.Thread(target=_watch, args=(ledger, lease, watched, stop, ended), daemon=True)
     watcher.start()
     try:
-        yield
+        yield watched
     finally:
         ended.set()
         watcher.join()
 
 
-def _watch(ledger: Ledger, lease: Lease, session: Session, stop: Stop, ended: threading.Event) -> None:
+def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: threading.Event) -> None:
     since_renewal, drained = 0.0, False
     while not ended.wait(WATCH_S):
         try:
@@ -135,6 +146,9 @@ def _watch(ledger: Ledger, lease: Lease, session: Session, stop: Stop, ended: th
                 standing, since_renewal = ledger.renew(lease), 0.0
             else:
                 standing = ledger.standing(lease)
+            session = watched.session
+            if session is None:
+                continue
             if stop.abandoning.is_set() or standing is not Standing.HELD:
                 session.abandon()
                 return
