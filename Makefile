@@ -40,7 +40,7 @@ integration: setup
 
 # Ratios against peers on this machine; not part of make test. tests/benchmarks/README.md says more.
 benchmark: setup
-	$(BIN)/python tests/benchmarks/pipeline.py
+	PYTHONPATH=tests/benchmarks $(BIN)/python tests/benchmarks/pipeline.py
 
 build: setup
 	$(UV) build

@@ -213,5 +213,5 @@ def command(tmp_path: Path) -> Command:
     """The command with a SQLite database and lock files of its own."""
     return Command(
         tmp_path,
-        {"JOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.sqlite'}", "XDG_RUNTIME_DIR": str(tmp_path / "run")},
+        {"JOBS_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.sqlite'}", "JOBS_RUNTIME_DIR": str(tmp_path / "run")},
     )

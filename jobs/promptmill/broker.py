@@ -26,8 +26,9 @@ PRIORITY_SEPARATOR = ":"
 #: a chunk twice, and recovery is the business of the ledger's leases, which take LEASE_S.
 VISIBILITY_TIMEOUT_S = 24 * 3600
 
-#: Seconds a program waits for Redis before it says that there is none.
+#: Seconds a program waits for Redis, to connect and for each answer, before it says that there is none.
 CONNECT_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 20
 
 
 def queue_name(model: str) -> str:
@@ -57,6 +58,8 @@ def make_app(redis_url: str) -> Celery:
             "queue_order_strategy": "priority",
             "socket_keepalive": True,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            # A Redis that hangs is like one that is away. Workers block on it for a second at a time.
+            "socket_timeout": ANSWER_TIMEOUT_S,
             "health_check_interval": 25,
         },
         # Outages of Redis are waited out.
@@ -131,7 +134,7 @@ class Broker:
     def _redis(self) -> Any:
         from redis import Redis
 
-        return Redis.from_url(self._url, socket_connect_timeout=CONNECT_TIMEOUT_S)
+        return Redis.from_url(self._url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S)
 
     def _unreachable(self, problem: Exception) -> BrokerError:
         return BrokerError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import sqlalchemy as sa
 
 from promptmill.broker import Broker
@@ -50,8 +52,9 @@ class Dispatcher:
         return published
 
     def _alive(self, model: str) -> int:
-        count = sa.select(sa.func.count()).where(
-            workers.c.model == model, workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - ALIVE_S
+        """Workers that serve the model, whichever they have loaded."""
+        alive = sa.select(workers.c.models).where(
+            workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - ALIVE_S
         )
         with reading(self._ledger.db) as db:
-            return db.execute(count).scalar() or 0
+            return sum(model in json.loads(models) for models in db.execute(alive).scalars())

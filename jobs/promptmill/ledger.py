@@ -146,13 +146,11 @@ class Ledger:
             return None if number is None else self._claim(db, ChunkId(job_id, number), worker_id)
 
     def _claimable(self) -> sa.ColumnElement[bool]:
-        now = self._now()
-        waiting = sa.and_(
+        """A chunk whose lease ran out is not: :meth:`requeue_expired` counts its failure first."""
+        return sa.and_(
             chunks.c.state == ChunkState.QUEUED.value,
-            sa.or_(chunks.c.not_before.is_(None), chunks.c.not_before <= now),
+            sa.or_(chunks.c.not_before.is_(None), chunks.c.not_before <= self._now()),
         )
-        abandoned = sa.and_(chunks.c.state == ChunkState.LEASED.value, chunks.c.leased_until < now)
-        return sa.or_(waiting, abandoned)
 
     def _claim(self, db: Connection, chunk: ChunkId, worker_id: str) -> Lease | None:
         is_open = sa.exists().where(jobs.c.id == chunk.job_id, jobs.c.state.in_(OPEN_STATES))
@@ -167,11 +165,10 @@ class Ledger:
                 not_before=None,
                 published_at=sa.func.coalesce(chunks.c.published_at, self._now()),
             )
-            .returning(chunks.c.attempt, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
+            .returning(chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
         ).one_or_none()
         if claimed is None:
             return None
-        self._end_attempts_before(db, chunk, claimed.attempt)
         job = db.execute(
             sa.select(jobs.c.model, jobs.c.state, jobs.c.context_tokens).where(jobs.c.id == chunk.job_id)
         ).one()
@@ -187,8 +184,9 @@ class Ledger:
             )
         )
         return Lease(
-            chunk=chunk, attempt=claimed.attempt, worker_id=worker_id, first_row=claimed.first_row, rows=claimed.rows,
-            model=job.model, enqueued_at=claimed.published_at, context_tokens=job.context_tokens,
+            chunk=chunk, attempt=claimed.attempt, failures=claimed.failures, worker_id=worker_id,
+            first_row=claimed.first_row, rows=claimed.rows, model=job.model, enqueued_at=claimed.published_at,
+            context_tokens=job.context_tokens,
         )  # fmt: skip
 
     def _start_job(self, db: Connection, job_id: str) -> None:
@@ -221,12 +219,13 @@ class Ledger:
 
     def is_suspect(self, lease: Lease) -> bool:
         """Whether this is the chunk's last attempt: it must run alone, so that its end is its own doing."""
-        return lease.attempt >= self._max_attempts
+        return lease.failures + 1 >= self._max_attempts
 
     def standing(self, lease: Lease) -> Standing:
-        """Whether the lease's work is still wanted: the cheap question between renewals."""
+        """Whether the lease is still ours and its work wanted: the cheap question between renewals."""
         with reading(self.db) as db:
-            return self._standing(db, lease.chunk.job_id)
+            held = db.execute(sa.select(sa.exists().where(_held_by(lease)))).scalar()
+            return self._standing(db, lease.chunk.job_id) if held else Standing.LOST
 
     def _standing(self, db: Connection, job_id: str) -> Standing:
         state = db.execute(sa.select(jobs.c.state).where(jobs.c.id == job_id)).scalar()
@@ -311,9 +310,10 @@ class Ledger:
         return held is not None and state is not None and not JobState(state).is_final
 
     def _judge_guard(self, db: Connection, job_id: str) -> None:
-        spec = db.execute(sa.select(jobs.c.max_errors).where(jobs.c.id == job_id)).scalar()
+        job = db.execute(sa.select(jobs.c.max_errors, jobs.c.skipped).where(jobs.c.id == job_id)).one()
         ok, errors = _counts(db, job_id)
-        reason = guard_verdict(spec, ok, errors)
+        # Lines that were known to be bad, and skipped on purpose, prove nothing against the job.
+        reason = guard_verdict(job.max_errors, ok, errors - job.skipped)
         if reason:
             self._close(db, job_id, JobState.FAILED, OPEN_STATES, reason)
 
@@ -388,26 +388,27 @@ class Ledger:
     def _requeue(self, db: Connection, chunk: ChunkId, error_class: ErrorClass, message: str) -> None:
         """Put a chunk whose attempt failed back, whole or in pieces. The caller holds its row."""
         row = db.execute(sa.select(chunks).where(_is(chunk))).one()
+        failures = row.failures + 1
         # Workers are stopped for many reasons; a lost one proves less than a host that died under one request.
         last = self._max_attempts + (LOST_WORKERS if error_class is ErrorClass.WORKER_LOST and row.rows == 1 else 0)
         if row.ok + row.errors == row.rows:
             db.execute(sa.update(chunks).where(_is(chunk)).values(state=ChunkState.DONE.value, leased_until=None))
-        elif row.attempt < last:
-            delay = min(BACKOFF_S * 2 ** (row.attempt - 1), LONGEST_BACKOFF_S)
-            self._put_back(db, chunk, message, not_before=self._now() + delay)
+        elif failures < last:
+            delay = min(BACKOFF_S * 2 ** (failures - 1), LONGEST_BACKOFF_S)
+            self._put_back(db, chunk, message, failures, not_before=self._now() + delay)
         elif row.rows > 1:
-            self._put_back(db, chunk, message, not_before=None)
+            self._put_back(db, chunk, message, failures, not_before=None)
             self._split(db, chunk)
         else:
             self._give_up(db, chunk, row.first_row, row.attempt, error_class, message)
 
-    def _put_back(self, db: Connection, chunk: ChunkId, message: str | None, not_before: Any) -> None:
+    def _put_back(self, db: Connection, chunk: ChunkId, message: str, failures: int, not_before: Any) -> None:
         db.execute(
             sa.update(chunks)
             .where(_is(chunk))
             .values(
                 state=ChunkState.QUEUED.value, leased_until=None, worker_id=None, published_at=None,
-                not_before=not_before, last_error=message,
+                not_before=not_before, last_error=message, failures=failures,
             )
         )  # fmt: skip
 
@@ -432,7 +433,8 @@ class Ledger:
                     first_row=span.start,
                     rows=len(span),
                     state=state.value,
-                    attempt=self._max_attempts - 1,
+                    attempt=0,
+                    failures=self._max_attempts - 1,
                     ok=ok,
                     errors=errors,
                     output_tokens=tokens,
@@ -459,6 +461,7 @@ class Ledger:
             .where(_is(chunk))
             .values(state=ChunkState.DONE.value, leased_until=None, errors=chunks.c.errors + 1, last_error=message)
         )
+        self._judge_guard(db, chunk.job_id)
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
@@ -589,6 +592,13 @@ class Ledger:
                     .values(published_at=self._now())
                 )
         return [ChunkId(job_id, number) for number in numbers]
+
+    def unpublish_chunk(self, chunk: ChunkId) -> None:
+        """Forget the message of a queued chunk: whoever read it does not run it."""
+        with writing(self.db) as db:
+            db.execute(
+                sa.update(chunks).where(_is(chunk), chunks.c.state == ChunkState.QUEUED.value).values(published_at=None)
+            )
 
     def unpublish(self, job_id: str, older_than_s: float) -> int:
         """Forget the messages of queued chunks published longer ago than ``older_than_s``: they were lost."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Engine, Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from promptmill import catalog
 from promptmill.errors import BrokerError, DatasetError, JobError, ModelError, PromptmillError, TaskFileError
@@ -140,7 +141,9 @@ def _task(options: RunOptions) -> Task | None:
 
 
 def _check_max_errors(spec: str | None) -> None:
-    if spec is not None and not re.fullmatch(r"\d+|\d+(\.\d+)?%", spec):
+    if spec is not None and not (
+        re.fullmatch(r"\d+", spec) or (re.fullmatch(r"\d+(\.\d+)?%", spec) and float(spec[:-1]) <= 100)
+    ):
         raise JobError(f"--max-errors {spec} is neither a number nor a share", hint="Examples: 10, 2.5%.")
 
 
@@ -234,11 +237,17 @@ def run(
 ) -> Outcome:
     """Store the job and run it in this process; returns when it has ended or was interrupted."""
     device = _one_device(options.device, options, settings)
-    with prepare(options, settings, "embedded") as prepared:
-        job_id = _store(prepared, db)
-    on_stored(job_id)
-    on_preflight(prepared.gauge.findings() if prepared.gauge else None)
-    return _run_embedded(job_id, settings, db, device, on_progress, options.context_tokens)
+    # The device first: a job that cannot run now is not stored either.
+    with _holding(device):
+        with prepare(options, settings, "embedded") as prepared:
+            job_id = _store(prepared, db)
+
+        def started() -> None:
+            on_stored(job_id)
+            on_preflight(prepared.gauge.findings() if prepared.gauge else None)
+
+        with _owning(job_id):
+            return _run_embedded(job_id, settings, db, device, on_progress, options.context_tokens, started)
 
 
 def resume(
@@ -256,10 +265,10 @@ def resume(
         dispatch(job, settings, db)
         return Outcome(job.id, ledger.progress(job.id).state, finished=False)
     chosen = _one_device(device, RunOptions(model=job.model), settings)
-    with _owning(job.id):
+    with _holding(chosen), _owning(job.id):
         ledger.resume(job.id)
         ledger.abandon_leases(job.id)
-    return _run_embedded(job.id, settings, db, chosen, on_progress, None)
+        return _run_embedded(job.id, settings, db, chosen, on_progress, None)
 
 
 def submit(
@@ -312,6 +321,32 @@ def _one_device(asked: str, options: RunOptions, settings: Settings) -> Device:
 
 
 def _run_embedded(
+    job_id: str,
+    settings: Settings,
+    db: Engine,
+    device: Device,
+    on_progress: OnProgress,
+    context_tokens: int | None,
+    started: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Run the job here. However this ends before the job does, the job is paused and the person told how to go on."""
+    ledger = ledger_of(db, settings)
+    try:
+        started()
+        return _run_here(job_id, settings, db, device, on_progress, context_tokens)
+    except KeyboardInterrupt:
+        return Outcome(job_id, JobState.PAUSED, finished=False)
+    except PromptmillError as problem:
+        if ledger.pause(job_id):
+            problem.hint = f"The job is paused; go on with: promptmill resume {job_id}. {problem.hint or ''}".rstrip()
+        raise
+    finally:
+        # Where the database itself is the trouble there is an error already, and resume works from 'running' too.
+        with contextlib.suppress(SQLAlchemyError):
+            ledger.pause(job_id)
+
+
+def _run_here(
     job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress, context_tokens: int | None
 ) -> Outcome:
     from promptmill_workers.embedded import EmbeddedWorker
@@ -325,7 +360,7 @@ def _run_embedded(
         settings, job.model, device, slots=job.slots or settings.slots,
         context_tokens=context_tokens or settings.context_tokens,
     )  # fmt: skip
-    with _owning(job_id), _holding(device), EmbeddedWorker(ledger, config, settings.grace_s) as worker:
+    with EmbeddedWorker(ledger, config, settings.grace_s) as worker:
         try:
             worker.load(job.context_tokens)
         except PromptmillError as problem:

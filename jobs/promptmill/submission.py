@@ -175,6 +175,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
             .where(jobs.c.id == job_id)
             .values(
                 rows=rows,
+                skipped=len(preparer.tally.invalid_rows),
                 context_tokens=gauge.context_needed if gauge else None,
                 state=(JobState.FAILED if all_invalid else JobState.QUEUED).value,
                 stop_reason="every row failed" if all_invalid else None,

@@ -58,6 +58,8 @@ jobs = Table(
     # Tokens that the longest request of the job may need, prompt and answer; NULL when the prompts were not measured.
     Column("context_tokens", Integer),
     Column("max_errors", String(16)),
+    # Rows that were known to be bad at submission and skipped on purpose.
+    Column("skipped", Integer, nullable=False, server_default="0"),
     Column("stop_reason", Text),
     Column("env", Text, nullable=False),
     Column("submitted_at", Double, nullable=False),
@@ -94,6 +96,8 @@ chunks = Table(
     Column("state", String(16), nullable=False),
     # Counts leases; the number is the fencing token.
     Column("attempt", Integer, nullable=False),
+    # Attempts that ended badly. A chunk that was given back in order has not failed.
+    Column("failures", Integer, nullable=False, server_default="0"),
     Column("worker_id", String(64)),
     Column("leased_until", Double),
     # Not to be run before this time: the back-off after a failed attempt.
@@ -178,6 +182,8 @@ workers = Table(
     Column("pid", Integer, nullable=False),
     # 'loading', 'idle', 'busy', 'stopping', 'stopped'.
     Column("state", String(16), nullable=False),
+    # JSON: the models it serves; "model" is the one that is loaded.
+    Column("models", Text, nullable=False, server_default="[]"),
     Column("device_asked", Text, nullable=False),
     Column("device_got", Text),
     Column("engine", String(32)),

@@ -171,6 +171,8 @@ class Lease:
 
     chunk: ChunkId
     attempt: int
+    #: Attempts of the chunk that ended badly before this one.
+    failures: int
     worker_id: str
     first_row: int
     rows: int

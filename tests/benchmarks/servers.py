@@ -58,7 +58,7 @@ def folder() -> Iterator[Path]:
 
 def on_sqlite(where: Path) -> dict[str, str]:
     url = f"sqlite:///{where / (uuid.uuid4().hex[:6] + '.sqlite')}"
-    return {"JOBS_DATABASE_URL": url, "XDG_RUNTIME_DIR": str(where / "run"), "PYTHONSAFEPATH": "1"}
+    return {"JOBS_DATABASE_URL": url, "JOBS_RUNTIME_DIR": str(where / "run"), "PYTHONSAFEPATH": "1"}
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def on_queue(where: Path) -> Iterator[dict[str, str]]:
     environment = {
         "JOBS_DATABASE_URL": server.get_uri(),
         "JOBS_REDIS_URL": f"redis://127.0.0.1:{port}/0",
-        "XDG_RUNTIME_DIR": str(where / "run"),
+        "JOBS_RUNTIME_DIR": str(where / "run"),
         "PYTHONSAFEPATH": "1",
     }
     try:

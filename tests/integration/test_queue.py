@@ -29,7 +29,7 @@ def queue(tmp_path: Path, postgres_url: str, redis_url: str) -> Command:
             "JOBS_DATABASE_URL": postgres_url,
             "JOBS_REDIS_URL": redis_url,
             "JOBS_LEASE_S": "6",
-            "XDG_RUNTIME_DIR": str(tmp_path / "run"),
+            "JOBS_RUNTIME_DIR": str(tmp_path / "run"),
         },
     )
     assert command("db", "upgrade").code == 0

@@ -90,6 +90,13 @@ def column(db: sa.Engine, query: sa.Select[Any]) -> list[Any]:
         return list(connection.execute(query).scalars())
 
 
+def lose_lease(ledger: Ledger, clock: Any) -> None:
+    """Let every lease run out, have it noticed, and wait the back-off."""
+    clock.advance(LEASE_S + 1)
+    ledger.requeue_expired()
+    clock.advance(5)
+
+
 def test_a_chunk_has_one_holder(ledger: Ledger, db: sa.Engine) -> None:
     add_job(db, 4, 4)
     assert ledger.claim(ChunkId(JOB, 0), "a") is not None
@@ -106,7 +113,7 @@ def test_an_overtaken_worker_changes_nothing(ledger: Ledger, db: sa.Engine, cloc
     add_job(db, 2, 2)
     late = ledger.claim(ChunkId(JOB, 0), "a")
     assert late is not None
-    clock.advance(LEASE_S + 1)
+    lose_lease(ledger, clock)
     ahead = ledger.claim(ChunkId(JOB, 0), "b")
     assert ahead is not None
     assert ahead.attempt == 2
@@ -135,7 +142,7 @@ def test_only_rows_without_a_result_are_pending(ledger: Ledger, db: sa.Engine, c
     first = ledger.claim(ChunkId(JOB, 0), "a")
     assert first is not None
     ledger.record(first, [ok(1)])
-    clock.advance(LEASE_S + 1)
+    lose_lease(ledger, clock)
     second = ledger.claim(ChunkId(JOB, 0), "b")
     assert second is not None
     assert [row.row for row in ledger.pending(second)] == [0, 2]
@@ -202,6 +209,54 @@ def test_a_failed_chunk_waits_its_back_off(ledger: Ledger, db: sa.Engine, clock:
     assert ledger.claim_next(JOB, "a") is None
     clock.advance(1.1)
     assert ledger.claim_next(JOB, "a") is not None
+
+
+def test_giving_back_brings_a_chunk_no_nearer_to_its_last_attempt(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2, 2)
+    for _ in range(10):
+        lease = ledger.claim(ChunkId(JOB, 0), "a")
+        assert lease is not None
+        assert not ledger.is_suspect(lease)
+        ledger.release(lease)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    assert lease.attempt == 11
+    ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+    assert column(db, sa.select(chunks.c.rows)) == [2]
+
+
+def test_the_last_attempt_is_suspect(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 2)
+    suspects = []
+    for _ in range(3):
+        lease = ledger.claim_next(JOB, "a")
+        assert lease is not None
+        suspects.append(ledger.is_suspect(lease))
+        lose_lease(ledger, clock)
+    assert suspects == [False, False, True]
+
+
+def test_requests_that_are_given_up_count_for_the_guard(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 4, 1)
+    with writing(db) as connection:
+        connection.execute(sa.update(jobs).values(max_errors="0"))
+    while (lease := ledger.claim_next(JOB, "a")) is not None:
+        ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+        clock.advance(60)
+    assert ledger.progress(JOB).stop_reason == "1 of 1 rows failed, more than --max-errors 0"
+
+
+def test_lines_skipped_on_purpose_do_not_count_for_the_guard(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 4, 4)
+    with writing(db) as connection:
+        connection.execute(sa.update(jobs).values(max_errors="1", skipped=2))
+        connection.execute(sa.update(chunks).values(errors=2))
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [failed(0)])
+    assert ledger.is_open(JOB)
+    ledger.record(lease, [failed(1)])
+    assert ledger.progress(JOB).stop_reason == "2 of 2 rows failed, more than --max-errors 1"
 
 
 def test_one_poisonous_request_ends_alone(ledger: Ledger, db: sa.Engine, clock: Any) -> None:

@@ -35,6 +35,9 @@ from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner, Stop
 
 log = logging.getLogger("promptmill.worker")
 
+#: Seconds between two looks for chunks that lost their worker or their message.
+RECONCILE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -71,8 +74,9 @@ class Worker:
         )
         self.hosts = HostKeeper(host, self._host_changed)
         self.presence = Presence(
-            self.ledger, self.id, device, self.hosts, self.broker.clock_offset_s, beats=[self._reconcile]
+            self.ledger, self.id, device, self.hosts, self.broker.clock_offset_s, models=config.models
         )
+        self._ended = threading.Event()
         self._runner = ChunkRunner(self.ledger, self.hosts, self.stop)
         _register(self.app, self)
 
@@ -81,6 +85,8 @@ class Worker:
         self.presence.start()
         try:
             self.hosts.start()
+            # A thread of its own: Redis and the database may each hang for a while, and no heartbeat is to wait for it.
+            threading.Thread(target=self._reconcile_for_ever, daemon=True).start()
             worker_shutting_down.connect(self._shutting_down, weak=False)
             queues = ",".join(queue_name(model) for model in self.config.models)
             self.app.worker_main(
@@ -91,12 +97,17 @@ class Worker:
                 ]
             )  # fmt: skip
         finally:
+            self._ended.set()
             self.hosts.close()
             self.presence.stop()
 
     def run_chunk(self, chunk: ChunkId) -> None:
         """One message: run the chunk unless somebody else has it, then let the next one follow."""
-        lease = None if self.stop.draining.is_set() else self.ledger.claim(chunk, self.id)
+        if self.stop.draining.is_set():
+            # The message is read and gone: another worker is to get a new one soon.
+            self.ledger.unpublish_chunk(chunk)
+            return
+        lease = self.ledger.claim(chunk, self.id)
         if lease is None:
             return
         self._run(lease)
@@ -112,15 +123,18 @@ class Worker:
             self._runner.run(lease)
         except Exception:
             # A bug, or the database went away: let another attempt begin now and not when the lease ends.
+            log.exception("chunk %s/%d is given back", lease.chunk.job_id, lease.chunk.number)
             self.ledger.release(lease)
-            raise
 
     def _priority(self, job_id: str) -> int:
         return next((priority for each, _, priority in self.ledger.open_jobs("queue") if each == job_id), 0)
 
-    def _reconcile(self) -> None:
-        if not self.stop.draining.is_set():
-            self.dispatcher.reconcile()
+    def _reconcile_for_ever(self) -> None:
+        while not self._ended.wait(RECONCILE_S) and not self.stop.draining.is_set():
+            try:
+                self.dispatcher.reconcile()
+            except Exception:
+                log.warning("reconciling failed; trying again in %g s", RECONCILE_S, exc_info=True)
 
     def _host_changed(self, hosts: HostKeeper) -> None:
         self.presence.changed(hosts)

@@ -9,13 +9,13 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from promptmill.errors import DeviceError
+from promptmill.settings import load_settings
 
 log = logging.getLogger("promptmill.devices")
 
@@ -107,12 +107,25 @@ def _has_metal() -> bool:
 
 
 def cuda_devices() -> list[int]:
-    """Numbers of the NVIDIA GPUs of this machine, by its driver's own tool; empty without one."""
+    """Numbers of the NVIDIA GPUs that this process may use, by the driver's own tool; empty without one.
+
+    A ``CUDA_VISIBLE_DEVICES`` that was set outside, by a scheduler, narrows them: numbers as nvidia-smi gives them, or
+    (the start of) UUIDs.
+    """
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [int(number) for number in re.findall(r"^GPU (\d+):", listing.stdout, flags=re.MULTILINE)]
+    found = re.findall(r"^GPU (\d+):.*?(?:\(UUID: ([^)]*)\))?$", listing.stdout, flags=re.MULTILINE)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [int(number) for number, _ in found]
+    allowed = [word.strip() for word in visible.split(",") if word.strip()]
+    return [
+        int(number)
+        for number, uuid in found
+        if number in allowed or any(uuid and not word.isdecimal() and uuid.startswith(word) for word in allowed)
+    ]
 
 
 def _cuda(rest: str) -> list[Device]:
@@ -214,11 +227,14 @@ class FileLock:
 
 
 def _runtime_dir() -> Path:
-    """A folder of this user for locks, on a file system of this machine."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    # Containers, macOS and plain SSH sessions have none.
-    folder = Path(base) / "promptmill" if base else Path(tempfile.gettempdir()) / f"promptmill-{os.getuid()}"
+    """A folder of this user for locks. The same in every session: XDG_RUNTIME_DIR is not, cron and containers lack it.
+
+    Raises :class:`DeviceError` when it belongs to somebody else.
+    """
+    folder = Path(load_settings().runtime_dir or f"/tmp/promptmill-{os.getuid()}")  # noqa: S108 - owner checked
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise DeviceError(f"{folder} belongs to another user", hint="Set JOBS_RUNTIME_DIR to a folder of your own.")
     return folder
 
 

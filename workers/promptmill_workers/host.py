@@ -176,7 +176,7 @@ class EngineHost:
         return self.info
 
     def _greet(self, connection: Connection) -> EngineInfo:
-        connection.send(("hello",))
+        connection.send(("hello", None))
         if not connection.poll(self.config.load_timeout_s):
             raise HostDied(f"nothing within {self.config.load_timeout_s:g} s")
         match connection.recv():
@@ -198,11 +198,15 @@ class EngineHost:
         return Connection(client.detach())
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Session]:
-        """A session for the requests of one chunk. Leaving it drops what still runs."""
+    def session(self, held_since: float | None = None) -> Iterator[Session]:
+        """A session for the requests of one chunk. Leaving it drops what still runs.
+
+        ``held_since``: since when its worker has held a lease without a break, by ``time.monotonic()``, which is one
+        clock for all processes of a machine. What the engine idles from then on is the job's.
+        """
         connection = self._connect()
         try:
-            connection.send(("hello",))
+            connection.send(("hello", held_since))
             yield Session(self, connection)
         except (OSError, EOFError) as problem:
             raise HostDied(self.last_words()) from problem
@@ -241,6 +245,11 @@ class Session:
         self.active = 0
         self.waiting = 0
         self.dropped = 0
+
+    @property
+    def answered_all(self) -> bool:
+        """Whether every request that was sent has its result."""
+        return self._outstanding == 0 and self.dropped == 0
 
     def answer(self, requests: Sequence[Request]) -> Iterator[list[Result]]:
         """Send the requests and yield their results as they come, in batches, in any order.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from promptmill_workers.engines.contract import EngineInfo
-from promptmill_workers.host import EngineHost, HostConfig, HostCrashed, Session
+from promptmill_workers.host import EngineHost, HostConfig, HostCrashed, HostDied, Session
 
 log = logging.getLogger("promptmill.worker")
 
@@ -30,28 +30,32 @@ class HostKeeper:
         self._host: EngineHost | None = None
         self._users = 0
         self._alone = False
-        self._deaths = 0
+        self._not_before = 0.0
+        # Held while a host is loaded, which may take minutes: what others read of this object needs no lock.
         self._changed = threading.Condition()
-        self._sessions: set[Session] = set()
+        self._sessions: tuple[Session, ...] = ()
+        self._leases = 0
+        self._held_since: float | None = None
+        self._closed = False
+        #: Hosts that died one after the other without a chunk answered whole.
+        self.deaths = 0
         self.restarts = 0
         self.state = "loading"
 
     @property
-    def deaths(self) -> int:
-        """Hosts that died one after the other without a session that ended well."""
-        return self._deaths
-
-    @property
     def info(self) -> EngineInfo | None:
-        return self._host.info if self._host else None
+        host = self._host
+        return host.info if host else None
 
     @property
     def load_s(self) -> float | None:
-        return self._host.load_s if self._host else None
+        host = self._host
+        return host.load_s if host else None
 
     @property
     def pid(self) -> int | None:
-        return self._host.pid if self._host else None
+        host = self._host
+        return host.pid if host else None
 
     @property
     def slots(self) -> int:
@@ -59,8 +63,7 @@ class HostKeeper:
 
     def load(self) -> tuple[int, int]:
         """Sequences that hold a slot, and requests that wait for one, by the host's last signs of life."""
-        with self._changed:
-            sessions = list(self._sessions)
+        sessions = self._sessions
         return max((each.active for each in sessions), default=0), max((each.waiting for each in sessions), default=0)
 
     def start(self, context_tokens: int | None = None) -> EngineInfo:
@@ -69,49 +72,106 @@ class HostKeeper:
             return self._ensure(self._config.model, context_tokens)
 
     @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Around a lease: what the engine idles while the worker holds one is the time of a job."""
+        with self._changed:
+            if self._leases == 0:
+                self._held_since = time.monotonic()
+            self._leases += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._leases -= 1
+
+    @contextmanager
     def session(self, model: str, context_tokens: int | None = None, *, alone: bool = False) -> Iterator[Session]:
         """A session with ``model`` and room for requests of ``context_tokens``, if need be ``alone`` in its host.
 
         Raises HostDied, or PromptmillError for a model that cannot be loaded.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
-            )
-            self._ensure(model, context_tokens)
-            host = self._host
-            assert host is not None
-            self._users += 1
-            self._alone = alone
+        host = self._enter(model, context_tokens, alone)
         try:
-            with host.session() as session:
-                self._sessions.add(session)
+            with host.session(self._held_since) as session:
+                self._sessions = (*self._sessions, session)
                 try:
                     yield session
                 finally:
-                    self._sessions.discard(session)
-            self._deaths = 0
+                    self._sessions = tuple(each for each in self._sessions if each is not session)
+            if session.answered_all:
+                self.deaths = 0
+        except HostDied:
+            with self._changed:
+                self._bury(host)
+            raise
         finally:
             with self._changed:
                 self._users -= 1
                 self._changed.notify_all()
 
-    def replace_dead(self) -> None:
-        """After a HostDied: wait the back-off. The next session starts a new host."""
-        with self._changed:
-            if self._host is not None and not self._host.alive:
-                self._host.kill()
-                self._host = None
-                self._deaths += 1
-                self.restarts += 1
-                delay = min(LONGEST_RESTART_S, RESTART_S * 2.0 ** (self._deaths - 1))
-                time.sleep(delay)
-
     def close(self) -> None:
-        """End the host at once."""
+        """End the host at once, and start no other."""
+        # Not under the condition: a host that is being loaded must be ended too.
+        self._closed = True
         host = self._host
         if host is not None:
             host.kill()
+
+    # --- the caller holds the condition ------------------------------------------------------------------------------
+
+    def _enter(self, model: str, context_tokens: int | None, alone: bool) -> EngineHost:
+        """Wait for a turn; the host then serves ``model`` and counts one user more."""
+
+        def may_enter() -> bool:
+            return self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
+
+        with self._changed:
+            self._changed.wait_for(may_enter)
+            while not self._closed and (left := self._not_before - time.monotonic()) > 0:
+                self._changed.wait(left)
+                self._changed.wait_for(may_enter)
+            if self._closed:
+                raise HostDied("the worker is stopping")
+            self._ensure(model, context_tokens)
+            assert self._host is not None
+            self._users += 1
+            self._alone = alone
+            return self._host
+
+    def _serves(self, model: str, context_tokens: int | None) -> bool:
+        if self._host is None or self._config.model != model:
+            return False
+        info = self._host.info
+        return info is None or self._context_is_fixed or context_tokens is None or context_tokens <= info.context_tokens
+
+    def _ensure(self, model: str, context_tokens: int | None) -> EngineInfo:
+        host = self._host
+        if host is not None and host.alive and host.info and self._serves(model, context_tokens):
+            return host.info
+        if host is not None and not host.alive:
+            self._bury(host)
+        elif host is not None:
+            host.kill()
+        if not self._context_is_fixed:
+            self._config = replace(self._config, options=replace(self._config.options, context_tokens=context_tokens))
+        self._config = replace(self._config, model=model)
+        self.state = "loading"
+        self._on_change(self)
+        info = self._load()
+        self.state = "idle"
+        self._on_change(self)
+        log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
+        return info
+
+    def _bury(self, host: EngineHost) -> None:
+        """A host died: the next one starts after the back-off. Several sessions may report one death."""
+        if self._host is not host:
+            return
+        host.kill()
+        self._host = None
+        self.deaths += 1
+        self.restarts += 1
+        self._not_before = time.monotonic() + min(LONGEST_RESTART_S, RESTART_S * 2.0 ** (self.deaths - 1))
 
     def _load(self) -> EngineInfo:
         """Start a host. One that crashes gets a second chance without the CPU's special kernels."""
@@ -129,26 +189,3 @@ class HostKeeper:
         except BaseException:
             self._host = None
             raise
-
-    def _serves(self, model: str, context_tokens: int | None) -> bool:
-        if self._host is None or self._config.model != model:
-            return False
-        info = self._host.info
-        return info is None or self._context_is_fixed or context_tokens is None or context_tokens <= info.context_tokens
-
-    def _ensure(self, model: str, context_tokens: int | None) -> EngineInfo:
-        """The caller holds the condition."""
-        if self._host is not None and self._host.alive and self._host.info and self._serves(model, context_tokens):
-            return self._host.info
-        if self._host is not None:
-            self._host.kill()
-        if not self._context_is_fixed:
-            self._config = replace(self._config, options=replace(self._config.options, context_tokens=context_tokens))
-        self._config = replace(self._config, model=model)
-        self.state = "loading"
-        self._on_change(self)
-        info = self._load()
-        self.state = "idle"
-        self._on_change(self)
-        log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
-        return info

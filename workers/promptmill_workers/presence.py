@@ -9,7 +9,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -41,14 +41,14 @@ class Presence:
         device: Device,
         hosts: HostKeeper,
         clock_offset: Callable[[], float] | None = None,
-        beats: list[Callable[[], None]] | None = None,
+        models: Sequence[str] = (),
     ) -> None:
         self._db = ledger.db
         self._worker_id = worker_id
         self._device = device
         self._hosts = hosts
         self._clock_offset = clock_offset
-        self._beats = beats or []
+        self._models = json.dumps(list(models))
         self._offset_s: float | None = None
         self._calibrated_at = float("-inf")
         self._stopping = threading.Event()
@@ -77,6 +77,7 @@ class Presence:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "state": self._state(),
+            "models": self._models,
             "device_asked": self._device.name,
             "device_got": info.device_got if info else None,
             "engine": info.engine if info else None,
@@ -111,7 +112,7 @@ class Presence:
 
     def _beat_for_ever(self) -> None:
         while not self._stopping.wait(HEARTBEAT_S):
-            for beat in (self._calibrate, self._heartbeat, *self._beats):
+            for beat in (self._calibrate, self._heartbeat):
                 try:
                     beat()
                 except Exception:

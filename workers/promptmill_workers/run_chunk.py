@@ -25,8 +25,8 @@ CHUNKS_AT_ONCE = 2
 #: one bad request among 256 takes at most six.
 DEATHS_IN_A_ROW = 10
 
-#: Seconds between renewals of a lease: five may fail before somebody else takes the chunk.
-RENEW_S = 5.0
+#: Renewals in the time of a lease: five may fail before somebody else takes the chunk.
+RENEWALS = 6
 
 #: Seconds between looks at whether the job was cancelled or the worker told to stop.
 WATCH_S = 0.5
@@ -51,6 +51,10 @@ class ChunkRunner:
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
+        with self._hosts.holding():
+            self._run(lease)
+
+    def _run(self, lease: Lease) -> None:
         ledger, hosts = self._ledger, self._hosts
         requests, failures = self._requests(lease)
         limits = {request.row: request.sampling.max_tokens for request in requests}
@@ -77,7 +81,6 @@ class ChunkRunner:
                 return
             log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
             ledger.record(lease, last)
-            hosts.replace_dead()
             ledger.fail(lease, ErrorClass.ENGINE_CRASH, str(death))
             if hosts.deaths >= DEATHS_IN_A_ROW:
                 ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
@@ -142,7 +145,7 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
     while not ended.wait(WATCH_S):
         try:
             since_renewal += WATCH_S
-            if since_renewal >= RENEW_S:
+            if since_renewal >= ledger.lease_s / RENEWALS:
                 standing, since_renewal = ledger.renew(lease), 0.0
             else:
                 standing = ledger.standing(lease)
