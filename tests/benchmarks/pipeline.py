@@ -22,7 +22,9 @@ SCALING_ROWS = 480
 
 
 def dataset(path: Path, rows: int, prompt: str) -> str:
-    path.write_text("".join(json.dumps({"id": f"r{row}", "prompt": prompt}) + "\n" for row in range(rows)))
+    # Line by line: the memory of this process, too, counts as a child's between fork and exec.
+    with path.open("w") as file:
+        file.writelines(json.dumps({"id": f"r{row}", "prompt": prompt}) + "\n" for row in range(rows))
     return str(path)
 
 

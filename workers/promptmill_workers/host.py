@@ -176,7 +176,7 @@ class EngineHost:
         return self.info
 
     def _greet(self, connection: Connection) -> EngineInfo:
-        connection.send(("hello", None))
+        connection.send(("hello", 0.0))
         if not connection.poll(self.config.load_timeout_s):
             raise HostDied(f"nothing within {self.config.load_timeout_s:g} s")
         match connection.recv():
@@ -198,15 +198,14 @@ class EngineHost:
         return Connection(client.detach())
 
     @contextlib.contextmanager
-    def session(self, held_since: float | None = None) -> Iterator[Session]:
+    def session(self, unheld_s: float = 0.0) -> Iterator[Session]:
         """A session for the requests of one chunk. Leaving it drops what still runs.
 
-        ``held_since``: since when its worker has held a lease without a break, by ``time.monotonic()``, which is one
-        clock for all processes of a machine. What the engine idles from then on is the job's.
+        ``unheld_s``: seconds since the host was ready in which its worker held no lease. They are no job's idle time.
         """
         connection = self._connect()
         try:
-            connection.send(("hello", held_since))
+            connection.send(("hello", unheld_s))
             yield Session(self, connection)
         except (OSError, EOFError) as problem:
             raise HostDied(self.last_words()) from problem

@@ -35,7 +35,8 @@ class HostKeeper:
         self._changed = threading.Condition()
         self._sessions: tuple[Session, ...] = ()
         self._leases = 0
-        self._held_since: float | None = None
+        self._unheld_s = 0.0
+        self._unheld_since = time.monotonic()
         self._closed = False
         #: Hosts that died one after the other without a chunk answered whole.
         self.deaths = 0
@@ -73,16 +74,17 @@ class HostKeeper:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Around a lease: what the engine idles while the worker holds one is the time of a job."""
+        """Around a lease: what the engine idles while the worker holds one is a job's time."""
         with self._changed:
             if self._leases == 0:
-                self._held_since = time.monotonic()
+                self._unheld_s += time.monotonic() - self._unheld_since
             self._leases += 1
         try:
             yield
         finally:
             with self._changed:
                 self._leases -= 1
+                self._unheld_since = time.monotonic()
 
     @contextmanager
     def session(self, model: str, context_tokens: int | None = None, *, alone: bool = False) -> Iterator[Session]:
@@ -92,7 +94,7 @@ class HostKeeper:
         """
         host = self._enter(model, context_tokens, alone)
         try:
-            with host.session(self._held_since) as session:
+            with host.session(self._unheld_s) as session:
                 self._sessions = (*self._sessions, session)
                 try:
                     yield session
@@ -158,6 +160,7 @@ class HostKeeper:
         self.state = "loading"
         self._on_change(self)
         info = self._load()
+        self._unheld_s, self._unheld_since = 0.0, time.monotonic()
         self.state = "idle"
         self._on_change(self)
         log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)

@@ -73,7 +73,7 @@ class HostLoop:
         self._origins: dict[RequestKey, Origin] = {}
         self._next_key = 0
         self._reported = EngineCounters()
-        self._left_at = time.monotonic()
+        self._unheld_s = 0.0
         # One monotonic clock inside this process; its anchor to the wall clock is calibrated to Redis.
         self._anchor = time.time() + clock_offset_s - time.monotonic()
 
@@ -117,9 +117,8 @@ class HostLoop:
 
     def _handle(self, session: HostSession, message: Any) -> None:
         match message:
-            case ("hello", held_since):
-                if not self._sessions:
-                    self._leave_out_until(held_since)
+            case ("hello", unheld_s):
+                self._leave_out(unheld_s)
                 self._sessions.add(session)
                 session.outbox.put(("ready", self._engine.info))
             case ("add", requests):
@@ -133,19 +132,12 @@ class HostLoop:
             case ("gone",):
                 self._drop(session, list(session.keys.values()))
                 self._sessions.discard(session)
-                self._left_at = time.monotonic()
                 session.outbox.put(None)
 
-    def _leave_out_until(self, held_since: float | None) -> None:
-        """Time without a session is idle time of a job while the worker holds a lease, and no job's time otherwise.
-
-        ``held_since``: when the worker last went from no lease to one, on the machine's monotonic clock.
-        """
-        now = time.monotonic()
-        away = min(now if held_since is None else held_since, now) - self._left_at
-        if away > 0:
-            self._engine.step()  # An empty step: what was idle is counted now.
-            self._reported = replace(self._reported, idle_s=self._reported.idle_s + away)
+    def _leave_out(self, unheld_s: float) -> None:
+        """What the engine idled while its worker held no lease is no job's time. ``unheld_s`` only grows."""
+        self._reported = replace(self._reported, idle_s=self._reported.idle_s + unheld_s - self._unheld_s)
+        self._unheld_s = unheld_s
 
     def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
         received_at = time.monotonic()

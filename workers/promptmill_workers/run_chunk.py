@@ -51,6 +51,7 @@ class ChunkRunner:
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
+        # From after the claim's commit to after the end's: the database's stamps are that much before each.
         with self._hosts.holding():
             self._run(lease)
 

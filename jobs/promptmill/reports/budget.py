@@ -20,6 +20,7 @@ class WorkerBudget:
     """One worker's time on this job: ``wall_s`` with a lease, and what its engine did then (PARTS)."""
 
     worker_id: str
+    attempts: int
     wall_s: float
     parts_s: tuple[float, ...]
     measured: bool
@@ -107,6 +108,7 @@ def _worker_budget(worker_id: str, attempts: Sequence[sa.Row[Any]]) -> WorkerBud
     ended = [each for each in attempts if each.ended_at is not None]
     return WorkerBudget(
         worker_id=worker_id,
+        attempts=len(ended),
         wall_s=covered_s([(each.started_at, each.ended_at) for each in ended]),
         parts_s=tuple(sum(getattr(each, part) or 0.0 for each in ended) for part in PARTS),
         measured=len(ended) == len(attempts)

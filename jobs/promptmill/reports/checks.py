@@ -15,10 +15,11 @@ from promptmill.types import ErrorClass, JobState
 #: Share by which two ways to the same number may differ through rounding of doubles.
 ROUNDING = 1e-6
 
-#: Share, and seconds, by which an engine's time budget may miss the time its worker held leases: the statements that
-#: open and close a lease lie between the two.
+#: Share, seconds, and seconds an attempt, by which an engine's time budget may miss the time its worker held leases:
+#: the commits that open and close a lease lie between the two.
 BUDGET_SHARE = 0.05
 BUDGET_S = 0.25
+BUDGET_ATTEMPT_S = 0.005
 
 NOT_MEASURED = "not measured"
 
@@ -103,7 +104,7 @@ def time_budget(budget: Budget) -> Check:
         return Check("time", None, budget.missing or NOT_MEASURED)
     gaps = [(abs((each.accounted_s or 0.0) - each.wall_s), each) for each in budget.workers]
     _, worst = max(gaps, key=lambda pair: pair[0] / max(pair[1].wall_s, BUDGET_S))
-    fits = all(gap <= max(BUDGET_S, BUDGET_SHARE * each.wall_s) for gap, each in gaps)
+    fits = all(gap <= max(BUDGET_S, BUDGET_SHARE * each.wall_s, BUDGET_ATTEMPT_S * each.attempts) for gap, each in gaps)
     parts = " + ".join(f"{digits(seconds)}" for seconds in worst.parts_s)
     detail = f"prefill + decode + overhead + idle: {parts} s of {digits(worst.wall_s)} s"
     others = f" (the worst of {len(gaps)} workers)" if len(gaps) > 1 else ""
