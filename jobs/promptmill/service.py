@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +86,7 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
     """Find the model, the task and the dataset. Raises PromptmillError for what cannot be used."""
     task = _task(options)
     _check_max_errors(options.max_errors)
+    _check_name(options.name)
     checkpoint, gauge = _model(options, settings, must_be_here=mode == "embedded")
     model = checkpoint.name if checkpoint else _canonical(_model_name(options, settings))
     sampling = (dict(task.generate) if task else {}) | options.sampling
@@ -147,6 +150,18 @@ def _check_max_errors(spec: str | None) -> None:
         raise JobError(f"--max-errors {spec} is neither a number nor a share", hint="Examples: 10, 2.5%.")
 
 
+def _check_name(name: str | None) -> None:
+    """A name must never be taken for an id or for a reference such as @last. Two jobs may share one."""
+    if name is None:
+        return
+    is_id = re.fullmatch(r"[0-9A-Za-z]{26}", name)
+    if is_id or name.startswith("@") or name != name.strip() or not name.isprintable() or not 0 < len(name) <= 100:
+        raise JobError(
+            f"--name {name[:100]!r} cannot name a job",
+            hint="Up to 100 printable characters, not beginning with @, and not of the form of a job's id.",
+        )
+
+
 def _model_name(options: RunOptions, settings: Settings) -> str:
     name = options.model or settings.model
     if name is None:
@@ -175,13 +190,30 @@ def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple
         if must_be_here or not _may_be_elsewhere(name):
             raise
         return None, None
-    counter = token_counter(checkpoint)
+    with _interrupts_later():
+        counter = token_counter(checkpoint)
     limit = options.context_tokens or settings.context_tokens or counter.context_tokens
 
     def count(request: Request) -> int:
         return counter.count(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
 
     return checkpoint, Gauge(count, min(limit, counter.context_tokens))
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let Ctrl-C count after this: a KeyboardInterrupt inside a library's callback into Python is swallowed there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _may_be_elsewhere(name: str) -> bool:

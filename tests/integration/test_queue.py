@@ -50,7 +50,12 @@ def workers(queue: Command) -> Iterator[Any]:
     for process in started:
         process.terminate()
     for process in started:
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
 
 
 def alive(queue: Command) -> int:

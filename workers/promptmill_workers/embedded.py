@@ -23,6 +23,9 @@ from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner, Stop
 #: Seconds between two looks at the job's progress.
 TICK_S = 0.1
 
+#: Seconds between looks for leases that ran out: those of an earlier process that died.
+REQUEUE_S = 1.0
+
 #: Longest wait of a thread for a chunk that may not be run yet.
 IDLE_S = 0.1
 
@@ -35,6 +38,9 @@ class EmbeddedWorker:
         self._grace_s = grace_s
         self._id = f"{socket.gethostname()}/{config.device.name}/{str(ULID())[-8:]}"
         self._stop = Stop()
+        self._signals = 0
+        self._requeued_at = time.monotonic()
+        self._interrupted_at: float | None = None
         self._hosts = HostKeeper(config)
         self._runner = ChunkRunner(ledger, self._hosts, self._stop)
         self._presence = Presence(ledger, self._id, config.device, self._hosts)
@@ -78,6 +84,7 @@ class EmbeddedWorker:
 
     def _watch(self, job_id: str, workers: list[Future[None]], on_progress: Callable[[Progress], None]) -> None:
         while not all(worker.done() for worker in workers):
+            self._obey_signals()
             if any(worker.done() and worker.exception() for worker in workers):
                 self._stop.draining.set()
             on_progress(self._ledger.progress(job_id))
@@ -94,7 +101,9 @@ class EmbeddedWorker:
 
     def _wait_for_chunk(self, job_id: str) -> bool:
         """False when the job has ended. Otherwise a chunk of the other thread may come back: wait a little."""
-        self._ledger.requeue_expired()
+        if time.monotonic() - self._requeued_at > REQUEUE_S:
+            self._requeued_at = time.monotonic()
+            self._ledger.requeue_expired()
         if not self._ledger.is_open(job_id):
             return False
         self._stop.draining.wait(IDLE_S)
@@ -114,14 +123,14 @@ class EmbeddedWorker:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop.draining.is_set():
-            self._end_now()
-            return
-        self._stop.draining.set()
-        timer = threading.Timer(self._grace_s, self._end_now)
-        timer.daemon = True
-        timer.start()
+        # A handler that takes a lock of the thread it interrupts waits for ever: count, and act in the loop.
+        self._signals += 1
 
-    def _end_now(self) -> None:
-        self._stop.abandoning.set()
-        self._hosts.close()
+    def _obey_signals(self) -> None:
+        if self._signals and self._interrupted_at is None:
+            self._interrupted_at = time.monotonic()
+            self._stop.draining.set()
+        overdue = self._interrupted_at is not None and time.monotonic() - self._interrupted_at > self._grace_s
+        if (self._signals > 1 or overdue) and not self._stop.abandoning.is_set():
+            self._stop.abandoning.set()
+            self._hosts.close()

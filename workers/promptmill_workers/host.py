@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from promptmill import errors
 from promptmill.errors import ModelError, PromptmillError
 from promptmill.settings import Settings
@@ -38,6 +40,9 @@ from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
 
 log = logging.getLogger("promptmill.host")
+
+#: Folders of the hosts' sockets; the number of the parent follows.
+FOLDER_PREFIX = "promptmill-host-"
 
 #: Lines of the host's log that are kept for the message about its death.
 LAST_WORDS = 20
@@ -97,6 +102,15 @@ class HostConfig:
         )
 
 
+def _remove_leftovers() -> None:
+    """Folders of hosts whose parent was killed before it could tidy up."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        owner = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdecimal() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class EngineHost:
     """One child process with one model on one device."""
 
@@ -104,7 +118,8 @@ class EngineHost:
         self.config = config
         self.info: EngineInfo | None = None
         self.load_s: float | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="promptmill-"))
+        _remove_leftovers()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
         self._address = str(self._folder / "host.sock")
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._started = time.monotonic()

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,8 +57,9 @@ class Pool:
         self._slots = slots
         self._context_tokens = context_tokens
         self._grace_s = grace_s
-        self._stopping = threading.Event()
-        self._now = threading.Event()
+        # Signals that asked us to stop. A plain number: a handler that takes a lock of the thread it interrupts, such
+        # as that of an Event, waits for ever.
+        self._signals = 0
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT, or until no worker can be started.
@@ -70,12 +70,12 @@ class Pool:
             lock.acquire()
         try:
             self._listen()
-            while not self._stopping.is_set():
+            while not self._signals:
                 for child in self._children:
                     self._look_after(child)
                 if all(child.given_up for child in self._children):
                     return EXIT_BAD_INPUT
-                self._stopping.wait(POLL_S)
+                time.sleep(POLL_S)
             self._drain()
         finally:
             self._end_all()
@@ -89,9 +89,7 @@ class Pool:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends at once."""
-        if self._stopping.is_set():
-            self._now.set()
-        self._stopping.set()
+        self._signals += 1
 
     def _look_after(self, child: Child) -> None:
         if child.given_up:
@@ -145,8 +143,8 @@ class Pool:
             process.terminate()
         log.info("stopping: requests that run get %.0f s to end; a second signal ends them now", self._grace_s)
         deadline = time.monotonic() + self._grace_s + GOODBYE_S
-        while self._running() and time.monotonic() < deadline and not self._now.wait(POLL_S):
-            pass
+        while self._running() and time.monotonic() < deadline and self._signals < 2:
+            time.sleep(POLL_S)
 
     def _end_all(self) -> None:
         for process in self._running():
