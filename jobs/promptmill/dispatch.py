@@ -28,6 +28,14 @@ LOST_MESSAGE_S = 5.0
 STALE_MESSAGE_S = 600.0
 
 
+#: Seconds without a chunk running after which a waiting job moves up by one priority, so that none waits for ever.
+AGE_S = 120.0
+
+
+def _aged(priority: int, waited_s: float) -> int:
+    return max(0, priority - int(max(0.0, waited_s) // AGE_S))
+
+
 class Dispatcher:
     """Moves chunk ids from the ledger to the broker. Any number of these may run at once."""
 
@@ -44,11 +52,14 @@ class Dispatcher:
     def reconcile(self) -> int:
         """Requeue chunks without a live lease and publish what has no message; returns how many were published."""
         self._ledger.requeue_expired()
+        self._ledger.expire_overdue()
         published = 0
-        for job_id, model, priority in self._ledger.open_jobs("queue"):
-            patience = LOST_MESSAGE_S if self._broker.waiting(model) == 0 else STALE_MESSAGE_S
-            self._ledger.unpublish(job_id, patience)
-            published += self.dispatch(job_id, model, priority)
+        for job in self._ledger.open_jobs("queue"):
+            priority = _aged(job.priority, job.waited_s)
+            patience = LOST_MESSAGE_S if self._broker.waiting(job.model) == 0 else STALE_MESSAGE_S
+            # A job that has waited moves up: its messages are sent again, to a list that is read earlier.
+            self._ledger.unpublish(job.id, patience if priority == job.priority else min(patience, AGE_S))
+            published += self.dispatch(job.id, job.model, priority)
         return published
 
     def _alive(self, model: str) -> int:

@@ -60,6 +60,13 @@ jobs = Table(
     Column("max_errors", String(16)),
     # Rows that were known to be bad at submission and skipped on purpose.
     Column("skipped", Integer, nullable=False, server_default="0"),
+    # Seconds since the epoch: the end of everything, and the last moment to begin.
+    Column("deadline_at", Double),
+    Column("expires_at", Double),
+    # Seconds from its start.
+    Column("time_limit_s", Double),
+    # SHA-256 over dataset, model, task and parameters: two jobs with one key ask the same.
+    Column("key_sha256", String(64)),
     Column("stop_reason", Text),
     Column("env", Text, nullable=False),
     Column("submitted_at", Double, nullable=False),
@@ -68,6 +75,7 @@ jobs = Table(
     CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
     Index("ix_jobs_state", "state"),
     Index("ix_jobs_name", "name"),
+    Index("ix_jobs_key_sha256", "key_sha256"),
 )
 
 requests = Table(
@@ -99,6 +107,8 @@ chunks = Table(
     # Attempts that ended badly. A chunk that was given back in order has not failed.
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("worker_id", String(64)),
+    # When its last lease began.
+    Column("leased_at", Double),
     Column("leased_until", Double),
     # Not to be run before this time: the back-off after a failed attempt.
     Column("not_before", Double),
@@ -106,6 +116,8 @@ chunks = Table(
     Column("published_at", Double),
     Column("ok", Integer, nullable=False),
     Column("errors", Integer, nullable=False),
+    # Rows that failed and were given to another chunk, to be tried again: ok + errors + moved = rows at its end.
+    Column("moved", Integer, nullable=False, server_default="0"),
     Column("output_tokens", BigInteger, nullable=False),
     Column("last_error", Text),
     PrimaryKeyConstraint("job_id", "number"),
@@ -172,6 +184,28 @@ results = Table(
         "state = 'error' OR (prompt_tokens IS NOT NULL AND cached_tokens IS NOT NULL AND output_tokens IS NOT NULL)",
         name="counts",
     ),
+)
+
+# Errors that were tried again: what a result was before. ``chunk`` is the chunk that gave the row away.
+retries = Table(
+    "retries",
+    metadata,
+    Column("job_id", JobId, nullable=False),
+    Column("row", Integer, nullable=False),
+    Column("chunk", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker_id", String(64)),
+    Column("error_class", String(32), nullable=False),
+    Column("error_message", Text),
+    Column("prompt_tokens", Integer),
+    Column("output_tokens", Integer),
+    Column("admitted_at", Double),
+    Column("finished_at", Double),
+    Column("retried_at", Double, nullable=False),
+    # True for 'promptmill retry', False for what the ledger does of itself.
+    Column("by_hand", Boolean, nullable=False),
+    PrimaryKeyConstraint("job_id", "row", "chunk"),
+    ForeignKeyConstraint(["job_id", "row"], ["requests.job_id", "requests.row"], ondelete="CASCADE"),
 )
 
 workers = Table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -181,6 +181,8 @@ class Lease:
     enqueued_at: float
     #: Tokens that the job's longest request may need; None when unknown.
     context_tokens: int | None = None
+    #: Of the job; 0 is the most urgent.
+    priority: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,17 @@ class EngineCounters:
     starved_s: float = 0.0
     peak_active: int = 0
     peak_kv_cells: int = 0
+
+    def plus(self, later: EngineCounters) -> EngineCounters:
+        """This span of time and a later one: sums, and the larger of the peaks."""
+        return EngineCounters(
+            **{
+                each.name: max(getattr(self, each.name), getattr(later, each.name))
+                if each.name.startswith("peak_")
+                else getattr(self, each.name) + getattr(later, each.name)
+                for each in fields(EngineCounters)
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,10 @@ def upgrade() -> None:
         sa.Column("context_tokens", sa.Integer(), nullable=True),
         sa.Column("max_errors", sa.String(length=16), nullable=True),
         sa.Column("skipped", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("deadline_at", sa.Double(), nullable=True),
+        sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("time_limit_s", sa.Double(), nullable=True),
+        sa.Column("key_sha256", sa.String(length=64), nullable=True),
         sa.Column("stop_reason", sa.Text(), nullable=True),
         sa.Column("env", sa.Text(), nullable=False),
         sa.Column("submitted_at", sa.Double(), nullable=False),
@@ -92,6 +96,7 @@ def upgrade() -> None:
         sa.CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("ck_jobs_priority")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
     )
+    op.create_index("ix_jobs_key_sha256", "jobs", ["key_sha256"], unique=False)
     op.create_index("ix_jobs_name", "jobs", ["name"], unique=False)
     op.create_index("ix_jobs_state", "jobs", ["state"], unique=False)
     op.create_table(
@@ -127,11 +132,13 @@ def upgrade() -> None:
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("failures", sa.Integer(), server_default="0", nullable=False),
         sa.Column("worker_id", sa.String(length=64), nullable=True),
+        sa.Column("leased_at", sa.Double(), nullable=True),
         sa.Column("leased_until", sa.Double(), nullable=True),
         sa.Column("not_before", sa.Double(), nullable=True),
         sa.Column("published_at", sa.Double(), nullable=True),
         sa.Column("ok", sa.Integer(), nullable=False),
         sa.Column("errors", sa.Integer(), nullable=False),
+        sa.Column("moved", sa.Integer(), server_default="0", nullable=False),
         sa.Column("output_tokens", sa.BigInteger(), nullable=False),
         sa.Column("last_error", sa.Text(), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_chunks_job_id"), ondelete="CASCADE"),
@@ -280,6 +287,26 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", "row", name=op.f("pk_results")),
     )
     op.create_table(
+        "retries",
+        sa.Column("job_id", sa.String(length=26), nullable=False),
+        sa.Column("row", sa.Integer(), nullable=False),
+        sa.Column("chunk", sa.Integer(), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("worker_id", sa.String(length=64), nullable=True),
+        sa.Column("error_class", sa.String(length=32), nullable=False),
+        sa.Column("error_message", sa.Text(), nullable=True),
+        sa.Column("prompt_tokens", sa.Integer(), nullable=True),
+        sa.Column("output_tokens", sa.Integer(), nullable=True),
+        sa.Column("admitted_at", sa.Double(), nullable=True),
+        sa.Column("finished_at", sa.Double(), nullable=True),
+        sa.Column("retried_at", sa.Double(), nullable=False),
+        sa.Column("by_hand", sa.Boolean(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["job_id", "row"], ["requests.job_id", "requests.row"], name=op.f("fk_retries_job_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("job_id", "row", "chunk", name=op.f("pk_retries")),
+    )
+    op.create_table(
         "scores",
         sa.Column("score_run_id", sa.String(length=26), nullable=False),
         sa.Column("row", sa.Integer(), nullable=False),
@@ -306,6 +333,7 @@ def downgrade() -> None:
         "score_runs",
         "worker_samples",
         "workers",
+        "retries",
         "results",
         "attempts",
         "chunks",

@@ -207,7 +207,7 @@ def test_a_failed_chunk_waits_its_back_off(ledger: Ledger, db: sa.Engine, clock:
     assert lease is not None
     ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
     assert ledger.claim_next(JOB, "a") is None
-    clock.advance(1.1)
+    clock.advance(1.3)
     assert ledger.claim_next(JOB, "a") is not None
 
 

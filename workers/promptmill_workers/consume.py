@@ -6,9 +6,11 @@ touched in this process; the engine host does that.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -30,8 +32,10 @@ from promptmill.types import ChunkId, Lease
 from promptmill_workers.devices import Device
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.patience import PASSING, Patience
 from promptmill_workers.presence import Presence
-from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner, Stop
+from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
+from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
 
@@ -74,10 +78,11 @@ class Worker:
         )
         self.hosts = HostKeeper(host, self._host_changed)
         self.presence = Presence(
-            self.ledger, self.id, device, self.hosts, self.broker.clock_offset_s, models=config.models
+            self.ledger, self.id, device, self.hosts, self.stop, self.broker.clock_offset_s, models=config.models
         )
         self._ended = threading.Event()
-        self._runner = ChunkRunner(self.ledger, self.hosts, self.stop)
+        self._patiently = Patience(self.stop)
+        self._runner = ChunkRunner(self.ledger, self.hosts, self.stop, self._patiently)
         _register(self.app, self)
 
     def run(self) -> None:
@@ -107,15 +112,15 @@ class Worker:
             # The message is read and gone: another worker is to get a new one soon.
             self.ledger.unpublish_chunk(chunk)
             return
-        lease = self.ledger.claim(chunk, self.id)
+        lease = self._patiently(lambda again: self.ledger.claim(chunk, self.id))
         if lease is None:
             return
         self._run(lease)
         try:
-            self.dispatcher.dispatch(chunk.job_id, lease.model, self._priority(chunk.job_id))
-        except BrokerError as problem:
+            self.dispatcher.dispatch(chunk.job_id, lease.model, lease.priority)
+        except (BrokerError, *PASSING) as problem:
             # The chunk is done all the same; the reconciler publishes the next one when Redis is back.
-            log.warning("%s", problem.message)
+            log.warning("no further chunk was published: %s", str(problem).splitlines()[0])
 
     def _run(self, lease: Lease) -> None:
         log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)
@@ -124,13 +129,14 @@ class Worker:
         except Exception:
             # A bug, or the database went away: let another attempt begin now and not when the lease ends.
             log.exception("chunk %s/%d is given back", lease.chunk.job_id, lease.chunk.number)
-            self.ledger.release(lease)
-
-    def _priority(self, job_id: str) -> int:
-        return next((priority for each, _, priority in self.ledger.open_jobs("queue") if each == job_id), 0)
+            with contextlib.suppress(*PASSING):
+                self.ledger.release(lease)
 
     def _reconcile_for_ever(self) -> None:
-        while not self._ended.wait(RECONCILE_S) and not self.stop.draining.is_set():
+        while not self.stop.draining.is_set():
+            # Not all workers at the same moment.
+            if self._ended.wait(RECONCILE_S * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
+                return
             try:
                 self.dispatcher.reconcile()
             except Exception:

@@ -17,11 +17,16 @@ from promptmill.ledger import Ledger, Progress
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.patience import Patience
 from promptmill_workers.presence import Presence
-from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner, Stop
+from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
+from promptmill_workers.stopping import Stop
 
 #: Seconds between two looks at the job's progress.
 TICK_S = 0.1
+
+#: Seconds that results wait for a database that takes none, before the person is told and the job paused.
+DATABASE_S = 60.0
 
 #: Seconds between looks for leases that ran out: those of an earlier process that died.
 REQUEUE_S = 1.0
@@ -42,8 +47,9 @@ class EmbeddedWorker:
         self._requeued_at = time.monotonic()
         self._interrupted_at: float | None = None
         self._hosts = HostKeeper(config)
-        self._runner = ChunkRunner(ledger, self._hosts, self._stop)
-        self._presence = Presence(ledger, self._id, config.device, self._hosts)
+        self._patiently = Patience(self._stop, limit_s=DATABASE_S)
+        self._runner = ChunkRunner(ledger, self._hosts, self._stop, self._patiently)
+        self._presence = Presence(ledger, self._id, config.device, self._hosts, self._stop)
         self._threads = ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunk")
 
     def __enter__(self) -> EmbeddedWorker:
@@ -93,7 +99,7 @@ class EmbeddedWorker:
     def _work(self, job_id: str) -> None:
         """One of the threads: claim a chunk, run it, until none is left."""
         while not self._stop.draining.is_set():
-            lease = self._ledger.claim_next(job_id, self._id)
+            lease = self._patiently(lambda again: self._ledger.claim_next(job_id, self._id))
             if lease is not None:
                 self._runner.run(lease)
             elif not self._wait_for_chunk(job_id):
@@ -104,6 +110,7 @@ class EmbeddedWorker:
         if time.monotonic() - self._requeued_at > REQUEUE_S:
             self._requeued_at = time.monotonic()
             self._ledger.requeue_expired()
+            self._ledger.expire_overdue()
         if not self._ledger.is_open(job_id):
             return False
         self._stop.draining.wait(IDLE_S)

@@ -58,6 +58,8 @@ class HostCrashed(ModelError):
 class HostDied(Exception):
     """The host ended or stalled while it held requests. ``str()`` is its last words."""
 
+    error_class = ErrorClass.ENGINE_CRASH
+
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:
@@ -256,6 +258,7 @@ class Session:
         self._connection = connection
         self._lock = threading.Lock()
         self._outstanding = 0
+        self._counters = EngineCounters()
         self.active = 0
         self.waiting = 0
         self.dropped = 0
@@ -274,8 +277,9 @@ class Session:
         self._send(("add", [_wire(request) for request in requests]))
         while self._outstanding > 0:
             match self._receive():
-                case ("results", list() as batch):
+                case ("results", list() as batch, EngineCounters() as counters):
                     self._outstanding -= len(batch)
+                    self._counters = self._counters.plus(counters)
                     yield [_result(*each) for each in batch]
                 case ("dropped", int() as count):
                     self._outstanding -= count
@@ -284,14 +288,20 @@ class Session:
                     self.active, self.waiting = active, waiting
 
     def counters(self) -> EngineCounters:
-        """What the engine did since a session of this host last asked."""
+        """What the engine did that no session of this host was told yet, and what this one was told and not asked."""
         self._send(("counters",))
         while True:
             match self._receive():
                 case ("counters", EngineCounters() as counters):
-                    return counters
+                    self._counters = self._counters.plus(counters)
+                    return self.take_counters()
                 case ("dropped", int() as count):
                     self.dropped += count
+
+    def take_counters(self) -> EngineCounters:
+        """What came with the results since the last call."""
+        taken, self._counters = self._counters, EngineCounters()
+        return taken
 
     def drain(self) -> None:
         """Give back the requests that hold no slot yet; the others run to their end."""

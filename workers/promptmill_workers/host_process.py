@@ -190,7 +190,7 @@ class HostLoop:
         for session in self._sessions:
             due = not session.keys or len(session.results) >= FLUSH_RESULTS or now - session.flushed_at >= FLUSH_S
             if session.results and due:
-                session.outbox.put(("results", session.results))
+                session.outbox.put(("results", session.results, self._new_counters()))
                 session.results = []
                 session.flushed_at = now
             if session.keys and now - session.beat_at >= BEAT_S:

@@ -21,6 +21,7 @@ from promptmill.ledger import Ledger
 from promptmill.tables import chunks, worker_samples, workers
 from promptmill_workers.devices import Device
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
 
@@ -40,6 +41,7 @@ class Presence:
         worker_id: str,
         device: Device,
         hosts: HostKeeper,
+        stop: Stop,
         clock_offset: Callable[[], float] | None = None,
         models: Sequence[str] = (),
     ) -> None:
@@ -47,6 +49,7 @@ class Presence:
         self._worker_id = worker_id
         self._device = device
         self._hosts = hosts
+        self._stop = stop
         self._clock_offset = clock_offset
         self._models = json.dumps(list(models))
         self._offset_s: float | None = None
@@ -93,6 +96,10 @@ class Presence:
         }
 
     def _state(self) -> str:
+        if self._stop.is_blocked:
+            return "blocked"
+        if self._stop.draining.is_set():
+            return "stopping"
         if self._hosts.state != "idle":
             return self._hosts.state
         return "busy" if sum(self._hosts.load()) else "idle"

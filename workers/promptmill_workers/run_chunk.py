@@ -6,15 +6,17 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from promptmill.errors import DeviceError, ModelError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger, Standing
 from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.task_file import parse_task
-from promptmill.types import ErrorClass, Failed, Lease, Request, Result
+from promptmill.types import EngineCounters, ErrorClass, Failed, Lease, Request, Result
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.patience import Patience
+from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
 
@@ -31,22 +33,18 @@ RENEWALS = 6
 #: Seconds between looks at whether the job was cancelled or the worker told to stop.
 WATCH_S = 0.5
 
-
-@dataclass(slots=True)
-class Stop:
-    """Tells the chunks of this process to end: first what waits is given back, then what runs."""
-
-    draining: threading.Event = field(default_factory=threading.Event)
-    abandoning: threading.Event = field(default_factory=threading.Event)
+#: Results with the ``max_tokens`` each ran under.
+Outcomes = list[tuple[Result, int]]
 
 
 class ChunkRunner:
     """Runs chunks of any job on the hosts of one device. Its threads may run several chunks at once."""
 
-    def __init__(self, ledger: Ledger, hosts: HostKeeper, stop: Stop) -> None:
+    def __init__(self, ledger: Ledger, hosts: HostKeeper, stop: Stop, patience: Patience) -> None:
         self._ledger = ledger
         self._hosts = hosts
         self._stop = stop
+        self._patiently = patience
         self._specs: dict[str, tuple[JobSpec, Template | None]] = {}
 
     def run(self, lease: Lease) -> None:
@@ -57,11 +55,11 @@ class ChunkRunner:
 
     def _run(self, lease: Lease) -> None:
         ledger, hosts = self._ledger, self._hosts
-        requests, failures = self._requests(lease)
+        requests, failures = self._patiently(lambda again: self._requests(lease))
         limits = {request.row: request.sampling.max_tokens for request in requests}
-        ledger.record(lease, [(failure, 0) for failure in failures])
+        self._record(lease, [(failure, 0) for failure in failures])
         # The last results are stored together with the chunk's end, in one transaction.
-        last: list[tuple[Result, int]] = []
+        last: Outcomes = []
         try:
             with (
                 # Renewal begins first: loading a model or waiting for another one may take longer than a lease.
@@ -72,19 +70,12 @@ class ChunkRunner:
                 for batch in session.answer(requests):
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
                     if limits:
-                        ledger.record(lease, outcomes)
+                        self._record(lease, outcomes, session.take_counters())
                     else:
                         last = outcomes
                 counters, slots = session.counters(), hosts.slots
         except HostDied as death:
-            if self._stop.abandoning.is_set():
-                ledger.release(lease)
-                return
-            log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
-            ledger.record(lease, last)
-            ledger.fail(lease, ErrorClass.ENGINE_CRASH, str(death))
-            if hosts.deaths >= DEATHS_IN_A_ROW:
-                ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
+            self._host_died(lease, last, death)
         except (ModelError, DeviceError) as problem:
             # No attempt on this job can go better. Any other error, such as a database that is away, leaves the chunk
             # to its next attempt.
@@ -92,8 +83,26 @@ class ChunkRunner:
             ledger.stop(lease.chunk.job_id, problem.message)
             ledger.release(lease)
         else:
-            if not ledger.finish(lease, counters, slots, last):
-                ledger.release(lease, counters, slots)
+            self._finish(lease, counters, slots, last)
+
+    def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> None:
+        self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
+
+    def _finish(self, lease: Lease, counters: EngineCounters, slots: int, last: Outcomes) -> None:
+        ledger = self._ledger
+        if not self._patiently(lambda again: ledger.finish(lease, counters, slots, last, maybe_stored=again)):
+            self._patiently(lambda again: ledger.release(lease, counters, slots))
+
+    def _host_died(self, lease: Lease, last: Outcomes, death: HostDied) -> None:
+        ledger, hosts = self._ledger, self._hosts
+        if self._stop.abandoning.is_set():
+            ledger.release(lease)
+            return
+        log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
+        self._record(lease, last)
+        self._patiently(lambda again: ledger.fail(lease, death.error_class, str(death), hosts.slots))
+        if hosts.deaths >= DEATHS_IN_A_ROW:
+            ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
 
     def _requests(self, lease: Lease) -> tuple[list[Request], list[Result]]:
         """The rows to be answered, and those that cannot even be rendered."""
@@ -153,10 +162,12 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
             session = watched.session
             if session is None:
                 continue
-            if stop.abandoning.is_set() or standing is not Standing.HELD:
+            if stop.abandoning.is_set() or standing in (Standing.LOST, Standing.UNWANTED):
+                if standing is Standing.LOST:
+                    log.warning("chunk %s/%d: the lease is lost", lease.chunk.job_id, lease.chunk.number)
                 session.abandon()
                 return
-            if stop.draining.is_set() and not drained:
+            if (stop.draining.is_set() or standing is Standing.PAUSED) and not drained:
                 session.drain()
                 drained = True
         except OSError:

@@ -1,0 +1,170 @@
+"""Jobs: how they start, pause, go on and end, and what is counted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from promptmill.database import reading, writing
+from promptmill.errors import JobError
+from promptmill.ledger.base import LedgerBase, counts_of
+from promptmill.ledger.values import OPEN_STATES, Progress, Standing, guard_verdict
+from promptmill.tables import chunks, jobs
+from promptmill.types import ChunkState, JobState
+
+#: States from which a job can still be ended.
+UNENDED = (*OPEN_STATES, JobState.PAUSED.value)
+
+
+class Jobs(LedgerBase):
+    """Each change of a job's state is one conditional statement."""
+
+    def cancel(self, job_id: str) -> bool:
+        """End the job: nothing new is started and what runs is dropped. False when it had ended already."""
+        with writing(self.db) as db:
+            return self._close(db, job_id, JobState.CANCELLED, UNENDED, "cancelled")
+
+    def stop(self, job_id: str, reason: str) -> bool:
+        """End the job as failed because it cannot go on (its model does not load). False when it had ended already."""
+        with writing(self.db) as db:
+            return self._close(db, job_id, JobState.FAILED, OPEN_STATES, reason)
+
+    def pause(self, job_id: str) -> bool:
+        """Start nothing more of the job until it is resumed; what runs may end. False when it was not open."""
+        with writing(self.db) as db:
+            changed = db.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == job_id, jobs.c.state.in_(OPEN_STATES))
+                .values(state=JobState.PAUSED.value)
+            )
+        return changed.rowcount == 1
+
+    def resume(self, job_id: str) -> JobState:
+        """Open the job again; returns the state it had.
+
+        Raises :class:`JobError` when it completed, was cancelled or expired.
+        """
+        with writing(self.db) as db:
+            job = db.execute(
+                sa.select(jobs.c.state, jobs.c.rows).where(jobs.c.id == job_id).with_for_update(key_share=True)
+            ).one()
+            before = JobState(job.state)
+            ok, errors = counts_of(db, job_id)
+            if ok + errors == job.rows or before in (JobState.COMPLETED, JobState.CANCELLED, JobState.EXPIRED):
+                raise JobError(f"job {job_id} is {before.value}: there is nothing to resume")
+            self._reopen(db, job_id)
+        return before
+
+    def _reopen(self, db: Connection, job_id: str) -> None:
+        db.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == job_id)
+            .values(state=JobState.QUEUED.value, finished_at=None, stop_reason=None)
+        )
+
+    def _start_job(self, db: Connection, job_id: str) -> None:
+        db.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.state == JobState.QUEUED.value)
+            .values(state=JobState.RUNNING.value, started_at=sa.func.coalesce(jobs.c.started_at, self._now()))
+        )
+
+    def _close(self, db: Connection, job_id: str, state: JobState, allowed: Sequence[str], reason: str | None) -> bool:
+        changed = db.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.state.in_(allowed))
+            .values(state=state.value, finished_at=self._now(), stop_reason=reason)
+        )
+        return changed.rowcount == 1
+
+    def _complete_if_done(self, db: Connection, job_id: str) -> None:
+        """Close the job when no chunk is left. The lock keeps two last chunks from missing each other."""
+        self._lock_job(db, job_id)
+        left = sa.exists().where(chunks.c.job_id == job_id, chunks.c.state != ChunkState.DONE.value)
+        if db.execute(sa.select(left)).scalar():
+            return
+        ok, _ = counts_of(db, job_id)
+        state = JobState.COMPLETED if ok else JobState.FAILED
+        self._close(db, job_id, state, UNENDED, None if ok else "every row failed")
+
+    def _judge_guard(self, db: Connection, job_id: str) -> None:
+        job = db.execute(sa.select(jobs.c.max_errors, jobs.c.skipped).where(jobs.c.id == job_id)).one()
+        ok, errors = counts_of(db, job_id)
+        # Lines that were known to be bad, and skipped on purpose, prove nothing against the job.
+        reason = guard_verdict(job.max_errors, ok, errors - job.skipped)
+        if reason:
+            self._close(db, job_id, JobState.FAILED, OPEN_STATES, reason)
+
+    # --- time limits -------------------------------------------------------------------------------------------------
+
+    def expire_overdue(self) -> list[str]:
+        """End jobs that are past their deadline, waited too long to begin, or ran too long. Returns their ids."""
+        now = self._now()
+        reasons = {
+            "past its deadline": jobs.c.deadline_at < now,
+            "not begun in time": sa.and_(jobs.c.expires_at < now, jobs.c.started_at.is_(None)),
+            "over its time limit": jobs.c.started_at + jobs.c.time_limit_s < now,
+        }
+        ended = []
+        with writing(self.db) as db:
+            for reason, is_due in reasons.items():
+                due = sa.select(jobs.c.id).where(jobs.c.state.in_(UNENDED), is_due)
+                for job_id in db.execute(due).scalars().all():
+                    if self._close(db, job_id, JobState.EXPIRED, UNENDED, reason):
+                        ended.append(job_id)
+        return ended
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    def progress(self, job_id: str) -> Progress:
+        """Counts of the job, from its chunks: cheap for any number of rows."""
+        with reading(self.db) as db:
+            job = db.execute(
+                sa.select(jobs.c.state, jobs.c.rows, jobs.c.stop_reason).where(jobs.c.id == job_id)
+            ).one_or_none()
+            if job is None:
+                raise JobError(f"there is no job {job_id}")
+            total = db.execute(
+                sa.select(
+                    sa.func.coalesce(sa.func.sum(chunks.c.ok), 0),
+                    sa.func.coalesce(sa.func.sum(chunks.c.errors), 0),
+                    sa.func.coalesce(sa.func.sum(chunks.c.output_tokens), 0),
+                ).where(chunks.c.job_id == job_id)
+            ).one()
+        return Progress(JobState(job.state), job.rows, int(total[0]), int(total[1]), int(total[2]), job.stop_reason)
+
+    def open_jobs(self, mode: str) -> list[sa.Row[Any]]:
+        """Jobs of a mode ('queue' or 'embedded') that are queued or running: id, model, priority, waited_s.
+
+        ``waited_s``: seconds since one of its chunks was last leased, or since it was submitted.
+        """
+        last_seen = sa.select(sa.func.max(chunks.c.leased_at)).where(chunks.c.job_id == jobs.c.id).scalar_subquery()
+        with reading(self.db) as db:
+            return list(
+                db.execute(
+                    sa.select(
+                        jobs.c.id, jobs.c.model, jobs.c.priority,
+                        (self._now() - sa.func.coalesce(last_seen, jobs.c.submitted_at)).label("waited_s"),
+                    )
+                    .where(jobs.c.state.in_(OPEN_STATES), jobs.c.mode == mode)
+                    .order_by(jobs.c.priority, jobs.c.id)
+                )
+            )  # fmt: skip
+
+    def is_open(self, job_id: str) -> bool:
+        """Whether the job is queued or running."""
+        with reading(self.db) as db:
+            return self._standing(db, job_id) is Standing.HELD
+
+    def queued_requests(self, mode: str) -> int:
+        """Rows of unended jobs that have no result yet."""
+        with reading(self.db) as db:
+            total = db.execute(
+                sa.select(sa.func.sum(chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved))
+                .join(jobs, jobs.c.id == chunks.c.job_id)
+                .where(jobs.c.state.in_(UNENDED), jobs.c.mode == mode)
+            ).scalar()
+        return int(total or 0)

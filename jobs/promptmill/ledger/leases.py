@@ -1,0 +1,100 @@
+"""Leases: who may run a chunk, and for how long. The attempt number is the fencing token."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from promptmill.database import reading, writing
+from promptmill.ledger.base import held_by, is_chunk
+from promptmill.ledger.endings import Endings
+from promptmill.ledger.values import OPEN_STATES, Standing
+from promptmill.tables import attempts, chunks, jobs
+from promptmill.types import ChunkId, ChunkState, JobState, Lease
+
+
+class Leases(Endings):
+    """Taking, keeping and judging leases."""
+
+    def claim(self, chunk: ChunkId, worker_id: str) -> Lease | None:
+        """Lease the chunk; None when somebody else has it, it is done, or its job is not open."""
+        with writing(self.db) as db:
+            return self._claim(db, chunk, worker_id)
+
+    def claim_next(self, job_id: str, worker_id: str) -> Lease | None:
+        """Lease the first chunk of the job that may be run now; None when there is none."""
+        with writing(self.db) as db:
+            number = db.execute(
+                sa.select(chunks.c.number)
+                .where(chunks.c.job_id == job_id, self._claimable())
+                .order_by(chunks.c.number)
+                .limit(1)
+            ).scalar()
+            return None if number is None else self._claim(db, ChunkId(job_id, number), worker_id)
+
+    def _claimable(self) -> sa.ColumnElement[bool]:
+        """A chunk whose lease ran out is not: :meth:`requeue_expired` counts its failure first."""
+        return sa.and_(
+            chunks.c.state == ChunkState.QUEUED.value,
+            sa.or_(chunks.c.not_before.is_(None), chunks.c.not_before <= self._now()),
+        )
+
+    def _claim(self, db: Connection, chunk: ChunkId, worker_id: str) -> Lease | None:
+        is_open = sa.exists().where(jobs.c.id == chunk.job_id, jobs.c.state.in_(OPEN_STATES))
+        claimed = db.execute(
+            sa.update(chunks)
+            .where(is_chunk(chunk), self._claimable(), is_open)
+            .values(
+                state=ChunkState.LEASED.value,
+                attempt=chunks.c.attempt + 1,
+                worker_id=worker_id,
+                leased_at=self._now(),
+                leased_until=self._now() + self.lease_s,
+                not_before=None,
+                published_at=sa.func.coalesce(chunks.c.published_at, self._now()),
+            )
+            .returning(chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
+        ).one_or_none()
+        if claimed is None:
+            return None
+        job = db.execute(
+            sa.select(jobs.c.model, jobs.c.state, jobs.c.context_tokens, jobs.c.priority).where(
+                jobs.c.id == chunk.job_id
+            )
+        ).one()
+        if job.state == JobState.QUEUED.value:
+            self._start_job(db, chunk.job_id)
+        db.execute(
+            sa.insert(attempts).values(
+                job_id=chunk.job_id,
+                number=chunk.number,
+                attempt=claimed.attempt,
+                worker_id=worker_id,
+                started_at=self._now(),
+            )
+        )
+        return Lease(
+            chunk=chunk, attempt=claimed.attempt, failures=claimed.failures, worker_id=worker_id,
+            first_row=claimed.first_row, rows=claimed.rows, model=job.model, enqueued_at=claimed.published_at,
+            context_tokens=job.context_tokens, priority=job.priority,
+        )  # fmt: skip
+
+    def renew(self, lease: Lease) -> Standing:
+        """Prolong the lease, and learn whether its work is still wanted."""
+        with writing(self.db) as db:
+            changed = db.execute(
+                sa.update(chunks).where(held_by(lease)).values(leased_until=self._now() + self.lease_s)
+            )
+            if changed.rowcount != 1:
+                return Standing.LOST
+            return self._standing(db, lease.chunk.job_id)
+
+    def is_suspect(self, lease: Lease) -> bool:
+        """Whether this is the chunk's last attempt: it must run alone, so that its end is its own doing."""
+        return lease.failures + 1 >= self._max_attempts
+
+    def standing(self, lease: Lease) -> Standing:
+        """Whether the lease is still ours and its work wanted: the cheap question between renewals."""
+        with reading(self.db) as db:
+            held = db.execute(sa.select(sa.exists().where(held_by(lease)))).scalar()
+            return self._standing(db, lease.chunk.job_id) if held else Standing.LOST

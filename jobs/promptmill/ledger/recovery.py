@@ -1,0 +1,102 @@
+"""Publishing and recovery: which chunks get a message, and which have lost their worker or their message."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from promptmill.database import writing
+from promptmill.ledger.base import is_chunk
+from promptmill.ledger.retrying import Retrying
+from promptmill.ledger.values import Standing
+from promptmill.tables import attempts, chunks
+from promptmill.types import ChunkId, ChunkState, ErrorClass
+
+
+class Recovery(Retrying):
+    """What reconcilers and commands do; any number of them may do it at once."""
+
+    def take_window(self, job_id: str, size: int) -> list[ChunkId]:
+        """Mark the next chunks as published so that at most ``size`` are under way; the caller sends their messages.
+
+        A message that is lost between this mark and the broker is published again by the reconciler.
+        """
+        with writing(self.db) as db:
+            if self._standing(db, job_id) is not Standing.HELD:
+                return []
+            under_way = db.execute(
+                sa.select(sa.func.count())
+                .select_from(chunks)
+                .where(chunks.c.job_id == job_id, chunks.c.state != ChunkState.DONE.value)
+                .where(chunks.c.published_at.is_not(None))
+            ).scalar()
+            room = size - (under_way or 0)
+            if room <= 0:
+                return []
+            ready = (
+                sa.select(chunks.c.number)
+                .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.QUEUED.value)
+                .where(chunks.c.published_at.is_(None))
+                .where(sa.or_(chunks.c.not_before.is_(None), chunks.c.not_before <= self._now()))
+                .order_by(chunks.c.number)
+                .limit(room)
+                .with_for_update(skip_locked=True)
+            )
+            numbers = list(db.execute(ready).scalars())
+            if numbers:
+                db.execute(
+                    sa.update(chunks)
+                    .where(chunks.c.job_id == job_id, chunks.c.number.in_(numbers))
+                    .values(published_at=self._now())
+                )
+        return [ChunkId(job_id, number) for number in numbers]
+
+    def unpublish_chunk(self, chunk: ChunkId) -> None:
+        """Forget the message of a queued chunk: whoever read it does not run it."""
+        with writing(self.db) as db:
+            db.execute(
+                sa.update(chunks)
+                .where(is_chunk(chunk), chunks.c.state == ChunkState.QUEUED.value)
+                .values(published_at=None)
+            )
+
+    def unpublish(self, job_id: str, older_than_s: float) -> int:
+        """Forget the messages of queued chunks published longer ago than ``older_than_s``: they were lost."""
+        with writing(self.db) as db:
+            changed = db.execute(
+                sa.update(chunks)
+                .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.QUEUED.value)
+                .where(chunks.c.published_at < self._now() - older_than_s)
+                .values(published_at=None)
+            )
+        return changed.rowcount
+
+    def requeue_expired(self) -> list[ChunkId]:
+        """Take back chunks whose lease ran out: their worker is dead, or cut off. Returns them."""
+        expired = (
+            sa.select(chunks.c.job_id, chunks.c.number, chunks.c.attempt)
+            .where(chunks.c.state == ChunkState.LEASED.value, chunks.c.leased_until < self._now())
+            .with_for_update(skip_locked=True)
+        )
+        with writing(self.db) as db:
+            found = db.execute(expired).all()
+            for job_id, number, attempt in found:
+                chunk = ChunkId(job_id, number)
+                self._end_attempts_before(db, chunk, attempt + 1)
+                self._requeue(db, chunk, ErrorClass.WORKER_LOST, "the worker that ran this chunk was lost")
+                self._complete_if_done(db, job_id)
+        return [ChunkId(row.job_id, row.number) for row in found]
+
+    def abandon_leases(self, job_id: str) -> int:
+        """Take back every lease of an embedded job whose process is gone, without waiting for them to run out."""
+        with writing(self.db) as db:
+            db.execute(
+                sa.update(attempts)
+                .where(attempts.c.job_id == job_id, attempts.c.ended_at.is_(None))
+                .values(ended_at=self._now(), outcome="lost")
+            )
+            changed = db.execute(
+                sa.update(chunks)
+                .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.LEASED.value)
+                .values(state=ChunkState.QUEUED.value, leased_until=None, worker_id=None, published_at=None)
+            )
+        return changed.rowcount

@@ -1,0 +1,68 @@
+"""What the database refuses now it may take in a moment: results wait for it, they are never dropped."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psycopg
+import sqlalchemy as sa
+
+from promptmill.errors import DatabaseError
+from promptmill_workers.stopping import Stop
+
+log = logging.getLogger("promptmill.worker")
+
+#: Seconds between two tries: doubled each time, up to the longest.
+FIRST_WAIT_S = 0.1
+LONGEST_WAIT_S = 5.0
+
+#: A restart, a cut connection, a lock that is not granted, a full disk: nothing of it is the statement's fault.
+PASSING = (sa.exc.OperationalError, sa.exc.InterfaceError, psycopg.OperationalError, DatabaseError)
+
+T = TypeVar("T")
+
+
+class Patience:
+    """Repeats a transaction until it is taken. The engine meanwhile fills its host's outbox, a chunk at most."""
+
+    def __init__(self, stop: Stop, limit_s: float | None = None) -> None:
+        """``limit_s``: give up after so many seconds; None repeats until the worker is told to drop everything."""
+        self._stop = stop
+        self._limit_s = limit_s
+
+    def __call__(self, transaction: Callable[[bool], T]) -> T:
+        """``transaction(again)``; ``again`` says that an earlier try may have been committed without our learning it.
+
+        Raises what the database raised when the worker drops everything, or DatabaseError after ``limit_s``.
+        """
+        try:
+            return transaction(False)
+        except PASSING as problem:
+            return self._insist(transaction, problem)
+
+    def _insist(self, transaction: Callable[[bool], T], problem: Exception) -> T:
+        began, wait_s = time.monotonic(), FIRST_WAIT_S
+        with self._stop.blocked():
+            while True:
+                log.warning("the database did not take a change, trying again: %s", _first_line(problem))
+                if self._limit_s is not None and time.monotonic() - began > self._limit_s:
+                    raise DatabaseError(
+                        f"the database took no change for {self._limit_s:g} s: {_first_line(problem)}",
+                        hint="What is stored is safe. Put the cause right (disk space?), then resume the job.",
+                    ) from problem
+                if self._stop.abandoning.wait(wait_s * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
+                    raise problem
+                wait_s = min(LONGEST_WAIT_S, wait_s * 2)
+                try:
+                    return transaction(True)
+                except PASSING as again:
+                    problem = again
+
+
+def _first_line(problem: Exception) -> str:
+    text = str(getattr(problem, "orig", None) or problem).strip()
+    return text.splitlines()[0][:200] if text else type(problem).__name__
