@@ -64,6 +64,17 @@ class JobError(PromptmillError):
     """A job cannot do what was asked of it in its state."""
 
 
+class JobExists(JobError):
+    """A job that asks the same is there: completed, or on its way."""
+
+    def __init__(self, job_id: str, state: str) -> None:
+        super().__init__(
+            f"job {job_id} asks the same and is {state}",
+            hint="Use its results, give --if-exists attach to follow it, or --if-exists new to run it all again.",
+        )
+        self.job_id = job_id
+
+
 class JobFailed(PromptmillError):
     """A job ended without success."""
 

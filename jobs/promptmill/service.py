@@ -17,16 +17,26 @@ from sqlalchemy.engine import Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from promptmill import catalog
-from promptmill.errors import BrokerError, DatasetError, JobError, ModelError, PromptmillError, TaskFileError
+from promptmill.errors import (
+    BrokerError,
+    DatasetError,
+    JobError,
+    JobExists,
+    ModelError,
+    PromptmillError,
+    TaskFileError,
+)
 from promptmill.ledger import Ledger, Progress
 from promptmill.preflight import Gauge, Preflight
 from promptmill.prompts import Template, to_request
 from promptmill.readers import Dataset, open_dataset
+from promptmill.registry import suggestion
 from promptmill.settings import Settings
 from promptmill.submission import JobOrder, Preparer, prepared_rows, refuse_bad
 from promptmill.submission import submit as store
 from promptmill.task_file import Task, load_task, parse_task
-from promptmill.types import JobState, Request, SamplingParams
+from promptmill.times import moment, span_s
+from promptmill.types import ErrorClass, JobState, Request, SamplingParams
 
 if TYPE_CHECKING:
     from promptmill_workers.checkpoints import Checkpoint
@@ -62,6 +72,12 @@ class RunOptions:
     device: str = "auto"
     max_errors: str | None = None
     skip_invalid: bool = False
+    #: A span such as 2h30m, or a time such as 2026-12-24T18:00.
+    deadline: str | None = None
+    expires: str | None = None
+    time_limit: str | None = None
+    #: 'new', 'attach' or 'fail', for a job that asks the same as an earlier one.
+    if_exists: str = "new"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +110,9 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
         model=model, mode=mode, task=task, system=None if task else options.system, sampling=sampling,
         name=options.name, priority=options.priority, limit=options.limit, max_errors=options.max_errors,
         skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
-        model_fingerprint=_fingerprint(checkpoint),
+        model_fingerprint=_fingerprint(checkpoint), deadline_at=moment(options.deadline, "--deadline"),
+        expires_at=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),
+        if_exists=options.if_exists, queue_limit=settings.max_queued_requests,
     )  # fmt: skip
     with _dataset(options, task) as dataset:
         yield Prepared(dataset, order, checkpoint, gauge)
@@ -272,7 +290,12 @@ def run(
     # The device first: a job that cannot run now is not stored either.
     with _holding(device):
         with prepare(options, settings, "embedded") as prepared:
-            job_id = _store(prepared, db)
+            try:
+                job_id = _store(prepared, db)
+            except JobExists as twin:
+                if options.if_exists != "attach":
+                    raise
+                return _go_on_with(twin.job_id, settings, db, device, on_progress)
 
         def started() -> None:
             on_stored(job_id)
@@ -297,10 +320,26 @@ def resume(
         dispatch(job, settings, db)
         return Outcome(job.id, ledger.progress(job.id).state, finished=False)
     chosen = _one_device(device, RunOptions(model=job.model), settings)
-    with _holding(chosen), _owning(job.id):
-        ledger.resume(job.id)
-        ledger.abandon_leases(job.id)
-        return _run_embedded(job.id, settings, db, chosen, on_progress, None)
+    with _holding(chosen):
+        return _go_on_here(job.id, settings, db, chosen, on_progress)
+
+
+def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
+    """The twin of a job: what it has when it has ended, else the rest of it. The caller holds the device."""
+    job = catalog.find_job(db, job_id)
+    if JobState(job.state).is_final:
+        return Outcome(job_id, JobState(job.state))
+    if job.mode == "queue":
+        raise JobError(f"job {job_id} asks the same and is {job.state} in the queue", hint="Use: promptmill watch")
+    return _go_on_here(job_id, settings, db, device, on_progress)
+
+
+def _go_on_here(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
+    ledger = ledger_of(db, settings)
+    with _owning(job_id):
+        ledger.resume(job_id)
+        ledger.abandon_leases(job_id)
+        return _run_embedded(job_id, settings, db, device, on_progress, None)
 
 
 def submit(
@@ -314,7 +353,12 @@ def submit(
     Raises BrokerError when Redis is away. The job is stored all the same, and any worker publishes it later.
     """
     with prepare(options, settings, "queue") as prepared:
-        job_id = _store(prepared, db)
+        try:
+            job_id = _store(prepared, db)
+        except JobExists as twin:
+            if options.if_exists != "attach":
+                raise
+            return twin.job_id
     on_preflight(prepared.gauge.findings() if prepared.gauge else None)
     dispatch(catalog.find_job(db, job_id), settings, db)
     return job_id
@@ -431,6 +475,65 @@ def _owning(job_id: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def pause(reference: str, settings: Settings, db: Engine) -> tuple[str, bool]:
+    """Start nothing more of a job; what runs may end. Returns its id, and False when it was paused already.
+
+    Raises :class:`JobError` for a job that has ended.
+    """
+    job = catalog.find_job(db, reference)
+    ledger = ledger_of(db, settings)
+    if ledger.pause(job.id):
+        return job.id, True
+    state = ledger.progress(job.id).state
+    if state is not JobState.PAUSED:
+        raise JobError(f"job {job.id} is {state.value}: there is nothing to pause")
+    return job.id, False
+
+
+def retry(
+    reference: str,
+    error_class: str | None,
+    settings: Settings,
+    db: Engine,
+    device: str = "auto",
+    on_progress: OnProgress = lambda progress: None,
+) -> tuple[int, Outcome]:
+    """Run the errors of an ended job again, here or by the workers as it ran before. Returns how many there were."""
+    job = catalog.find_job(db, reference)
+    chosen = _one_device(device, RunOptions(model=job.model), settings) if job.mode == "embedded" else None
+    ledger = ledger_of(db, settings)
+    rows = ledger.retry(job.id, _error_class(error_class))
+    if rows == 0:
+        return 0, Outcome(job.id, JobState(job.state))
+    if chosen is None:
+        dispatch(job, settings, db)
+        return rows, Outcome(job.id, ledger.progress(job.id).state, finished=False)
+    with _holding(chosen), _owning(job.id):
+        return rows, _run_embedded(job.id, settings, db, chosen, on_progress, None)
+
+
+def _error_class(name: str | None) -> ErrorClass | None:
+    if name is None:
+        return None
+    try:
+        return ErrorClass(name)
+    except ValueError:
+        raise JobError(f"there is no error class '{name}'", hint=suggestion(name, list(ErrorClass))) from None
+
+
+def reconcile(settings: Settings, db: Engine) -> tuple[int, int]:
+    """Take back chunks without a live lease and publish what has no message; returns how many of each.
+
+    Every worker does this all the time; it helps where none is alive, or where one wants to see it done.
+    """
+    from promptmill.broker import Broker
+    from promptmill.dispatch import Dispatcher
+
+    ledger = ledger_of(db, settings)
+    taken_back = len(ledger.requeue_expired())
+    return taken_back, Dispatcher(ledger, Broker(settings.redis_url)).reconcile()
 
 
 def cancel(reference: str, settings: Settings, db: Engine) -> tuple[str, bool]:

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1, description="Attempts of a chunk before it is split to find the bad request")
     stall_timeout_s: float = Field(300.0, gt=0, description="An engine host that makes no step for so long is killed")
     load_timeout_s: float = Field(1800.0, gt=0, description="Seconds an engine may take to load a model")
+    max_queued_requests: int = Field(
+        100_000_000, ge=1, description="Waiting requests of all jobs; a submission beyond it is refused"
+    )
     grace_s: float = Field(30.0, ge=0, description="Seconds that running requests get to end when a worker stops")
     runtime_dir: str | None = Field(None, description="Folder of locks; unset: /tmp/promptmill-UID")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import platform
 import socket
@@ -18,8 +19,8 @@ from sqlalchemy.engine import Connection, Engine
 from ulid import ULID
 
 from promptmill.database import copy_rows, epoch, refresh_statistics, writing
-from promptmill.errors import BadLines, DatasetError, PromptmillError
-from promptmill.ledger import RESULT_COLUMNS
+from promptmill.errors import BadLines, DatasetError, JobError, JobExists, PromptmillError
+from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
 from promptmill.readers import Dataset, checked
@@ -68,6 +69,14 @@ class JobOrder:
     skip_invalid: bool = False
     slots: int | None = None
     model_fingerprint: str | None = None
+    #: Seconds since the epoch: the end of everything, and the last moment to begin; seconds from the start.
+    deadline_at: float | None = None
+    expires_at: float | None = None
+    time_limit_s: float | None = None
+    #: What to do when a job that asks the same is there: 'new', 'attach' or 'fail'.
+    if_exists: str = "new"
+    #: Waiting requests that the queue holds at most; None sets no limit.
+    queue_limit: int | None = None
 
 
 @dataclass(slots=True)
@@ -156,8 +165,9 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
     """Store the job and return its id.
 
     ``gauge`` sees every request before it is stored, and refuses what cannot fit. Raises :class:`BadLines` for lines
-    that cannot be used (unless ``order.skip_invalid``), and :class:`DatasetError` for a dataset without a row; nothing
-    is stored then.
+    that cannot be used (unless ``order.skip_invalid``), :class:`DatasetError` for a dataset without a row,
+    :class:`JobExists` for a job that is there already (unless ``order.if_exists`` is 'new'), and :class:`JobError` for
+    a full queue; nothing is stored then.
     """
     job_id = str(ULID())
     preparer = Preparer(order, gauge)
@@ -167,6 +177,12 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         connection.execute(sa.insert(jobs).values(_job_row(job_id, dataset, order, now)))
         rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now)
         refuse_bad(dataset.name, preparer.tally, order.skip_invalid, rows)
+        key = _key(dataset, order)
+        twin = None if order.if_exists == "new" else _twin(connection, key)
+        if twin is not None:
+            # The transaction is rolled back, and with it all that was stored of this job.
+            raise JobExists(twin.id, twin.state)
+        _refuse_full_queue(connection, order, rows)
         published = now if order.mode == "embedded" else None
         _store_chunks(connection, job_id, preparer.tally, published)
         all_invalid = len(preparer.tally.invalid_rows) == rows
@@ -175,6 +191,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
             .where(jobs.c.id == job_id)
             .values(
                 rows=rows,
+                key_sha256=key,
                 skipped=len(preparer.tally.invalid_rows),
                 context_tokens=gauge.context_needed if gauge else None,
                 state=(JobState.FAILED if all_invalid else JobState.QUEUED).value,
@@ -184,6 +201,38 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         )
         refresh_statistics(connection, requests, chunks)
     return job_id
+
+
+def _key(dataset: Dataset, order: JobOrder) -> str:
+    """SHA-256 over what the job asks: dataset, model, task and parameters; not how urgent it is, or where it runs."""
+    asked = {
+        "dataset": dataset.sha256, "format": dataset.format, "model": order.model,
+        "fingerprint": order.model_fingerprint, "task": order.task.sha256 if order.task else None,
+        "system": order.system, "sampling": order.sampling, "limit": order.limit, "skip_invalid": order.skip_invalid,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _twin(db: Connection, key: str) -> sa.Row[Any, Any] | None:
+    """The youngest job with the key that completed or still may."""
+    useless = (JobState.FAILED.value, JobState.CANCELLED.value, JobState.EXPIRED.value)
+    return db.execute(
+        sa.select(jobs.c.id, jobs.c.state)
+        .where(jobs.c.key_sha256 == key, jobs.c.state.not_in(useless))
+        .order_by(jobs.c.id.desc())
+        .limit(1)
+    ).one_or_none()
+
+
+def _refuse_full_queue(db: Connection, order: JobOrder, rows: int) -> None:
+    if order.queue_limit is None or order.mode != "queue":
+        return
+    waiting = waiting_requests(db, order.mode)
+    if waiting + rows > order.queue_limit:
+        raise JobError(
+            f"the queue is full: {waiting:,} requests wait, and {rows:,} more would exceed {order.queue_limit:,}",
+            hint="Wait, cancel a job, or raise JOBS_MAX_QUEUED_REQUESTS.",
+        )
 
 
 def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int) -> None:
@@ -223,7 +272,8 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "task_sha256": task.sha256 if task else None, "system_prompt": order.system,
         "sampling": json.dumps(order.sampling, ensure_ascii=False),
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
-        "env": json.dumps(_environment()), "submitted_at": now,
+        "env": json.dumps(_environment()), "submitted_at": now, "deadline_at": order.deadline_at,
+        "expires_at": order.expires_at, "time_limit_s": order.time_limit_s,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from promptmill.database import connect, writing
 from promptmill.errors import JobError
-from promptmill.ledger import Ledger, Standing
+from promptmill.ledger import Ledger, Standing, waiting_requests
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, retries
 from promptmill.types import (
     ChunkId,
@@ -231,10 +231,15 @@ def test_what_a_lost_attempt_did_is_known_up_to_its_last_record(ledger: Ledger, 
 
 def test_waiting_requests_are_counted(ledger: Ledger, db: sa.Engine) -> None:
     add_job(db, 3)
-    assert ledger.queued_requests("queue") == 3
+
+    def waiting(mode: str) -> int:
+        with db.connect() as connection:
+            return waiting_requests(connection, mode)
+
+    assert waiting("queue") == 3
     ledger.record(claim(ledger), [ok(0), late(1)])
-    assert ledger.queued_requests("queue") == 2
-    assert ledger.queued_requests("embedded") == 0
+    assert waiting("queue") == 2
+    assert waiting("embedded") == 0
 
 
 def test_the_counters_of_a_finished_chunk_belong_to_its_attempt(ledger: Ledger, db: sa.Engine) -> None:

@@ -335,7 +335,7 @@ def test_more_active_rows_than_slots_are_found_out(db: sa.Engine) -> None:
 def test_rows_and_waste_account_for_every_token_of_the_engine(db: sa.Engine) -> None:
     store(db, [answer(row) for row in range(10)], tried=[counters(decode_tokens=115, wasted_tokens=5)])
     found = summarise(db, JOB)
-    assert check(found, "tokens") == Check("tokens", True, "110 in rows + 5 wasted = 115 of the engine")
+    assert check(found, "tokens") == Check("tokens", True, "110 in rows + 5 wasted = 115 generated")
     assert found.wasted_tokens == 5
 
 
@@ -366,12 +366,22 @@ def test_time_that_an_engine_cannot_account_for_is_found_out(db: sa.Engine) -> N
     assert "2.00 + 2.00 + 1.00 + 1.00 s of 10.0 s" in found.detail
 
 
-def test_what_a_killed_worker_did_is_not_measured_and_nothing_is_made_up(db: sa.Engine) -> None:
-    lost = {"outcome": "lost", "attempt": 1} | dict.fromkeys(("decode_tokens", "prefill_s", "wasted_tokens"))
-    store(db, [answer(0)], tried=[counters(**lost), counters(attempt=2)])
+def test_what_a_killed_worker_did_beyond_the_rows_was_wasted(db: sa.Engine) -> None:
+    lost = counters(outcome="lost", attempt=1, slots=None, decode_tokens=30, wasted_tokens=0)
+    store(db, [answer(row) for row in range(10)], tried=[lost, counters(attempt=2)])
     found = summarise(db, JOB)
-    assert check(found, "tokens") == Check("tokens", None, "not measured: 1 of 2 attempts ended without counters")
+    assert found.wasted_tokens == 30 + 110 - found.output_tokens == 30
+    assert check(found, "tokens").ok is True
+    assert "1 lost attempts: by subtraction" in check(found, "tokens").detail
     assert check(found, "time").ok is None
+
+
+def test_a_lost_workers_last_counters_are_not_made_up(db: sa.Engine) -> None:
+    """Rows of a lost attempt whose counters were lost with it: the books cannot be closed, and nothing is claimed."""
+    lost = {"outcome": "lost", "slots": None} | dict.fromkeys(("decode_tokens", "prefill_s", "wasted_tokens"))
+    store(db, [answer(row) for row in range(20)], tried=[counters(attempt=1, **lost), counters(attempt=2)])
+    found = summarise(db, JOB)
+    assert check(found, "tokens").ok is None
     assert found.verdict == "passed"
 
 

@@ -28,8 +28,8 @@ TICK_S = 0.1
 #: Seconds that results wait for a database that takes none, before the person is told and the job paused.
 DATABASE_S = 60.0
 
-#: Seconds between looks for leases that ran out: those of an earlier process that died.
-REQUEUE_S = 1.0
+#: Seconds between looks for leases and jobs whose time ran out.
+RECONCILE_S = 1.0
 
 #: Longest wait of a thread for a chunk that may not be run yet.
 IDLE_S = 0.1
@@ -44,7 +44,7 @@ class EmbeddedWorker:
         self._id = f"{socket.gethostname()}/{config.device.name}/{str(ULID())[-8:]}"
         self._stop = Stop()
         self._signals = 0
-        self._requeued_at = time.monotonic()
+        self._reconciled_at = time.monotonic()
         self._interrupted_at: float | None = None
         self._hosts = HostKeeper(config)
         self._patiently = Patience(self._stop, limit_s=DATABASE_S)
@@ -91,10 +91,18 @@ class EmbeddedWorker:
     def _watch(self, job_id: str, workers: list[Future[None]], on_progress: Callable[[Progress], None]) -> None:
         while not all(worker.done() for worker in workers):
             self._obey_signals()
+            self._reconcile()
             if any(worker.done() and worker.exception() for worker in workers):
                 self._stop.draining.set()
             on_progress(self._ledger.progress(job_id))
             time.sleep(TICK_S)
+
+    def _reconcile(self) -> None:
+        """What the reconcilers of workers do, for a job that has none."""
+        if time.monotonic() - self._reconciled_at > RECONCILE_S:
+            self._reconciled_at = time.monotonic()
+            self._ledger.requeue_expired()
+            self._ledger.expire_overdue()
 
     def _work(self, job_id: str) -> None:
         """One of the threads: claim a chunk, run it, until none is left."""
@@ -107,10 +115,6 @@ class EmbeddedWorker:
 
     def _wait_for_chunk(self, job_id: str) -> bool:
         """False when the job has ended. Otherwise a chunk of the other thread may come back: wait a little."""
-        if time.monotonic() - self._requeued_at > REQUEUE_S:
-            self._requeued_at = time.monotonic()
-            self._ledger.requeue_expired()
-            self._ledger.expire_overdue()
         if not self._ledger.is_open(job_id):
             return False
         self._stop.draining.wait(IDLE_S)

@@ -100,7 +100,7 @@ class ChunkRunner:
             return
         log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
         self._record(lease, last)
-        self._patiently(lambda again: ledger.fail(lease, death.error_class, str(death), hosts.slots))
+        self._patiently(lambda again: ledger.fail(lease, death.error_class, str(death)))
         if hosts.deaths >= DEATHS_IN_A_ROW:
             ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
 

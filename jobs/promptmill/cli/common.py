@@ -48,6 +48,15 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--name", help="A name for the job."),
         click.option("--max-errors", help="Stop when more rows fail: N or x%.  [default: the first 50 all fail]"),
         click.option("--skip-invalid", is_flag=True, help="Record bad lines as errors and run the rest."),
+        click.option("--deadline", help="End the job then: 2h30m from now, or a time such as 2026-12-24T18:00."),
+        click.option("--time-limit", help="End the job when it has run so long, such as 45m."),
+        click.option(
+            "--if-exists",
+            type=click.Choice(["new", "attach", "fail"]),
+            default="new",
+            show_default=True,
+            help="When a job that asks the same completed or is under way.",
+        ),
         click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
         json_option,
     ]
@@ -68,7 +77,8 @@ def run_options(values: dict[str, Any]) -> RunOptions:
         template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
         name=values["name"], priority=values.get("priority", 5), limit=values["limit"], slots=values["slots"],
         context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
-        skip_invalid=values["skip_invalid"],
+        skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
+        time_limit=values["time_limit"], if_exists=values["if_exists"],
     )  # fmt: skip
 
 

@@ -173,21 +173,6 @@ def _show_result(result: dict[str, Any] | None) -> None:
     )
 
 
-@click.command(epilog="Example: promptmill cancel @last")
-@click.argument("job")
-@json_option
-def cancel(job: str, as_json: bool) -> None:
-    """End JOB: nothing more of it is started, and what runs is dropped. Results it has stay."""
-    from promptmill import service
-
-    settings, db = open_all()
-    job_id, changed = service.cancel(job, settings, db)
-    if as_json:
-        print_json({"job_id": job_id, "cancelled": changed})
-    else:
-        click.echo(f"job {job_id} is cancelled" if changed else f"job {job_id} had ended already")
-
-
 @click.command(epilog="Example: promptmill workers --json")
 @json_option
 def workers(as_json: bool) -> None:

@@ -18,6 +18,7 @@ Examples:
 )
 @job_options
 @click.option("--priority", type=click.IntRange(0, 9), default=5, show_default=True, help="0 is the most urgent.")
+@click.option("--expires", help="Give the job up if it has not begun by then: a span or a time.")
 @click.option("--wait", is_flag=True, help="Follow the job to its end and print its report.")
 @click.option("-o", "--output", type=click.Path(), help="With --wait: write the results here.")
 def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None:

@@ -6,6 +6,7 @@ worker that was overtaken changes nothing. Times are the database's, never a wor
 One class in layers, a file each: base, jobs, results, endings, leases, recovery.
 """
 
+from promptmill.ledger.jobs import waiting_requests
 from promptmill.ledger.recovery import Recovery
 from promptmill.ledger.results import RESULT_COLUMNS
 from promptmill.ledger.values import (
@@ -25,5 +26,5 @@ class Ledger(Recovery):
 
 __all__ = [
     "LEASE_S", "MAX_ATTEMPTS", "RESULT_COLUMNS", "JobSpec", "Ledger", "Progress", "Standing", "StoredRequest",
-    "guard_verdict",
+    "guard_verdict", "waiting_requests",
 ]  # fmt: skip

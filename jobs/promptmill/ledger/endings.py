@@ -58,7 +58,7 @@ class Endings(Results):
             self._end_attempt(db, lease, "released", counters, slots)
         return changed.rowcount == 1
 
-    def fail(self, lease: Lease, error_class: ErrorClass, message: str, slots: int | None = None) -> bool:
+    def fail(self, lease: Lease, error_class: ErrorClass, message: str) -> bool:
         """The attempt failed as a whole (its host died): try again later, or split the chunk, or give the row up."""
         with writing(self.db) as db:
             if db.execute(sa.select(chunks.c.number).where(held_by(lease)).with_for_update()).scalar() is None:
@@ -67,7 +67,7 @@ class Endings(Results):
                     lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.worker_id,
                 )  # fmt: skip
                 return False
-            self._end_attempt(db, lease, "failed", None, slots)
+            self._end_attempt(db, lease, "failed", None, None)
             self._requeue(db, lease.chunk, error_class, message)
             self._complete_if_done(db, lease.chunk.job_id)
         return True

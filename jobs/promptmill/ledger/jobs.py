@@ -19,6 +19,13 @@ from promptmill.types import ChunkState, JobState
 UNENDED = (*OPEN_STATES, JobState.PAUSED.value)
 
 
+def waiting_requests(db: Connection, mode: str) -> int:
+    """Rows of unended jobs of a mode ('queue' or 'embedded') that have no result yet."""
+    waiting = sa.func.sum(chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved)
+    query = sa.select(waiting).join(jobs, jobs.c.id == chunks.c.job_id)
+    return int(db.execute(query.where(jobs.c.state.in_(UNENDED), jobs.c.mode == mode)).scalar() or 0)
+
+
 class Jobs(LedgerBase):
     """Each change of a job's state is one conditional statement."""
 
@@ -158,13 +165,3 @@ class Jobs(LedgerBase):
         """Whether the job is queued or running."""
         with reading(self.db) as db:
             return self._standing(db, job_id) is Standing.HELD
-
-    def queued_requests(self, mode: str) -> int:
-        """Rows of unended jobs that have no result yet."""
-        with reading(self.db) as db:
-            total = db.execute(
-                sa.select(sa.func.sum(chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved))
-                .join(jobs, jobs.c.id == chunks.c.job_id)
-                .where(jobs.c.state.in_(UNENDED), jobs.c.mode == mode)
-            ).scalar()
-        return int(total or 0)

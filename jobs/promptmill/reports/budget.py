@@ -42,6 +42,8 @@ class Budget:
     starved_s: float | None
     generated_tokens: int | None
     wasted_tokens: int | None
+    #: Attempts whose worker or host was lost: known up to their last stored results.
+    lost_attempts: int
     missing: str | None
 
     @property
@@ -65,13 +67,21 @@ class Budget:
         return sum(each.accounted_s or 0.0 for each in self.workers)
 
 
-def budget(attempts: Sequence[sa.Row[Any]], shared: int) -> Budget:
-    """The sums over a job's attempts. The books close only when every attempt has ended with its counters.
+def budget(attempts: Sequence[sa.Row[Any]], shared: int, row_tokens: int) -> Budget:
+    """The sums over a job's attempts. The books close only when every attempt has ended.
 
     ``shared``: attempts of other jobs that ran on the same engines meanwhile; counters are of an engine, not of a job.
+    ``row_tokens``: output tokens of the rows. What lost attempts generated beyond the rows was wasted with them.
     """
     counted = [each for each in attempts if each.decode_tokens is not None]
+    lost = sum(_is_lost(each) for each in attempts)
     missing = _missing(attempts, shared)
+    generated, wasted = _total(counted, "decode_tokens"), _total(counted, "wasted_tokens")
+    if lost and generated is not None and wasted is not None:
+        if generated < row_tokens + wasted:
+            missing = missing or f"not measured: {lost:,} attempts were lost with a part of their counters"
+        else:
+            wasted = generated - row_tokens
     return Budget(
         workers=tuple(_worker_budgets(attempts)),
         prefill_tokens=_total(counted, "prefill_tokens"),
@@ -79,22 +89,25 @@ def budget(attempts: Sequence[sa.Row[Any]], shared: int) -> Budget:
         decode_tokens=_total(counted, "decode_tokens"),
         decode_s=_total(counted, "decode_s"),
         starved_s=_total(counted, "starved_s"),
-        generated_tokens=None if missing else _total(counted, "decode_tokens"),
-        wasted_tokens=_total(counted, "wasted_tokens"),
+        generated_tokens=None if missing else generated,
+        wasted_tokens=wasted,
+        lost_attempts=lost,
         missing=missing,
     )
 
 
 def _missing(attempts: Sequence[sa.Row[Any]], shared: int) -> str | None:
     running = sum(each.ended_at is None for each in attempts)
-    uncounted = sum(each.ended_at is not None and each.decode_tokens is None for each in attempts)
     if running:
         return f"not measured: {running:,} of {len(attempts):,} attempts still run"
-    if uncounted:
-        return f"not measured: {uncounted:,} of {len(attempts):,} attempts ended without counters"
     if shared:
         return "not measured: other jobs ran on the same engines"
     return None if attempts else "not measured"
+
+
+def _is_lost(attempt: sa.Row[Any]) -> bool:
+    """Slots are written together with an attempt's last counters."""
+    return attempt.ended_at is not None and attempt.slots is None
 
 
 def _worker_budgets(attempts: Sequence[sa.Row[Any]]) -> list[WorkerBudget]:
@@ -111,9 +124,7 @@ def _worker_budget(worker_id: str, attempts: Sequence[sa.Row[Any]]) -> WorkerBud
         attempts=len(ended),
         wall_s=covered_s([(each.started_at, each.ended_at) for each in ended]),
         parts_s=tuple(sum(getattr(each, part) or 0.0 for each in ended) for part in PARTS),
-        measured=len(ended) == len(attempts)
-        and bool(ended)
-        and all(getattr(each, part) is not None for each in ended for part in PARTS),
+        measured=len(ended) == len(attempts) and bool(ended) and not any(_is_lost(each) for each in ended),
     )
 
 

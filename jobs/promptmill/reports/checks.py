@@ -94,7 +94,8 @@ def tokens(in_rows: int, budget: Budget) -> Check:
         return Check("tokens", None, budget.missing or NOT_MEASURED)
     total = in_rows + budget.wasted_tokens
     sign = "=" if total == budget.generated_tokens else "≠"
-    detail = f"{in_rows:,} in rows + {budget.wasted_tokens:,} wasted {sign} {budget.generated_tokens:,} of the engine"
+    lost = f" ({budget.lost_attempts:,} lost attempts: by subtraction)" if budget.lost_attempts else ""
+    detail = f"{in_rows:,} in rows + {budget.wasted_tokens:,} wasted{lost} {sign} {budget.generated_tokens:,} generated"
     return Check("tokens", total == budget.generated_tokens, detail)
 
 

@@ -199,7 +199,8 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
     ok = _sum(answered, "rows")
     errors = _sum(groups, "rows") - ok
     by_class = _by_class(groups)
-    books, occupancy = budget(facts.attempts, facts.shared), _occupancy(facts)
+    books = budget(facts.attempts, facts.shared, _sum(answered, "output_tokens"))
+    occupancy = _occupancy(facts)
     curve = _curve(facts.ok, occupancy)
     return Summary(
         job_id=job.id,
