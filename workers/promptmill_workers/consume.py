@@ -32,7 +32,7 @@ from promptmill.types import ChunkId, Lease
 from promptmill_workers.devices import Device
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
-from promptmill_workers.patience import PASSING, Patience
+from promptmill_workers.patience import PASSING, Patience, first_line
 from promptmill_workers.presence import Presence
 from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
 from promptmill_workers.stopping import Stop
@@ -120,7 +120,7 @@ class Worker:
             self.dispatcher.dispatch(chunk.job_id, lease.model, lease.priority)
         except (BrokerError, *PASSING) as problem:
             # The chunk is done all the same; the reconciler publishes the next one when Redis is back.
-            log.warning("no further chunk was published: %s", str(problem).splitlines()[0])
+            log.warning("no further chunk was published: %s", first_line(problem))
 
     def _run(self, lease: Lease) -> None:
         log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)
@@ -139,8 +139,10 @@ class Worker:
                 return
             try:
                 self.dispatcher.reconcile()
+            except (BrokerError, *PASSING) as problem:
+                log.warning("nothing was reconciled, trying again in %g s: %s", RECONCILE_S, first_line(problem))
             except Exception:
-                log.warning("reconciling failed; trying again in %g s", RECONCILE_S, exc_info=True)
+                log.exception("reconciling failed, trying again in %g s", RECONCILE_S)
 
     def _host_changed(self, hosts: HostKeeper) -> None:
         self.presence.changed(hosts)

@@ -48,10 +48,10 @@ class Patience:
         began, wait_s = time.monotonic(), FIRST_WAIT_S
         with self._stop.blocked():
             while True:
-                log.warning("the database did not take a change, trying again: %s", _first_line(problem))
+                log.warning("the database did not take a change, trying again: %s", first_line(problem))
                 if self._limit_s is not None and time.monotonic() - began > self._limit_s:
                     raise DatabaseError(
-                        f"the database took no change for {self._limit_s:g} s: {_first_line(problem)}",
+                        f"the database took no change for {self._limit_s:g} s: {first_line(problem)}",
                         hint="What is stored is safe. Put the cause right (disk space?), then resume the job.",
                     ) from problem
                 if self._stop.abandoning.wait(wait_s * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
@@ -63,6 +63,7 @@ class Patience:
                     problem = again
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
+    """What happened, without the statement and its values."""
     text = str(getattr(problem, "orig", None) or problem).strip()
     return text.splitlines()[0][:200] if text else type(problem).__name__

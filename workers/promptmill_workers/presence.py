@@ -17,10 +17,12 @@ import psutil
 import sqlalchemy as sa
 
 from promptmill.database import epoch, writing
+from promptmill.errors import BrokerError
 from promptmill.ledger import Ledger
 from promptmill.tables import chunks, worker_samples, workers
 from promptmill_workers.devices import Device
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.patience import PASSING, first_line
 from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
@@ -122,9 +124,10 @@ class Presence:
             for beat in (self._calibrate, self._heartbeat):
                 try:
                     beat()
+                except (BrokerError, *PASSING) as problem:
+                    log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
                 except Exception:
-                    # The database or Redis is away; the next beat tries again.
-                    log.warning("heartbeat of %s failed", self._worker_id, exc_info=True)
+                    log.exception("the heartbeat of %s failed", self._worker_id)
 
     def _calibrate(self) -> None:
         if self._clock_offset is not None and time.monotonic() - self._calibrated_at >= CALIBRATE_S:

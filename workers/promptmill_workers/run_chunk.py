@@ -15,7 +15,7 @@ from promptmill.task_file import parse_task
 from promptmill.types import EngineCounters, ErrorClass, Failed, Lease, Request, Result
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import HostKeeper
-from promptmill_workers.patience import Patience
+from promptmill_workers.patience import PASSING, Patience, first_line
 from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
@@ -151,7 +151,7 @@ def watching(ledger: Ledger, lease: Lease, stop: Stop) -> Iterator[Watched]:
 
 
 def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: threading.Event) -> None:
-    since_renewal, drained = 0.0, False
+    since_renewal, drained, warned = 0.0, False, False
     while not ended.wait(WATCH_S):
         try:
             since_renewal += WATCH_S
@@ -159,6 +159,7 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
                 standing, since_renewal = ledger.renew(lease), 0.0
             else:
                 standing = ledger.standing(lease)
+            warned = False
             session = watched.session
             if session is None:
                 continue
@@ -172,6 +173,11 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
                 drained = True
         except OSError:
             return  # The host is gone; the thread that reads from it knows and reacts.
-        except Exception:
+        except PASSING as problem:
             # The database may come back before the lease ends; if not, another worker takes the chunk.
-            log.exception("chunk %s/%d: could not renew the lease", lease.chunk.job_id, lease.chunk.number)
+            if not warned:
+                log.warning(
+                    "chunk %s/%d: the lease is not renewed: %s",
+                    lease.chunk.job_id, lease.chunk.number, first_line(problem),
+                )  # fmt: skip
+            warned = True
