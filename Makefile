@@ -9,7 +9,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
 
-.PHONY: demo test setup lint types unit integration benchmark build clean
+.PHONY: demo test setup lint types unit integration faults benchmark build clean
 
 demo: setup
 	$(BIN)/promptmill run datasets/ad_comments.jsonl --task datasets/ad_comments.task.yaml --model demo
@@ -36,7 +36,12 @@ unit: setup
 	$(PYTEST) tests/unit
 
 integration: setup
-	$(PYTEST) tests/integration
+	$(PYTEST) tests/integration tests/faults
+
+# Every fault of tests/faults/README.md once; SEEDS=10 for ten of each.
+SEEDS := 1
+faults: setup
+	PYTHONSAFEPATH= $(BIN)/python -m tests.faults.run --seeds $(SEEDS)
 
 # Ratios against peers on this machine; not part of make test. tests/benchmarks/README.md says more.
 benchmark: setup

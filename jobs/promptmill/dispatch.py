@@ -15,9 +15,6 @@ from promptmill.tables import workers
 #: two wait in Redis, so that it never waits for the database.
 WINDOW_PER_WORKER = 4
 
-#: Workers that a window is made for at least: some may be starting.
-LEAST_WORKERS = 2
-
 #: Seconds without a heartbeat after which a worker counts as gone: six are missed.
 ALIVE_S = 30.0
 
@@ -45,7 +42,7 @@ class Dispatcher:
 
     def dispatch(self, job_id: str, model: str, priority: int) -> int:
         """Publish the next chunks of the job; returns how many. Raises BrokerError when Redis is away."""
-        chunks = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(LEAST_WORKERS, self._alive(model)))
+        chunks = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(1, self._alive(model)))
         self._broker.publish(chunks, model, priority)
         return len(chunks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -210,3 +211,28 @@ def test_a_database_that_was_not_upgraded_is_refused(tmp_path: Path, postgres_ur
     done = command("list")
     assert done.code == 2
     assert "promptmill db upgrade" in done.err
+
+
+def test_jobs_of_equal_priority_advance_together(queue: Command, workers: Any, tmp_path: Path) -> None:
+    workers("--device", "sim:1", "--model", "echo:token_s=0.02", "--slots", "8", count=1)
+    for _ in "ab":
+        assert queue("submit", dataset(tmp_path, 900), "--model", "echo:token_s=0.02").code == 0
+    wait_until(lambda: rows_in(queue, "SELECT count(*) FROM jobs WHERE state = 'completed'") == [(2,)], "both end", 120)
+    order = [job for (job,) in rows_in(queue, "SELECT job_id FROM attempts ORDER BY ended_at")]
+    first, second = order[0], order[-1]
+    assert first != second
+    # From the first chunk of the later job to the last one of the earlier they take turns, a window at a time.
+    both = order[order.index(second) : len(order) - order[::-1].index(first)]
+    assert len(both) >= 10
+    longest = max(len(list(run)) for _, run in itertools.groupby(both))
+    assert longest <= 5, both
+
+
+def test_an_urgent_job_overtakes(queue: Command, workers: Any, tmp_path: Path) -> None:
+    workers("--device", "sim:1", "--model", "echo:token_s=0.02", "--slots", "8", count=1)
+    assert queue("submit", dataset(tmp_path, 600), "--model", "echo:token_s=0.02", "--priority", "9").code == 0
+    assert queue("submit", dataset(tmp_path, 60), "--model", "echo:token_s=0.02", "--priority", "0", "--wait").code == 0
+    urgent, bulk = rows_in(queue, "SELECT state FROM jobs ORDER BY priority")
+    assert urgent == ("completed",)
+    assert bulk == ("running",)
+    assert queue("cancel", rows_in(queue, "SELECT id FROM jobs WHERE priority = 9")[0][0]).code == 0

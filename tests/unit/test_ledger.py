@@ -201,11 +201,14 @@ def test_the_guard_judges_counts_and_shares(spec: str | None, ok_rows: int, erro
     assert (guard_verdict(spec, ok_rows, errors) is not None) is stops
 
 
-def test_a_failed_chunk_waits_its_back_off(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+def test_a_chunk_that_failed_twice_waits_its_back_off(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
     add_job(db, 2, 2)
     lease = ledger.claim(ChunkId(JOB, 0), "a")
     assert lease is not None
     ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+    again = ledger.claim_next(JOB, "a")
+    assert again is not None
+    ledger.fail(again, ErrorClass.ENGINE_CRASH, "crash")
     assert ledger.claim_next(JOB, "a") is None
     clock.advance(1.3)
     assert ledger.claim_next(JOB, "a") is not None

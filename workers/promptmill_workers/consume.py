@@ -39,8 +39,9 @@ from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
 
-#: Seconds between two looks for chunks that lost their worker or their message.
-RECONCILE_S = 5.0
+#: Looks for chunks that lost their worker or their message, in the time of a lease: a dead worker's requests run again
+#: within 1.2 leases.
+RECONCILES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +134,17 @@ class Worker:
                 self.ledger.release(lease)
 
     def _reconcile_for_ever(self) -> None:
+        interval_s = self.ledger.lease_s / RECONCILES
         while not self.stop.draining.is_set():
             # Not all workers at the same moment.
-            if self._ended.wait(RECONCILE_S * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
+            if self._ended.wait(interval_s * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
                 return
             try:
                 self.dispatcher.reconcile()
             except (BrokerError, *PASSING) as problem:
-                log.warning("nothing was reconciled, trying again in %g s: %s", RECONCILE_S, first_line(problem))
+                log.warning("nothing was reconciled, trying again in %g s: %s", interval_s, first_line(problem))
             except Exception:
-                log.exception("reconciling failed, trying again in %g s", RECONCILE_S)
+                log.exception("reconciling failed, trying again in %g s", interval_s)
 
     def _host_changed(self, hosts: HostKeeper) -> None:
         self.presence.changed(hosts)

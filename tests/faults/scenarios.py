@@ -1,0 +1,288 @@
+"""What is broken, and how. Each scenario submits a job, breaks something at a random moment and says what holds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import psutil
+import redis
+import sqlalchemy as sa
+
+from tests.faults.arena import LEASE_S, MODEL, PROMPTMILL, Arena, Skipped, check, prompt_of, until
+from tests.faults.proxy import Proxy
+
+Scenario = Callable[[Arena, random.Random], None]
+
+
+def _begin(arena: Arena, rng: random.Random, *, rows: int = 160, workers: int = 2) -> None:
+    """A job under way, at a random moment of its life."""
+    arena.fresh()
+    arena.start_workers(workers)
+    arena.submit(rows)
+    time.sleep(rng.uniform(0.2, 2.5))
+
+
+def _end(arena: Arena) -> None:
+    arena.wait_for_end()
+    check(arena)
+
+
+def kill_worker(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    rng.choice(arena.consumers()).kill()
+    _end(arena)
+
+
+def kill_host(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    rng.choice(arena.hosts()).kill()
+    _end(arena)
+
+
+def kill_everything(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    arena.stop_workers()
+    arena.start_workers()
+    _end(arena)
+
+
+def suspend_worker(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    victim = rng.choice(arena.consumers())
+    victim.suspend()
+    time.sleep(LEASE_S * rng.uniform(1.1, 1.6))
+    with contextlib.suppress(psutil.Error):
+        victim.resume()
+    _end(arena)
+
+
+def redis_killed(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    arena.stop_redis(signal.SIGKILL)
+    time.sleep(rng.uniform(0.1, 3))
+    arena.start_redis()
+    _end(arena)
+
+
+def redis_empty(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    arena.stop_redis(signal.SIGKILL)
+    time.sleep(rng.uniform(0.1, 3))
+    arena.start_redis(empty=True)
+    _end(arena)
+
+
+def redis_flushed(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    for _ in range(3):
+        with arena.redis() as client:
+            client.flushall()
+        time.sleep(rng.uniform(0.1, 1))
+    _end(arena)
+
+
+def redis_hangs(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    with arena.redis() as client:
+        client.execute_command("DEBUG", "SLEEP", 20)
+    _end(arena)
+
+
+def redis_connections_cut(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    for _ in range(5):
+        with contextlib.suppress(redis.RedisError), arena.redis() as client:
+            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        time.sleep(1)
+    _end(arena)
+
+
+def postgres_restarts(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    arena.restart_postgres(rng.choice(["fast", "immediate"]), away_s=rng.uniform(0.1, 3))
+    _end(arena)
+
+
+def postgres_connections_cut(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    for _ in range(6):
+        arena.cut_connections()
+        time.sleep(rng.uniform(0.5, 1))
+    _end(arena)
+
+
+def poison(arena: Arena, rng: random.Random) -> None:
+    arena.fresh()
+    arena.start_workers()
+    bad = {rng.randrange(100): "CRASH"}
+    arena.submit(100, bad)
+    arena.wait_for_end(120)
+    check(arena, bad=bad)
+
+
+def stall(arena: Arena, rng: random.Random) -> None:
+    arena.fresh()
+    arena.start_workers()
+    bad = {rng.randrange(12): "STALL"}
+    arena.submit(12, bad)
+    arena.wait_for_end(150)
+    check(arena, bad=bad)
+
+
+def race(arena: Arena, rng: random.Random) -> None:
+    """Ten workers and two reconcilers around few chunks."""
+    arena.fresh()
+    arena.start_workers(10)
+    arena.submit(64)
+    reconcilers = [
+        subprocess.Popen([PROMPTMILL, "reconcile"], env=_env(arena), stdout=subprocess.DEVNULL) for _ in "12"
+    ]
+    for each in reconcilers:
+        each.wait(timeout=60)
+    _end(arena)
+
+
+def wrong_clock(arena: Arena, rng: random.Random) -> None:
+    """One machine's clock is ten minutes off; leases go by the database's clock, timestamps by Redis'."""
+    if shutil.which("faketime") is None:
+        raise Skipped("faketime is not installed")
+    arena.fresh()
+    arena.start_workers(1)
+    arena.start_workers(1, wait=False, prefix=("faketime", "-f", rng.choice(["+600s", "-600s"])), runtime="elsewhere")
+    until(lambda: len(arena.hosts()) >= 2, "both have a host", 60)
+    arena.submit(160)
+    _end(arena)
+
+
+def proxied(arena: Arena, rng: random.Random) -> None:
+    """A proxy before Redis and PostgreSQL that delays, cuts and half-closes."""
+    arena.fresh()
+    direct = arena.environment
+    with Proxy(arena.redis_port, rng) as to_redis, Proxy(arena.postgres_socket(), rng) as to_postgres:
+        url = sa.make_url(direct["JOBS_DATABASE_URL"]).set(host="127.0.0.1", port=to_postgres.port, query={})
+        arena.environment = direct | {
+            "JOBS_DATABASE_URL": url.render_as_string(hide_password=False),
+            "JOBS_REDIS_URL": f"redis://127.0.0.1:{to_redis.port}/0",
+        }
+        arena.start_workers(2, wait=False)
+        arena.environment = direct
+        until(lambda: arena.alive() >= 2, "2 workers are alive", 60)
+        arena.submit(160)
+        for _ in range(5):
+            time.sleep(rng.uniform(0.3, 1.0))
+            rng.choice([to_redis, to_postgres]).trouble()
+        _end(arena)
+
+
+def disk_full(arena: Arena, rng: random.Random) -> None:
+    """An embedded run into a SQLite file on a full file system: it waits, and goes on when there is room."""
+    folder = arena.folder / "small"
+    folder.mkdir(exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        raise Skipped("no permission to mount a small file system")
+    try:
+        arena.fresh()
+        arena.environment["JOBS_DATABASE_URL"] = f"sqlite:///{folder / 'jobs.sqlite'}"
+        path = arena.folder / "prompts.jsonl"
+        path.write_text("".join(f'{{"prompt": "{prompt_of(row)}"}}\n' for row in range(200)))
+        process = subprocess.Popen(
+            [PROMPTMILL, "run", str(path), "--model", MODEL, "--slots", "4"], env=_env(arena),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(3, 5))
+        filler = folder / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(b"x" * 65536)
+                file.flush()
+        time.sleep(rng.uniform(1, 4))
+        filler.unlink()
+        assert process.wait(timeout=90) == 0, "the run goes on when there is room again"
+        found = json.loads(arena("report", "@last", "--json"))
+        assert (found["ok"], found["errors"]) == (200, 0), found["completeness"]
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def out_of_memory(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    victim = rng.choice(arena.hosts())
+    victim.rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
+    _end(arena)
+
+
+def delivered_twice(arena: Arena, rng: random.Random) -> None:
+    """Every message again, in random order, from another process."""
+    _begin(arena, rng)
+    for _ in range(4):
+        with arena.redis() as client:
+            for key in client.scan_iter("bulk.*"):
+                if client.type(key) == b"list":
+                    messages = client.lrange(key, 0, -1)
+                    rng.shuffle(messages)
+                    if messages:
+                        client.rpush(key, *messages)
+        time.sleep(rng.uniform(0.1, 0.6))
+    _end(arena)
+
+
+def commands_at_random(arena: Arena, rng: random.Random) -> None:
+    _begin(arena, rng)
+    for _ in range(5):
+        arena(rng.choice(["pause", "resume", "reconcile", "retry"]), *(["@last"]), check=False)
+        time.sleep(rng.uniform(0.1, 0.7))
+    if rng.random() < 0.3:
+        arena("cancel", "@last")
+        until(lambda: arena.status()["state"] in ("cancelled", "completed"), "the job is over", 20)
+        time.sleep(2)
+        check(arena, state=arena.status()["state"])
+        return
+    with contextlib.suppress(Exception):
+        arena("resume", "@last", check=False)
+    _end(arena)
+
+
+def submission_killed(arena: Arena, rng: random.Random) -> None:
+    arena.fresh()
+    arena.start_workers()
+    path = arena.folder / "large.jsonl"
+    path.write_text("".join(f'{{"prompt": "row {row}"}}\n' for row in range(200_000)))
+    process = subprocess.Popen(
+        [PROMPTMILL, "submit", str(path), "--model", "echo"], env=_env(arena), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    time.sleep(rng.uniform(0.3, 3))
+    process.kill()
+    process.wait()
+    half = arena.rows("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM requests)")
+    assert half in ([(0, 0)], [(1, 200_000)]), f"half of a job is stored: {half}"
+    arena("cancel", "@last", check=False)
+    arena.submit(60)
+    _end(arena)
+
+
+def _env(arena: Arena) -> dict[str, str]:
+    return dict(os.environ) | arena.environment
+
+
+#: By their numbers in the table of tests/faults/README.md.
+SCENARIOS: dict[int, Scenario] = {
+    1: kill_worker, 2: kill_host, 3: kill_everything, 4: suspend_worker, 5: redis_killed, 6: redis_empty,
+    7: redis_flushed, 8: redis_hangs, 9: redis_connections_cut, 10: postgres_restarts, 11: postgres_connections_cut,
+    12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
+    19: delivered_twice, 20: commands_at_random, 21: submission_killed,
+}  # fmt: skip
+
+#: Scenarios whose Redis keeps an append-only file.
+APPEND_ONLY = {5}
