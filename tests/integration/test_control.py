@@ -42,8 +42,8 @@ def rows_in(command: Command, query: str) -> list[tuple[object, ...]]:
 
 
 def test_a_pause_from_elsewhere_lets_what_runs_end(command: Command, tmp_path: Path) -> None:
-    path = dataset(tmp_path, *[f"one two three four five {row}" for row in range(40)])
-    process = command.start("run", path, "--model", "echo:token_s=0.2", "--slots", "4")
+    path = dataset(tmp_path, *[f"one two three four five {row}" for row in range(120)])
+    process = command.start("run", path, "--model", "echo:token_s=0.2", "--slots", "8")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (
         not (found := command("status", "@last", "--json")).out or json.loads(found.out)["state"] != "running"
@@ -56,7 +56,7 @@ def test_a_pause_from_elsewhere_lets_what_runs_end(command: Command, tmp_path: P
     assert command("pause", "@last").out.endswith("was paused already\n")
     assert rows_in(command, "SELECT count(*) FROM results WHERE state = 'error'") == [(0,)]
     assert command("resume", "@last").code == 0
-    assert rows_in(command, "SELECT count(*) FROM results WHERE state = 'ok'") == [(40,)]
+    assert rows_in(command, "SELECT count(*) FROM results WHERE state = 'ok'") == [(120,)]
     assert command("pause", "@last").code == 2
 
 

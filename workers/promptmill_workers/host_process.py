@@ -128,6 +128,8 @@ class HostLoop:
             case ("abandon",):
                 self._drop(session, list(session.keys.values()))
             case ("counters",):
+                if not self._origins:
+                    self._engine.step()  # An empty step: what was idle is counted up to now.
                 session.outbox.put(("counters", self._new_counters()))
             case ("gone",):
                 self._drop(session, list(session.keys.values()))

@@ -73,7 +73,7 @@ class ChunkRunner:
                         self._record(lease, outcomes, session.take_counters())
                     else:
                         last = outcomes
-                counters, slots = session.counters(), hosts.slots
+                self._finish(lease, session, last)
         except HostDied as death:
             self._host_died(lease, last, death)
         except (ModelError, DeviceError) as problem:
@@ -82,16 +82,22 @@ class ChunkRunner:
             log.error("job %s: %s", lease.chunk.job_id, problem.message)
             ledger.stop(lease.chunk.job_id, problem.message)
             ledger.release(lease)
-        else:
-            self._finish(lease, counters, slots, last)
 
     def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> None:
         self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
 
-    def _finish(self, lease: Lease, counters: EngineCounters, slots: int, last: Outcomes) -> None:
-        ledger = self._ledger
-        if not self._patiently(lambda again: ledger.finish(lease, counters, slots, last, maybe_stored=again)):
-            self._patiently(lambda again: ledger.release(lease, counters, slots))
+    def _finish(self, lease: Lease, session: Session, last: Outcomes) -> None:
+        """Close the attempt while its session is open: what the engine idles until the database takes it is its own."""
+        ledger, slots, counters = self._ledger, self._hosts.slots, EngineCounters()
+
+        def close(again: bool) -> bool:
+            nonlocal counters
+            counters = counters.plus(session.counters())
+            if ledger.finish(lease, counters, slots, last, maybe_stored=again):
+                return True
+            return ledger.release(lease, counters, slots)
+
+        self._patiently(close)
 
     def _host_died(self, lease: Lease, last: Outcomes, death: HostDied) -> None:
         ledger, hosts = self._ledger, self._hosts
