@@ -114,7 +114,11 @@ def table(columns: list[str], rows: list[list[Any]], right: set[str] | None = No
 
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if right and column in right else "left", overflow="fold")
+        # Ids are copied from here: they are never broken.
+        whole = column in ("job", "done", "errors", "state")
+        made.add_column(
+            column, justify="right" if right and column in right else "left", overflow="fold", no_wrap=whole
+        )
     for row in rows:
         made.add_row(*["-" if cell is None else str(cell) for cell in row])
     stdout_console().print(made)

@@ -29,6 +29,7 @@ class ProgressView:
         self._task: Any = None
         self._seen: deque[tuple[float, int, int]] = deque()
         self._last_line = float("-inf")
+        self._said = -1
 
     def __enter__(self) -> ProgressView:
         return self
@@ -46,9 +47,17 @@ class ProgressView:
         rates = self._rates()
         if self._console.is_terminal:
             self._draw(progress, *rates)
-        elif now - self._last_line >= LINE_EVERY_S or progress.done == progress.rows:
+        elif progress.done == progress.rows:
+            # The end is reported more than once: counts are written before the job is closed.
+            self._say(_line(progress, *rates), progress.done)
+        elif now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
-            self._console.print(_line(progress, *rates), soft_wrap=True)
+            self._say(_line(progress, *rates), progress.done)
+
+    def _say(self, line: str, done: int) -> None:
+        if done != self._said:
+            self._said = done
+            self._console.print(line, soft_wrap=True)
 
     def _rates(self) -> tuple[float, float]:
         """Requests and output tokens per second over the window."""
@@ -89,7 +98,11 @@ def preflight_line(found: Preflight) -> str:
     """The findings of the preflight in one sentence."""
     sampled = "" if found.measured >= found.rows - found.too_long else f" ({found.measured:,} measured)"
     return (
-        f"{found.rows:,} rows; prompt tokens min {found.tokens_min:,}, p50 {found.tokens_p50:,}, "
+        f"{_rows(found.rows)}; prompt tokens min {found.tokens_min:,}, p50 {found.tokens_p50:,}, "
         f"p99 {found.tokens_p99:,}, max {found.tokens_max:,}{sampled}; about {found.prompt_tokens:,} to read, at most "
-        f"{found.max_output_tokens:,} to write; {found.too_long:,} rows do not fit"
+        f"{found.max_output_tokens:,} to write; {found.too_long:,} do not fit"
     )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} {'row' if count == 1 else 'rows'}"

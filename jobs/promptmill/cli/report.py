@@ -2,25 +2,114 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from promptmill.cli.common import json_option, open_all, print_json, stdout_console
+from promptmill.cli.common import json_option, open_all, print_json, stderr_console, stdout_console
+from promptmill.errors import PromptmillError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
+    from promptmill.reports.summary import Summary
 
-@click.command(epilog="Example: promptmill report @last --json")
+FORMATS = ("term", "html", "json", "md", "csv")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  promptmill report @last
+  promptmill report @last -o report.html
+  promptmill report nightly --format md
+"""
+)
 @click.argument("job", default="@last")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS),
+    help="Form of the report.  [default: by the name of -o, else term]",
+)
+@click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
 @json_option
-def report(job: str, as_json: bool) -> None:
+def report(job: str, format_: str | None, output: str, force: bool, as_json: bool) -> None:
     """Report on JOB: throughput, latency, errors, consistency checks and scores, each figure from its rows."""
     from promptmill.catalog import find_job
 
+    chosen = "json" if as_json else format_ or _by_name(output)
+    check_target(output, force)
     _, db = open_all()
-    print_report(db, find_job(db, job).id, as_json)
+    job_id = find_job(db, job).id
+    if chosen == "term" and output == "-":
+        print_report(db, job_id, False)
+    else:
+        write_text(_text(db, job_id, chosen), output)
+
+
+def _by_name(output: str) -> str:
+    suffix = Path(output).suffix.lstrip(".").lower()
+    return {"htm": "html", "markdown": "md"}.get(suffix, suffix if suffix in FORMATS else "term")
+
+
+def _text(db: Engine, job_id: str, format_: str) -> str:
+    """The report of a job as the text of a file."""
+    from promptmill.registry import resolve
+    from promptmill.reports import TEXTS
+    from promptmill.reports.summary import summarise
+
+    summary = summarise(db, job_id)
+    if format_ == "html":
+        from promptmill.reports.html import text as page
+
+        return page(db, summary)
+    if format_ == "term":
+        return _page(summary)
+    made: Callable[[Summary], str] = resolve("report", format_, TEXTS)
+    return made(summary)
+
+
+def _page(summary: Summary) -> str:
+    import io
+
+    from rich.console import Console
+
+    from promptmill.reports.terminal import WIDEST, render
+
+    stream = io.StringIO()
+    render(summary, Console(file=stream, width=WIDEST, highlight=False))
+    return stream.getvalue()
+
+
+def check_target(output: str, force: bool) -> None:
+    """Raises PromptmillError for a file that cannot be written, or exists; asks first where a person can answer."""
+    from promptmill.cli.results import check_output
+
+    check_output(output)
+    if output == "-" or force or not Path(output).exists():
+        return
+    if click.get_text_stream("stdin").isatty() and click.confirm(f"{output} exists: write over it?", err=True):
+        return
+    raise PromptmillError(f"{output} exists", hint="Give another name, or --force to write over it.")
+
+
+def write_text(text: str, output: str) -> None:
+    """To stdout, or to a file that appears whole."""
+    if output == "-":
+        click.echo(text, nl=False)
+        return
+    partial = Path(f"{output}.part-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    stderr_console().print(f"wrote {output}", soft_wrap=True)
 
 
 def print_report(db: Engine, job_id: str, as_json: bool) -> None:

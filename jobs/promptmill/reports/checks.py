@@ -62,7 +62,7 @@ def counts(state: JobState, rows: int, ok: int, by_class: Mapping[str, int]) -> 
     attempted = ok + errors
     sum_text = f"{ok:,} ok + {errors:,} errors" + (f" ({cancelled:,} cancelled)" if cancelled else "")
     if attempted == rows:
-        return Check("counts", True, f"{sum_text} = {rows:,} rows")
+        return Check("counts", True, f"{sum_text} = {rows:,} {'row' if rows == 1 else 'rows'}")
     if attempted > rows or state is JobState.COMPLETED:
         return Check("counts", False, f"{sum_text} = {attempted:,}, and the job has {rows:,} rows")
     return Check("counts", None, f"INCOMPLETE {attempted:,}/{rows:,}: {sum_text}")

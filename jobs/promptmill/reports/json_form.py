@@ -9,7 +9,11 @@ from rich.console import Console
 from promptmill.reports.summary import Summary
 
 
+def text(summary: Summary) -> str:
+    """The object. What was not measured is null."""
+    return json.dumps(summary.to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+
+
 def render(summary: Summary, console: Console) -> None:
-    """Print the object. What was not measured is null."""
-    text = json.dumps(summary.to_json(), ensure_ascii=False, indent=2, allow_nan=False)
-    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    """Print the object."""
+    console.print(text(summary).rstrip("\n"), markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -118,8 +118,8 @@ def read_facts(db: Connection, job_id: str) -> Facts:
     return Facts(
         job=job,
         groups=groups,
-        ok=_series(db, job_id, "ok"),
-        failed=_series(db, job_id, "error"),
+        ok=read_series(db, job_id, "ok"),
+        failed=read_series(db, job_id, "error"),
         examples=_examples(db, job_id),
         attempts=tried,
         shared=_shared(db, job_id, tried),
@@ -159,7 +159,7 @@ def _sum(column: sa.Column[int]) -> sa.ColumnElement[int]:
     return sa.func.coalesce(sa.func.sum(column), 0)
 
 
-def _series(db: Connection, job_id: str, state: str) -> Series:
+def read_series(db: Connection, job_id: str, state: str) -> Series:
     each = results.c
     columns = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at, each.output_tokens)
     query = sa.select(*columns).where(

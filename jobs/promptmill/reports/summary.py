@@ -32,6 +32,9 @@ from promptmill.scorers.intervals import wilson
 from promptmill.scorers.scoring import Score, score_job
 from promptmill.types import ErrorClass, FinishReason, JobState
 
+#: Of the JSON report: goes up when a key leaves or changes its meaning.
+SCHEMA_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerShare:
@@ -106,6 +109,10 @@ class Summary:
     workers: tuple[WorkerShare, ...]
 
     @property
+    def schema_version(self) -> int:
+        return SCHEMA_VERSION
+
+    @property
     def complete(self) -> bool:
         """Whether every row of the dataset has its result."""
         return self.attempted == self.rows
@@ -169,7 +176,7 @@ class Summary:
 
 #: Keys of the JSON report, in order. They stay: new ones go to the end of their line.
 JSON_KEYS = (
-    "job_id", "name", "state", "verdict", "complete", "completeness", "stop_reason", "mode",
+    "schema_version", "job_id", "name", "state", "verdict", "complete", "completeness", "stop_reason", "mode",
     "submitted_at", "started_at", "finished_at", "dataset_name", "dataset_sha256", "model", "model_fingerprint",
     "task_name", "task_sha256", "config_sha256", "device_got",
     "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "success_rate", "success_ci95",

@@ -1,0 +1,246 @@
+"""The report as one HTML file: works offline, opened from a mail, printed. No script; all foreign text is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy.engine import Connection, Engine
+
+from promptmill.metrics import METRICS, PERCENTILES, digits
+from promptmill.reports import plots
+from promptmill.reports.details import Details, read_details
+from promptmill.reports.figures import DISTRIBUTIONS, singles
+from promptmill.reports.rows import Floats
+from promptmill.reports.summary import Summary
+from promptmill.reports.terminal import MESSAGE_CHARACTERS
+
+#: Bundled beside this file.
+STYLE = Path(__file__).with_name("report.css")
+
+#: Figures at the top of the page.
+HEADLINE = ("items_per_s", "output_tps", "wall_s", "success_rate", "mean_active", "cached_share")
+
+
+def text(db: Engine | Connection, summary: Summary) -> str:
+    """The whole file."""
+    details = read_details(db, summary.job_id)
+    title = f"promptmill: {summary.name or summary.job_id}"
+    sections = [
+        _head(summary), _keys(summary), _plots(summary, details), _scores(summary), _times(summary),
+        _errors(summary), _slow(details), _workers(summary), _checks(summary), _config(details), _definitions(summary),
+    ]  # fmt: skip
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_safe(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>{''.join(sections)}</body></html>\n"
+    )
+
+
+def _safe(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{_safe(title)}</h2>{body}</section>" if body else ""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
+    """A table of escaped cells; columns ``numbers`` are aligned to the right."""
+    right = set(numbers)
+
+    def cells(tag: str, row: Sequence[object]) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if index in right else ''}>{_safe(cell)}</{tag}>" for index, cell in enumerate(row)
+        )
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f"<table><tr>{cells('th', columns)}</tr>{body}</table>" if body else ""
+
+
+def _head(summary: Summary) -> str:
+    good = "good" if summary.verdict == "passed" else "bad" if summary.state.is_final else ""
+    began = (
+        "not yet"
+        if summary.started_at is None
+        else f"{datetime.fromtimestamp(summary.started_at, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    )
+    lines = [
+        ("dataset", f"{summary.dataset_name}  sha256 {summary.dataset_sha256[:12]}"),
+        ("model", f"{summary.model}  {(summary.model_fingerprint or '')[:12]}"),
+        ("task", summary.task_name or "none"),
+        ("config", summary.config_sha256[:12]),
+        ("device", summary.device_got or "unknown"),
+        ("began", began),
+        ("rows", f"{summary.attempted:,} of {summary.rows:,}, {summary.completeness}"),
+    ]
+    rows = "".join(f"<tr><th>{label}</th><td>{_safe(value)}</td></tr>" for label, value in lines)
+    stop = f"<p class=bad>{_safe(summary.stop_reason)}</p>" if summary.stop_reason else ""
+    return (
+        f"<h1>{_safe(summary.name or 'Job')} <span class=dim>{_safe(summary.job_id)}</span></h1>"
+        f'<p class="verdict {good}">{_safe(summary.verdict)}</p>{stop}<table>{rows}</table>'
+    )
+
+
+def _keys(summary: Summary) -> str:
+    cards = []
+    for name in HEADLINE:
+        metric, value = METRICS[name], getattr(summary, name)
+        shown = "not measured" if value is None else f"{metric.text(value)} {metric.shown_unit}"
+        cards.append(
+            f'<div title="{_safe(metric.formula)}"><span class=dim>{_safe(metric.label)}</span>'
+            f"<b>{_safe(shown)}</b></div>"
+        )
+    return f"<div class=keys>{''.join(cards)}</div>"
+
+
+def _plots(summary: Summary, details: Details) -> str:
+    if not len(details.latencies) or not len(details.edges):
+        return _section("Plots", "<p class=dim>No row has an answer: there is nothing to plot.</p>")
+    shown = [
+        (
+            plots.latency_histogram(details.latencies),
+            "latency_s of each answered row; the axis ends at the 99.5th percentile",
+        ),
+        (_throughput(summary), "output tokens of each row spread from its first to its last"),
+        (_occupancy(summary, details), "rows in a slot, and rows that wait"),
+        (plots.scatter(*details.scatter), f"{len(details.scatter[0]):,} of {len(details.latencies):,} rows"),
+    ]
+    if details.spans:
+        shown.append((plots.timeline(details), "green: done; orange: given back; red: lost or failed; blue: running"))
+    shown += [(svg, caption) for svg, caption in _resources(details)]
+    figures = "".join(
+        f"<figure>{svg}<figcaption>{_safe(caption)}</figcaption></figure>" for svg, caption in shown if svg
+    )
+    return _section("Plots", f"<div class=plots>{figures}</div>")
+
+
+def _throughput(summary: Summary) -> str:
+    if summary.curve is None:
+        return ""
+    values = np.array(summary.curve.output_tps)
+    at: Floats = np.arange(len(values), dtype=np.float64) * summary.curve.slice_s
+    return plots.over_time([("output tok/s", at, values, plots.BLUE)], "Throughput over time", "tok/s")
+
+
+def _occupancy(summary: Summary, details: Details) -> str:
+    lines = [("active", details.edges, details.active, plots.BLUE)]
+    if details.waiting.max(initial=0) <= 20 * max(details.active.max(initial=1), 1):
+        lines.append(("waiting", details.edges, details.waiting, plots.ORANGE))
+    if summary.slots:
+        lines.append(("slots", details.edges, np.full(len(details.edges), float(summary.slots)), plots.GREEN))
+    return plots.over_time(lines, "Active sequences against slots", "rows")
+
+
+def _resources(details: Details) -> list[tuple[str, str]]:
+    """CPU, memory and device of each worker, where they were sampled."""
+    shown = []
+    for name, label, unit, scale in (
+        ("cpu_ratio", "CPU", "cores", 1.0),
+        ("memory_bytes", "Memory", "MiB", 2.0**-20),
+        ("device_memory_bytes", "Device memory", "MiB", 2.0**-20),
+        ("device_use_ratio", "Device use", "%", 100.0),
+    ):
+        lines = [
+            (worker[-24:], columns["at"], columns[name] * scale, colour)
+            for (worker, columns), colour in zip(
+                details.samples.items(), (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED), strict=False
+            )
+            if np.isfinite(columns[name]).sum() >= 2
+        ]
+        if lines:
+            shown.append((plots.over_time(lines, f"{label} of workers", unit), f"worker_samples.{name}"))
+    return shown
+
+
+def _times(summary: Summary) -> str:
+    rows = []
+    for name in DISTRIBUTIONS:
+        values = getattr(summary, name)
+        cells = []
+        for point, (_, least) in PERCENTILES.items():
+            value = getattr(values, point)
+            short = "" if value is None or values.supports(point) else f" (n<{least})"
+            cells.append("–" if value is None else f"{digits(value)}{short}")
+        mean = "–" if values.mean is None else digits(values.mean)
+        rows.append((f"{METRICS[name].label} s", *cells, mean, f"{values.n:,}"))
+    return _section("Time", _table(("", *PERCENTILES, "mean", "n"), rows, range(1, 7)))
+
+
+def _scores(summary: Summary) -> str:
+    rows = []
+    for name, score in summary.scores.items():
+        metric = METRICS[score.metric]
+        interval = "[{:.1f}, {:.1f}]".format(*(100 * each for each in score.ci95)) if score.ci95 else "–"
+        value = f"{metric.text(score.value)} {metric.shown_unit}"
+        rows.append((f"{name} {metric.label}", value, interval, f"{score.n:,}", score.unparsed, score.truncated))
+    return _section("Scores", _table(("score", "value", "95 % CI", "n", "unparsed", "truncated"), rows, range(1, 6)))
+
+
+def _errors(summary: Summary) -> str:
+    examples = {each.error_class: each for each in summary.error_examples}
+    rows = []
+    for name, count in summary.errors_by_class.items():
+        example = examples.get(name)
+        rows.append(
+            (name, f"{count:,}", f"row {example.row}: {example.message[:MESSAGE_CHARACTERS]}" if example else "")
+        )
+    return _section("Errors", _table(("class", "rows", "first example"), rows, (1,)))
+
+
+def _slow(details: Details) -> str:
+    rows = [
+        (each.row, each.custom_id, digits(each.latency_s), each.output_tokens, each.text[:160]) for each in details.slow
+    ]
+    return _section("Slowest rows", _table(("row", "id", "latency s", "tokens", "answer"), rows, (0, 2, 3)))
+
+
+def _workers(summary: Summary) -> str:
+    memory = METRICS["memory_bytes"]
+    rows = [
+        (each.id, each.device_got or "unknown", each.slots or "?", f"{each.ok:,}", f"{each.errors:,}",
+         memory.text(each.memory_bytes), memory.text(each.device_memory_bytes))
+        for each in summary.workers
+    ]  # fmt: skip
+    return _section(
+        "Workers",
+        _table(("worker", "device got", "slots", "ok", "errors", "memory MiB", "device MiB"), rows, range(2, 7)),
+    )
+
+
+def _checks(summary: Summary) -> str:
+    marks = {True: "✓", False: "✗", None: "·"}
+    return _section(
+        "Checks", _table(("", "law", ""), [(marks[each.ok], each.name, each.detail) for each in summary.checks])
+    )
+
+
+def _config(details: Details) -> str:
+    pairs = [*details.config.items(), *_flat("", details.env)]
+    return _section("Configuration and environment", _table(("name", "value"), pairs))
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found += _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _definitions(summary: Summary) -> str:
+    rows = [
+        (metric.name, "not measured" if value is None else metric.text(value), metric.shown_unit, metric.formula)
+        for metric, value in singles(summary)
+    ]
+    rows += [
+        (METRICS[name].name, "see above", METRICS[name].shown_unit, METRICS[name].formula) for name in DISTRIBUTIONS
+    ]
+    return _section(
+        "Every figure and its definition",
+        _table(("figure", "value", "unit", "from the rows of v_results and attempts"), rows, (1,)),
+    )

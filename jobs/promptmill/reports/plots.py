@@ -1,0 +1,136 @@
+"""Plots as inline SVG: lines in the text's own colour, so that they fit a light page, a dark one and paper."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from promptmill.metrics import digits
+from promptmill.reports.details import Details
+from promptmill.reports.rows import Floats
+
+#: Stands for the colour of the text in what matplotlib draws; replaced afterwards.
+INK = "#010203"
+
+#: Blue and orange that both read on white and on near black.
+BLUE, ORANGE, GREEN, RED = "#4c8bd6", "#d9822b", "#3f9c6b", "#cf4a4a"
+
+_OUTCOMES = {"done": GREEN, "released": ORANGE, "failed": RED, "lost": RED, "running": BLUE}
+
+#: Inches of a plot.
+SIZE = (6.4, 2.7)
+
+
+def draw(paint: Callable[[Any], None], label: str, size: tuple[float, float] = SIZE) -> str:
+    """An SVG element of what ``paint`` draws on its axes. ``label`` is read out instead of it."""
+    # Matplotlib takes half a second to import.
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif", "font.size": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        paint(axes)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(stream.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Ids are of one document: two plots on a page must not share them.
+    prefix = re.sub(r"\W+", "-", label)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    svg = svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+
+
+def latency_histogram(values: Floats) -> str:
+    """Rows by latency, and the share of rows up to it. The axis ends at the 99.5th percentile."""
+    top = float(np.percentile(values, 99.5))
+    shown = values[values <= top]
+
+    def paint(axes: Any) -> None:
+        counts, edges = np.histogram(shown, bins=min(60, max(8, len(set(shown[:2000].tolist())))))
+        axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.75)
+        axes.set(xlabel="latency s", ylabel="rows")
+        share = axes.twinx()
+        points = np.linspace(0, min(99.5, 100), 120)
+        share.plot(np.percentile(values, points), points, color=ORANGE)
+        share.set(ylabel="% of rows up to", ylim=(0, 100))
+        share.spines["right"].set_visible(True)
+
+    return draw(paint, "Latency histogram and cumulative curve")
+
+
+def over_time(lines: Sequence[tuple[str, Floats, Floats, str]], label: str, unit: str) -> str:
+    """Lines of (name, seconds, values, colour) over the time of the job."""
+
+    def paint(axes: Any) -> None:
+        for name, at, values, colour in lines:
+            axes.plot(at, values, color=colour, label=name, linewidth=1.4, drawstyle="steps-post")
+        axes.set(xlabel="s since the first admission", ylabel=unit)
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+
+    return draw(paint, label)
+
+
+def scatter(tokens: Floats, latencies: Floats) -> str:
+    def paint(axes: Any) -> None:
+        axes.plot(tokens, latencies, linestyle="", marker="o", markersize=2.2, alpha=0.45, color=BLUE)
+        axes.set(xlabel="output tokens", ylabel="latency s")
+        axes.set_ylim(bottom=0)
+
+    return draw(paint, "Output tokens against latency")
+
+
+def timeline(details: Details) -> str:
+    """Attempts of each worker: green ended in order, orange was given back, red was lost or failed."""
+    workers = sorted({worker for worker, *_ in details.spans})
+
+    def paint(axes: Any) -> None:
+        for index, name in enumerate(workers):
+            for outcome, colour in _OUTCOMES.items():
+                own = [
+                    (start, end - start)
+                    for worker, start, end, how in details.spans
+                    if (worker, how) == (name, outcome)
+                ]
+                axes.broken_barh(own, (index - 0.35, 0.7), facecolor=colour, edgecolor=INK, linewidth=0.3, alpha=0.8)
+        axes.set_yticks(range(len(workers)), [name[-28:] for name in workers])
+        axes.set(xlabel="s since the first admission")
+
+    return draw(paint, "Chunks of each worker over time", (6.4, 1.0 + 0.3 * len(workers)))
+
+
+def confusion(labels: list[str], counts: list[list[int]], name: str) -> str:
+    """Expected labels down, predicted ones across."""
+
+    def paint(axes: Any) -> None:
+        block = np.array(counts, dtype=float)
+        shares = block / np.maximum(block.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4, alpha=0.6)
+        for row, line in enumerate(counts):
+            for column, count in enumerate(line):
+                axes.text(column, row, digits(count), ha="center", va="center")
+        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel="predicted", ylabel="expected")
+
+    size = 1.6 + 0.55 * len(labels)
+    return draw(paint, f"Confusion matrix of {name}", (min(size + 1, 9.0), min(size, 8.0)))
