@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def check_target(output: str, force: bool) -> None:
     check_output(output)
     if output == "-" or force or not Path(output).exists():
         return
-    if click.get_text_stream("stdin").isatty() and click.confirm(f"{output} exists: write over it?", err=True):
+    if sys.stdin.isatty() and click.confirm(f"{output} exists: write over it?", err=True):
         return
     raise PromptmillError(f"{output} exists", hint="Give another name, or --force to write over it.")
 

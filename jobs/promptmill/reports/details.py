@@ -105,14 +105,17 @@ def _slow(db: Connection, job_id: str) -> tuple[SlowRow, ...]:
     query = (
         sa.select(
             each.row, requests.c.custom_id, slowest.c.latency_s, each.output_tokens,
-            sa.func.substr(each.text, 1, 300),
+            sa.func.substr(each.text, 1, 300).label("text"),
         )
         .join(slowest, slowest.c.row == each.row)
         .join(requests, sa.and_(requests.c.job_id == each.job_id, requests.c.row == each.row))
         .where(each.job_id == job_id)
         .order_by(slowest.c.latency_s.desc())
     )  # fmt: skip
-    return tuple(SlowRow(*values, text or "") for *values, text in db.execute(query))
+    return tuple(
+        SlowRow(each.row, each.custom_id, each.latency_s, each.output_tokens, each.text or "")
+        for each in db.execute(query)
+    )
 
 
 def _spans(db: Connection, job_id: str, begin: float, end: float) -> tuple[tuple[str, float, float, str], ...]:
