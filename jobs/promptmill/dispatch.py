@@ -49,6 +49,7 @@ class Dispatcher:
     def reconcile(self) -> int:
         """Requeue chunks without a live lease and publish what has no message; returns how many were published."""
         self._ledger.requeue_expired()
+        self._ledger.complete_jobs()
         self._ledger.expire_overdue()
         published = 0
         for job in self._ledger.open_jobs("queue"):

@@ -248,3 +248,14 @@ def test_the_counters_of_a_finished_chunk_belong_to_its_attempt(ledger: Ledger, 
     assert lease is not None
     ledger.finish(lease, EngineCounters(steps=3, peak_active=1), 2, [ok(0)])
     assert read(db, sa.select(attempts.c.steps, attempts.c.outcome)) == [(3, "done")]
+
+
+def test_a_job_whose_last_chunks_missed_each_other_is_closed(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2)
+    lease = claim(ledger)
+    ledger.record(lease, [ok(0), ok(1)])
+    with writing(db) as connection:
+        connection.execute(sa.update(chunks).values(state="done"))
+    assert ledger.is_open(JOB)
+    ledger.complete_jobs()
+    assert ledger.progress(JOB).state is JobState.COMPLETED

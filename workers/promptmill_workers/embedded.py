@@ -102,6 +102,7 @@ class EmbeddedWorker:
         if time.monotonic() - self._reconciled_at > RECONCILE_S:
             self._reconciled_at = time.monotonic()
             self._ledger.requeue_expired()
+            self._ledger.complete_jobs()
             self._ledger.expire_overdue()
 
     def _work(self, job_id: str) -> None:

@@ -88,7 +88,14 @@ class Jobs(LedgerBase):
         return changed.rowcount == 1
 
     def _complete_if_done(self, db: Connection, job_id: str) -> None:
-        """Close the job when no chunk is left. The lock keeps two last chunks from missing each other."""
+        """Close the job when no chunk is left. The lock keeps two last chunks from missing each other.
+
+        Not taken while chunks wait: all workers of a job would queue for it. A transaction that stalls between this
+        look and its commit, until the rest of the job is done, is put right by :meth:`complete_jobs`.
+        """
+        waiting = sa.exists().where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.QUEUED.value)
+        if db.execute(sa.select(waiting)).scalar():
+            return
         self._lock_job(db, job_id)
         left = sa.exists().where(chunks.c.job_id == job_id, chunks.c.state != ChunkState.DONE.value)
         if db.execute(sa.select(left)).scalar():
@@ -104,6 +111,16 @@ class Jobs(LedgerBase):
         reason = guard_verdict(job.max_errors, ok, errors - job.skipped)
         if reason:
             self._close(db, job_id, JobState.FAILED, OPEN_STATES, reason)
+
+    def complete_jobs(self) -> None:
+        """Close jobs whose chunks are all done and whose last one did not notice it."""
+        left = sa.exists().where(chunks.c.job_id == jobs.c.id, chunks.c.state != ChunkState.DONE.value)
+        done = sa.select(jobs.c.id).where(jobs.c.state.in_(OPEN_STATES), ~left)
+        with reading(self.db) as db:
+            found = db.execute(done).scalars().all()
+        for job_id in found:
+            with writing(self.db) as db:
+                self._complete_if_done(db, job_id)
 
     # --- time limits -------------------------------------------------------------------------------------------------
 
