@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 #: Exit codes of the command line. 130 is what shells give a program ended by Ctrl-C.
 EXIT_FAILED = 1
@@ -24,6 +25,10 @@ class PromptmillError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        return {"error": type(self).__name__, "message": self.message, "hint": self.hint, "exit_code": self.exit_code}
+
 
 class SettingsError(PromptmillError):
     """A setting is unknown or has a wrong value."""
@@ -39,7 +44,8 @@ class BadLines(DatasetError):
     #: Lines listed in the message.
     SHOWN = 20
 
-    def __init__(self, name: str, shown: Sequence[tuple[int, str]], total: int) -> None:
+    def __init__(self, name: str, shown: Sequence[tuple[int, str]], total: int, *, submitting: bool = True) -> None:
+        """``submitting``: the lines were to become a job, and not only to be looked at."""
         lines = [f"{name}:{line}: {problem}" for line, problem in shown]
         if total > len(shown):
             lines.append(f"... and {total - len(shown)} more")
@@ -47,9 +53,15 @@ class BadLines(DatasetError):
         self.shown = list(shown)
         plural = "line" if total == 1 else "lines"
         super().__init__(
-            "\n".join([*lines, f"{total} bad {plural} in {name}: nothing was enqueued"]),
-            hint="Mend them, or give --skip-invalid to record them as errors and run the rest.",
+            "\n".join([*lines, f"{total} bad {plural} in {name}{': nothing was enqueued' if submitting else ''}"]),
+            hint="Mend them, or give --skip-invalid to record them as errors and run the rest."
+            if submitting
+            else "Mend them; a job would refuse them.",
         )
+
+    def to_json(self) -> dict[str, Any]:
+        listed = [{"line": line, "problem": problem} for line, problem in self.shown]
+        return super().to_json() | {"bad_lines": self.total, "lines": listed}
 
 
 class TaskFileError(PromptmillError):

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from promptmill import catalog
+from promptmill.dataset_lint import Lint
 from promptmill.errors import (
     BrokerError,
     DatasetError,
@@ -31,7 +32,7 @@ from promptmill.preflight import Gauge, Preflight
 from promptmill.prompts import Template, to_request
 from promptmill.readers import Dataset, open_dataset
 from promptmill.registry import suggestion
-from promptmill.settings import Settings
+from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, Preparer, prepared_rows, refuse_bad
 from promptmill.submission import submit as store
 from promptmill.task_file import Task, load_task, parse_task
@@ -127,21 +128,29 @@ def dry_run(options: RunOptions, settings: Settings, mode: str) -> Preflight | N
         return prepared.gauge.findings() if prepared.gauge else None
 
 
-def validate_dataset(path: str, task_path: str | None, format_: str | None) -> dict[str, Any]:
-    """Read every line as a job would. Raises BadLines and its kin for what a job would refuse."""
+def validate_dataset(
+    path: str, task_path: str | None, format_: str | None, model: str | None = None, settings: Settings | None = None
+) -> dict[str, Any]:
+    """Read every line as a job would, and look for what would spoil its scores.
+
+    With ``model``, prompts are measured with its tokeniser. Raises BadLines and its kin for what a job would refuse.
+    """
     task = load_task(task_path) if task_path else None
-    expected = task.expected if task else None
+    gauge = None
+    if model is not None:
+        gauge = _model(RunOptions(model=model), settings or load_settings(), must_be_here=True)[1]
     order = JobOrder(model="none", mode="embedded", task=task, sampling=dict(task.generate) if task else {})
-    with open_dataset(path, format=format_, expected=expected, has_template=task is not None) as dataset:
-        preparer = Preparer(order, None)
-        rows = labelled = 0
+    mapping = task.mapping if task else {}
+    with open_dataset(path, format=format_, has_template=task is not None, **mapping) as dataset:
+        preparer, lint = Preparer(order, gauge), Lint(task)
+        rows = 0
         for row in prepared_rows(dataset, order, preparer):
+            lint.add(row.custom_id, row.input, row.expected)
             rows += 1
-            labelled += row.expected is not None
-        refuse_bad(dataset.name, preparer.tally, False, rows)
+        refuse_bad(dataset.name, preparer.tally, False, rows, submitting=False)
         return {
             "name": dataset.name, "format": dataset.format, "sha256": dataset.sha256, "rows": rows,
-            "labelled": labelled,
+            **lint.findings(), "tokens": gauge.findings().to_json() if gauge else None,
         }  # fmt: skip
 
 
@@ -258,10 +267,8 @@ def _dataset(options: RunOptions, task: Task | None) -> Iterator[Dataset]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="promptmill-")))
             (folder / "prompt.jsonl").write_text(json.dumps({"prompt": options.prompt}), encoding="utf-8")
             path = str(folder / "prompt.jsonl")
-        expected = task.expected if task else None
-        yield stack.enter_context(
-            open_dataset(path, format=options.format, expected=expected, has_template=task is not None)
-        )
+        mapping = task.mapping if task else {}
+        yield stack.enter_context(open_dataset(path, format=options.format, has_template=task is not None, **mapping))
 
 
 # --- running and submitting ------------------------------------------------------------------------------------------

@@ -235,10 +235,10 @@ def _refuse_full_queue(db: Connection, order: JobOrder, rows: int) -> None:
         )
 
 
-def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int) -> None:
+def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int, submitting: bool = True) -> None:
     """Raise for bad lines that were not to be skipped, and for a dataset in which nothing is left."""
     if tally.bad_total and not skip_invalid:
-        raise BadLines(name, tally.bad, tally.bad_total)
+        raise BadLines(name, tally.bad, tally.bad_total, submitting=submitting)
     if rows == 0:
         raise DatasetError(f"{name} holds no rows", hint="Check --limit, and that the file is the right one.")
 
@@ -246,7 +246,7 @@ def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int) -> None:
 def prepared_rows(dataset: Dataset, order: JobOrder, preparer: Preparer) -> Iterator[PreparedRow]:
     """The dataset's rows, checked and in order; bad lines are left out and noted in the preparer's tally."""
     row = 0
-    for line in islice(checked(dataset.lines()), order.limit):
+    for line in islice(checked(dataset.lines(), dataset.number_duplicates), order.limit):
         prepared = preparer.prepare(line, row)
         if prepared is not None:
             preparer.tally.costs.append(min(prepared.cost, 2**32 - 1))

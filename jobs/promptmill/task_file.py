@@ -37,6 +37,8 @@ class OutputPart(_Part):
 
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     mode: Literal["free"] = "free"
+    #: Field -> {label as the dataset or an answer writes it: label of the schema}.
+    aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class TaskModel(_Part):
@@ -45,7 +47,14 @@ class TaskModel(_Part):
     task: str = Field(min_length=1)
     prompt: PromptPart
     generate: dict[str, Any] = Field(default_factory=dict)
+    #: Field of the line that names it.
+    id: str | None = None
+    #: Name in the template -> field of the line; without it the template sees every field that is not expected.
+    input: dict[str, str] = Field(default_factory=dict)
     expected: dict[str, str] = Field(default_factory=dict)
+    meta: dict[str, str] = Field(default_factory=dict)
+    #: What happens to a second line with the same id: it is an error, or it is called ``id#2``.
+    duplicate_ids: Literal["refuse", "number"] = "refuse"
     output: OutputPart = Field(default_factory=lambda: OutputPart(schema=None))
     scores: list[dict[str, str]] = Field(default_factory=list)
 
@@ -74,6 +83,15 @@ class Task:
     @property
     def expected(self) -> Mapping[str, str]:
         return self.model.expected
+
+    @property
+    def mapping(self) -> dict[str, Any]:
+        """Where id, input, expected values and meta come from: arguments of ``readers.open_dataset``."""
+        model = self.model
+        return {
+            "expected": model.expected, "id": model.id, "input": model.input, "meta": model.meta,
+            "number_duplicates": model.duplicate_ids == "number",
+        }  # fmt: skip
 
     @property
     def scores(self) -> list[dict[str, str]]:
@@ -129,6 +147,10 @@ def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
             check_parameter(parameter, model.generate[parameter])
         except BadParameter as problem:
             yield ("generate", parameter), f"{problem.message}. {problem.hint or ''}".rstrip(". ")
+    for part in ("input", "meta"):
+        for name, path in getattr(model, part).items():
+            if path in model.expected.values():
+                yield (part, name), f"the field '{path}' is an expected value: no prompt may see it"
     for index, score in enumerate(model.scores):
         if len(score) != 1:
             yield ("scores", index), "a score is one name and one field, such as exact: is_ad"

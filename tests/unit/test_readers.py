@@ -511,7 +511,7 @@ def test_csv_with_a_template_gives_it_every_column_but_id_and_labels(write: Writ
     )
     assert [(line.custom_id, line.fields, line.expected) for line in lines] == [
         ("a", {"comment": "c", "meta": "m"}, {"ad": "true"}),
-        (None, {"comment": "d", "meta": "n"}, None),
+        ("row-1", {"comment": "d", "meta": "n"}, None),
     ]
 
 

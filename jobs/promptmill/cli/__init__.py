@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from typing import Any
 
@@ -95,6 +96,8 @@ def main() -> None:
     except PromptmillError as problem:
         if debug:
             raise
+        if "--json" in sys.argv[1:]:
+            click.echo(json.dumps(problem.to_json(), ensure_ascii=False, indent=2))
         click.echo(f"error: {problem}", err=True)
         sys.exit(problem.exit_code)
     except Exception as problem:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from promptmill.cli.common import json_option, print_json
+from promptmill.errors import EXIT_BAD_INPUT
 
 
 @click.group()
@@ -16,16 +19,47 @@ def datasets() -> None:
 @click.argument("file")
 @click.option("--task", type=click.Path(), help="Task file whose template and labels the lines must fit.")
 @click.option("--format", "format_", help="Format of the file where its name does not tell.")
+@click.option("-m", "--model", help="Measure the prompts with this model's tokeniser.")
 @json_option
-def validate(file: str, task: str | None, format_: str | None, as_json: bool) -> None:
-    """Read every line of FILE as a job would, and list what is wrong. Exit code 2 if anything is."""
+def validate(file: str, task: str | None, format_: str | None, model: str | None, as_json: bool) -> None:
+    """Read every line of FILE as a job would, and list what is wrong. Exit code 2 if anything is.
+
+    Duplicates are only told; labels that no answer could equal are wrong.
+    """
     from promptmill.service import validate_dataset
 
-    found = validate_dataset(file, task, format_)
+    found = validate_dataset(file, task, format_, model)
     if as_json:
         print_json(found)
     else:
-        click.echo(
-            f"{found['name']}: {found['rows']:,} rows of {found['format']}, {found['labelled']:,} of them labelled, "
-            f"sha256 {found['sha256'][:12]}; all can be used"
-        )
+        _print(found)
+    if found["problems"]:
+        raise click.exceptions.Exit(EXIT_BAD_INPUT)
+
+
+def _print(found: dict[str, Any]) -> None:
+    verdict = "" if found["problems"] else "; all can be used"
+    click.echo(
+        f"{found['name']}: {found['rows']:,} rows of {found['format']}, {found['labelled']:,} of them labelled, "
+        f"sha256 {found['sha256'][:12]}{verdict}"
+    )
+    for name, counts in found["labels"].items():
+        click.echo(f"  {name}: " + ", ".join(f"{label} {count:,}" for label, count in counts.items()))
+    told = {
+        "duplicate_ids": "ids used before, numbered",
+        "duplicate_inputs": "inputs that were there before, with the same labels",
+        "contradictions": "inputs that were there before, with other labels",
+    }
+    for key, text in told.items():
+        _print_finding(text, found[key])
+    for name, finding in found["missing_labels"].items():
+        _print_finding(f"rows without a value for {name}", finding)
+    if found["tokens"]:
+        click.echo("  prompt tokens: " + ", ".join(f"{key} {value}" for key, value in found["tokens"].items()))
+    for problem in found["problems"]:
+        click.echo(f"  wrong: {problem}")
+
+
+def _print_finding(text: str, finding: dict[str, Any]) -> None:
+    if finding["count"]:
+        click.echo(f"  {finding['count']:,} {text}: {', '.join(finding['ids'])}")

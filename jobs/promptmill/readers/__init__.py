@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,13 +20,14 @@ READERS = {
     "csv": "promptmill.readers.delimited:read_csv",
     "tsv": "promptmill.readers.delimited:read_tsv",
     "text": "promptmill.readers.plain_text:read",
+    "json": "promptmill.readers.json_list:read",
 }
 
 #: Beside ``body``, any of these makes a line one of OpenAI's batch format.
 NAMES_A_CALL = {"custom_id", "method", "url"}
 
 #: File name ending -> format.
-ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text"}
+ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".json": "json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,14 @@ class Layout:
     #: Name of the expected value -> field of the line.
     expected: Mapping[str, str]
     has_template: bool
+    #: Field that names the line; None looks for ``id`` and ``custom_id``.
+    id: str | None = None
+    #: Name in the template -> field of the line; empty gives the template every field that is not expected.
+    input: Mapping[str, str] = field(default_factory=dict)
+    #: ``meta`` name -> field of the line.
+    meta: Mapping[str, str] = field(default_factory=dict)
+    #: Second and later lines of one id become ``id#2``, ``id#3`` instead of errors.
+    number_duplicates: bool = False
 
 
 class Reader(Protocol):
@@ -60,6 +69,11 @@ class Dataset:
         """Of the file's bytes, as they lie on disk."""
         return self._source.sha256
 
+    @property
+    def number_duplicates(self) -> bool:
+        """Whether lines that share an id are numbered instead of refused."""
+        return self._layout.number_duplicates
+
     def lines(self) -> Iterator[DatasetLine]:
         """Every line, in order. Raises :class:`DatasetError` for what concerns the file as a whole."""
         reader: Reader = resolve("dataset format", self.format, READERS)
@@ -81,16 +95,24 @@ def open_dataset(
     format: str | None = None,
     expected: Mapping[str, str] | None = None,
     has_template: bool = False,
+    id: str | None = None,
+    input: Mapping[str, str] | None = None,
+    meta: Mapping[str, str] | None = None,
+    number_duplicates: bool = False,
 ) -> Dataset:
     """Open a dataset; ``-`` is standard input.
 
-    ``expected`` maps names of expected values to fields of the lines. Raises :class:`DatasetError` for a file that is
+    ``expected``, ``input`` and ``meta`` map names to fields of the lines, and ``id`` is the field that names a line.
+    A field may be a path such as ``context.title``. Raises :class:`DatasetError` for a file that is
     missing, empty, a folder, or of an unknown format.
     """
     source = Source.open(str(path))
     try:
         chosen = _format(source, format)
-        return Dataset(source, chosen, Layout(source.name, dict(expected or {}), has_template))
+        layout = Layout(
+            source.name, dict(expected or {}), has_template, id, dict(input or {}), dict(meta or {}), number_duplicates
+        )
+        return Dataset(source, chosen, layout)
     except BaseException:
         source.close()
         raise
@@ -124,12 +146,37 @@ def _is_openai_batch(first_line: str) -> bool:
     return isinstance(line, dict) and isinstance(line.get("body"), dict) and not line.keys().isdisjoint(NAMES_A_CALL)
 
 
-def checked(lines: Iterable[DatasetLine]) -> Iterator[DatasetLine]:
-    """The same lines; the second and later ones with the same id carry an error that names the first."""
+def checked(lines: Iterable[DatasetLine], number_duplicates: bool = False) -> Iterator[DatasetLine]:
+    """The same lines, each with an id: ``row-N`` (N counts from 0) where the file gives none.
+
+    The second and later ones with the same id carry an error that names the first, or, with ``number_duplicates``,
+    get ``#2``, ``#3`` behind it. Generated ids are compared with given ones, so that no two rows can share one.
+    """
     seen = IdTable()
-    for line in lines:
-        if line.custom_id is not None and line.error is None:
-            first = seen.first_line(line.custom_id, line.line)
-            if first != line.line:
-                line = replace(line, error=f"duplicate id '{line.custom_id[:40]}', first in line {first}")
+    for row, line in enumerate(lines):
+        if line.custom_id is None:
+            line = _with_generated_id(line, row, seen)
+        elif line.error is None:
+            line = _with_own_id(line, line.custom_id, seen, number_duplicates)
         yield line
+
+
+def _with_generated_id(line: DatasetLine, row: int, seen: IdTable) -> DatasetLine:
+    custom_id = f"row-{row}"
+    first = seen.first_line(custom_id, line.line)
+    line = replace(line, custom_id=custom_id)
+    if first == line.line or line.error is not None:
+        return line
+    return replace(line, error=f"the line has no id and would be called '{custom_id}', the id of line {first}")
+
+
+def _with_own_id(line: DatasetLine, custom_id: str, seen: IdTable, number_duplicates: bool) -> DatasetLine:
+    first = seen.first_line(custom_id, line.line)
+    if first == line.line:
+        return line
+    if not number_duplicates:
+        return replace(line, error=f"duplicate id '{custom_id[:40]}', first in line {first}")
+    count = 2
+    while seen.first_line(f"{custom_id}#{count}", line.line) != line.line:
+        count += 1
+    return replace(line, custom_id=f"{custom_id}#{count}")

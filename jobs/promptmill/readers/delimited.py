@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import DatasetError
-from promptmill.readers.fields import BadLine, take_expected
+from promptmill.readers.fields import BadLine, as_id, lookup, take_expected
 from promptmill.readers.source import LONGEST_LINE, TextLine
 from promptmill.sampling import PARAMETERS, BadParameter, check_parameter
 from promptmill.types import DatasetLine
@@ -99,10 +99,15 @@ def _from_cells(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLi
     """A template gets every column but id and labels; else there is a prompt, and the other columns are ``meta``."""
     custom_id = None
     try:
-        custom_id = _take_id(cells)
+        whole = dict(cells)
+        custom_id = _take_id(cells) if layout.id is None else as_id(lookup(cells, layout.id))
         expected = _labels(take_expected(cells, layout.expected))
         if layout.has_template:
-            return DatasetLine(number, custom_id, fields=cells, expected=expected)
+            cells.pop(layout.id or "", None)
+            about = {name: lookup(whole, path) for name, path in layout.meta.items()} or None
+            if layout.input:
+                cells = {name: lookup(whole, path) for name, path in layout.input.items()}
+            return DatasetLine(number, custom_id, fields=cells, expected=expected, meta=about)
         prompt = cells.pop("prompt")
         if not prompt:
             raise BadLine("the prompt is empty")

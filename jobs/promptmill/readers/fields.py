@@ -16,12 +16,50 @@ class BadLine(Exception):
 
 
 def from_fields(number: int, record: Mapping[str, Any], layout: Layout) -> DatasetLine:
-    """A line whose fields are all input but id, ``meta``, ``expected`` and the fields that ``layout`` expects."""
+    """A line whose fields are all input but id, ``meta``, ``expected`` and the fields that ``layout`` expects.
+
+    Where ``layout`` names the input fields, the line has these and no others.
+    """
     fields = dict(record)
-    custom_id = take_id(fields)
+    custom_id = mapped_id(fields, layout)
     expected = take_expected(fields, layout.expected)
     meta = take_object(fields, "meta")
+    if layout.meta:
+        meta = (meta or {}) | {name: lookup(record, path) for name, path in layout.meta.items()}
+    if layout.input:
+        fields = {name: lookup(record, path) for name, path in layout.input.items()}
     return DatasetLine(number, custom_id, fields=fields, expected=expected, meta=meta)
+
+
+def mapped_id(fields: dict[str, Any], layout: Layout) -> str | None:
+    """Remove the id: the field that ``layout`` names, else ``id`` and ``custom_id``."""
+    if layout.id is None:
+        return take_id(fields)
+    value = lookup(fields, layout.id)
+    fields.pop(layout.id, None)
+    return as_id(value)
+
+
+def lookup(record: Mapping[str, Any], path: str) -> Any:
+    """The field ``path`` of the record: its very name, else a path of names such as ``context.title``."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        if not isinstance(value, dict) or name not in value:
+            here = ", ".join(map(str, record)) or "none"
+            raise BadLine(f"the line has no field '{path[:40]}'; its fields: {here[:200]}")
+        value = value[name]
+    return value
+
+
+def has_field(record: Mapping[str, Any], path: str) -> bool:
+    """Whether :func:`lookup` would find something."""
+    try:
+        lookup(record, path)
+    except BadLine:
+        return False
+    return True
 
 
 def take_id(fields: dict[str, Any]) -> str | None:
@@ -67,7 +105,7 @@ def take_expected(fields: dict[str, Any], names: Mapping[str, str]) -> Any:
 
 def take_named(fields: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Remove the fields that the task expects; those that the line does not have are left out."""
-    named = {name: fields[field] for name, field in names.items() if field in fields}
+    named = {name: lookup(fields, field) for name, field in names.items() if has_field(fields, field)}
     for field in names.values():
         fields.pop(field, None)
     return named

@@ -36,35 +36,51 @@ def read(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]:
 
 def read_objects(lines: Iterator[TextLine], convert: Convert) -> Iterator[DatasetLine]:
     """Parse each line as a JSON object and convert it; what cannot be becomes a line with an error."""
-    decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
+    decode = decoder().decode
     for line in lines:
         if line.error:
             yield DatasetLine(line.number, error=line.error)
         elif line.text and not line.text.isspace():
-            yield _converted(line, decode, convert)
+            yield _parsed(line, decode, convert)
 
 
-def _converted(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
-    record: Any = None
+def decoder() -> json.JSONDecoder:
+    """JSON as its standard has it: no NaN, no Infinity. Raises BadLine for them."""
+    return json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+
+
+def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
     try:
         record = decode(line.text)
-        if not isinstance(record, dict):
-            raise BadLine(f"the line is {kind(record)}, not a JSON object")
-        if "\\u" in line.text and SUSPECT.search(line.text):
-            _refuse_unstorable(record)
-        return convert(line.number, record)
     except json.JSONDecodeError as problem:
         error = f"broken JSON at column {problem.colno}: {problem.msg}"
+    except RecursionError:
+        error = "broken JSON: nested too deeply"
+    except BadLine as problem:
+        error = str(problem)
+    except ValueError:
+        # Python reads no whole number of more than 4,300 digits.
+        error = "broken JSON: a number with too many digits"
+    else:
+        return converted(line.number, record, line.text, convert)
+    return DatasetLine(line.number, error=error)
+
+
+def converted(number: int, record: Any, text: str, convert: Convert) -> DatasetLine:
+    """The line of a ``record`` that was written as ``text``; one with an error for what cannot be used."""
+    try:
+        if not isinstance(record, dict):
+            raise BadLine(f"the line is {kind(record)}, not a JSON object")
+        if "\\u" in text and SUSPECT.search(text):
+            _refuse_unstorable(record)
+        return convert(number, record)
     except RecursionError:
         error = "broken JSON: nested too deeply"
     except BadParameter as problem:
         error = f"{problem.message}. {problem.hint}" if problem.hint else problem.message
     except BadLine as problem:
         error = str(problem)
-    except ValueError:
-        # Python reads no whole number of more than 4,300 digits.
-        error = "broken JSON: a number with too many digits"
-    return DatasetLine(line.number, peek_id(record), error=error)
+    return DatasetLine(number, peek_id(record), error=error)
 
 
 def _no_constant(name: str) -> None:
@@ -90,7 +106,7 @@ def _refuse_unstorable(record: dict[str, Any]) -> None:
 
 def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
     """Raises BadLine or BadParameter for a record that cannot be used."""
-    if layout.has_template and "input" not in record:
+    if layout.has_template and (layout.input or "input" not in record):
         return from_fields(number, record, layout)
     asked = [name for name in QUESTIONS if name in record]
     if not asked:

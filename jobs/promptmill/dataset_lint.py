@@ -1,0 +1,128 @@
+"""What would spoil the scores of a dataset, found before a device is used: labels, duplicates, prompts that tell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from promptmill.task_file import Task
+
+#: Labels listed of each field; a field with more different values is a number or a text, not a class.
+MOST_LABELS = 50
+
+#: Ids listed of each finding.
+SHOWN = 10
+
+#: A line whose id was used before got ``#2``, ``#3`` behind it.
+_NUMBERED = re.compile(r"#\d+$")
+
+
+@dataclass(slots=True)
+class Finding:
+    """One kind of trouble: how many rows have it, and the ids of the first."""
+
+    count: int = 0
+    ids: list[str] = field(default_factory=list)
+
+    def add(self, custom_id: str) -> None:
+        self.count += 1
+        if len(self.ids) < SHOWN:
+            self.ids.append(custom_id)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "ids": self.ids}
+
+
+class Lint:
+    """Looks at stored rows one after another. Memory grows by a hash for each row."""
+
+    def __init__(self, task: Task | None) -> None:
+        self._task = task
+        self._numbers = task is not None and task.model.duplicate_ids == "number"
+        self._inputs: dict[bytes, bytes] = {}
+        self._histograms: dict[str, Counter[str]] = {name: Counter() for name in (task.expected if task else ())}
+        self._labelled = 0
+        self._duplicate_ids, self._duplicates, self._contradictions = Finding(), Finding(), Finding()
+        self._missing = {name: Finding() for name in self._histograms}
+
+    def add(self, custom_id: str, body: str | None, expected: str | None) -> None:
+        """One row as it would be stored: its id, and its input and expected values as JSON."""
+        self._labelled += expected is not None
+        if self._numbers and _NUMBERED.search(custom_id):
+            self._duplicate_ids.add(custom_id)
+        self._compare(custom_id, body or "", expected or "")
+        values = json.loads(expected) if expected else {}
+        if not isinstance(values, dict):
+            return
+        for name in self._missing.keys() - values.keys():
+            self._missing[name].add(custom_id)
+        for name, value in values.items():
+            self._histograms.setdefault(name, Counter())[_label(value)] += 1
+
+    def _compare(self, custom_id: str, body: str, expected: str) -> None:
+        key, answer = _digest(body), _digest(expected)
+        first = self._inputs.setdefault(key, answer)
+        if first is not answer:
+            (self._duplicates if first == answer else self._contradictions).add(custom_id)
+
+    def findings(self) -> dict[str, Any]:
+        """Everything that was found, as JSON values."""
+        return {
+            "labelled": self._labelled,
+            "duplicate_ids": self._duplicate_ids.to_json(),
+            "duplicate_inputs": self._duplicates.to_json(),
+            "contradictions": self._contradictions.to_json(),
+            "missing_labels": {name: found.to_json() for name, found in self._missing.items() if found.count},
+            "labels": {
+                name: dict(counts.most_common()) for name, counts in self._histograms.items()
+                if len(counts) <= MOST_LABELS
+            },
+            "problems": list(self._label_problems()),
+        }  # fmt: skip
+
+    def _label_problems(self) -> list[str]:
+        if self._task is None:
+            return []
+        problems = []
+        for name, counts in self._histograms.items():
+            problems += self._uncovered(name, counts)
+        return problems
+
+    def _uncovered(self, name: str, counts: Mapping[str, int]) -> list[str]:
+        """Expected labels that no answer could equal, and labels that the prompt never names."""
+        assert self._task is not None
+        model = self._task.model
+        rules = _properties(model.output.schema_).get(name, {})
+        allowed = rules.get("enum")
+        aliases = model.output.aliases.get(name, {})
+        prompt = f"{model.prompt.system or ''}\n{model.prompt.user}"
+        values = [json.loads(text) for text in counts]
+        meant = [(value, aliases.get(value, value) if isinstance(value, str) else value) for value in values]
+        found = []
+        if allowed is not None:
+            bad = [str(value) for value, label in meant if label not in allowed]
+            if bad:
+                found.append(f"{name}: expected labels that the schema does not allow: {', '.join(bad)}")
+        elif rules.get("type", "string") == "string" and len(values) <= MOST_LABELS:
+            bad = [label for _, label in meant if isinstance(label, str) and label not in prompt]
+            if bad:
+                found.append(f"{name}: expected labels that the prompt never names: {', '.join(bad)[:300]}")
+        return found
+
+
+def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = (schema or {}).get("properties", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _label(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
