@@ -213,6 +213,14 @@ _ALL = (
         "right answers / (scored + unparsed + truncated); requests without an answer count in success_rate instead",
     ),
     Metric(
+        "closeness",
+        "closeness",
+        Unit.SHARE,
+        Kind.QUALITY,
+        _HIGHER,
+        "mean of max(0, 1 - |answer - expected| / span) over scored + unparsed + truncated; the last two count as 0",
+    ),
+    Metric(
         "majority_baseline",
         "majority",
         Unit.SHARE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,13 @@ from promptmill.registry import suggestion
 from promptmill.sampling import BadParameter, check_parameter
 
 #: Scores that a task may ask for. Names are those of promptmill.scorers.SCORERS.
-SCORES = ("exact",)
+#: Each with its options: those it needs are numbers above 0.
+SCORES = {"exact": (), "closeness": ("span",), "within": ("tolerance",)}
+
+#: What a gate may demand of a score, of the answers that could be read, and of the latency.
+GATE = re.compile(r"\s*(>=|<=|>|<)\s*(\d+(?:\.\d+)?)\s*")
+SCORE_FIGURES = ("accuracy", "closeness", "macro_f1")
+OTHER_FIGURES = ("parsed", "latency.p50", "latency.p95", "latency.p99")
 
 
 class _Part(BaseModel):
@@ -56,7 +63,9 @@ class TaskModel(_Part):
     #: What happens to a second line with the same id: it is an error, or it is called ``id#2``.
     duplicate_ids: Literal["refuse", "number"] = "refuse"
     output: OutputPart = Field(default_factory=lambda: OutputPart(schema=None))
-    scores: list[dict[str, str]] = Field(default_factory=list)
+    scores: list[dict[str, Any]] = Field(default_factory=list)
+    #: Figure -> what it must reach, such as ``category.accuracy: ">=0.85"``.
+    gates: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Task:
         }  # fmt: skip
 
     @property
-    def scores(self) -> list[dict[str, str]]:
+    def scores(self) -> list[dict[str, Any]]:
         return self.model.scores
 
     @property
@@ -152,15 +161,42 @@ def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
             if path in model.expected.values():
                 yield (part, name), f"the field '{path}' is an expected value: no prompt may see it"
     for index, score in enumerate(model.scores):
-        if len(score) != 1:
-            yield ("scores", index), "a score is one name and one field, such as exact: is_ad"
-            continue
-        ((scorer, field_),) = score.items()
-        if scorer not in SCORES:
-            yield ("scores", index, scorer), f"unknown score '{scorer}'. {suggestion(scorer, SCORES)}"
-        elif model.expected and field_ not in model.expected:
-            known = suggestion(field_, model.expected)
-            yield ("scores", index, scorer), f"'{field_}' is not among the expected values. {known}"
+        yield from _score_mistakes(index, score, model)
+    yield from _gate_mistakes(model)
+
+
+def _score_mistakes(index: int, score: Mapping[str, Any], model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    kinds = [key for key in score if key not in ("as", *_OPTIONS)]
+    if len(kinds) != 1 or next(iter(score)) != kinds[0] or not isinstance(score[kinds[0]], str):
+        yield ("scores", index), "a score is one name and one field, such as exact: is_ad"
+        return
+    scorer, field_ = kinds[0], score[kinds[0]]
+    place = ("scores", index, scorer)
+    if scorer not in SCORES:
+        yield place, f"unknown score '{scorer}'. {suggestion(scorer, SCORES)}"
+        return
+    for option in SCORES[scorer]:
+        value = score.get(option)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            yield place, f"{scorer} needs '{option}', a number above 0"
+    for option in score.keys() - {scorer, "as", *SCORES[scorer]}:
+        yield ("scores", index, option), f"{scorer} has no option '{option}'"
+    if model.expected and field_ not in model.expected:
+        yield place, f"'{field_}' is not among the expected values. {suggestion(field_, model.expected)}"
+
+
+#: Options of all scores.
+_OPTIONS = tuple(option for options in SCORES.values() for option in options)
+
+
+def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    names = {str(score.get("as", next(iter(score.values()), ""))) for score in model.scores}
+    figures = [*OTHER_FIGURES, *(f"{name}.{figure}" for name in sorted(names) for figure in SCORE_FIGURES)]
+    for name, demand in model.gates.items():
+        if name not in figures:
+            yield ("gates", name), f"there is no figure '{name}' to judge. {suggestion(name, figures)}"
+        elif not GATE.fullmatch(demand):
+            yield ("gates", name), f"'{demand[:40]}' is no demand; write >=0.85, or <, <=, > and a number"
 
 
 def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:

@@ -289,3 +289,15 @@ def test_the_shell_function_hands_over_what_is_ours(shell: str, command: Command
     done = subprocess.run([shell, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["ok"] == 3
+
+
+def test_a_gate_that_fails_ends_the_run_with_code_3(command: Command, tmp_path: Path) -> None:
+    """The echo engine gives the prompt back: three of four answers are right, one cannot be read."""
+    answers = ['{"label": "a"}', '{"label": "b"}', '{"label": "b"}', "no idea"]
+    data = [{"text": text, "label": label} for text, label in zip(answers, "abba", strict=True)]
+    task = "task: t\nprompt: {user: '{{ input.text }}'}\nexpected: {label: label}\nscores: [{exact: label}]\n"
+    for demand, code, word in ((">=0.75", 0, "passed"), (">0.75", 3, "FAILED")):
+        (tmp_path / "t.yaml").write_text(f"{task}gates: {{label.accuracy: '{demand}'}}\n")
+        done = command("run", write(tmp_path, "d.jsonl", *data), "--task", "t.yaml", "--model", "echo")
+        assert done.code == code, done.err
+        assert f"gate label.accuracy {demand}: 0.75, {word}" in done.err

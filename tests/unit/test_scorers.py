@@ -202,7 +202,7 @@ def test_an_unknown_option_and_a_name_given_twice_are_errors() -> None:
 def test_every_scorer_says_its_field_and_its_figure(kind: str) -> None:
     from promptmill.metrics import METRICS
 
-    (scorer,) = build([{kind: "label"}]).values()
+    (scorer,) = build([{kind: "label"} | dict.fromkeys(SCORES[kind], 1)]).values()
     assert scorer.field == "label"
     assert scorer.metric in METRICS
     assert scorer({"label": 1}, {"label": 1}) in (True, None)

@@ -115,7 +115,7 @@ def test_the_bundled_task_is_valid() -> None:
         ),
         (
             "task: a\nprompt: {user: hi}\nscores:\n  - exakt: b\n",
-            "a.yaml:4:5: unknown score 'exakt'. Did you mean exact? Known: exact.",
+            "a.yaml:4:5: unknown score 'exakt'. Did you mean exact? Known: closeness, exact, within.",
         ),
         ("task: a\nprompt: {user: hi}\nscores:\n  - {}\n", "a.yaml:4:5: a score is one name and one field"),
         (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptmill.cli.common import job_options, json_option, open_all, print_json, run_options, stderr_console
-from promptmill.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from promptmill.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -119,6 +119,25 @@ def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = Fa
     if outcome.state is not JobState.COMPLETED:
         _say_why(db, outcome)
         raise click.exceptions.Exit(EXIT_FAILED)
+    _judge_gates(db, outcome.job_id)
+
+
+def _judge_gates(db: Engine, job_id: str) -> None:
+    """Say how each gate of the job's task ended; exit code 3 when one failed."""
+    from promptmill.catalog import find_job
+    from promptmill.gates import judge
+    from promptmill.reports.summary import summarise
+    from promptmill.task_file import parse_task
+
+    job = find_job(db, job_id)
+    gates = parse_task(job.task_text, job.task_name or "task").model.gates if job.task_text else {}
+    if not gates:
+        return
+    verdicts = judge(gates, summarise(db, job_id).to_json())
+    for verdict in verdicts:
+        stderr_console().print(str(verdict), soft_wrap=True, markup=False)
+    if not all(verdict.passed for verdict in verdicts):
+        raise click.exceptions.Exit(EXIT_GATE)
 
 
 def _say_why(db: Engine, outcome: Outcome) -> None:

@@ -283,6 +283,8 @@ def _counted(score: Score) -> str:
         parts.append(f"{score.infra_error:,} without an answer")
     if score.unlabelled:
         parts.append(f"{score.unlabelled:,} unlabelled")
+    if score.macro_f1 is not None:
+        parts.append(f"macro F1 {score.macro_f1:.3f}")
     if score.n:
         parts.append(f"majority {_with_unit('majority_baseline', score.majority_baseline)}")
     return ", ".join(parts)

@@ -17,6 +17,8 @@ JsonObject = Mapping[str, JsonValue]
 #: Name in a task file -> the class that makes the scorer.
 SCORERS = {
     "exact": "promptmill.scorers.exact:Exact",
+    "closeness": "promptmill.scorers.closeness:Closeness",
+    "within": "promptmill.scorers.closeness:Within",
 }
 
 
@@ -35,7 +37,7 @@ class Outcome(StrEnum):
 
 
 class Scorer(Protocol):
-    """Deterministic and pure. Says whether ``output`` is right; None abstains."""
+    """Deterministic and pure. Says whether ``output`` is right, or how right it is from 0 to 1; None abstains."""
 
     @property
     def metric(self) -> str:
@@ -47,4 +49,4 @@ class Scorer(Protocol):
         """The field of the answer and of the expected object that is looked at."""
         ...
 
-    def __call__(self, output: JsonObject, expected: JsonObject) -> bool | None: ...
+    def __call__(self, output: JsonObject, expected: JsonObject) -> bool | float | None: ...

@@ -1,6 +1,21 @@
-"""Intervals of rates."""
+"""Intervals of rates and means."""
 
 from __future__ import annotations
+
+
+def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] | None:
+    """The 95 % interval of Student's t of a mean of values from 0 to 1; None of fewer than two.
+
+    ``total`` and ``squares`` are the sums of the ``n`` values and of their squares.
+    """
+    if n < 2:
+        return None
+    from scipy.stats import t
+
+    mean = total / n
+    deviation = (max(0.0, squares - n * mean * mean) / (n - 1)) ** 0.5
+    half = float(t.ppf(0.975, n - 1)) * deviation / n**0.5
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ from promptmill.errors import TaskFileError
 from promptmill.registry import resolve
 from promptmill.scorers import SCORERS, JsonObject, Outcome, Scorer
 from promptmill.scorers.extraction import classify
-from promptmill.scorers.intervals import wilson
+from promptmill.scorers.intervals import mean_interval, wilson
 from promptmill.tables import requests, results
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ COUNTED = (Outcome.SCORED, Outcome.UNPARSED, Outcome.TRUNCATED)
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One figure of quality. ``n`` = scored + unparsed + truncated; ``value`` = correct / n, None of nothing."""
+    """One figure of quality. ``n`` = scored + unparsed + truncated; ``value`` = points / n, None of nothing."""
 
     name: str
     metric: str
@@ -58,10 +58,31 @@ class Score:
     #: Rows of ``n`` with the commonest expected label.
     majority: int
     ci95: tuple[float, float] | None
+    #: Sum of what the rows were worth, from 0 to 1 each: ``correct`` where an answer is right or wrong.
+    points: float = 0.0
+    #: Expected label, as JSON -> predicted label -> rows; an answer that could not be read was predicted ''.
+    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def value(self) -> float | None:
-        return self.correct / self.n if self.n else None
+        return self.points / self.n if self.n else None
+
+    @property
+    def macro_f1(self) -> float | None:
+        """The mean over all labels, expected or predicted, of 2 TP / (2 TP + FP + FN)."""
+        predicted: Counter[str] = Counter()
+        for row in self.confusion.values():
+            predicted.update(row)
+        labels = (self.confusion.keys() | predicted.keys()) - {""}
+        if not self.confusion or not labels:
+            return None
+        each = [
+            2
+            * self.confusion.get(label, {}).get(label, 0)
+            / (sum(self.confusion.get(label, {}).values()) + predicted[label])
+            for label in sorted(labels)
+        ]
+        return sum(each) / len(each)
 
     @property
     def majority_baseline(self) -> float | None:
@@ -74,6 +95,7 @@ class Score:
             "correct": self.correct, "unparsed": self.unparsed, "truncated": self.truncated, "abstain": self.abstain,
             "infra_error": self.infra_error, "unlabelled": self.unlabelled,
             "majority_baseline": self.majority_baseline, "classes": dict(self.classes),
+            "macro_f1": self.macro_f1, "confusion": {label: dict(row) for label, row in self.confusion.items()},
         }  # fmt: skip
 
 
@@ -84,7 +106,10 @@ class Tally:
     scorer: Scorer
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
     correct: int = 0
+    points: float = 0.0
+    squares: float = 0.0
     unlabelled: int = 0
 
     def add(self, outcome: Outcome, output: JsonObject, expected: JsonObject, times: int) -> None:
@@ -97,13 +122,20 @@ class Tally:
         if outcome is Outcome.SCORED:
             right = self.scorer(output, expected)
             outcome = Outcome.ABSTAIN if right is None else outcome
-            self.correct += times * bool(right)
+            self.correct += times * (right is True or right == 1.0)
+            self.points += times * float(right or 0.0)
+            self.squares += times * float(right or 0.0) ** 2
         self.outcomes[outcome] += times
         if outcome in COUNTED:
-            self.labels[_label(expected[self.scorer.field])] += times
+            label = _label(expected[self.scorer.field])
+            self.labels[label] += times
+            if len(self.pairs) <= MOST_CLASSES**2:
+                given = _label(output[self.scorer.field]) if outcome is Outcome.SCORED else ""
+                self.pairs[label, given] += times
 
     def score(self, name: str) -> Score:
         n = sum(self.outcomes[outcome] for outcome in COUNTED)
+        is_rate = self.scorer.metric == "accuracy"
         return Score(
             name=name,
             metric=self.scorer.metric,
@@ -116,8 +148,19 @@ class Tally:
             unlabelled=self.unlabelled,
             classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
             majority=max(self.labels.values(), default=0),
-            ci95=wilson(self.correct, n),
+            ci95=wilson(self.correct, n) if is_rate else mean_interval(self.points, self.squares, n),
+            points=self.points,
+            confusion=self._confusion() if is_rate else {},
         )
+
+    def _confusion(self) -> dict[str, dict[str, int]]:
+        """Empty where the labels are too many to be classes."""
+        if len(self.labels) > MOST_CLASSES or len({given for _, given in self.pairs}) > MOST_CLASSES + 1:
+            return {}
+        found: dict[str, dict[str, int]] = {label: {} for label in sorted(self.labels)}
+        for (label, given), times in sorted(self.pairs.items()):
+            found[label][given] = times
+        return found
 
 
 def _label(value: Any) -> str:
@@ -134,6 +177,8 @@ def build(entries: Sequence[Mapping[str, Any]]) -> dict[str, Scorer]:
         kind, target, options = _parts(entry)
         scorer = _make(kind, target, {key: value for key, value in options.items() if key != "as"})
         name = str(options.get("as", target))
+        if name in built and "as" not in options and built[name].metric != scorer.metric:
+            name = f"{name}.{scorer.metric}"
         if name in built:
             raise TaskFileError(f"two scores are called '{name}'", hint="Give one of them another name with 'as'.")
         built[name] = scorer
@@ -155,8 +200,15 @@ def _make(kind: str, target: str, options: dict[str, Any]) -> Scorer:
     return scorer
 
 
-def score_rows(rows: Iterable[AnswerRow], scorers: Mapping[str, Scorer], required: tuple[str, ...]) -> dict[str, Score]:
+def score_rows(
+    rows: Iterable[AnswerRow],
+    scorers: Mapping[str, Scorer],
+    required: tuple[str, ...],
+    aliases: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Score]:
     """Scores of ``rows``, whose answers are objects with the keys ``required``.
+
+    ``aliases``: field -> {label as it is written: label that is meant}, for answers and expected values alike.
 
     Equal rows among BATCH_ROWS neighbours are looked at once: classifiers have few answers.
     """
@@ -165,9 +217,19 @@ def score_rows(rows: Iterable[AnswerRow], scorers: Mapping[str, Scorer], require
     while batch := Counter(islice(source, BATCH_ROWS)):
         for (state, text, finish_reason, expected), times in batch.items():
             outcome, output = _judged(state, text, finish_reason, required)
+            output, wanted = _meant(output, aliases), _meant(_expected(expected), aliases)
             for tally in tallies.values():
-                tally.add(outcome, output, _expected(expected), times)
+                tally.add(outcome, output, wanted, times)
     return {name: tally.score(name) for name, tally in tallies.items()}
+
+
+def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]] | None) -> JsonObject:
+    if not aliases or not found:
+        return found
+    return {
+        name: aliases.get(name, {}).get(value, value) if isinstance(value, str) else value
+        for name, value in found.items()
+    }
 
 
 def _judged(
@@ -209,4 +271,4 @@ def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
         .where(results.c.job_id == job.id)
     )
     streamed = db.execute(query, execution_options={"yield_per": BATCH_ROWS})
-    return score_rows(streamed, scorers, required_keys(task, scorers))
+    return score_rows(streamed, scorers, required_keys(task, scorers), task.output.aliases)

@@ -1,0 +1,55 @@
+"""Gates: what a job's figures must reach, as its task file demands it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from promptmill.task_file import GATE
+
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One gate. ``value`` is None when the job has no such figure: then the gate has failed."""
+
+    name: str
+    demand: str
+    value: float | None
+    passed: bool
+
+    def __str__(self) -> str:
+        shown = "there is no such figure" if self.value is None else f"{self.value:.4g}"
+        return f"gate {self.name} {self.demand}: {shown}, {'passed' if self.passed else 'FAILED'}"
+
+
+def judge(gates: Mapping[str, str], summary: Mapping[str, Any]) -> list[Verdict]:
+    """A verdict on each gate. ``summary``: a report's JSON form."""
+    return [_verdict(name, demand, _figure(name, summary)) for name, demand in gates.items()]
+
+
+def _verdict(name: str, demand: str, value: float | None) -> Verdict:
+    found = GATE.fullmatch(demand)
+    assert found is not None
+    passed = value is not None and _COMPARE[found[1]](value, float(found[2]))
+    return Verdict(name, demand, value, passed)
+
+
+def _figure(name: str, summary: Mapping[str, Any]) -> float | None:
+    scores = summary["scores"]
+    if name == "parsed":
+        shares = [1 - (each["unparsed"] + each["truncated"]) / each["n"] for each in scores.values() if each["n"]]
+        return min(shares, default=None)
+    if name.startswith("latency."):
+        percentile: float | None = summary["latency_s"][name.partition(".")[2]]
+        return percentile
+    score, _, figure = name.rpartition(".")
+    for key in (name, score):
+        found = scores.get(key)
+        if found is not None and (figure == "macro_f1" or found["metric"] == figure):
+            value: float | None = found["macro_f1"] if figure == "macro_f1" else found["value"]
+            return value
+    return None

@@ -1,0 +1,61 @@
+"""How near a number comes to the expected one. Numbers written as texts are read as numbers; truth values are none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from promptmill.scorers import JsonObject
+from promptmill.types import JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """``{closeness: FIELD, span: S}``: 1 - |answer - expected| / S, not below 0. An answer that is no number gets 0."""
+
+    field: str
+    span: float
+
+    @property
+    def metric(self) -> str:
+        return "closeness"
+
+    def __call__(self, output: JsonObject, expected: JsonObject) -> float | None:
+        off = distance(output[self.field], expected[self.field])
+        if off is None:
+            return None if number(expected[self.field]) is None else 0.0
+        return max(0.0, 1.0 - off / self.span)
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """``{within: FIELD, tolerance: T}``: right when |answer - expected| <= T."""
+
+    field: str
+    tolerance: float
+
+    @property
+    def metric(self) -> str:
+        return "accuracy"
+
+    def __call__(self, output: JsonObject, expected: JsonObject) -> bool | None:
+        off = distance(output[self.field], expected[self.field])
+        if off is None:
+            return None if number(expected[self.field]) is None else False
+        return off <= self.tolerance
+
+
+def distance(one: JsonValue, other: JsonValue) -> float | None:
+    """|one - other|, or None when one of them is no number."""
+    a, b = number(one), number(other)
+    return None if a is None or b is None else abs(a - b)
+
+
+def number(value: JsonValue) -> float | None:
+    """The finite number that ``value`` is or spells, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if abs(found) < float("inf") else None

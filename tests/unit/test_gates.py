@@ -1,0 +1,101 @@
+"""Scores beyond equality, and the gates that judge them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from promptmill.errors import TaskFileError
+from promptmill.gates import judge
+from promptmill.scorers.scoring import build, score_rows
+from promptmill.task_file import parse_task
+
+
+def row(answer: Any, expected: Any, state: str = "ok") -> tuple[str, str | None, str | None, str | None]:
+    return state, json.dumps({"x": answer}) if answer is not None else "no idea", "stop", json.dumps({"x": expected})
+
+
+def test_closeness_is_one_less_the_distance_over_the_span() -> None:
+    """Answers off by 0, 1, 9 and one that is unparsed, with a span of 5: 1, 0.8, 0 and 0."""
+    rows = [row(5, 5), row(4, 5), row(-4, 5), row(None, 5), row(5, 5, state="error")]
+    score = score_rows(rows, build([{"closeness": "x", "span": 5}]), ("x",))["x"]
+    assert (score.n, score.correct, score.unparsed, score.infra_error) == (4, 1, 1, 1)
+    assert score.value == pytest.approx(0.45)
+    assert score.confusion == {}
+    # Mean 0.45, standard deviation 0.5260, t of 3 degrees of freedom 3.1824: 0.45 +- 0.8369.
+    assert score.ci95 == pytest.approx((0.0, 1.0))
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    from scipy.stats import t
+
+    values = [1 - off / 10 for off in (0, 1, 2, 3, 4, 2, 2, 1, 3, 2)]
+    rows = [row(off, 0) for off in (0, 1, 2, 3, 4, 2, 2, 1, 3, 2)]
+    score = score_rows(rows, build([{"closeness": "x", "span": 10}]), ("x",))["x"]
+    mean = sum(values) / 10
+    error = (sum((value - mean) ** 2 for value in values) / 9 / 10) ** 0.5
+    assert score.ci95 == pytest.approx(t.interval(0.95, 9, loc=mean, scale=error))
+
+
+@pytest.mark.parametrize(("answer", "right"), [(4, 1), ("4.5", 1), (3, 0), ("four", 0), (True, 0), (None, 0)])
+def test_within_takes_numbers_and_nothing_else(answer: Any, right: int) -> None:
+    assert score_rows([row(answer, 5)], build([{"within": "x", "tolerance": 1}]), ("x",))["x"].correct == right
+
+
+def test_f17_an_unparsed_answer_is_wrong_in_every_figure() -> None:
+    rows = [row("a", "a"), row("a", "a"), row("b", "b"), row("a", "b"), row(None, "b")]
+    score = score_rows(rows, build([{"exact": "x"}]), ("x",))["x"]
+    assert (score.value, score.n) == (3 / 5, 5)
+    # a: 2 TP, 1 FP, 0 FN: 4/5. b: 1 TP, 0 FP, 2 FN: 2/4.
+    assert score.macro_f1 == pytest.approx((0.8 + 0.5) / 2)
+    assert score.confusion == {'"a"': {'"a"': 2}, '"b"': {"": 1, '"a"': 1, '"b"': 1}}
+
+
+def test_aliases_count_for_answers_and_for_labels() -> None:
+    rows = [row("contact", "QQ"), row("QQ", "contact"), row("spam", "QQ")]
+    score = score_rows(rows, build([{"exact": "x"}]), ("x",), {"x": {"QQ": "contact"}})["x"]
+    assert (score.correct, score.n, dict(score.classes)) == (2, 3, {'"contact"': 3})
+
+
+def test_two_kinds_of_score_may_look_at_one_field() -> None:
+    assert list(build([{"exact": "x"}, {"closeness": "x", "span": 5}])) == ["x", "x.closeness"]
+
+
+def summary() -> dict[str, Any]:
+    rows = [row(5, 5), row(4, 5), row(None, 5)]
+    scores = score_rows(rows, build([{"exact": "x"}, {"closeness": "x", "span": 5}]), ("x",))
+    latency = {"p50": 0.5, "p95": 2.0}
+    return {"scores": {name: each.to_json() for name, each in scores.items()}, "latency_s": latency}
+
+
+@pytest.mark.parametrize(
+    ("name", "demand", "passed"),
+    [
+        ("x.accuracy", ">=0.33", True), ("x.accuracy", ">0.34", False), ("x.closeness", ">=0.6", True),
+        ("x.closeness", "<0.6", False), ("parsed", ">=0.67", False), ("parsed", ">=0.66", True),
+        ("latency.p95", "<1.5", False), ("latency.p95", "<=2", True), ("x.macro_f1", ">=0", True),
+        ("y.accuracy", ">=0", False),
+    ],
+)  # fmt: skip
+def test_a_gate_is_judged_by_its_figure(name: str, demand: str, passed: bool) -> None:
+    (verdict,) = judge({name: demand}, summary())
+    assert verdict.passed is passed
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("gates: {y.accuracy: '>=1'}", "a.yaml:4:9: there is no figure 'y.accuracy' to judge"),
+        ("gates: {x.accuracy: much}", "a.yaml:4:9: 'much' is no demand"),
+        ("scores: [{closeness: x}]", "closeness needs 'span', a number above 0"),
+        ("scores: [{within: x, tolerance: -1}]", "within needs 'tolerance'"),
+        ("scores: [{exact: x, span: 5}]", "exact has no option 'span'"),
+    ],
+)
+def test_a_wrong_gate_or_option_is_one_clear_error(lines: str, problem: str) -> None:
+    scores = "" if lines.startswith("scores") else "scores: [{exact: x}]"
+    with pytest.raises(TaskFileError) as caught:
+        parse_task(f"task: a\nprompt: {{user: hi}}\n{scores}\n{lines}\n", "a.yaml")
+    assert problem in str(caught.value)
