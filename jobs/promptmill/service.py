@@ -154,6 +154,27 @@ def validate_dataset(
         }  # fmt: skip
 
 
+def score_again(reference: str, task_path: str | None, db: Engine) -> dict[str, Any]:
+    """Append a score run to a job, by its own task or by another one, and judge that task's gates."""
+    from promptmill.gates import judge
+    from promptmill.reports.summary import summarise
+    from promptmill.score_runs import append_score_run
+
+    job = catalog.find_job(db, reference)
+    if task_path is None and job.task_text is None:
+        raise JobError(f"job {job.id} has no task", hint="Give --task FILE.")
+    task = load_task(task_path) if task_path else parse_task(job.task_text, job.task_name or "task")
+    run_id, figures = append_score_run(db, job, task)
+    scores = {name: each.to_json() for name, each in figures.items()}
+    gates = task.model.gates
+    verdicts = judge(gates, summarise(db, job.id).to_json() | {"scores": scores}) if gates else []
+    return {
+        "job_id": job.id, "score_run_id": run_id, "task_sha256": task.sha256, "scores": scores,
+        "gates": [{"name": each.name, "value": each.value, "passed": each.passed, "text": str(each)}
+                  for each in verdicts],
+    }  # fmt: skip
+
+
 def _task(options: RunOptions) -> Task | None:
     if options.task and (options.template or options.system):
         raise TaskFileError("--task and --template/--system exclude each other", hint="A task file holds its prompts.")

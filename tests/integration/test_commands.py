@@ -301,3 +301,20 @@ def test_a_gate_that_fails_ends_the_run_with_code_3(command: Command, tmp_path: 
         done = command("run", write(tmp_path, "d.jsonl", *data), "--task", "t.yaml", "--model", "echo")
         assert done.code == code, done.err
         assert f"gate label.accuracy {demand}: 0.75, {word}" in done.err
+
+
+def test_score_appends_runs_and_leaves_answers_alone(command: Command, tmp_path: Path) -> None:
+    answers = ['{"label": "a"}', '{"label": "B"}', '{"label": "b"}', "no idea"]
+    data = [{"text": text, "label": label} for text, label in zip(answers, "abba", strict=True)]
+    task = "task: t\nprompt: {user: '{{ input.text }}'}\nexpected: {label: label}\nscores: [{exact: label}]\n"
+    (tmp_path / "t.yaml").write_text(task)
+    done = command("run", write(tmp_path, "d.jsonl", *data), "--task", "t.yaml", "--model", "echo")
+    assert done.code == 0, done.err
+    first = json.loads(command("score", "@last", "--json").out)
+    (tmp_path / "u.yaml").write_text(
+        f"{task}output: {{aliases: {{label: {{B: b}}}}}}\ngates: {{label.accuracy: '>0.8'}}\n"
+    )
+    second = command("score", "@last", "--task", "u.yaml", "--json")
+    assert second.code == 3
+    assert [run["scores"]["label"]["value"] for run in (first, json.loads(second.out))] == [0.5, 0.75]
+    assert (count(command, "score_runs"), count(command, "scores"), count(command, "results")) == (2, 8, 4)

@@ -24,6 +24,7 @@ COMMANDS = {
     "show": ("promptmill.cli.inspect:show", "Show one row: prompt, answer, tokens, timings, attempts."),
     "results": ("promptmill.cli.results:results", "Write a job's results."),
     "report": ("promptmill.cli.report:report", "Report on a job, from its rows."),
+    "score": ("promptmill.cli.score:score", "Score stored answers again, with no engine."),
     "pause": ("promptmill.cli.control:pause", "Start nothing more of a job; what runs may end."),
     "retry": ("promptmill.cli.control:retry", "Run the errors of an ended job again."),
     "reconcile": ("promptmill.cli.control:reconcile", "Find chunks that lost their worker or their message."),

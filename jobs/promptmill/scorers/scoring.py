@@ -216,11 +216,19 @@ def score_rows(
     source = iter(rows)
     while batch := Counter(islice(source, BATCH_ROWS)):
         for (state, text, finish_reason, expected), times in batch.items():
-            outcome, output = _judged(state, text, finish_reason, required)
-            output, wanted = _meant(output, aliases), _meant(_expected(expected), aliases)
+            outcome, output, wanted = read_answer((state, text, finish_reason, expected), required, aliases)
             for tally in tallies.values():
                 tally.add(outcome, output, wanted, times)
     return {name: tally.score(name) for name, tally in tallies.items()}
+
+
+def read_answer(
+    row: AnswerRow, required: tuple[str, ...], aliases: Mapping[str, Mapping[str, Any]] | None
+) -> tuple[Outcome, JsonObject, JsonObject]:
+    """What became of one answer, the object it holds, and the expected one, both in the labels that are meant."""
+    state, text, finish_reason, expected = row
+    outcome, output = _judged(state, text, finish_reason, required)
+    return outcome, _meant(output, aliases), _meant(_expected(expected), aliases)
 
 
 def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]] | None) -> JsonObject:
