@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from promptmill.views import VIEWS
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -321,10 +323,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("score_run_id", "row", "metric", name=op.f("pk_scores")),
     )
     op.execute(V_RESULTS.format(prompt=PROMPT[op.get_bind().dialect.name]))
+    for name, query in VIEWS.items():
+        op.execute(f"CREATE VIEW {name} AS {query}")
 
 
 def downgrade() -> None:
-    op.execute("DROP VIEW v_results")
+    for name in ("v_results", *VIEWS):
+        op.execute(f"DROP VIEW {name}")
     for table in (
         "batches",
         "files",

@@ -23,18 +23,27 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["jsonl", "csv", "openai"]),
+    type=click.Choice(["jsonl", "csv", "openai", "parquet"]),
     help="[default: by the name of -o, else jsonl]",
 )
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
+@click.option("--prompts", is_flag=True, help="Parquet: inputs, expected answers and meta too.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
-def results(job: str, failed: bool, format_: str | None, output: str, as_json: bool) -> None:
+def results(job: str, failed: bool, format_: str | None, output: str, prompts: bool, as_json: bool) -> None:
     """Write the results of JOB, one line each, in the order of its rows."""
     from promptmill.catalog import find_job
 
     if output != "-":
         check_output(output)
+    parquet = format_ == "parquet" or (format_ is None and not as_json and output.endswith(".parquet"))
+    if parquet and output == "-":
+        raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")
+    if prompts and not parquet:
+        raise PromptmillError("--prompts is for Parquet only", hint="Give -o FILE.parquet.")
     _, db = open_all()
+    if parquet:
+        _write_parquet(db, find_job(db, job).id, output, failed, prompts)
+        return
     write_results(db, find_job(db, job).id, output, format_ or ("jsonl" if as_json else None), failed)
 
 
@@ -71,6 +80,19 @@ def write_results(db: Engine, job_id: str, output: str, format_: str | None = No
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
+    stderr_console().print(f"{count:,} results in {output}", soft_wrap=True)
+
+
+def _write_parquet(db: Engine, job_id: str, output: str, failed: bool, prompts: bool) -> None:
+    """The file appears whole or not at all."""
+    from promptmill.parquet_form import write
+
+    partial = Path(f"{output}.part-{os.getpid()}")
+    try:
+        count = write(db, job_id, str(partial), failed, prompts)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
     stderr_console().print(f"{count:,} results in {output}", soft_wrap=True)
 
 

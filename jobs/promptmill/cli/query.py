@@ -1,0 +1,71 @@
+"""``query``: SQL over the tables and views, read-only."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+
+import click
+
+from promptmill.cli.common import open_all, stderr_console, table
+from promptmill.errors import PromptmillError
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  promptmill query --list
+  promptmill query percentiles
+  promptmill query "SELECT model, COUNT(*) FROM v_results GROUP BY model" --format csv
+"""
+)
+@click.argument("sql", required=False)
+@click.option("--list", "show", is_flag=True, help="List views and named queries.")
+@click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl", "parquet"]), default="table")
+@click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds it may take.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
+def query(sql: str | None, show: bool, format_: str, output: str, force: bool, timeout: float, as_json: bool) -> None:
+    """Run SQL (- reads it from stdin), or a named query, on a connection that cannot write."""
+    from promptmill.cli.report import check_target
+    from promptmill.queries import querying, write_csv, write_jsonl, write_parquet
+
+    if show or sql is None:
+        _list()
+        return
+    chosen = "jsonl" if as_json else format_
+    if chosen == "parquet" and output == "-":
+        raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")
+    check_target(output, force)
+    _, db = open_all()
+    with querying(db, sys.stdin.read() if sql == "-" else sql, timeout) as (columns, rows):
+        if chosen == "parquet":
+            write_parquet(columns, rows, output)
+        elif chosen == "table" and output == "-":
+            _table(columns, rows)
+        else:
+            write = write_jsonl if chosen == "jsonl" else write_csv
+            with click.open_file(output, "w", encoding="utf-8") as stream:
+                write(columns, rows, stream)
+
+
+def _table(columns: list[str], rows: object) -> None:
+    from promptmill.queries import TABLE_ROWS
+
+    found = list(islice(rows, TABLE_ROWS + 1))  # type: ignore[call-overload]
+    right = {name for index, name in enumerate(columns) if found and isinstance(found[0][index], (int, float))}
+    table(columns, [[_cell(cell) for cell in row] for row in found[:TABLE_ROWS]], right)
+    if len(found) > TABLE_ROWS:
+        stderr_console().print(f"only the first {TABLE_ROWS:,} rows are shown; --format csv writes all")
+
+
+def _cell(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) and abs(value) < 1e6 else value
+
+
+def _list() -> None:
+    from promptmill.views import QUERIES, VIEWS
+
+    click.echo(f"views: v_results, {', '.join(VIEWS)}\n")
+    table(["query", "about"], [[name, each.about] for name, each in QUERIES.items()])

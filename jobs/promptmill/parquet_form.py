@@ -1,0 +1,63 @@
+"""Results as Parquet: columns of fixed types, written batch by batch, so that memory does not grow with the job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from promptmill.database import reading
+
+#: Rows of a row group.
+GROUP_ROWS = 50_000
+
+#: Column -> its type by Arrow's name and where it comes from (r: results, q: requests).
+COLUMNS = {
+    "row": ("int64", 'r."row"'),
+    "id": ("string", "q.custom_id"),
+    "state": ("string", "r.state"),
+    "text": ("string", "r.text"),
+    "finish_reason": ("string", "r.finish_reason"),
+    "error_class": ("string", "r.error_class"),
+    "error_message": ("string", "r.error_message"),
+    "prompt_tokens": ("int64", "r.prompt_tokens"),
+    "cached_tokens": ("int64", "r.cached_tokens"),
+    "output_tokens": ("int64", "r.output_tokens"),
+    "enqueued_at": ("float64", "r.enqueued_at"),
+    "admitted_at": ("float64", "r.admitted_at"),
+    "first_token_at": ("float64", "r.first_token_at"),
+    "finished_at": ("float64", "r.finished_at"),
+    "attempt": ("int64", "r.attempt"),
+    "worker": ("string", "r.worker_id"),
+    "chunk": ("int64", "r.chunk"),
+}
+
+#: Columns that are written on demand: JSON, as it is stored.
+WITH_PROMPTS = {"input": ("string", "q.input"), "expected": ("string", "q.expected"), "meta": ("string", "q.meta")}
+
+
+def write(db: Engine, job_id: str, path: str, failed_only: bool = False, prompts: bool = False) -> int:
+    """Write the job's results to ``path`` in the order of its rows; returns how many."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
+    schema = pa.schema([(name, getattr(pa, kind)()) for name, (kind, _) in chosen.items()])
+    selected = ", ".join(source for _, source in chosen.values())
+    only = " AND r.state = 'error'" if failed_only else ""
+    query = sa.text(
+        f"SELECT {selected} FROM results r JOIN requests q "  # noqa: S608 - our names
+        'ON q.job_id = r.job_id AND q."row" = r."row" '
+        f'WHERE r.job_id = :job{only} ORDER BY r."row"'
+    )
+    count = 0
+    with reading(db) as connection, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        streamed: Any = connection.execution_options(yield_per=GROUP_ROWS).execute(query, {"job": job_id})
+        for rows in streamed.partitions():
+            columns = [
+                pa.array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            count += len(rows)
+    return count

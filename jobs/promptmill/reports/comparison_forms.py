@@ -1,0 +1,104 @@
+"""A comparison as a page of the terminal, as Markdown, as JSON and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from promptmill.reports import markdown
+from promptmill.reports.compare import Comparison, Line, shown_change
+
+COLUMNS = ("figure", "A", "B", "change", "95 % CI", "")
+
+_STYLES = {"better": "green", "worse": "red"}
+
+
+def render(found: Comparison, console: Console) -> None:
+    """Print the page, at most 100 columns wide."""
+    width = min(console.width, 100)
+    for label, summary in (("A", found.before), ("B", found.after)):
+        console.print(Text(f"{label}  {summary.job_id}  {summary.name or ''}  {summary.model}"), width=width)
+    console.print(Text(f"{found.common:,} common rows", style="dim"))
+    if found.differences:
+        console.print("\n[bold]Configuration[/bold]")
+        for name, one, two in found.differences:
+            console.print(Text(f"  {name}: {_short(one)} -> {_short(two)}"), width=width)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for index, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if index in (0, 5) else "right", overflow="fold")
+    for line in found.lines:
+        *cells, word = _cells(line)
+        table.add_row(*cells, Text(word, style=_STYLES.get(line.word, "dim")))
+    console.print("\n[bold]Figures[/bold]")
+    console.print(table, width=width)
+    for flips in found.flips:
+        console.print(Text(f"\n{flips.name}: {flips.lost:,} right in A only, {flips.won:,} right in B only"))
+        for label, keys in (("A only", flips.lost_keys), ("B only", flips.won_keys)):
+            if keys:
+                console.print(Text(f"  {label}: {', '.join(keys)}", style="dim"), width=width)
+    for warning in found.warnings:
+        console.print(Text(f"note: {warning}", style="yellow"), width=width)
+    console.print(Text(f"\n{found.verdict}", style="bold"), width=width)
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 48 else text[:12] + "…"
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    unit = f" {line.metric.shown_unit}"
+    one, two = (f"{line.metric.text(each)}{unit if each is not None else ''}" for each in (line.before, line.after))
+    interval = "–" if line.ci95 is None else "[{:+.1f}, {:+.1f}]".format(*(100 * each for each in line.ci95))
+    words = ", ".join(each for each in (line.word, line.note) if each)
+    shown = "–" if line.note.startswith("not comparable") else shown_change(line)
+    return line.name, one, two, shown, interval, words
+
+
+def text(found: Comparison, format_: str) -> str:
+    """The comparison as ``md``, ``json`` or ``csv``."""
+    return {"md": _markdown, "json": _json, "csv": _csv}[format_](found)
+
+
+def _json(found: Comparison) -> str:
+    return json.dumps(found.to_json(), ensure_ascii=False, indent=2) + "\n"
+
+
+def _markdown(found: Comparison) -> str:
+    names = [f"{each.name or each.job_id}" for each in (found.before, found.after)]
+    parts = [f"## {markdown.escaped(names[0])} against {markdown.escaped(names[1])}: {markdown.escaped(found.verdict)}"]
+    parts.append(markdown.table(COLUMNS, [_cells(line) for line in found.lines]))
+    if found.differences:
+        shown = [(name, _short(one), _short(two)) for name, one, two in found.differences]
+        parts.append(markdown.table(("configuration", "A", "B"), shown))
+    parts += [f"{each.name}: {each.lost:,} right in A only, {each.won:,} right in B only" for each in found.flips]
+    parts += [f"- {markdown.escaped(each)}" for each in found.warnings]
+    return "\n\n".join(parts) + "\n"
+
+
+def _csv(found: Comparison) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    names: Sequence[str] = (
+        "before_job",
+        "after_job",
+        "name",
+        "unit",
+        "before",
+        "after",
+        "change",
+        "p_holm",
+        "word",
+        "note",
+    )
+    writer.writerow(names)
+    for line in found.lines:
+        values = line.to_json()
+        writer.writerow([found.before.job_id, found.after.job_id, *(values[name] for name in names[2:])])
+    return stream.getvalue()

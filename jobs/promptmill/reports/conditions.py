@@ -1,0 +1,73 @@
+"""Conditions of ``--fail-if``: ``output_tps<-5%``, ``latency_s.p95>+10%``, ``category.accuracy<-2pp``, ``errors>0``."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from promptmill.errors import PromptmillError
+from promptmill.registry import suggestion
+from promptmill.reports.compare import Comparison
+from promptmill.reports.figures import names_of, value_of
+
+_FORM = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|pp)?\s*")
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """``unit`` %: relative change; pp: change of a share in points; none: the value of the later job."""
+
+    text: str
+    name: str
+    sign: str
+    bound: float
+    unit: str | None
+
+    def holds(self, found: Comparison) -> bool | None:
+        """Whether the condition to fail is met; None where the figure was not measured or is not comparable."""
+        for line in found.lines:
+            if line.name == self.name and line.note.startswith("not comparable") and self.unit:
+                return None
+        before, after = self._value(found, True), self._value(found, False)
+        if after is None or (self.unit and before is None):
+            return None
+        if self.unit == "pp":
+            after = 100 * (after - (before or 0.0))
+        elif self.unit == "%":
+            if not before:
+                return None
+            after = 100 * (after / before - 1)
+        return _COMPARE[self.sign](round(after, 9), self.bound)
+
+    def _value(self, found: Comparison, before: bool) -> float | None:
+        for line in found.lines:
+            if line.name == self.name:
+                return line.before if before else line.after
+        summary = found.before if before else found.after
+        try:
+            return value_of(summary, self.name)
+        except KeyError:
+            raise PromptmillError(
+                f"--fail-if {self.text}: there is no figure '{self.name}'",
+                hint=suggestion(self.name, [*names_of(summary), *(line.name for line in found.lines)]),
+            ) from None
+
+
+def parse(text: str) -> Condition:
+    """Raises PromptmillError for what is no condition."""
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise PromptmillError(
+            f"--fail-if {text!r} is no condition", hint="Examples: 'output_tps<-5%', 'is_ad.accuracy<-2pp', 'errors>0'."
+        )
+    name, sign, bound, unit = match.groups()
+    return Condition(text, name, sign, float(bound), unit)

@@ -1,0 +1,44 @@
+"""Results as Parquet, and a report recomputed from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import sqlalchemy as sa
+
+from promptmill.parquet_form import write
+from promptmill.reports.summary import summarise
+from tests.unit.test_reports import JOB, START, answer, counters, failure, store
+
+
+def test_the_figures_of_a_report_are_those_of_its_export(database: sa.Engine, tmp_path: Path) -> None:
+    rows = [answer(row, finished_at=START + 2 + row + (row * 7) % 11, output_tokens=2 + row % 9) for row in range(90)]
+    store(database, [*rows, failure(90)], tried=[counters()], expected={3: {"is_ad": True}})
+    path = tmp_path / "out.parquet"
+    assert write(database, JOB, str(path), prompts=True) == 91
+    read = {name: column.to_numpy() for name, column in zip(*_columns(path), strict=True)}
+    ok = read["state"] == "ok"
+    wall = np.nanmax(read["finished_at"]) - np.nanmin(read["admitted_at"])
+    summary = summarise(database, JOB)
+    assert summary.ok == ok.sum()
+    assert summary.success_rate == pytest.approx(ok.mean())
+    assert summary.output_tps == pytest.approx(np.nansum(read["output_tokens"][ok]) / wall)
+    latencies = (read["finished_at"] - read["admitted_at"])[ok].astype(float)
+    assert summary.latency_s.p95 == pytest.approx(np.percentile(latencies, 95))
+    assert summary.mean_active == pytest.approx(latencies.sum() / wall)
+    assert read["expected"][3] == '{"is_ad": true}'
+
+
+def _columns(path: Path) -> tuple[list[str], list[object]]:
+    table = pq.read_table(path)
+    return table.column_names, table.columns
+
+
+def test_an_empty_job_is_an_empty_file_with_its_columns(database: sa.Engine, tmp_path: Path) -> None:
+    store(database, [], rows=0)
+    path = tmp_path / "out.parquet"
+    assert write(database, JOB, str(path)) == 0
+    assert "output_tokens" in pq.read_table(path).column_names
