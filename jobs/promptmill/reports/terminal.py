@@ -272,8 +272,9 @@ def _scores(scores: Mapping[str, Score]) -> Table:
 
 def _counted(score: Score) -> str:
     """What a score's value rests on."""
+    is_rate = score.metric == "accuracy"
     parts = [
-        f"{score.correct:,} of {score.n:,} right",
+        f"{score.correct:,} of {score.n:,} right" if is_rate else f"mean of {score.n:,}",
         f"{score.unparsed:,} unparsed",
         f"{score.truncated:,} truncated",
     ]
@@ -285,7 +286,7 @@ def _counted(score: Score) -> str:
         parts.append(f"{score.unlabelled:,} unlabelled")
     if score.macro_f1 is not None:
         parts.append(f"macro F1 {score.macro_f1:.3f}")
-    if score.n:
+    if score.n and is_rate:
         parts.append(f"majority {_with_unit('majority_baseline', score.majority_baseline)}")
     return ", ".join(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] | None:
-    """The 95 % interval of Student's t of a mean of values from 0 to 1; None of fewer than two.
+    """The 95 % interval of Student's t of a mean of values from 0 to 1; None of fewer than two, and of equal ones.
 
     ``total`` and ``squares`` are the sums of the ``n`` values and of their squares.
     """
@@ -13,7 +13,10 @@ def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] |
     from scipy.stats import t
 
     mean = total / n
+    # Equal values say nothing of how far the next one may be: no interval rather than one without width.
     deviation = (max(0.0, squares - n * mean * mean) / (n - 1)) ** 0.5
+    if deviation == 0.0:
+        return None
     half = float(t.ppf(0.975, n - 1)) * deviation / n**0.5
     return max(0.0, mean - half), min(1.0, mean + half)
 
