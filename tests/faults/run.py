@@ -8,27 +8,28 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
 from tests.faults.arena import Arena, Skipped
-from tests.faults.scenarios import APPEND_ONLY, SCENARIOS
+from tests.faults.scenarios import SCENARIOS
 
 
-def run_one(number: int, seed: int, keep_log: Path | None = None) -> tuple[str, float]:
+def run_one(arena: Arena, number: int, seed: int, keep_log: Path | None = None) -> tuple[str, float]:
     """``ok``, ``skipped: ...`` or what was violated, and the seconds it took."""
     start = time.monotonic()
-    with Arena(append_only=number in APPEND_ONLY) as arena:
-        try:
-            SCENARIOS[number](arena, random.Random(seed))
-            outcome = "ok"
-        except Skipped as reason:
-            outcome = f"skipped: {reason}"
-        except Exception as problem:
-            outcome = f"VIOLATED: {type(problem).__name__}: {problem}"
-            if keep_log is not None and (arena.folder / "workers.log").exists():
-                shutil.copy(arena.folder / "workers.log", keep_log)
+    try:
+        # A stream of its own for each scenario: else one seed would break all of them at the same moment.
+        SCENARIOS[number](arena, random.Random(f"{number}/{seed}"))
+        outcome = "ok"
+    except Skipped as reason:
+        outcome = f"skipped: {reason}"
+    except Exception as problem:
+        outcome = f"VIOLATED: {type(problem).__name__}: {problem}"
+        if keep_log is not None and (arena.folder / "workers.log").exists():
+            shutil.copy(arena.folder / "workers.log", keep_log)
     return outcome, time.monotonic() - start
 
 
@@ -39,15 +40,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first seed")
     parser.add_argument("--logs", type=Path, help="keep the workers' log of a violated run in this folder")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     table: dict[int, list[tuple[str, float]]] = {number: [] for number in args.scenario}
     for seed in range(args.seed, args.seed + args.seeds):
-        for number in args.scenario:
-            log = args.logs / f"scenario{number}-seed{seed}.log" if args.logs else None
-            outcome, seconds = run_one(number, seed, log)
-            table[number].append((outcome, seconds))
-            print(
-                f"{number:>2} {SCENARIOS[number].__name__:<26} seed {seed:<4} {seconds:6.1f} s  {outcome}", flush=True
-            )
+        with Arena() as arena:
+            for number in args.scenario:
+                log = args.logs / f"scenario{number}-seed{seed}.log" if args.logs else None
+                outcome, seconds = run_one(arena, number, seed, log)
+                table[number].append((outcome, seconds))
+                name = SCENARIOS[number].__name__
+                print(f"{number:>2} {name:<26} seed {seed:<4} {seconds:6.1f} s  {outcome}", flush=True)
     return summary(table)
 
 

@@ -91,8 +91,10 @@ class LedgerMachine(RuleBasedStateMachine):
         """With whatever results; the ledger must refuse the end while rows are missing."""
         if lease is None:
             return
+        held = self._held(lease)
         batch = self._some(lease, data)
         done = self.ledger.finish(lease, last=batch)
+        assert held or not done
         self._learn(lease)
         if done:
             assert not self.ledger.pending(lease)
@@ -101,12 +103,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(lease=leases)
     def release(self, lease: Lease) -> None:
         if lease is not None:
-            self.ledger.release(lease)
+            held = self._held(lease)
+            assert self.ledger.release(lease) == held
 
     @rule(lease=leases, error=st.sampled_from([ErrorClass.ENGINE_CRASH, ErrorClass.WORKER_LOST]))
     def fail(self, lease: Lease, error: ErrorClass) -> None:
         if lease is not None:
-            self.ledger.fail(lease, error, "it died")
+            held = self._held(lease)
+            assert self.ledger.fail(lease, error, "it died") == held
             self._learn(lease)
             self._look()
 
@@ -127,6 +131,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.take_window(JOB, 3)
         self._learn(None)
         self._look()
+
+    @rule(seconds=st.sampled_from([0.0, 50.0]))
+    def lose_messages(self, seconds: float) -> None:
+        self.ledger.unpublish(JOB, seconds)
+        self.ledger.complete_jobs()
+
+    @rule()
+    def process_dies(self) -> None:
+        """An embedded job is taken over by another process."""
+        self.ledger.abandon_leases(JOB)
 
     @rule()
     def pause(self) -> None:
@@ -195,7 +209,9 @@ class LedgerMachine(RuleBasedStateMachine):
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _record(self, lease: Lease, data: st.DataObject) -> None:
-        self.ledger.record(lease, self._some(lease, data))
+        held, batch = self._held(lease), self._some(lease, data)
+        taken = self.ledger.record(lease, batch)
+        assert taken == (len(batch) if held and not self.state.is_final else 0)
         self._learn(lease)
         self._look()
 
@@ -206,6 +222,13 @@ class LedgerMachine(RuleBasedStateMachine):
             return [_result(lease.first_row, "ok")] if pending else []
         rows = data.draw(st.lists(st.sampled_from(pending), unique=True, max_size=len(pending)))
         return [_result(row, data.draw(st.sampled_from(["ok", "ok", "ok", "timeout", "overflow"]))) for row in rows]
+
+    def _held(self, lease: Lease) -> bool:
+        """By the rows, not by the ledger's own word."""
+        held = sa.select(chunks.c.number).where(
+            chunks.c.number == lease.chunk.number, chunks.c.state == "leased", chunks.c.attempt == lease.attempt
+        )
+        return bool(self._read(held))
 
     def _learn(self, lease: Lease | None) -> None:
         self.answered |= dict(self._read(sa.select(results.c.row, results.c.state)))
