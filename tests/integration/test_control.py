@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from promptmill.database import connect
-from tests.conftest import Command
+from tests.conftest import Command, wait_until
 
 
 def dataset(folder: Path, *prompts: str) -> str:
@@ -43,21 +42,22 @@ def rows_in(command: Command, query: str) -> list[tuple[object, ...]]:
 
 def test_a_pause_from_elsewhere_lets_what_runs_end(command: Command, tmp_path: Path) -> None:
     path = dataset(tmp_path, *[f"one two three four five {row}" for row in range(120)])
-    process = command.start("run", path, "--model", "echo:token_s=0.2", "--slots", "8")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (
-        not (found := command("status", "@last", "--json")).out or json.loads(found.out)["state"] != "running"
-    ):
-        time.sleep(0.2)
-    assert command("pause", "@last").code == 0
-    assert process.wait(timeout=60) == 130
-    status = json.loads(command("status", "@last", "--json").out)
-    assert status["state"] == "paused"
+    # Leaving the block waits for the process, whatever went wrong inside.
+    with command.start("run", path, "--model", "echo:token_s=0.2", "--slots", "8") as process:
+        wait_until(lambda: state_of_last(command) == "running", "the job runs")
+        assert command("pause", "@last").code == 0
+        assert process.wait(timeout=60) == 130
+    assert state_of_last(command) == "paused"
     assert command("pause", "@last").out.endswith("was paused already\n")
     assert rows_in(command, "SELECT count(*) FROM results WHERE state = 'error'") == [(0,)]
     assert command("resume", "@last").code == 0
     assert rows_in(command, "SELECT count(*) FROM results WHERE state = 'ok'") == [(120,)]
     assert command("pause", "@last").code == 2
+
+
+def state_of_last(command: Command) -> str | None:
+    done = command("status", "@last", "--json")
+    return str(json.loads(done.out)["state"]) if done.code == 0 else None
 
 
 def test_a_job_ends_at_its_time_limit(command: Command, tmp_path: Path) -> None:
