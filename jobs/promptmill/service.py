@@ -346,10 +346,16 @@ def resume(
     if job.mode == "queue":
         ledger.resume(job.id)
         dispatch(job, settings, db)
-        return Outcome(job.id, ledger.progress(job.id).state, finished=False)
+        return _handed_over(job.id, ledger)
     chosen = _one_device(device, RunOptions(model=job.model), settings)
     with _holding(chosen):
         return _go_on_here(job.id, settings, db, chosen, on_progress)
+
+
+def _handed_over(job_id: str, ledger: Ledger) -> Outcome:
+    """Of a job that the workers go on with; few rows may be done before one looks."""
+    state = ledger.progress(job_id).state
+    return Outcome(job_id, state, finished=state.is_final)
 
 
 def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
@@ -537,7 +543,7 @@ def retry(
         return 0, Outcome(job.id, JobState(job.state))
     if chosen is None:
         dispatch(job, settings, db)
-        return rows, Outcome(job.id, ledger.progress(job.id).state, finished=False)
+        return rows, _handed_over(job.id, ledger)
     with _holding(chosen), _owning(job.id):
         return rows, _run_embedded(job.id, settings, db, chosen, on_progress, None)
 
