@@ -124,6 +124,10 @@ def result_rows(db: Engine, job_id: str, failed_only: bool = False) -> Iterator[
         yield from connection.execution_options(yield_per=FETCH_ROWS).execute(query)
 
 
+#: Columns of ``results`` that hold JSON.
+EXTRAS = ("choices", "logprobs", "choice_probs", "continuations", "embedding")
+
+
 def result_line(row: Row[Any]) -> dict[str, Any]:
     """A result as programs read it; these keys stay."""
     line = {
@@ -133,6 +137,12 @@ def result_line(row: Row[Any]) -> dict[str, Any]:
         "ttft_s": _between(row.admitted_at, row.first_token_at),
         "queue_s": _between(row.enqueued_at, row.admitted_at), "attempt": row.attempt, "worker": row.worker_id,
     }  # fmt: skip
+    # What only some requests ask for is only in their lines.
+    if row.reasoning is not None:
+        line |= {"reasoning": row.reasoning, "reasoning_tokens": row.reasoning_tokens}
+    line |= {name: json.loads(text) for name in EXTRAS if (text := getattr(row, name)) is not None}
+    if row.deduplicated:
+        line["deduplicated"] = True
     if row.state == "error":
         line["error"] = {"class": row.error_class, "message": row.error_message}
     return line

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from promptmill.errors import RequestError
+from promptmill.grammars import grammar_problem
 from promptmill.registry import suggestion
 from promptmill.types import SamplingParams
 
@@ -18,12 +20,20 @@ class BadParameter(RequestError, ValueError):
 LARGEST_WHOLE = 2**31 - 1
 
 
-def _whole(least: int) -> Callable[[Any], int]:
+#: Most answers to one prompt, and most alternatives whose log-probabilities are reported, as in OpenAI's API.
+MOST_ANSWERS = 128
+MOST_TOP_LOGPROBS = 20
+
+#: Most choices or continuations of a line: each is computed.
+MOST_TEXTS = 1024
+
+
+def _whole(least: int, most: int = LARGEST_WHOLE) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"a whole number of {least} or more")
-        if value > LARGEST_WHOLE:
-            raise ValueError(f"a whole number of at most {LARGEST_WHOLE:,}")
+        if value > most:
+            raise ValueError(f"a whole number of at most {most:,}")
         return value
 
     return check
@@ -58,6 +68,68 @@ def _texts(value: Any) -> tuple[str, ...]:
     return texts
 
 
+def _different_texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ValueError("a list of texts")
+    texts = _texts(value)
+    if len(set(texts)) < len(texts) or not 0 < len(texts) <= MOST_TEXTS:
+        raise ValueError(f"a list of 1 to {MOST_TEXTS:,} different texts")
+    return texts
+
+
+def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """An object of token id -> number, or the pairs that this function made of one."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    bad = ValueError("an object of token ids, each with a number from -100 to 100")
+    if not isinstance(pairs, list | tuple):
+        raise bad
+    found = {}
+    for pair in pairs:
+        try:
+            token, amount = pair
+            found[int(token)] = _number(-100, 100)(amount)
+        except (TypeError, ValueError):
+            raise bad from None
+    if any(not 0 <= token <= LARGEST_WHOLE for token in found):
+        raise bad
+    return tuple(sorted(found.items()))
+
+
+def _schema(value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ValueError("a JSON schema; this text is not JSON") from None
+    if value is True:
+        value = {}
+    if not isinstance(value, dict):
+        raise ValueError("a JSON schema: an object")
+    # The order of properties is the order in which they are written: keys are not sorted.
+    text = json.dumps(value, ensure_ascii=False)
+    if problem := grammar_problem("json_schema", text):
+        raise ValueError(f"a JSON schema that can be enforced; of this one: {problem}")
+    return text
+
+
+def _regex(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a regular expression")
+    if problem := grammar_problem("regex", value):
+        raise ValueError(f"a regular expression that can be enforced; of this one: {problem}")
+    return value
+
+
+def _thinking(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int) and 0 <= value <= LARGEST_WHOLE:
+        return str(value)
+    if isinstance(value, str) and (value in ("on", "off") or (value.isdecimal() and len(value) < 10)):
+        return value
+    raise ValueError("on, off, or a budget in tokens")
+
+
 #: Name -> a function that returns the value or raises ValueError with what it should be.
 PARAMETERS: Mapping[str, Callable[[Any], Any]] = {
     "max_tokens": _whole(1),
@@ -69,13 +141,30 @@ PARAMETERS: Mapping[str, Callable[[Any], Any]] = {
     "stop": _texts,
     "timeout_s": _number(0, 1e9, above=True),
     "ignore_eos": _flag,
+    "typical_p": _number(0, 1, above=True),
+    "repetition_penalty": _number(0, 10, above=True),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "logit_bias": _bias,
+    "n": _whole(1, MOST_ANSWERS),
+    "logprobs": _flag,
+    "top_logprobs": _whole(0, MOST_TOP_LOGPROBS),
+    "json_schema": _schema,
+    "regex": _regex,
+    "choices": _different_texts,
+    "thinking": _thinking,
+    "continuations": _different_texts,
+    "embedding": _flag,
 }
+
+#: At most one of these.
+CONSTRAINTS = ("json_schema", "regex", "choices", "continuations", "embedding")
 
 #: Another name that servers use for ``max_tokens``.
 ALIASES = {"max_completion_tokens": "max_tokens"}
 
 #: Parameters for which null means "not set".
-NULLABLE = {"seed", "timeout_s"}
+NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking"}
 
 
 def check_parameter(name: str, value: Any) -> Any:
@@ -103,4 +192,12 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> SamplingParams:
     """What a line is sampled with: its own parameters before the job's. Raises :class:`BadParameter`."""
-    return SamplingParams(**{name: check_parameter(name, value) for name, value in {**job, **line}.items()})
+    found = SamplingParams(**{name: check_parameter(name, value) for name, value in {**job, **line}.items()})
+    given = [name for name in CONSTRAINTS if getattr(found, name) not in (None, (), False)]
+    if len(given) > 1:
+        raise BadParameter(f"both '{given[0]}' and '{given[1]}' are given: an answer is bound by one of them")
+    if found.top_logprobs and not found.logprobs:
+        raise BadParameter("'top_logprobs' is given without 'logprobs'", hint='Add "logprobs": true.')
+    if found.n > 1 and (found.choices or found.continuations or found.embedding):
+        raise BadParameter(f"'n' above 1 makes no sense with '{given[0]}'")
+    return found

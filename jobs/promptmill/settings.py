@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     kv_cells: int | None = Field(None, ge=16, description="KV cells in all, shared by the slots; unset: by slots")
     batch_tokens: int = Field(512, ge=16, description="Most tokens of one forward pass")
     threads: int | None = Field(None, ge=1, description="CPU threads of an engine; unset: the cores of its device")
+    deduplicate: bool = Field(True, description="Compute identical greedy requests once")
     lease_s: float = Field(30.0, ge=6, description="Seconds a chunk stays a worker's without renewal")
     max_attempts: int = Field(3, ge=1, description="Attempts of a chunk before it is split to find the bad request")
     stall_timeout_s: float = Field(300.0, gt=0, description="An engine host that makes no step for so long is killed")

@@ -309,7 +309,7 @@ def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], no
 def _invalid_result(job_id: str, row: int, error_class: ErrorClass, problem: str, now: float) -> tuple[Any, ...]:
     outcome: dict[str, Any] = {
         "job_id": job_id, "row": row, "state": "error", "error_class": error_class.value, "error_message": problem,
-        "committed_at": now, "attempt": 0,
+        "committed_at": now, "attempt": 0, "deduplicated": False,
     }  # fmt: skip
     return tuple(outcome.get(name) for name in RESULT_COLUMNS)
 

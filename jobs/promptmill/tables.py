@@ -67,6 +67,8 @@ jobs = Table(
     Column("time_limit_s", Double),
     # SHA-256 over dataset, model, task and parameters: two jobs with one key ask the same.
     Column("key_sha256", String(64)),
+    # Answers are looked up in the cache of all jobs, and kept there.
+    Column("use_cache", Boolean, nullable=False, server_default="0"),
     Column("stop_reason", Text),
     Column("env", Text, nullable=False),
     Column("submitted_at", Double, nullable=False),
@@ -176,6 +178,15 @@ results = Table(
     Column("attempt", Integer, nullable=False),
     Column("worker_id", String(64)),
     Column("chunk", Integer),
+    Column("reasoning", Text),
+    # JSON, of the shapes that promptmill.types.Extras documents.
+    Column("choices", Text),
+    Column("logprobs", Text),
+    Column("choice_probs", Text),
+    Column("continuations", Text),
+    Column("embedding", Text),
+    # Copied from an identical request of the job or of the cache: it has no times.
+    Column("deduplicated", Boolean, nullable=False, server_default="0"),
     PrimaryKeyConstraint("job_id", "row"),
     ForeignKeyConstraint(["job_id", "row"], ["requests.job_id", "requests.row"], ondelete="CASCADE"),
     CheckConstraint("state IN ('ok', 'error')", name="state"),
@@ -184,6 +195,21 @@ results = Table(
         "state = 'error' OR (prompt_tokens IS NOT NULL AND cached_tokens IS NOT NULL AND output_tokens IS NOT NULL)",
         name="counts",
     ),
+)
+
+# Greedy answers by what they answer (promptmill.answer_cache), for jobs that ask for it.
+answers = Table(
+    "answers",
+    metadata,
+    Column("key_sha256", String(64), primary_key=True),
+    Column("text", Text, nullable=False),
+    Column("finish_reason", String(16), nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("output_tokens", Integer, nullable=False),
+    Column("reasoning_tokens", Integer, nullable=False),
+    # JSON of promptmill.types.Extras.
+    Column("extras", Text),
+    Column("stored_at", Double, nullable=False),
 )
 
 # Errors that were tried again: what a result was before. ``chunk`` is the chunk that gave the row away.

@@ -48,6 +48,7 @@ class ErrorClass(StrEnum):
 
     TIMEOUT = "timeout"
     OUT_OF_MEMORY = "oom"
+    STALL = "stall"
     CONTEXT_OVERFLOW = "context_overflow"
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_LOAD = "model_load"
@@ -71,6 +72,15 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    #: Locally typical sampling (Meister et al. 2022): keep the tokens nearest to the expected surprise; 1 keeps all.
+    typical_p: float = 1.0
+    #: Divides (multiplies, where negative) the logits of tokens that the prompt or the answer holds; 1 changes nothing.
+    repetition_penalty: float = 1.0
+    #: Subtracted from the logits of tokens that the answer holds: once, and for each time.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    #: Added to the logits of these token ids.
+    logit_bias: tuple[tuple[int, float], ...] = ()
     #: Seed of this request's own random stream; None draws one.
     seed: int | None = None
     #: The answer ends before the first of these texts.
@@ -79,6 +89,35 @@ class SamplingParams:
     timeout_s: float | None = None
     #: Do not stop at the model's own end tokens (benchmarks only).
     ignore_eos: bool = False
+    #: Answers to the one prompt.
+    n: int = 1
+    #: Report the model's own log-probability of each token, before penalties, masks and temperature.
+    logprobs: bool = False
+    #: And of so many of the likeliest alternatives.
+    top_logprobs: int = 0
+    #: At most one of these three binds the answer. The schema is JSON text.
+    json_schema: str | None = None
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
+    #: ``on``, ``off``, or a budget in tokens as digits; None leaves it to the model's chat template.
+    thinking: str | None = None
+    #: Texts whose log-probability after the prompt is wanted. Nothing is generated then.
+    continuations: tuple[str, ...] = ()
+    #: A vector for the prompt is wanted. Nothing is generated then.
+    embedding: bool = False
+
+    @property
+    def is_constrained(self) -> bool:
+        return bool(self.json_schema is not None or self.regex is not None or self.choices)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the same prompt has the same answer."""
+        return self.temperature <= 0 or self.top_k == 1
+
+    @property
+    def thinking_budget(self) -> int | None:
+        return int(self.thinking) if self.thinking is not None and self.thinking.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +140,41 @@ class Request:
     sampling: SamplingParams
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
+    #: Somebody waits for the text as it comes.
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts, from token ids only. ``cached_tokens`` of the prompt were not computed for this request."""
+    """Token counts, from token ids only. ``cached_tokens`` of the prompt were not computed for this request.
+
+    ``reasoning_tokens`` are among the ``output_tokens``.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """The parts of an answer that only some requests ask for; all of them values that JSON can hold."""
+
+    #: What the model thought before it answered.
+    reasoning: str | None = None
+    #: The second and further answers of a request with ``n`` > 1: ``text``, ``finish_reason`` and its ``logprobs``.
+    choices: list[dict[str, Any]] | None = None
+    #: For each token ``token``, ``logprob`` (nats), ``bytes`` and ``top_logprobs``, as OpenAI's API has them.
+    logprobs: list[dict[str, Any]] | None = None
+    #: Probability of each of the request's ``choices``; they add up to 1.
+    choice_probs: dict[str, float] | None = None
+    #: Of each continuation ``text``, ``logprob`` (nats, summed over its tokens), ``tokens``, and ``greedy``: whether
+    #: each of its tokens is the likeliest.
+    continuations: list[dict[str, Any]] | None = None
+    embedding: list[float] | None = None
+    #: Copied from an identical request: nothing was computed for this one, and it has no times.
+    deduplicated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +205,9 @@ class Ok:
     text: str
     finish_reason: FinishReason
     usage: Usage
-    timing: Timing
+    #: None for an answer that was copied.
+    timing: Timing | None
+    extras: Extras | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,8 +65,8 @@ def occupy(engine: LlamaCppEngine, cells: int) -> None:
     """Fill KV cells that the engine believes free: there is no honest way to make its book-keeping wrong."""
     context, sequence = engine._context, engine.info.slots  # the last one that a prefix would take
     for start in range(0, cells, 64):
-        context.clear_batch()
-        context.put(sequence, start, np.full(min(64, cells - start), 5, dtype=np.int32), last_wanted=False)
+        context.batch.clear()
+        context.batch.put(sequence, start, np.full(min(64, cells - start), 5, dtype=np.int32), wanted=0)
         assert context.decode() == 0
 
 

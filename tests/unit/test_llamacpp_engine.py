@@ -191,13 +191,14 @@ def test_a_new_request_does_not_wait_for_a_running_one(load: Load, task: Templat
 def test_an_answer_of_any_bytes_is_put_together_from_its_tokens(exact: Path) -> None:
     model = Model(exact, vocab_only=True)
     words = model.vocabulary
-    pieces = [words.piece(int(token)) for token in words.tokens(ODD, parse_special=False)]
-    answer = AnswerText(())
+    ids = words.tokens(ODD, parse_special=False).tolist()
+    pieces = [words.piece(token) for token in ids]
+    answer = AnswerText(words.piece, ())
 
-    for piece in pieces:
-        assert not answer.append(piece)
+    for token in ids:
+        assert not answer.add(token)
 
-    assert str(answer) == ODD
+    assert answer.finish() == (ODD, False)
     assert any(b"\x80" <= piece[:1] < b"\xc0" for piece in pieces), "no character is split over tokens"
     model.close()
 
@@ -206,32 +207,45 @@ def test_an_answer_of_any_bytes_is_put_together_from_its_tokens(exact: Path) -> 
 def test_a_stop_text_is_found_across_tokens_and_characters(exact: Path, stop: str) -> None:
     model = Model(exact, vocab_only=True)
     words = model.vocabulary
-    answer = AnswerText(("never said", stop))
+    answer = AnswerText(words.piece, ("never said", stop))
 
     read = 0
     for token in words.tokens(ODD + " and more", parse_special=False):
         read += 1
-        if answer.append(words.piece(int(token))):
+        if answer.add(int(token)):
             break
 
-    assert str(answer) == ODD[: ODD.index(stop)]
+    assert answer.finish()[0] == ODD[: ODD.index(stop)]
     ended = b"".join(words.piece(int(token)) for token in words.tokens(ODD + " and more", parse_special=False)[:read])
     assert stop.encode() in ended
     model.close()
 
 
 def test_the_earliest_of_several_stop_texts_ends_the_answer() -> None:
-    answer = AnswerText(("later", "a", "la"))
+    answer = AnswerText(lambda token: b"see you later", ("later", "a", "la"))
 
-    assert answer.append(b"see you later")
-    assert str(answer) == "see you "
+    assert answer.add(0)
+    assert answer.finish()[0] == "see you "
 
 
 def test_a_character_cut_in_the_middle_is_replaced() -> None:
-    answer = AnswerText(())
-    answer.append("ab😀".encode()[:-1])
+    answer = AnswerText(lambda token: "ab😀".encode()[:-1], ())
+    answer.add(0)
 
-    assert str(answer) == "ab\ufffd"
+    assert answer.finish()[0] == "ab\ufffd"
+
+
+def test_a_text_that_streams_shows_whole_characters_and_no_start_of_a_stop_text() -> None:
+    pieces = [b"ab", "😀".encode()[:2], "😀".encode()[2:], b" st", b"ay st", b"o", b"p now"]
+    answer = AnswerText(pieces.__getitem__, ("stop",))
+
+    shown = []
+    for token in range(len(pieces)):
+        answer.add(token)
+        shown.append(answer.fresh())
+
+    assert shown == ["ab", "", "😀", " ", "stay ", "", ""]
+    assert "".join(shown) == answer.finish()[0]
 
 
 def test_a_control_token_in_a_raw_prompt_is_only_text(load: Load) -> None:

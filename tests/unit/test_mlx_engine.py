@@ -227,7 +227,7 @@ def test_stops_are_found_across_characters_of_several_tokens(folder: Path) -> No
     read = next(count for count, token in enumerate(ids, start=1) if answer.add(token))
 
     assert read == len(ids) - len(words.tokens(EngineRequest(0, SamplingParams(), prompt="nd")))
-    assert answer.cut_text == "好"
+    assert answer.finish() == ("好", False)
 
 
 def test_an_answer_in_pieces_is_the_answer_in_one(folder: Path) -> None:

@@ -59,7 +59,8 @@ def error(write: Write, record: Mapping[str, Any], **how: Any) -> str:
 
 
 def batch_line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
-    question = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in url else {"prompt": "hi"}
+    question = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in url else {}
+    question = {"prompt": "hi"} if "completions" in url and not question else question
     return {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "m", **question, **body}}
 
 
@@ -440,7 +441,27 @@ def test_a_flat_record_with_a_body_of_text_is_no_batch_line(write: Write) -> Non
 def test_a_chat_line_is_messages(write: Write) -> None:
     line = one(write, batch_line(max_completion_tokens=5, temperature=0.5, top_p=None, user="u", n=1, stream=False))
     assert (line.custom_id, line.messages) == ("a", (Message("user", "hi"),))
-    assert line.sampling == {"max_tokens": 5, "temperature": 0.5}
+    assert line.sampling == {"max_tokens": 5, "temperature": 0.5, "n": 1}
+
+
+def test_a_chat_line_brings_what_binds_and_describes_its_answer(write: Write) -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "boolean"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    line = one(write, batch_line(response_format=form, logprobs=True, top_logprobs=2, logit_bias={"7": -3}, n=2))
+
+    assert line.sampling == {
+        "json_schema": json.dumps(schema), "logprobs": True, "top_logprobs": 2, "logit_bias": ((7, -3.0),), "n": 2,
+    }  # fmt: skip
+
+
+def test_an_embeddings_line_asks_for_a_vector(write: Write) -> None:
+    line = one(write, batch_line("/v1/embeddings", input="hi", encoding_format="float"))
+    assert (line.prompt, line.raw, line.sampling) == ("hi", True, {"embedding": True})
+
+
+def test_a_completions_line_counts_its_alternatives(write: Write) -> None:
+    line = one(write, batch_line("/v1/completions", prompt="hi", logprobs=3))
+    assert line.sampling == {"logprobs": True, "top_logprobs": 3}
 
 
 @pytest.mark.parametrize("prompt", ["hi", ["hi"]])
@@ -453,8 +474,8 @@ def test_a_completions_line_is_a_raw_prompt(write: Write, prompt: Any) -> None:
     ("changes", "problem"),
     [
         ({"method": "GET"}, "method is not POST"),
-        ({"url": "/v1/embeddings"}, "url is neither"),
-        ({"url": ["/v1/completions"]}, "url is neither"),
+        ({"url": "/v1/responses"}, "url is none of"),
+        ({"url": ["/v1/completions"]}, "url is none of"),
         ({"custom_id": 5}, "custom_id is a number, not a text"),
         ({"custom_id": ""}, "the id is empty"),
         ({"method": None}, "missing 'method'"),
@@ -471,13 +492,26 @@ def test_a_batch_line_has_the_four_keys_and_no_others(write: Write, changes: dic
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        ({"tools": []}, "unsupported parameter 'body.tools'"),
-        ({"n": 2}, "unsupported parameter 'body.n'"),
+        ({"tools": [{}]}, "unsupported parameter 'body.tools'"),
+        ({"n": 0}, "'n' must be a whole number of 1 or more"),
+        ({"n": True}, "'n' must be a whole number of 1 or more"),
         ({"stream": True}, "unsupported parameter 'body.stream'"),
         ({"store": True}, "unsupported parameter 'body.store'"),
-        ({"logprobs": True}, "unsupported parameter 'body.logprobs'"),
-        ({"response_format": {"type": "json_object"}}, "unsupported parameter 'body.response_format'"),
-        ({"presence_penalty": 0.5}, "unsupported parameter 'body.presence_penalty'"),
+        ({"logprobs": True, "top_logprobs": 21}, "'top_logprobs' must be a whole number of at most 20"),
+        ({"response_format": {"type": "xml"}}, "'response_format.type' must be"),
+        ({"response_format": {"type": "json_schema"}}, "'response_format.json_schema.schema' must be"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objct"}}}},
+            "a JSON schema that can be enforced; of this one: Invalid type: objct",
+        ),
+        ({"presence_penalty": 2.5}, "'presence_penalty' must be a number from -2 to 2"),
+        ({"logit_bias": {"x": 1}}, "'logit_bias' must be an object of token ids"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "(?=a)b"}, "look-around"),
+        ({"stop": [""]}, "'stop' must be"),
+        ({"timeout_s": -1}, "'timeout_s' must be"),
+        ({"choices": ["a", "a"]}, "different texts"),
+        ({"thinking": "maybe"}, "'thinking' must be on, off, or a budget in tokens"),
         ({"temperatur": 1}, "unsupported parameter 'body.temperatur'. Did you mean temperature?"),
         ({"temperature": 2.5}, "'temperature' must be a number from 0 to 2"),
         ({"max_tokens": 0}, "'max_tokens' must be"),

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +29,7 @@ from promptmill.settings import Settings
 from promptmill.types import (
     EngineCounters,
     ErrorClass,
+    Extras,
     Failed,
     FinishReason,
     Ok,
@@ -58,7 +60,9 @@ class HostCrashed(ModelError):
 class HostDied(Exception):
     """The host ended or stalled while it held requests. ``str()`` is its last words."""
 
-    error_class = ErrorClass.ENGINE_CRASH
+    def __init__(self, words: str, error_class: ErrorClass = ErrorClass.ENGINE_CRASH) -> None:
+        super().__init__(words)
+        self.error_class = error_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class HostConfig:
     load_timeout_s: float = 1800.0
     clock_offset_s: float = 0.0
     log_level: str = "INFO"
+    #: Compute identical greedy requests once.
+    deduplicate: bool = True
 
     @classmethod
     def of(
@@ -101,6 +107,7 @@ class HostConfig:
             settings.load_timeout_s,
             clock_offset_s,
             settings.log_level,
+            settings.deduplicate,
         )
 
 
@@ -125,6 +132,7 @@ class EngineHost:
         self._address = str(self._folder / "host.sock")
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._started = time.monotonic()
+        self._ended_by_us = False
         self._process = self._spawn()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -160,6 +168,7 @@ class EngineHost:
                 "cores": list(config.device.cores),
                 "clock_offset_s": config.clock_offset_s,
                 "log_level": config.log_level,
+                "deduplicate": config.deduplicate,
             }
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -225,9 +234,15 @@ class EngineHost:
             connection.send(("hello", unheld_s))
             yield Session(self, connection)
         except (OSError, EOFError) as problem:
-            raise HostDied(self.last_words()) from problem
+            raise self.death() from problem
         finally:
             connection.close()
+
+    def death(self) -> HostDied:
+        """What became of the process. A SIGKILL that is not ours is the kernel's, for memory."""
+        words = self.last_words()
+        killed = self._process.poll() == -signal.SIGKILL and not self._ended_by_us
+        return HostDied(words, ErrorClass.OUT_OF_MEMORY if killed else ErrorClass.ENGINE_CRASH)
 
     def last_words(self) -> str:
         """How the process ended, and the end of its log."""
@@ -242,6 +257,7 @@ class EngineHost:
     def kill(self) -> None:
         """End the process at once, whatever it does."""
         if self.alive:
+            self._ended_by_us = True
             self._process.kill()
         self._process.wait()
         if self._process.stdin:
@@ -268,10 +284,13 @@ class Session:
         """Whether every request that was sent has its result."""
         return self._outstanding == 0 and self.dropped == 0
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[Result]]:
+    def answer(
+        self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None
+    ) -> Iterator[list[Result]]:
         """Send the requests and yield their results as they come, in batches, in any order.
 
-        Ends when each has a result or was dropped. Raises :class:`HostDied`.
+        ``on_text`` is given the row and more text of each request that streams, as it comes. Ends when each has a
+        result or was dropped. Raises :class:`HostDied`.
         """
         self._outstanding = len(requests)
         self._send(("add", [_wire(request) for request in requests]))
@@ -284,6 +303,10 @@ class Session:
                 case ("dropped", int() as count):
                     self._outstanding -= count
                     self.dropped += count
+                case ("texts", list() as texts):
+                    if on_text is not None:
+                        for row, text in texts:
+                            on_text(row, text)
                 case ("beat", active, waiting, _):
                     self.active, self.waiting = active, waiting
 
@@ -320,13 +343,13 @@ class Session:
         if not self._connection.poll(limit):
             # It lives but makes no step: nothing but its end frees the device.
             self._host.kill()
-            raise HostDied(f"the engine made no step for {limit:g} s and was ended")
+            raise HostDied(f"the engine made no step for {limit:g} s and was ended", ErrorClass.STALL)
         return self._connection.recv()
 
 
 def _wire(request: Request) -> Any:
     turns = None if request.messages is None else tuple((each.role, each.content) for each in request.messages)
-    return request.row, turns, request.prompt, request.sampling
+    return request.row, turns, request.prompt, request.sampling, request.stream
 
 
 def _result(
@@ -334,14 +357,14 @@ def _result(
     row: int,
     kind: str,
     text: str,
-    usage: tuple[int, int, int] | None,
+    usage: tuple[int, int, int, int] | None,
     timing: tuple[float, float, float, float] | None,
+    extras: Extras | None,
 ) -> Result:
     """What the host sent (``host_process.WireResult``) as a value."""
     if answered:
         assert usage is not None
-        assert timing is not None
-        return Ok(row, text, FinishReason(kind), Usage(*usage), Timing(*timing))
+        return Ok(row, text, FinishReason(kind), Usage(*usage), timing and Timing(*timing), extras)
     return Failed(row, ErrorClass(kind), text, usage and Usage(*usage), timing and Timing(*timing))
 
 

@@ -20,8 +20,17 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from promptmill.types import EngineCounters, Message, SamplingParams
-from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, RequestKey
+from promptmill.types import EngineCounters, Extras, Message, SamplingParams
+from promptmill_workers.desk import Desk
+from promptmill_workers.engines.contract import (
+    Engine,
+    EngineOptions,
+    EngineRequest,
+    Finished,
+    Rejected,
+    RequestKey,
+    TokenEvent,
+)
 
 log = logging.getLogger("promptmill.host")
 
@@ -34,12 +43,14 @@ FLUSH_RESULTS = 256
 #: Seconds between signs of life to a session whose requests run.
 BEAT_S = 1.0
 
-#: A request as it travels: row, messages as (role, content) pairs or None, prompt or None, sampling.
-WireRequest = tuple[int, tuple[tuple[str, str], ...] | None, str | None, SamplingParams]
+#: A request as it travels: row, messages as (role, content) pairs or None, prompt or None, sampling, if it streams.
+WireRequest = tuple[int, tuple[tuple[str, str], ...] | None, str | None, SamplingParams, bool]
 
 #: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
-#: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing.
-WireResult = tuple[bool, int, str, str, tuple[int, int, int] | None, tuple[float, float, float, float] | None]
+#: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing, the Extras.
+WireResult = tuple[
+    bool, int, str, str, tuple[int, int, int, int] | None, tuple[float, float, float, float] | None, Extras | None
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +60,8 @@ class HostSession:
     connection: Connection
     keys: dict[int, RequestKey] = field(default_factory=dict)
     results: list[WireResult] = field(default_factory=list)
+    #: Text for those who wait for it: pairs of row and text, sent with every step.
+    texts: list[tuple[int, str]] = field(default_factory=list)
     outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     flushed_at: float = 0.0
     beat_at: float = 0.0
@@ -83,7 +96,10 @@ class HostLoop:
         while True:
             self._take_messages()
             for event in self._engine.step():
-                self._route(event)
+                if isinstance(event, TokenEvent):
+                    self._tell(event)
+                else:
+                    self._route(event)
             self._send()
 
     # --- threads that only move messages -----------------------------------------------------------------------------
@@ -144,13 +160,13 @@ class HostLoop:
     def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
         received_at = time.monotonic()
         batch = []
-        for row, messages, prompt, sampling in requests:
+        for row, messages, prompt, sampling, stream in requests:
             key = self._next_key
             self._next_key += 1
             session.keys[row] = key
             self._origins[key] = Origin(session, row, received_at)
             turns = tuple(Message(role, content) for role, content in messages) if messages is not None else None
-            batch.append(EngineRequest(key, sampling, turns, prompt))
+            batch.append(EngineRequest(key, sampling, turns, prompt, stream))
         session.flushed_at = session.beat_at = received_at
         self._engine.add(batch)
 
@@ -164,25 +180,32 @@ class HostLoop:
             self._engine.cancel(key)
         session.outbox.put(("dropped", len(rows)))
 
-    def _route(self, event: Event) -> None:
+    def _tell(self, event: TokenEvent) -> None:
+        origin = self._origins.get(event.key)
+        if origin is not None:
+            origin.session.texts.append((origin.row, event.text))
+
+    def _route(self, event: Finished | Rejected) -> None:
         origin = self._origins.pop(event.key, None)
         if origin is not None:
             del origin.session.keys[origin.row]
             origin.session.results.append(self._result(event, origin))
 
-    def _result(self, event: Event, origin: Origin) -> WireResult:
+    def _result(self, event: Finished | Rejected, origin: Origin) -> WireResult:
         timing: tuple[float, float, float, float] | None = None
-        if event.admitted_at is not None and event.finished_at is not None:
+        extras = event.extras if isinstance(event, Finished) else None
+        copied = extras is not None and extras.deduplicated
+        if not copied and event.admitted_at is not None and event.finished_at is not None:
             first = event.first_token_at if event.first_token_at is not None else event.finished_at
             timing = (
                 self._wall(origin.received_at), self._wall(event.admitted_at), self._wall(first),
                 self._wall(event.finished_at),
             )  # fmt: skip
         used = event.usage
-        usage = (used.prompt_tokens, used.cached_tokens, used.output_tokens) if used else None
+        usage = (used.prompt_tokens, used.cached_tokens, used.output_tokens, used.reasoning_tokens) if used else None
         if isinstance(event, Finished):
-            return True, origin.row, event.finish_reason.value, event.text, usage, timing
-        return False, origin.row, event.error_class.value, event.message, usage, timing
+            return True, origin.row, event.finish_reason.value, event.text, usage, timing, extras
+        return False, origin.row, event.error_class.value, event.message, usage, timing, None
 
     def _wall(self, monotonic_s: float) -> float:
         return self._anchor + monotonic_s
@@ -190,6 +213,9 @@ class HostLoop:
     def _send(self) -> None:
         now = time.monotonic()
         for session in self._sessions:
+            if session.texts:
+                session.outbox.put(("texts", session.texts))
+                session.texts = []
             due = not session.keys or len(session.results) >= FLUSH_RESULTS or now - session.flushed_at >= FLUSH_S
             if session.results and due:
                 session.outbox.put(("results", session.results, self._new_counters()))
@@ -241,7 +267,8 @@ def _load(config: dict[str, Any], listener: socket.socket) -> Engine:
     from promptmill_workers.checkpoints import build_engine, locate
 
     try:
-        return build_engine(locate(config["model"]), EngineOptions(**config["options"]))
+        engine = build_engine(locate(config["model"]), EngineOptions(**config["options"]))
+        return Desk(engine, deduplicate=config["deduplicate"])
     except (PromptmillError, MemoryError) as problem:
         accepted, _ = listener.accept()
         connection = Connection(accepted.detach())

@@ -56,7 +56,7 @@ class ChunkRunner:
     def _run(self, lease: Lease) -> None:
         ledger, hosts = self._ledger, self._hosts
         requests, failures = self._patiently(lambda again: self._requests(lease))
-        limits = {request.row: request.sampling.max_tokens for request in requests}
+        limits = {request.row: request.sampling.max_tokens * request.sampling.n for request in requests}
         self._record(lease, [(failure, 0) for failure in failures])
         # The last results are stored together with the chunk's end, in one transaction.
         last: Outcomes = []

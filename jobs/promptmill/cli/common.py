@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,7 +22,9 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
-SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos")
+SAMPLING_OPTIONS = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos", "regex", "thinking", "n",
+)  # fmt: skip
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +46,12 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stop", multiple=True, help="End an answer before this text; may be repeated."),
         click.option("--timeout", "timeout_s", type=float, help="Seconds a request may run."),
         click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at end tokens (benchmarks)."),
+        click.option("--schema", type=click.Path(), help="JSON schema that every answer keeps to: a file, or -."),
+        click.option("--regex", help="Regular expression that every answer matches as a whole."),
+        click.option("--choice", multiple=True, help="One of the possible answers; may be repeated."),
+        click.option("--thinking", help="Reasoning: on, off, or a budget in tokens.  [default: the model's]"),
+        click.option("-n", "n", type=click.IntRange(1), help="Answers to each prompt.  [default: 1]"),
+        click.option("--param", multiple=True, help="Any sampling parameter: NAME=VALUE, such as logprobs=true."),
         click.option("--limit", type=click.IntRange(1), help="Take the first N lines only."),
         click.option("--slots", type=click.IntRange(1), help="Sequences decoded together.  [env: JOBS_SLOTS]"),
         click.option("--name", help="A name for the job."),
@@ -72,6 +81,11 @@ def run_options(values: dict[str, Any]) -> RunOptions:
     sampling = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
     if values["stop"]:
         sampling["stop"] = list(values["stop"])
+    if values["choice"]:
+        sampling["choices"] = list(values["choice"])
+    if values["schema"]:
+        sampling["json_schema"] = _schema_text(values["schema"])
+    sampling |= dict(map(_parameter, values["param"]))
     return RunOptions(
         dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
         template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
@@ -80,6 +94,29 @@ def run_options(values: dict[str, Any]) -> RunOptions:
         skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
         time_limit=values["time_limit"], if_exists=values["if_exists"],
     )  # fmt: skip
+
+
+def _schema_text(path: str) -> str:
+    """The text of a schema file. Raises PromptmillError."""
+    from promptmill.errors import RequestError
+
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RequestError(f"--schema {path}: {getattr(problem, 'strerror', None) or 'not UTF-8'}") from None
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``; the value as JSON where it is JSON, else as text. Raises PromptmillError."""
+    from promptmill.errors import RequestError
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RequestError(f"--param {text}: not NAME=VALUE", hint="For instance --param repetition_penalty=1.1.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def open_all() -> tuple[Settings, Engine]:

@@ -16,12 +16,13 @@ from promptmill.ledger.base import held_by, in_range, log
 from promptmill.ledger.jobs import Jobs
 from promptmill.ledger.values import RETRYABLE, JobSpec, StoredRequest
 from promptmill.tables import attempts, chunks, jobs, requests, results, retries
-from promptmill.types import EngineCounters, Failed, JobState, Lease, Ok, Result
+from promptmill.types import EngineCounters, Extras, Failed, JobState, Lease, Ok, Result
 
 RESULT_COLUMNS = (
     "job_id", "row", "state", "text", "finish_reason", "error_class", "error_message", "prompt_tokens", "cached_tokens",
     "output_tokens", "max_tokens", "enqueued_at", "received_at", "admitted_at", "first_token_at", "finished_at",
-    "committed_at", "attempt", "worker_id", "chunk",
+    "committed_at", "attempt", "worker_id", "chunk", "reasoning_tokens", "reasoning", "choices", "logprobs",
+    "choice_probs", "continuations", "embedding", "deduplicated",
 )  # fmt: skip
 
 #: Columns of ``retries`` that a result fills; ``retried_at`` follows.
@@ -209,6 +210,7 @@ def _result_row(lease: Lease, result: Result, max_tokens: int, now: float) -> tu
     else:
         outcome = ("error", None, None, result.error_class.value, _storable(result.message))
     tokens = (usage.prompt_tokens, usage.cached_tokens, usage.output_tokens) if usage else (None, None, None)
+    extras = result.extras if isinstance(result, Ok) else None
     times = (
         (timing.received_at, timing.admitted_at, timing.first_token_at, timing.finished_at)
         if timing
@@ -216,8 +218,20 @@ def _result_row(lease: Lease, result: Result, max_tokens: int, now: float) -> tu
     )
     return (
         lease.chunk.job_id, result.row, *outcome, *tokens, max_tokens, lease.enqueued_at, *times, now, lease.attempt,
-        lease.worker_id, lease.chunk.number,
+        lease.worker_id, lease.chunk.number, usage.reasoning_tokens if usage else None,
+        *(NO_EXTRAS if extras is None else _extras_row(extras)),
     )  # fmt: skip
+
+
+#: The last columns of most results.
+NO_EXTRAS = (None, None, None, None, None, None, False)
+
+
+def _extras_row(extras: Extras) -> tuple[Any, ...]:
+    reasoning = None if extras.reasoning is None else _storable(extras.reasoning)
+    parts = (extras.choices, extras.logprobs, extras.choice_probs, extras.continuations, extras.embedding)
+    return (reasoning, *(None if part is None else json.dumps(part, ensure_ascii=False) for part in parts),
+            extras.deduplicated)  # fmt: skip
 
 
 def _retry_row(lease: Lease, result: Result) -> tuple[Any, ...]:

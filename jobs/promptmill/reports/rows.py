@@ -155,8 +155,9 @@ def _groups(db: Connection, job_id: str) -> tuple[Group, ...]:
 
 
 def _sum(column: sa.Column[int]) -> sa.ColumnElement[int]:
+    # Tokens of an answer that was copied from an identical request were computed once, for that one.
     # PostgreSQL sums integers to bigint; of nothing, both sum to NULL.
-    return sa.func.coalesce(sa.func.sum(column), 0)
+    return sa.func.coalesce(sa.func.sum(column).filter(~results.c.deduplicated), 0)
 
 
 def read_series(db: Connection, job_id: str, state: str) -> Series:

@@ -31,14 +31,19 @@ class ChatTemplate:
         except TemplateError as problem:
             raise RequestError(f"the model's chat template cannot be used: {problem}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Raises RequestError for messages that the template refuses."""
+    def render(self, messages: Sequence[Message], thinking: str | None = None) -> str:
+        """Raises RequestError for messages that the template refuses. ``thinking``: as in SamplingParams."""
         turns = [{"role": each.role, "content": each.content} for each in messages]
         try:
-            return str(self._template.render(messages=turns, **self._names))
+            return str(self._template.render(messages=turns, **self._names, **thinking_names(thinking)))
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+
+
+def thinking_names(thinking: str | None) -> dict[str, bool]:
+    """What templates call the switch: Qwen's and GLM's the first, DeepSeek's the second."""
+    return {} if thinking is None else {"enable_thinking": thinking != "off", "thinking": thinking != "off"}
 
 
 def _refuse(message: str) -> NoReturn:

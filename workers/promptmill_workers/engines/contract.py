@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from promptmill.types import EngineCounters, ErrorClass, FinishReason, Message, SamplingParams, Usage
+from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Message, SamplingParams, Usage
 
 #: Names one request inside one engine; whoever adds the request chooses it.
 RequestKey = int
@@ -60,6 +60,20 @@ class EngineRequest:
     sampling: SamplingParams
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
+    #: Somebody waits for the text: :class:`TokenEvent` s come before the end.
+    stream: bool = False
+    #: Nothing is generated: the log-probability of this text after the prompt is wanted.
+    continuation: str | None = None
+    #: The continuation is followed by the end of the answer.
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """More text of a request that streams. All of them together are the text of its :class:`Finished`."""
+
+    key: RequestKey
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,7 @@ class Finished:
     admitted_at: float
     first_token_at: float
     finished_at: float
+    extras: Extras | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +103,8 @@ class Rejected:
     finished_at: float | None = None
 
 
-Event = Finished | Rejected
+#: A request has any number of TokenEvents, and then exactly one of the others.
+Event = TokenEvent | Finished | Rejected
 
 
 class Engine(Protocol):

@@ -1,24 +1,28 @@
 """The echo engine: answers with its prompt, at a scripted speed. For tests and for measuring everything but a model.
 
 Options in the model's name, ``echo:token_s=0.01,slots...``: ``prefill_s`` and ``token_s`` are seconds of real time per
-prompt and per output token of a sequence; a prompt that contains the text of ``error_on``, ``crash_on`` or ``stall_on``
-ends as an error, ends the process, or never ends.
+prompt and per output token of a sequence; a prompt that contains the text of ``error_on``, ``crash_on``, ``oom_on`` or
+``stall_on`` ends as an error, ends the process by an abort or as the kernel does it for memory, or never ends.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
+import signal
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from promptmill.errors import ModelError
 from promptmill.registry import suggestion
-from promptmill.types import EngineCounters, ErrorClass, FinishReason, Message, Usage
+from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.engines.contract import (
     EngineInfo,
     EngineOptions,
@@ -27,6 +31,7 @@ from promptmill_workers.engines.contract import (
     Finished,
     Rejected,
     RequestKey,
+    TokenEvent,
 )
 
 #: The context of an engine that has none of its own to respect.
@@ -34,6 +39,9 @@ CONTEXT_TOKENS = 131_072
 
 #: Sequences that an echo without delays answers in one step: a step for each slot's worth would measure only itself.
 INSTANT_BATCH = 256
+
+#: Log-probability of a token that the prompt does not hold.
+UNSURE = -9.0
 
 #: Longest sleep of a step, so that requests added meanwhile are seen.
 LONGEST_SLEEP_S = 0.05
@@ -47,6 +55,7 @@ class Script:
     token_s: float = 0.0
     error_on: str | None = None
     crash_on: str | None = None
+    oom_on: str | None = None
     stall_on: str | None = None
 
     @classmethod
@@ -74,10 +83,15 @@ class Sequence_:
     admitted_at: float
     first_token_at: float
     finished_at: float
+    #: Tokens that somebody who waits for them was told.
+    told: int = 0
 
 
 class EchoEngine:
-    """Echoes the last message (or the prompt), cut at stop strings and at ``max_tokens``. A token is a word."""
+    """Echoes the last message (or the prompt), cut at stop strings and at ``max_tokens``. A token is a word.
+
+    It is sure of each token. A continuation that the prompt contains is certain to it, any other one has e^-9 a token.
+    """
 
     def __init__(self, model_name: str, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._script = Script.from_options(options.model_options)
@@ -143,11 +157,27 @@ class EchoEngine:
         started = self._clock()
         self._count(idle_s=started - self._last_step_end)
         rejected = self._admit(started)
-        finished = self._retire(started if self._instant else self._sleep())
+        now = started if self._instant else self._sleep()
+        told = self._tell(now)
+        finished = self._retire(now)
         self._last_step_end = self._clock()
         if rejected or finished or self._active:
             self._count(steps=1, decode_s=self._last_step_end - started)
-        return [*rejected, *finished]
+        return [*rejected, *told, *finished]
+
+    def _tell(self, now: float) -> list[Event]:
+        """The tokens that streaming sequences have made since the last step."""
+        events: list[Event] = []
+        for each in self._active.values():
+            if each.request.stream:
+                pace = self._script.token_s
+                due = (
+                    int((now - each.first_token_at) / pace) + 1 if pace and now < each.finished_at else len(each.tokens)
+                )
+                if due > each.told:
+                    events.append(TokenEvent(each.request.key, "".join(each.tokens[each.told : due])))
+                    each.told = due
+        return events
 
     def _admit(self, now: float) -> list[Event]:
         rejected: list[Event] = []
@@ -174,6 +204,8 @@ class EchoEngine:
             message = f"the prompt has {prompt_tokens} tokens, the context {self._context}"
             return Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, message)
         tokens, reason = _answer(request, self._context - prompt_tokens)
+        if not _fits("".join(tokens), request.sampling):
+            return Rejected(request.key, ErrorClass.GRAMMAR, "the echo is not what the grammar asks for")
         prefill_s = prompt_tokens * self._script.prefill_s
         first = now + prefill_s
         self._count(prefill_tokens=prompt_tokens)
@@ -184,6 +216,8 @@ class EchoEngine:
     def _act_out(self, prompt: str) -> None:
         if self._script.crash_on and self._script.crash_on in prompt:
             os.abort()
+        if self._script.oom_on and self._script.oom_on in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self._script.stall_on and self._script.stall_on in prompt:
             threading.Event().wait()
 
@@ -217,7 +251,7 @@ class EchoEngine:
             )  # fmt: skip
         return Finished(
             key, "".join(sequence.tokens), sequence.finish_reason, usage, sequence.admitted_at,
-            sequence.first_token_at, sequence.finished_at,
+            sequence.first_token_at, sequence.finished_at, _extras(sequence),
         )  # fmt: skip
 
     def _count(self, **more: float) -> None:
@@ -228,6 +262,39 @@ class EchoEngine:
 def _ends_at(sequence: Sequence_) -> float:
     limit = sequence.request.sampling.timeout_s
     return sequence.finished_at if limit is None else min(sequence.finished_at, sequence.admitted_at + limit)
+
+
+def _fits(text: str, sampling: SamplingParams) -> bool:
+    """Whether the echo is what was asked for: an echo cannot be bound."""
+    if sampling.json_schema is not None:
+        try:
+            return isinstance(json.loads(text), dict) or '"object"' not in sampling.json_schema
+        except ValueError:
+            return False
+    return sampling.regex is None or re.fullmatch(sampling.regex, text) is not None
+
+
+def _extras(sequence: Sequence_) -> Extras | None:
+    request = sequence.request
+    if request.continuation is not None:
+        count = max(1, len(request.continuation.split()))
+        known = request.continuation.strip() in _spoken(request.messages, request.prompt)
+        score = {
+            "text": request.continuation, "logprob": 0.0 if known else UNSURE * count, "tokens": count, "greedy": known,
+        }  # fmt: skip
+        return Extras(continuations=[score])
+    if request.sampling.embedding:
+        digest = hashlib.sha256((request.prompt or "").encode(errors="replace")).digest()
+        length = sum(byte * byte for byte in digest) ** 0.5
+        return Extras(embedding=[byte / length for byte in digest])
+    if request.sampling.logprobs:
+        return Extras(logprobs=[_sure(token, request.sampling.top_logprobs) for token in sequence.tokens])
+    return None
+
+
+def _sure(token: str, top: int) -> dict[str, Any]:
+    entry = {"token": token, "logprob": 0.0, "bytes": list(token.encode(errors="replace"))}
+    return entry | {"top_logprobs": [entry] if top else []}
 
 
 class EchoTokenCounter:
@@ -256,6 +323,8 @@ def _spoken(messages: tuple[Message, ...] | None, prompt: str | None) -> str:
 
 def _answer(request: EngineRequest, room: int) -> tuple[list[str], FinishReason]:
     """The answer's tokens: words with the white space before them."""
+    if request.continuation is not None or request.sampling.embedding:
+        return [], FinishReason.STOP
     text = _spoken(request.messages, request.prompt)
     cuts = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
     text = text[: min(cuts)] if cuts else text

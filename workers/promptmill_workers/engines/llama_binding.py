@@ -6,8 +6,8 @@ import ctypes
 import logging
 import os
 import re
+import warnings
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 
 from promptmill.errors import DeviceError, ModelError
 from promptmill.types import SamplingParams
+from promptmill_workers.engines.llama_batch import Batch, Tokens
 
 log = logging.getLogger("promptmill.llamacpp")
-
-Tokens = NDArray[np.int32]
 
 #: What llama_decode returns when the KV cache has no room for the batch.
 NO_ROOM = 1
 
 #: Sequences that llama.cpp was built for.
 MOST_SEQUENCES = 256
+
+#: Outputs of a step beside one of each sequence: of continuations that are scored.
+SCORED_OUTPUTS = 32
 
 #: Lines of the engine's log that are kept to explain a failure.
 KEPT_LINES = 200
@@ -70,29 +72,49 @@ class Vocabulary:
         self._pieces: dict[int, bytes] = {}
         self._ends: dict[int, bool] = {}
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        end = int(llama_cpp.llama_vocab_eot(self._vocab))
+        end = end if end >= 0 else int(llama_cpp.llama_vocab_eos(self._vocab))
+        #: What ends a turn; None where the model has no such token.
+        self.end = end if end >= 0 else None
         self.bos = self._text(llama_cpp.llama_vocab_bos(self._vocab))
         self.eos = self._text(llama_cpp.llama_vocab_eos(self._vocab))
         self._buffer = (llama_cpp.llama_token * 4096)()
+        self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
 
     def _text(self, token: int) -> str:
         if token < 0:
             return ""
         return bytes(llama_cpp.llama_vocab_get_text(self._vocab, token) or b"").decode(errors="replace")
 
-    def tokens(self, text: str, *, parse_special: bool) -> Tokens:
-        """Ids of ``text``, with what the model wants at the start (BOS) added once."""
-        if self.adds_bos and self.bos and parse_special and text.startswith(self.bos):
+    def tokens(self, text: str, *, parse_special: bool, start: bool = True) -> Tokens:
+        """Ids of ``text``; at the ``start`` of a prompt with what the model wants there (BOS), once."""
+        if start and self.adds_bos and self.bos and parse_special and text.startswith(self.bos):
             text = text[len(self.bos) :]
         data = text.encode(errors="replace")
-        count = self._tokenize(data, parse_special)
+        count = self._tokenize(data, parse_special, start)
         if count < 0:
             self._buffer = (llama_cpp.llama_token * (-count))()
-            count = self._tokenize(data, parse_special)
+            count = self._tokenize(data, parse_special, start)
         return np.ctypeslib.as_array(self._buffer)[:count].astype(np.int32)
 
-    def _tokenize(self, data: bytes, parse_special: bool) -> int:
+    def _tokenize(self, data: bytes, parse_special: bool, start: bool) -> int:
         size = len(self._buffer)
-        return int(llama_cpp.llama_tokenize(self._vocab, data, len(data), self._buffer, size, True, parse_special))
+        return int(llama_cpp.llama_tokenize(self._vocab, data, len(data), self._buffer, size, start, parse_special))
+
+    def end_tokens(self) -> list[int]:
+        """Every token that ends an answer; the one that the model names first."""
+        first = int(llama_cpp.llama_vocab_eos(self._vocab))
+        others = [each for each in range(self.size) if llama_cpp.llama_vocab_is_eog(self._vocab, each)]
+        return [first, *(each for each in others if each != first)] if first >= 0 else others
+
+    def constraint_tokenizer(self) -> Any:
+        """llguidance's view of the vocabulary."""
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        with warnings.catch_warnings():
+            # It asks for the kind of each token by a name that the bindings gave up.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return lltokenizer_from_vocab(self._vocab, eos_token=self.end_tokens() or None)
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token adds to the text; none for control tokens. May be part of a character."""
@@ -186,16 +208,18 @@ def _offload(handle: Any) -> tuple[int, int]:
     return 0, int(llama_cpp.llama_model_n_layer(handle)) + 1
 
 
-#: Everything of the sampling parameters but the seed: samplers of one shape can be reused.
-Shape = tuple[float, int, float, float]
+#: Everything of the sampling parameters but the seed: samplers of one shape can be reused. None: the logits come to the
+#: host, and no sampler runs in the graph.
+Shape = tuple[float, int, float, float] | None
 
-GREEDY: Shape = (0.0, 0, 1.0, 0.0)
+GREEDY = (0.0, 0, 1.0, 0.0)
 
 #: A min_p from here on leaves the likeliest token alone.
 LARGEST_MIN_P = 0.9999
 
 
 def shape_of(sampling: SamplingParams) -> Shape:
+    """How a sampler in the graph draws for these parameters."""
     # The samplers of the graph keep what is likelier than the bound: at a min_p of 1 that would be nothing.
     if sampling.temperature <= 0 or sampling.top_k == 1 or sampling.min_p >= LARGEST_MIN_P:
         return GREEDY
@@ -204,6 +228,8 @@ def shape_of(sampling: SamplingParams) -> Shape:
 
 def _make_sampler(shape: Shape, seed: int) -> Any:
     """A chain with a random stream of its own. Seeds wrap at 2**32 - 1, which means "draw one" to llama.cpp."""
+    if shape is None:
+        return None
     temperature, top_k, top_p, min_p = shape
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     if shape == GREEDY:
@@ -218,10 +244,6 @@ def _make_sampler(shape: Shape, seed: int) -> Any:
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
     return chain
-
-
-def _pointer(array: NDArray[Any], kind: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
 class Context:
@@ -239,7 +261,8 @@ class Context:
         models, but its sums depend on the shape of the batch. Without it the logits of a float32 model differ by 1e-5
         and not by 1e-2 when a prompt is computed in other pieces.
         """
-        self._shapes = [GREEDY] * slots
+        self._shapes: list[Shape] = [GREEDY] * slots
+        self._vocabulary = model.vocabulary.size
         self._samplers = [_make_sampler(GREEDY, 0) for _ in range(slots)]
         self._configs = (llama_cpp.llama_sampler_seq_config * slots)()
         for slot, chain in enumerate(self._samplers):
@@ -249,7 +272,8 @@ class Context:
         params.n_ctx = cells
         params.n_batch = params.n_ubatch = batch
         # A slot asks for one output a step; room for an output of each token would cost a vocabulary of logits each.
-        params.n_seq_max = params.n_outputs_max = slots + spare
+        params.n_seq_max = slots + spare
+        params.n_outputs_max = slots + spare + SCORED_OUTPUTS
         params.n_threads = params.n_threads_batch = threads
         # Cells of one buffer can belong to several sequences: a shared prefix costs no memory and no copy.
         params.kv_unified = True
@@ -268,53 +292,13 @@ class Context:
             self.close()
             raise ModelError("the model keeps no KV cache: it does not generate text", hint="Choose another model.")
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
-        self._make_batch(batch)
+        self.batch = Batch(batch)
 
-    def _make_batch(self, size: int) -> None:
-        """The batch over numpy arrays of ours: one attribute write per token would cost more than small models."""
-        self._token, self._pos, self._sequence = (np.empty(size, dtype=np.int32) for _ in range(3))
-        self._logits = np.zeros(size, dtype=np.int8)
-        self._counts = np.ones(size, dtype=np.int32)
-        # Each token's list of sequences is one cell of the array of sequences.
-        self._lists = self._sequence.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
-        self._batch = llama_cpp.llama_batch(
-            n_tokens=0, embd=None, token=_pointer(self._token, llama_cpp.llama_token),
-            pos=_pointer(self._pos, llama_cpp.llama_pos), n_seq_id=_pointer(self._counts, ctypes.c_int32),
-            seq_id=_pointer(self._lists, ctypes.POINTER(llama_cpp.llama_seq_id)),
-            logits=_pointer(self._logits, ctypes.c_int8),
-        )  # fmt: skip
-        self._filled = 0
-
-    # --- the batch of a step -----------------------------------------------------------------------------------------
-
-    def clear_batch(self) -> None:
-        self._filled = 0
-
-    def put(self, sequence: int, position: int, tokens: Tokens | Sequence[int], *, last_wanted: bool) -> int:
-        """Add tokens of one sequence from ``position`` on; returns the batch index of the last one."""
-        start, end = self._filled, self._filled + len(tokens)
-        self._token[start:end] = tokens
-        self._pos[start:end] = np.arange(position, position + len(tokens))
-        self._sequence[start:end] = sequence
-        self._logits[start:end] = 0
-        self._logits[end - 1] = last_wanted
-        self._filled = end
-        return end - 1
-
-    def put_outputs(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int]) -> range:
-        """Add one token of each of several sequences, and ask for an output of each; returns their batch indices."""
-        start, end = self._filled, self._filled + len(slots)
-        self._token[start:end] = tokens
-        self._pos[start:end] = positions
-        self._sequence[start:end] = slots
-        self._logits[start:end] = 1
-        self._filled = end
-        return range(start, end)
+    # --- a step ------------------------------------------------------------------------------------------------------
 
     def decode(self) -> int:
         """Run the batch; 0, or NO_ROOM with nothing computed. Raises RuntimeError for anything else."""
-        self._batch.n_tokens = self._filled
-        code = int(llama_cpp.llama_decode(self._handle, self._batch))
+        code = int(llama_cpp.llama_decode(self._handle, self.batch.struct()))
         if code not in (0, NO_ROOM):
             raise RuntimeError(f"llama_decode returned {code}: {_complaint()}")
         # A GPU works on while the call returns: its time belongs here, and the outputs are needed next anyway.
@@ -326,13 +310,18 @@ class Context:
         token = int(llama_cpp.llama_get_sampled_token_ith(self._handle, index))
         if token != llama_cpp.LLAMA_TOKEN_NULL:
             return token
-        # The chain did not run in the graph.
+        # The chain could not run in the graph.
         return int(llama_cpp.llama_sampler_sample(self._samplers[slot], self._handle, index))
+
+    def logits(self, index: int) -> NDArray[np.float32]:
+        """The logits of the output at batch index ``index``, of a slot of shape None. Valid until the next decode."""
+        pointer = llama_cpp.llama_get_logits_ith(self._handle, index)
+        return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 
     def warm_up(self) -> None:
         """One small pass, so that a machine that cannot run this model says so now, and no request waits for it."""
-        self.clear_batch()
-        self.put(0, 0, np.zeros(min(32, len(self._token)), dtype=np.int32), last_wanted=True)
+        self.batch.clear()
+        self.batch.put(0, 0, np.zeros(min(32, self.batch.size), dtype=np.int32), wanted=1)
         self.decode()
         self.drop(0)
 
@@ -347,7 +336,7 @@ class Context:
 
         A new shape makes llama.cpp plan its graph again, which takes tens of milliseconds; a new seed does not.
         """
-        if shape == self._shapes[slot] and shape == GREEDY:
+        if shape == self._shapes[slot] and shape in (None, GREEDY):
             return
         fresh = _make_sampler(shape, seed)
         if shape == self._shapes[slot]:
@@ -356,7 +345,8 @@ class Context:
             return
         # A False only says that the chain does not run inside the graph; sampling on the host gives the same.
         llama_cpp.llama_set_sampler(self._handle, slot, fresh)
-        llama_cpp.llama_sampler_free(self._samplers[slot])
+        if self._samplers[slot] is not None:
+            llama_cpp.llama_sampler_free(self._samplers[slot])
         self._samplers[slot], self._shapes[slot] = fresh, shape
 
     def drop(self, sequence: int) -> None:
@@ -372,4 +362,5 @@ class Context:
             llama_cpp.llama_free(self._handle)
             self._handle = None
             for chain in self._samplers:
-                llama_cpp.llama_sampler_free(chain)
+                if chain is not None:
+                    llama_cpp.llama_sampler_free(chain)

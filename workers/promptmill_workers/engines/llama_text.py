@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
 from promptmill.errors import RequestError
 from promptmill.types import ErrorClass
+from promptmill_workers.answering import opened
 from promptmill_workers.engines.chat_template import ChatTemplate
 from promptmill_workers.engines.contract import EngineRequest
-from promptmill_workers.engines.llama_binding import Model, Tokens, Vocabulary
+from promptmill_workers.engines.llama_batch import Tokens
+from promptmill_workers.engines.llama_binding import Model, Vocabulary
 
 #: No prompt has more bytes a token on average. A longer text cannot fit, and is not worth seconds of splitting it.
 MOST_BYTES_PER_TOKEN = 256
@@ -16,6 +23,16 @@ class PromptTooLong(RequestError):
     """The prompt leaves no room for an answer."""
 
     error_class = ErrorClass.CONTEXT_OVERFLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine computes it. The last ``scored`` tokens are a continuation that is to be scored."""
+
+    tokens: Tokens
+    #: The model begins with its reasoning.
+    thinks: bool = False
+    scored: int = 0
 
 
 class PromptReader:
@@ -28,27 +45,38 @@ class PromptReader:
 
     def render(self, request: EngineRequest) -> str:
         """Raises RequestError."""
+        return self._opened(request)[0]
+
+    def _opened(self, request: EngineRequest) -> tuple[str, bool]:
         if request.messages is None:
-            return request.prompt or ""
+            return opened(request.prompt or "", request.sampling)
         if self._template is None:
             if self._source is None:
                 raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
             self._template = ChatTemplate(self._source, self._vocabulary.bos, self._vocabulary.eos)
-        return self._template.render(request.messages)
+        return opened(self._template.render(request.messages, request.sampling.thinking), request.sampling)
 
     def tokens(self, request: EngineRequest) -> Tokens:
         """Raises RequestError, also for a prompt without a single token."""
         return self._tokens(self.render(request), request)
 
-    def fitting_tokens(self, request: EngineRequest, context_tokens: int) -> Tokens:
+    def prompt(self, request: EngineRequest, context_tokens: int) -> Prompt:
         """The prompt, with room for one token of an answer. Raises RequestError."""
-        text = self.render(request)
+        text, thinks = self._opened(request)
         if len(text) > context_tokens * MOST_BYTES_PER_TOKEN:
             raise PromptTooLong(f"the prompt has {len(text):,} characters, the context {context_tokens:,} tokens")
-        found = self._tokens(text, request)
+        found, scored = self._tokens(text, request), 0
+        if request.continuation is not None:
+            # Apart from the prompt, so that every continuation follows the same tokens.
+            more = self._vocabulary.tokens(request.continuation, parse_special=False, start=False)
+            if not len(more):
+                raise RequestError("a continuation has no tokens")
+            if request.closed and (end := self._vocabulary.end) is not None:
+                more = np.append(more, np.int32(end))
+            found, scored = np.concatenate([found, more]), len(more)
         if len(found) >= context_tokens:
             raise PromptTooLong(f"the prompt has {len(found):,} tokens, the context {context_tokens:,}")
-        return found
+        return Prompt(found, thinks, scored)
 
     def _tokens(self, text: str, request: EngineRequest) -> Tokens:
         found = self._vocabulary.tokens(text, parse_special=request.messages is not None)
@@ -58,17 +86,20 @@ class PromptReader:
 
 
 class AnswerText:
-    """The bytes of an answer, up to its first stop string. A token may be part of a character."""
+    """The text of one answer, token by token. A stop text may begin and end inside tokens, and inside a character."""
 
-    __slots__ = ("_bytes", "_longest", "_stops")
+    __slots__ = ("_bytes", "_longest", "_piece", "_shown", "_stops")
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, piece: Callable[[int], bytes], stops: tuple[str, ...]) -> None:
+        self._piece = piece
         self._bytes = bytearray()
         self._stops = [stop.encode(errors="replace") for stop in stops if stop]
         self._longest = max(map(len, self._stops), default=0)
+        self._shown = 0
 
-    def append(self, piece: bytes) -> bool:
-        """Add a token's bytes; True when they completed a stop string, which is then cut off."""
+    def add(self, token: int) -> bool:
+        """Take the next token; True when a stop text is complete, which is then cut off."""
+        piece = self._piece(token)
         seen = len(self._bytes)
         self._bytes += piece
         if not self._stops or not piece:
@@ -79,9 +110,31 @@ class AnswerText:
             del self._bytes[min(found) :]
         return bool(found)
 
-    def __str__(self) -> str:
+    def finish(self) -> tuple[str, bool]:
         """The text; a character that was not finished becomes U+FFFD."""
-        return self._bytes.decode("utf-8", errors="replace")
+        return self._bytes.decode("utf-8", errors="replace"), False
+
+    def fresh(self) -> str:
+        """What has come since, without what may be the start of a stop text or of a character."""
+        end = len(self._bytes)
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(self._bytes)), 0, -1):
+                if self._bytes.endswith(stop[:size]):
+                    end = min(end, len(self._bytes) - size)
+                    break
+        # A character has at most four bytes: cut one that lacks some.
+        for back in range(1, min(4, end - self._shown) + 1):
+            lead = self._bytes[end - back]
+            if lead >= 0xC0:
+                end -= back if back < (2 if lead < 0xE0 else 3 if lead < 0xF0 else 4) else 0
+                break
+            if lead < 0x80:
+                break
+        if end <= self._shown:
+            return ""
+        text = self._bytes[self._shown : end].decode("utf-8", errors="replace")
+        self._shown = end
+        return text
 
 
 class LlamaTokenCounter:

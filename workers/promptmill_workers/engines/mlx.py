@@ -12,8 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from promptmill.errors import RequestError
-from promptmill.types import EngineCounters, ErrorClass, FinishReason, Usage
+from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Usage
+from promptmill_workers.answering import Answer, Tools, needs_logits
+from promptmill_workers.constraint import GrammarError, Grammars
 from promptmill_workers.engines.contract import (
     EngineInfo,
     EngineOptions,
@@ -22,13 +26,14 @@ from promptmill_workers.engines.contract import (
     Finished,
     Rejected,
     RequestKey,
+    TokenEvent,
 )
 from promptmill_workers.engines.mlx_prefixes import Prefixes
 from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenCounter, MlxTokenizer
 from promptmill_workers.prefix_plan import Tokens, plan
 
 if TYPE_CHECKING:
-    from promptmill_workers.engines.mlx_batch import Batcher, MlxModel, SequenceId, Token
+    from promptmill_workers.engines.mlx_batch import Batcher, HostedSampler, MlxModel, SequenceId, Token
 
 #: Context of a request when nobody asked for another one.
 CONTEXT_TOKENS = 4096
@@ -47,7 +52,20 @@ class Waiting:
     request: EngineRequest
     prompt: Tokens
     limit: int
+    thinks: bool = False
+    #: The last tokens of the prompt are a continuation to be scored.
+    scored: int = 0
     shared: int = 0
+
+    @property
+    def question(self) -> Tokens:
+        """The prompt without a continuation."""
+        return self.prompt[: len(self.prompt) - self.scored]
+
+    @property
+    def slotless(self) -> bool:
+        """It is computed in one go: nothing is generated."""
+        return self.scored > 0 or self.request.sampling.embedding
 
     @property
     def cells(self) -> int:
@@ -60,10 +78,13 @@ class Running:
     """A request in a slot."""
 
     waiting: Waiting
-    answer: AnswerText
+    answer: Answer
+    #: Draws its tokens, and has seen them before they arrive here.
+    hosted: HostedSampler | None
     cached: int
     admitted_at: float
     first_token_at: float | None = None
+    #: Tokens that have arrived.
     count: int = 0
 
     @property
@@ -72,7 +93,7 @@ class Running:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.waiting.prompt), self.cached, self.count)
+        return Usage(len(self.waiting.prompt), self.cached, self.count, min(self.count, self.answer.reasoning_tokens))
 
 
 class MlxEngine:
@@ -82,6 +103,13 @@ class MlxEngine:
         self._batcher = batcher
         self._tokenizer = tokenizer
         self._info = info
+        self._tools = Tools(
+            ends=tokenizer.eos_ids.__contains__,
+            piece=tokenizer.piece,
+            tokens=tokenizer.plain_tokens,
+            text=lambda stops: AnswerText(tokenizer, stops),
+            grammars=Grammars(lambda: tokenizer.constraint_tokenizer(batcher.vocabulary), batcher.vocabulary),
+        )
         self._incoming: deque[EngineRequest] = deque()
         self._waiting: deque[Waiting] = deque()
         self._running: dict[SequenceId, Running] = {}
@@ -167,8 +195,16 @@ class MlxEngine:
         self._tokenise()
         if not self._planned:
             self._plan()
+        at_once = self._info.slots
         while self._waiting and len(self._running) < self._info.slots and self._make_room(self._waiting[0]):
-            self._start(self._waiting.popleft(), now)
+            waiting = self._waiting.popleft()
+            if not waiting.slotless:
+                self._start(waiting, now)
+                continue
+            self._compute(waiting, now)
+            at_once -= 1
+            if at_once == 0:
+                break
         self._counters = replace(
             self._counters,
             peak_active=max(self._counters.peak_active, len(self._running)),
@@ -183,19 +219,26 @@ class MlxEngine:
             try:
                 self._waiting.append(self._prepared(request))
             except RequestError as problem:
-                self._rejected.append(Rejected(request.key, ErrorClass.INVALID_REQUEST, problem.message))
+                self._reject(request, ErrorClass.INVALID_REQUEST, problem.message)
             except _TooLong as problem:
-                self._rejected.append(Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, str(problem)))
+                self._reject(request, ErrorClass.CONTEXT_OVERFLOW, str(problem))
             else:
                 self._planned = False
 
     def _prepared(self, request: EngineRequest) -> Waiting:
         """Raises RequestError or _TooLong."""
-        prompt = self._tokenizer.tokens(request)
+        prompt, scored = self._tokenizer.tokens(request), 0
+        if request.continuation is not None:
+            more = self._tokenizer.continuation(request.continuation, closed=request.closed)
+            prompt, scored = np.concatenate([prompt, more]), len(more)
         room = self._info.context_tokens - len(prompt)
         if room < 1:
             raise _TooLong(f"the prompt has {len(prompt):,} tokens, the context {self._info.context_tokens:,}")
-        return Waiting(request, prompt, max(1, min(request.sampling.max_tokens, room)))
+        limit = 0 if scored or request.sampling.embedding else max(1, min(request.sampling.max_tokens, room))
+        return Waiting(request, prompt, limit, self._tokenizer.opened(request)[1], scored)
+
+    def _reject(self, request: EngineRequest, error_class: ErrorClass, message: str) -> None:
+        self._rejected.append(Rejected(request.key, error_class, message))
 
     def _plan(self) -> None:
         """Decide which prefixes to share, and bring together requests that share one and are of like length.
@@ -208,7 +251,7 @@ class MlxEngine:
         group = [0] * len(waiting)
         for each in waiting:
             each.shared = 0
-        for number, found in enumerate(plan([each.prompt for each in waiting]), start=1):
+        for number, found in enumerate(plan([each.question for each in waiting]), start=1):
             for member in found.members:
                 waiting[member].shared = found.length
                 group[member] = number
@@ -220,11 +263,42 @@ class MlxEngine:
 
         That first one pays for its prefix: so the tokens computed add up over the requests.
         """
+        sampling = waiting.request.sampling
+        try:
+            answer = Answer(self._tools, sampling, waiting.prompt, waiting.limit, thinks=waiting.thinks)
+        except RequestError as problem:
+            self._reject(waiting.request, ErrorClass.GRAMMAR, problem.message)
+            return
         prefix, cached = self._prefixes.begin(waiting.prompt, waiting.shared)
         rest = waiting.prompt[len(prefix.tokens) :] if prefix else waiting.prompt
-        sampling = waiting.request.sampling
-        sequence = self._batcher.insert(rest, waiting.limit, sampling, prefix.cache if prefix else None)
-        self._running[sequence] = Running(waiting, AnswerText(self._tokenizer, sampling.stop), cached, now)
+        # A budget of reasoning is kept by putting its end into the sampler's mouth.
+        is_hosted = needs_logits(sampling) or (waiting.thinks and sampling.thinking_budget is not None)
+        from promptmill_workers.engines.mlx_batch import HostedSampler
+
+        hosted = HostedSampler(answer, min(self._tokenizer.eos_ids, default=0)) if is_hosted else None
+        sequence = self._batcher.insert(rest, waiting.limit, sampling, prefix.cache if prefix else None, hosted)
+        self._running[sequence] = Running(waiting, answer, hosted, cached, now)
+
+    def _compute(self, waiting: Waiting, now: float) -> None:
+        """Answer a request for which nothing is generated, at once."""
+        request, prompt = waiting.request, waiting.prompt
+        cached, text = 0, request.continuation or ""
+        try:
+            if waiting.scored:
+                prefix, cached = self._prefixes.begin(waiting.question, waiting.shared)
+                known = prefix.tokens if prefix else prompt[:0]
+                logprob, greedy = self._batcher.score(prompt, waiting.scored, known, prefix.cache if prefix else None)
+                score = {"text": text, "logprob": logprob, "tokens": waiting.scored, "greedy": greedy}
+                extras = Extras(continuations=[score])
+            else:
+                extras = Extras(embedding=self._batcher.embed(prompt))
+        except RequestError as problem:
+            self._reject(request, ErrorClass.INVALID_REQUEST, problem.message)
+            return
+        end = time.monotonic()
+        self._count(steps=1, prefill_s=end - now, prefill_tokens=len(prompt) - waiting.scored - cached)
+        usage = Usage(len(prompt) - waiting.scored, cached, 0)
+        self._rejected.append(Finished(request.key, text, FinishReason.STOP, usage, now, end, end, extras))
 
     def _make_room(self, waiting: Waiting) -> bool:
         """Whether there are cells for the request and its prefix, after forgetting other prefixes if need be.
@@ -271,31 +345,36 @@ class MlxEngine:
 
     def _retire(self, tokens: Sequence[Token]) -> list[Event]:
         now = time.monotonic()
-        events = (self._receive(each, now) for each in tokens)
-        return [event for event in events if event is not None]
+        events: list[Event] = []
+        for each in tokens:
+            running = self._running[each.sequence]
+            event = self._receive(running, each, now)
+            if running.request.stream and (text := running.answer.fresh()):
+                events.append(TokenEvent(running.request.key, text))
+            if event is not None:
+                events.append(event)
+        return events
 
-    def _receive(self, drawn: Token, now: float) -> Event | None:
+    def _receive(self, running: Running, drawn: Token, now: float) -> Event | None:
         """Add a token to its answer; the event when the sequence has ended with it."""
-        running = self._running[drawn.sequence]
         running.count += 1
         if running.first_token_at is None:
             running.first_token_at = now
-        is_end = drawn.token in self._tokenizer.eos_ids
-        if not is_end and running.answer.add(drawn.token):
-            if not drawn.ended:
-                self._batcher.remove(drawn.sequence)
-            return self._finished(drawn.sequence, running.answer.cut_text, FinishReason.STOP, now)
-        if not drawn.ended:
+        outcome = running.hosted.outcomes.popleft() if running.hosted else running.answer.take(drawn.token)
+        if outcome is None:
             return None
-        text, cut = running.answer.finish()
-        stopped = cut or (is_end and not running.request.sampling.ignore_eos)
-        return self._finished(drawn.sequence, text, FinishReason.STOP if stopped else FinishReason.LENGTH, now)
-
-    def _finished(self, sequence: SequenceId, text: str, reason: FinishReason, now: float) -> Finished:
-        running = self._running.pop(sequence)
-        assert running.first_token_at is not None
+        if not drawn.ended:
+            self._batcher.remove(drawn.sequence)
+        del self._running[drawn.sequence]
+        if isinstance(outcome, GrammarError):
+            self._count(wasted_tokens=running.count)
+            return Rejected(
+                running.request.key, ErrorClass.GRAMMAR, outcome.message, running.usage, running.admitted_at,
+                running.first_token_at, now,
+            )  # fmt: skip
+        text, reason, extras = running.answer.finish(outcome)
         return Finished(
-            running.request.key, text, reason, running.usage, running.admitted_at, running.first_token_at, now
+            running.request.key, text, reason, running.usage, running.admitted_at, running.first_token_at, now, extras
         )
 
     def _time_out(self) -> list[Event]:

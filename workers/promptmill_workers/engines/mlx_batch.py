@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.utils import load_model
+from numpy.typing import NDArray
 
-from promptmill.errors import DeviceError, ModelError
-from promptmill.types import SamplingParams
+from promptmill.errors import DeviceError, ModelError, RequestError
+from promptmill.types import FinishReason, SamplingParams
+from promptmill_workers.answering import Answer
+from promptmill_workers.constraint import GrammarError
 from promptmill_workers.prefix_plan import Tokens
 
 #: Names a sequence inside the batcher.
@@ -109,6 +114,44 @@ class SeededSampler:
         return mx.random.categorical(scores / self._sampling.temperature, key=keys[1])
 
 
+class HostedSampler:
+    """Draws the tokens of one request on the host: those that are bound by a grammar, penalised, or reported.
+
+    mlx-lm asks for a token one step before it hands the one before over: what a token means is settled here, at once.
+    """
+
+    def __init__(self, answer: Answer, end: int) -> None:
+        """``end``: the token to draw when there is nothing more to say."""
+        self._answer = answer
+        self._end = end
+        self._forced: deque[int] = deque()
+        #: For each token drawn, why the answer has ended with it, or None.
+        self.outcomes: deque[FinishReason | GrammarError | None] = deque()
+        self._over = False
+
+    def __call__(self, logprobs: Any) -> Any:
+        """``logprobs`` has one row; called once for each token of the answer, in order."""
+        return mx.array([self._end if self._over else self._next(logprobs)])
+
+    def _next(self, logprobs: Any) -> int:
+        answer, token = self._answer, self._end
+        outcome: FinishReason | GrammarError | None
+        try:
+            token = self._forced.popleft() if self._forced else answer.draw(_on_host(logprobs))
+            outcome = answer.take(token)
+            if outcome is None and not self._forced:
+                self._forced.extend(answer.forced())
+        except GrammarError as problem:
+            outcome = problem
+        self.outcomes.append(outcome)
+        self._over = outcome is not None
+        return token
+
+
+def _on_host(logprobs: Any) -> NDArray[np.float32]:
+    return np.array(logprobs.astype(mx.float32)).reshape(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """A token that is on the host. ``ended``: the batcher has dropped its sequence, at an end token or a limit."""
@@ -134,7 +177,7 @@ class Batcher:
     def __init__(self, model: MlxModel, eos_ids: Sequence[int], device: Any, slots: int, batch_tokens: int) -> None:
         self._network = model.network
         self._batch_tokens = max(batch_tokens, slots)
-        self._vocabulary = _warm_up(model.network)
+        self.vocabulary = _warm_up(model.network)
         self._ends = StopSequences([(token,) for token in eos_ids])
         self._endless = StopSequences()
         self._in_prefill: set[SequenceId] = set()
@@ -147,14 +190,22 @@ class Batcher:
             stream=mx.new_thread_local_stream(device),
         )
 
-    def insert(self, prompt: Tokens, limit: int, sampling: SamplingParams, cache: Cache | None) -> SequenceId:
+    def insert(
+        self,
+        prompt: Tokens,
+        limit: int,
+        sampling: SamplingParams,
+        cache: Cache | None,
+        hosted: HostedSampler | None = None,
+    ) -> SequenceId:
         """Add a sequence; ``prompt`` is what follows the tokens that ``cache`` holds, at least one token.
 
         ``cache`` may be given to many: merging it into a batch copies it.
         """
         # One greedy sampler for all (the generator's own) lets it sample the whole batch in one call.
-        greedy = sampling.temperature <= 0
-        sampler = None if greedy else SeededSampler(sampling, self._vocabulary)
+        sampler: HostedSampler | SeededSampler | None = hosted
+        if hosted is None and not sampling.is_greedy:
+            sampler = SeededSampler(sampling, self.vocabulary)
         (sequence,) = self._generator.insert(
             [prompt.tolist()],
             max_tokens=[limit],
@@ -200,6 +251,36 @@ class Batcher:
                 self._network(piece[None], cache=cache)
                 mx.eval([layer.state for layer in cache])
         return cache
+
+    def score(self, prompt: Tokens, scored: int, prefix: Tokens, base: Cache | None) -> tuple[float, bool]:
+        """Log-probability (nats) of the last ``scored`` tokens after those before, and whether each is the likeliest.
+
+        ``base`` holds ``prefix``, with which ``prompt`` begins.
+        """
+        logprob, likeliest = 0.0, True
+        with mx.stream(self._generator.stream):
+            cache = make_prompt_cache(self._network) if base is None else copy.deepcopy(base)
+            for start in range(len(prefix), len(prompt) - 1, self._batch_tokens):
+                end = min(start + self._batch_tokens, len(prompt) - 1)
+                logits = self._network(mx.array(prompt[start:end])[None], cache=cache)[0].astype(mx.float32)
+                first = max(start, len(prompt) - scored - 1)
+                if first < end:
+                    rows = logits[first - start :]
+                    wanted = mx.array(prompt[first + 1 : end + 1])
+                    chosen = mx.take_along_axis(rows, wanted[:, None], axis=-1)[:, 0]
+                    logprob += float((chosen - mx.logsumexp(rows, axis=-1)).sum())
+                    likeliest &= bool((rows.argmax(axis=-1) == wanted).all())
+                mx.eval([layer.state for layer in cache])
+        return logprob, likeliest
+
+    def embed(self, prompt: Tokens) -> list[float]:
+        """The mean of the last layer's states, of length 1. Raises RequestError for a network that hides them."""
+        trunk = getattr(self._network, "model", None)
+        if trunk is None:
+            raise RequestError("this model gives no embeddings")
+        with mx.stream(self._generator.stream):
+            mean = trunk(mx.array(prompt)[None])[0].astype(mx.float32).mean(axis=0)
+            return [float(each) for each in np.array(mean / mx.linalg.norm(mean))]
 
     def shortened(self, cache: Cache, surplus: int) -> Cache | None:
         """A view of ``cache`` without its last ``surplus`` tokens; None when its layers cannot go back."""

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from promptmill.errors import ModelError, RequestError
+from promptmill_workers.answering import opened
+from promptmill_workers.engines.chat_template import thinking_names
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.prefix_plan import Tokens
 
@@ -33,18 +35,24 @@ class MlxTokenizer:
 
     def render(self, request: EngineRequest) -> str:
         """Raises RequestError."""
+        return self.opened(request)[0]
+
+    def opened(self, request: EngineRequest) -> tuple[str, bool]:
+        """The prompt as text, and whether the model begins with its reasoning after it. Raises RequestError."""
         if request.messages is None:
-            return request.prompt or ""
+            return opened(request.prompt or "", request.sampling)
         if not self._tokenizer.chat_template:
             raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
         turns = [{"role": each.role, "content": each.content} for each in request.messages]
         try:
             # transformers renders templates in jinja2's immutable sandbox.
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **thinking_names(request.sampling.thinking)
+            )
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
-        return str(text)
+        return opened(str(text), request.sampling)
 
     def tokens(self, request: EngineRequest) -> Tokens:
         """Raises RequestError, also for a prompt without a single token.
@@ -59,6 +67,31 @@ class MlxTokenizer:
         if not found:
             raise RequestError("the prompt has no tokens")
         return np.array(found, dtype=np.int32)
+
+    def continuation(self, text: str, *, closed: bool) -> Tokens:
+        """Tokens of a text that follows a prompt; ``closed``: and of the end of the answer. Raises RequestError."""
+        found = self.plain_tokens(text)
+        if not found:
+            raise RequestError("a continuation has no tokens")
+        end = self._tokenizer.eos_token_id
+        return np.array([*found, end] if closed and end is not None else found, dtype=np.int32)
+
+    def plain_tokens(self, text: str) -> list[int]:
+        """Tokens of a text in the middle of others; special tokens that it spells are themselves."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def piece(self, token: int) -> bytes:
+        """What a token adds to a text; none for control tokens."""
+        return self.text([token]).encode()
+
+    def constraint_tokenizer(self, vocabulary: int) -> Any:
+        """llguidance's view of the words, for rows of ``vocabulary`` logits. Raises RequestError."""
+        from llguidance.hf import from_tokenizer
+
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=vocabulary, eos_token=sorted(self.eos_ids) or None)
+        except (ValueError, AttributeError) as problem:
+            raise RequestError(f"answers of this model cannot be bound: {str(problem)[:120]}") from None
 
     def text(self, ids: Sequence[int]) -> str:
         """Control tokens add nothing; bytes that are no character are replaced."""
@@ -96,12 +129,15 @@ class AnswerText:
         # adds depends on its neighbours (spaces, characters of several tokens).
         self._context = 0
         self._read = 0
+        self._shown = 0
+        self._cut = False
 
     def add(self, token: int) -> bool:
         """Take the next token; True when a stop text is complete. The text then ends before it."""
         self._ids.append(token)
-        if not self._stops:
-            return False
+        return bool(self._stops) and self._read_on()
+
+    def _read_on(self) -> bool:
         fresh = self._fresh()
         if fresh.endswith(NO_CHARACTER):
             return False
@@ -110,15 +146,26 @@ class AnswerText:
 
     def finish(self) -> tuple[str, bool]:
         """The text, and whether it was cut at a stop text that only the end made readable."""
-        if not self._stops:
-            return self._tokenizer.text(self._ids), False
+        if self._cut:
+            return self._text, False
+        if not self._read:
+            self._append(self._tokenizer.text(self._ids))
+            return self._text, self._cut
         cut = self._append(self._fresh()) if self._read < len(self._ids) else False
         return self._text, cut
 
-    @property
-    def cut_text(self) -> str:
-        """The text up to the stop text that was found."""
-        return self._text
+    def fresh(self) -> str:
+        """What has come since this was last asked, without what may be the start of a stop text."""
+        if not self._stops:
+            self._read_on()
+        held = max(
+            (size for stop in self._stops for size in range(1, len(stop)) if self._text.endswith(stop[:size])),
+            default=0,
+        )
+        end = len(self._text) - (0 if self._cut else held)
+        text = self._text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return text
 
     def _fresh(self) -> str:
         """What the tokens since ``_read`` add."""
@@ -130,7 +177,7 @@ class AnswerText:
         self._text += fresh
         found = [at for stop in self._stops if (at := self._text.find(stop, start)) >= 0]
         if found:
-            self._text = self._text[: min(found)]
+            self._text, self._cut = self._text[: min(found)], True
         return bool(found)
 
 
