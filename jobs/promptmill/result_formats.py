@@ -79,22 +79,57 @@ def openai_line(row: Row[Any], model: str) -> dict[str, Any]:
 
 
 def _completion(row: Row[Any], model: str, name: str) -> dict[str, Any]:
+    """The body of a response: a chat completion, a text completion of a raw prompt, or an embedding."""
+    if row.embedding is not None:
+        return {
+            "object": "list",
+            "data": [{"object": "embedding", "index": 0, "embedding": json.loads(row.embedding)}],
+            "model": model,
+            "usage": {"prompt_tokens": row.prompt_tokens, "total_tokens": row.prompt_tokens},
+        }
     raw = bool(json.loads(row.input or "{}").get("raw"))
-    choice: dict[str, Any] = {"index": 0, "finish_reason": row.finish_reason, "logprobs": None}
-    if raw:
-        choice["text"] = row.text
-    else:
-        choice["message"] = {"role": "assistant", "content": row.text, "refusal": None}
+    first = {
+        "text": row.text, "finish_reason": row.finish_reason, "reasoning": row.reasoning,
+        "logprobs": json.loads(row.logprobs) if row.logprobs else None,
+    }  # fmt: skip
+    answers = [first, *(json.loads(row.choices) if row.choices else ())]
     return {
         "id": f"{'cmpl' if raw else 'chatcmpl'}-{name}",
         "object": "text_completion" if raw else "chat.completion",
-        "created": int(row.finished_at),
+        "created": int(row.finished_at if row.finished_at is not None else row.committed_at),
         "model": model,
-        "choices": [choice],
+        "choices": [_choice(index, each, raw) for index, each in enumerate(answers)],
         "usage": {
             "prompt_tokens": row.prompt_tokens,
             "completion_tokens": row.output_tokens,
             "total_tokens": row.prompt_tokens + row.output_tokens,
             "prompt_tokens_details": {"cached_tokens": row.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": row.reasoning_tokens or 0},
         },
+    }
+
+
+def _choice(index: int, answer: dict[str, Any], raw: bool) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index, "finish_reason": answer["finish_reason"]}
+    tokens = answer.get("logprobs")
+    if raw:
+        return choice | {"text": answer["text"], "logprobs": tokens and _text_logprobs(tokens)}
+    message = {"role": "assistant", "content": answer["text"], "refusal": None}
+    if answer.get("reasoning") is not None:
+        # Where servers of reasoning models put it.
+        message["reasoning_content"] = answer["reasoning"]
+    return choice | {"message": message, "logprobs": tokens and {"content": tokens, "refusal": None}}
+
+
+def _text_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    """The shape of ``/v1/completions``: lists side by side."""
+    offsets, position = [], 0
+    for each in tokens:
+        offsets.append(position)
+        position += len(each["token"])
+    return {
+        "tokens": [each["token"] for each in tokens],
+        "token_logprobs": [each["logprob"] for each in tokens],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in tokens],
+        "text_offset": offsets,
     }

@@ -98,6 +98,7 @@ def test_an_answer_to_a_chat_is_a_chat_completion(db: sa.Engine) -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"] == {
         "prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 3},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }  # fmt: skip
 
 
@@ -150,3 +151,23 @@ def test_a_job_without_results_is_an_empty_file_or_a_header(db: sa.Engine, forma
     count, text = written(db, format_)
     assert count == 0
     assert text == (",".join(CSV_COLUMNS) + "\r\n" if format_ == "csv" else "")
+
+
+def test_what_only_some_requests_ask_for_is_in_their_responses(db: sa.Engine) -> None:
+    tokens = [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": [{"token": "a", "logprob": -0.5}]}]
+    further = [{"text": "b", "finish_reason": "length"}]
+    add(db, 0, {"prompt": "p"}, logprobs=json.dumps(tokens), choices=json.dumps(further), reasoning="hm")
+    add(db, 1, {"prompt": "p", "raw": True}, logprobs=json.dumps(tokens))
+    add(db, 2, {"prompt": "p", "raw": True}, embedding="[0.6, 0.8]")
+    add(db, 3, {"prompt": "p"}, deduplicated=True, admitted_at=None, first_token_at=None, finished_at=None)
+
+    chat, text, vector, copy = [line["response"]["body"] for line in json_lines(written(db, "openai")[1])]
+
+    assert chat["choices"][0]["logprobs"]["content"] == tokens
+    assert chat["choices"][0]["message"]["reasoning_content"] == "hm"
+    assert chat["choices"][1]["message"]["content"] == "b"
+    assert text["choices"][0]["logprobs"] == {
+        "tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5}], "text_offset": [0],
+    }  # fmt: skip
+    assert vector["data"] == [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
+    assert copy["created"] == 102
