@@ -35,11 +35,16 @@ class Settings(BaseSettings):
     database_url: str = Field(default_factory=_default_database, description="Where jobs and results are stored")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="The broker that wakes workers")
     model: str | None = Field(None, description="Model of commands that are given none")
-    slots: int = Field(16, ge=1, le=1024, description="Sequences decoded together on one device")
+    slots: int | None = Field(
+        None, ge=1, le=1024, description="Sequences decoded together; unset: 16 on CPUs, 64 on GPUs, as memory allows"
+    )
     context_tokens: int | None = Field(None, ge=16, description="Most tokens of one request; unset: what the job needs")
     kv_cells: int | None = Field(None, ge=16, description="KV cells in all, shared by the slots; unset: by slots")
     batch_tokens: int = Field(512, ge=16, description="Most tokens of one forward pass")
     threads: int | None = Field(None, ge=1, description="CPU threads of an engine; unset: the cores of its device")
+    loaded_models: int = Field(
+        1, ge=1, le=64, description="Models that a worker keeps in memory; the least recently used goes first"
+    )
     deduplicate: bool = Field(True, description="Compute identical greedy requests once")
     lease_s: float = Field(30.0, ge=6, description="Seconds a chunk stays a worker's without renewal")
     max_attempts: int = Field(3, ge=1, description="Attempts of a chunk before it is split to find the bad request")

@@ -51,7 +51,7 @@ class WorkerConfig:
     device: str
     cores: tuple[int, ...]
     models: tuple[str, ...]
-    slots: int
+    slots: int | None
     context_tokens: int | None = None
 
 
@@ -113,15 +113,25 @@ class Worker:
             # The message is read and gone: another worker is to get a new one soon.
             self.ledger.unpublish_chunk(chunk)
             return
-        lease = self._patiently(lambda again: self.ledger.claim(chunk, self.id))
+        lease = self._patiently(lambda again: self._choose(chunk))
         if lease is None:
             return
         self._run(lease)
         try:
-            self.dispatcher.dispatch(chunk.job_id, lease.model, lease.priority)
+            self.dispatcher.dispatch(lease.chunk.job_id, lease.model, lease.priority)
         except (BrokerError, *PASSING) as problem:
             # The chunk is done all the same; the reconciler publishes the next one when Redis is back.
             log.warning("no further chunk was published: %s", first_line(problem))
+
+    def _choose(self, chunk: ChunkId) -> Lease | None:
+        """Lease the chunk; or, while another model is loaded and it is not this one's turn, a chunk of that model."""
+        if len(self.config.models) > 1 and not self.hosts.turn_of(self.ledger.model_of(chunk) or self.hosts.model):
+            lease = self.ledger.claim_of_model(self.hosts.model, self.id)
+            if lease is not None:
+                # Its message is read and gone: it is published again when its job is looked after.
+                self.ledger.unpublish_chunk(chunk)
+                return lease
+        return self.ledger.claim(chunk, self.id)
 
     def _run(self, lease: Lease) -> None:
         log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)

@@ -78,6 +78,8 @@ class HostConfig:
     log_level: str = "INFO"
     #: Compute identical greedy requests once.
     deduplicate: bool = True
+    #: Hosts that may be loaded at one time.
+    loaded_models: int = 1
 
     @classmethod
     def of(
@@ -86,7 +88,7 @@ class HostConfig:
         model: str,
         device: Device,
         *,
-        slots: int,
+        slots: int | None,
         context_tokens: int | None,
         clock_offset_s: float = 0.0,
     ) -> HostConfig:
@@ -108,6 +110,7 @@ class HostConfig:
             clock_offset_s,
             settings.log_level,
             settings.deduplicate,
+            settings.loaded_models,
         )
 
 
@@ -133,6 +136,7 @@ class EngineHost:
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._started = time.monotonic()
         self._ended_by_us = False
+        self._parked = (0.0, self._started)
         self._process = self._spawn()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -243,6 +247,15 @@ class EngineHost:
         words = self.last_words()
         killed = self._process.poll() == -signal.SIGKILL and not self._ended_by_us
         return HostDied(words, ErrorClass.OUT_OF_MEMORY if killed else ErrorClass.ENGINE_CRASH)
+
+    def park(self, unheld_s: float) -> None:
+        """Another host works now. ``unheld_s``: as of :meth:`session`, up to here."""
+        self._parked = (unheld_s, time.monotonic())
+
+    def unheld_s(self) -> float:
+        """Seconds without a lease, those in which it was parked among them."""
+        before, since = self._parked
+        return before + time.monotonic() - since
 
     def last_words(self) -> str:
         """How the process ended, and the end of its log."""

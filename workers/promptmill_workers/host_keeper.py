@@ -1,22 +1,27 @@
-"""Keeps one engine host alive on one device: starts it, replaces it when it died, changes its model when idle."""
+"""Keeps the engine hosts of one device: one works; hosts of other models may stay loaded until memory is needed."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host import EngineHost, HostConfig, HostCrashed, HostDied, Session
+from promptmill_workers.kv_budget import CPU_SLOTS
 
 log = logging.getLogger("promptmill.worker")
 
 #: Seconds before a host that died is started again; doubled for each death in a row, up to the longest.
 RESTART_S = 0.2
 LONGEST_RESTART_S = 30.0
+
+#: Longest that chunks of one model wait because another one is loaded and has work.
+FAIR_S = 60.0
 
 
 class HostKeeper:
@@ -28,6 +33,9 @@ class HostKeeper:
         self._context_is_fixed = config.options.context_tokens is not None
         self._on_change = on_change or (lambda keeper: None)
         self._host: EngineHost | None = None
+        # Hosts of other models that stay loaded, the least recently used first.
+        self._parked: OrderedDict[str, EngineHost] = OrderedDict()
+        self._passed_over: dict[str, float] = {}
         self._users = 0
         self._alone = False
         self._not_before = 0.0
@@ -60,12 +68,27 @@ class HostKeeper:
 
     @property
     def slots(self) -> int:
-        return self.info.slots if self.info else self._config.options.slots
+        return self.info.slots if self.info else self._config.options.slots or CPU_SLOTS
 
     def load(self) -> tuple[int, int]:
         """Sequences that hold a slot, and requests that wait for one, by the host's last signs of life."""
         sessions = self._sessions
         return max((each.active for each in sessions), default=0), max((each.waiting for each in sessions), default=0)
+
+    def turn_of(self, model: str) -> bool:
+        """Whether a chunk of ``model`` is to run before those of the model that is loaded.
+
+        Loading takes long: the loaded one goes on, but none waits for longer than FAIR_S because of it.
+        """
+        if self._host is None or self._config.model == model:
+            return True
+        since = self._passed_over.setdefault(model, time.monotonic())
+        return time.monotonic() - since > FAIR_S
+
+    @property
+    def model(self) -> str:
+        """The model that is loaded, or will be."""
+        return self._config.model
 
     def start(self, context_tokens: int | None = None) -> EngineInfo:
         """Load the configured model. Raises PromptmillError when that is impossible."""
@@ -116,8 +139,9 @@ class HostKeeper:
         # Not under the condition: a host that is being loaded must be ended too.
         self._closed = True
         host = self._host
-        if host is not None:
-            host.kill()
+        for each in [host, *self._parked.values()]:
+            if each is not None:
+                each.kill()
 
     # --- the caller holds the condition ------------------------------------------------------------------------------
 
@@ -153,10 +177,17 @@ class HostKeeper:
         if host is not None and not host.alive:
             self._bury(host)
         elif host is not None:
-            host.kill()
+            self._put_away(host, model)
+        self._passed_over.pop(model, None)
+        parked = self._parked.pop(model, None)
+        self._config = replace(self._config, model=model)
+        if parked is not None and self._take_back(parked, context_tokens):
+            assert self._host is not None
+            assert self._host.info is not None
+            self._on_change(self)
+            return self._host.info
         if not self._context_is_fixed:
             self._config = replace(self._config, options=replace(self._config.options, context_tokens=context_tokens))
-        self._config = replace(self._config, model=model)
         self.state = "loading"
         self._on_change(self)
         info = self._load()
@@ -165,6 +196,28 @@ class HostKeeper:
         self._on_change(self)
         log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
         return info
+
+    def _put_away(self, host: EngineHost, model: str) -> None:
+        """Another ``model`` comes: keep this host if that is allowed, end the one that was used least recently."""
+        self._host = None
+        if self._config.loaded_models <= 1 or self._config.model == model:
+            host.kill()
+            return
+        host.park(self._unheld_s)
+        self._parked[self._config.model] = host
+        while len(self._parked) >= self._config.loaded_models + (model in self._parked):
+            oldest = next(name for name in self._parked if name != model)
+            self._parked.pop(oldest).kill()
+
+    def _take_back(self, host: EngineHost, context_tokens: int | None) -> bool:
+        """Work with a host that stayed loaded; False when it died or has too small a context."""
+        self._host = host
+        if host.alive and self._serves(self._config.model, context_tokens):
+            self._unheld_s, self._unheld_since = host.unheld_s(), time.monotonic()
+            return True
+        host.kill()
+        self._host = None
+        return False
 
     def _bury(self, host: EngineHost) -> None:
         """A host died: the next one starts after the back-off. Several sessions may report one death."""

@@ -49,7 +49,12 @@ class Pool:
     """Starts and watches the workers of this machine. ``run`` returns the exit code of the command."""
 
     def __init__(
-        self, devices: Sequence[Device], models: Sequence[str], slots: int, context_tokens: int | None, grace_s: float
+        self,
+        devices: Sequence[Device],
+        models: Sequence[str],
+        slots: int | None,
+        context_tokens: int | None,
+        grace_s: float,
     ) -> None:
         self._children = [Child(device) for device in devices]
         self._locks = [DeviceLock(device) for device in devices]

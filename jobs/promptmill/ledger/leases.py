@@ -32,6 +32,26 @@ class Leases(Endings):
             ).scalar()
             return None if number is None else self._claim(db, ChunkId(job_id, number), worker_id)
 
+    def claim_of_model(self, model: str, worker_id: str) -> Lease | None:
+        """Lease a chunk of the most urgent open job of ``model``; None when none may be run now."""
+        with writing(self.db) as db:
+            found = db.execute(
+                sa.select(chunks.c.job_id, chunks.c.number)
+                .join(jobs, jobs.c.id == chunks.c.job_id)
+                .where(
+                    jobs.c.model == model, jobs.c.mode == "queue", jobs.c.state.in_(OPEN_STATES), self._claimable(),
+                    chunks.c.published_at.is_not(None),
+                )
+                .order_by(jobs.c.priority, jobs.c.id, chunks.c.number)
+                .limit(1)
+            ).one_or_none()  # fmt: skip
+            return None if found is None else self._claim(db, ChunkId(found.job_id, found.number), worker_id)
+
+    def model_of(self, chunk: ChunkId) -> str | None:
+        """The model of the chunk's job; None when there is no such job."""
+        with reading(self.db) as db:
+            return db.execute(sa.select(jobs.c.model).where(jobs.c.id == chunk.job_id)).scalar()
+
     def _claimable(self) -> sa.ColumnElement[bool]:
         """A chunk whose lease ran out is not: :meth:`requeue_expired` counts its failure first."""
         return sa.and_(

@@ -17,7 +17,7 @@ class EngineOptions:
     """How an engine is set up. None means: let the engine choose."""
 
     #: Sequences decoded together.
-    slots: int = 16
+    slots: int | None = None
     #: Most tokens one request may hold, prompt and answer; at most what the model was trained for.
     context_tokens: int | None = None
     #: KV cells in all, shared by the slots.

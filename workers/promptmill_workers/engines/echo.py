@@ -33,6 +33,7 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
 )
+from promptmill_workers.kv_budget import CPU_SLOTS
 
 #: The context of an engine that has none of its own to respect.
 CONTEXT_TOKENS = 131_072
@@ -95,7 +96,7 @@ class EchoEngine:
 
     def __init__(self, model_name: str, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._script = Script.from_options(options.model_options)
-        self._slots = options.slots
+        self._slots = options.slots or CPU_SLOTS
         self._context = options.context_tokens or CONTEXT_TOKENS
         self._clock = clock
         self._instant = not (self._script.prefill_s or self._script.token_s)
@@ -105,7 +106,7 @@ class EchoEngine:
         self._peak_active = 0
         self._last_step_end = clock()
         self._info = EngineInfo(
-            engine="echo", version="1", model_name=model_name, slots=options.slots, context_tokens=self._context,
+            engine="echo", version="1", model_name=model_name, slots=self._slots, context_tokens=self._context,
             kv_cells=self._context, device_got="cpu", layers=0, layers_offloaded=0,
         )  # fmt: skip
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import psutil
+from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 from promptmill.errors import DeviceError, ModelError
@@ -181,6 +183,25 @@ class Model:
         size = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if size >= 0 else ""
 
+    def cell_bytes(self) -> int:
+        """Memory of the KV cache for one token over all layers, at 16 bits a value."""
+        heads = int(llama_cpp.llama_model_n_head(self.handle)) or 1
+        kv_heads = int(llama_cpp.llama_model_n_head_kv(self.handle))
+        width = int(llama_cpp.llama_model_n_embd(self.handle)) // heads
+        architecture = self._header("general.architecture")
+        key = int(self._header(f"{architecture}.attention.key_length") or width)
+        value = int(self._header(f"{architecture}.attention.value_length") or width)
+        return int(llama_cpp.llama_model_n_layer(self.handle)) * kv_heads * (key + value) * 2
+
+    def free_bytes(self) -> int | None:
+        """Free memory of the device that the model is on; None when nobody can say."""
+        if not self.offloaded:
+            # The file is mapped: its pages count as free, and are needed.
+            return max(0, psutil.virtual_memory().available - int(llama_cpp.llama_model_size(self.handle)))
+        free = [_device_memory(index) for index in range(libggml.ggml_backend_dev_count())]
+        known = [amount for amount in free if amount]
+        return min(known) if known else None
+
     @property
     def chat_template(self) -> str | None:
         source = llama_cpp.llama_model_chat_template(self.handle, None)
@@ -197,6 +218,24 @@ class Model:
         if self.handle:
             llama_cpp.llama_model_free(self.handle)
             self.handle = None
+
+
+#: GGML_BACKEND_DEVICE_TYPE_GPU of ggml-backend.h, which the bindings do not name.
+DEVICE_GPU = 1
+
+libggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+libggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+libggml.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+
+
+def _device_memory(index: int) -> int | None:
+    """Free bytes of a GPU; None for other devices."""
+    device = ctypes.c_void_p(libggml.ggml_backend_dev_get(index))
+    if libggml.ggml_backend_dev_type(device) != DEVICE_GPU:
+        return None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    libggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+    return free.value
 
 
 def _offload(handle: Any) -> tuple[int, int]:

@@ -46,12 +46,10 @@ from promptmill_workers.engines.llama_room import Room
 from promptmill_workers.engines.llama_slots import Running, Waiting, cells_of
 from promptmill_workers.engines.llama_text import AnswerText, LlamaTokenCounter, PromptReader
 from promptmill_workers.host_sampling import log_sum
+from promptmill_workers.kv_budget import fit
 
 #: Context of a request when nobody asked for another one.
 CONTEXT_TOKENS = 4096
-
-#: KV cells that a slot is given on average.
-CELLS_PER_SLOT = 1024
 
 #: Shared prefixes that are kept at once. Each takes a sequence number and its cells.
 PREFIXES = 8
@@ -67,18 +65,21 @@ class LlamaCppEngine:
     """The engine of the contract over llama.cpp's low-level bindings."""
 
     def __init__(self, model: Model, name: str, options: EngineOptions) -> None:
-        if options.slots + PREFIXES > MOST_SEQUENCES:
+        if (options.slots or 0) + PREFIXES > MOST_SEQUENCES:
             raise ModelError(f"llama.cpp runs at most {MOST_SEQUENCES - PREFIXES} slots, not {options.slots}")
         self._model = model
         self._vocabulary = model.vocabulary
         self._prompts = PromptReader(model)
         self._context_tokens = min(model.context_trained, options.context_tokens or CONTEXT_TOKENS)
-        cells = options.kv_cells or max(self._context_tokens, options.slots * min(self._context_tokens, CELLS_PER_SLOT))
+        room = fit(
+            slots=options.slots, cells=options.kv_cells, context_tokens=self._context_tokens,
+            cell_bytes=model.cell_bytes(), free_bytes=model.free_bytes(), gpu=model.offloaded > 0,
+        )  # fmt: skip
         threads = options.threads or _cores()
         self._embeddings = Embeddings(model, tokens=self._context_tokens, threads=threads)
-        self._batch_tokens = max(options.batch_tokens, options.slots + PREFIXES)
+        batch_tokens = max(options.batch_tokens, room.slots + PREFIXES)
         self._context = Context(
-            model, cells=max(cells, self._context_tokens), batch=self._batch_tokens, slots=options.slots,
+            model, cells=room.cells, batch=batch_tokens, slots=room.slots,
             spare=PREFIXES, threads=threads, exact=options.exact,
         )  # fmt: skip
         self._context.warm_up()
@@ -90,10 +91,10 @@ class LlamaCppEngine:
             grammars=Grammars(self._vocabulary.constraint_tokenizer, self._vocabulary.size),
         )
         self._incoming: deque[EngineRequest] = deque()
-        spare = range(options.slots, options.slots + PREFIXES)
+        spare = range(room.slots, room.slots + PREFIXES)
         self._room = Room(self._context, spare, shares=model.has_cells)
         self._running = self._room.running
-        self._free = list(range(options.slots))[::-1]
+        self._free = list(range(room.slots))[::-1]
         #: Nobody is admitted between a full KV cache and the next request that ends.
         self._crowded = False
         self._sampled = 0
@@ -102,7 +103,7 @@ class LlamaCppEngine:
         self._peak_active = self._peak_cells = 0
         self._last_end = time.monotonic()
         self._info = EngineInfo(
-            engine="llamacpp", version=str(llama_cpp.__version__), model_name=name, slots=options.slots,
+            engine="llamacpp", version=str(llama_cpp.__version__), model_name=name, slots=room.slots,
             context_tokens=self._context_tokens, kv_cells=self._context.cells, device_got=model.device_name(),
             layers=model.layers, layers_offloaded=model.offloaded,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+import psutil
 
 from promptmill.errors import RequestError
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Usage
@@ -30,6 +31,7 @@ from promptmill_workers.engines.contract import (
 )
 from promptmill_workers.engines.mlx_prefixes import Prefixes
 from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenCounter, MlxTokenizer
+from promptmill_workers.kv_budget import fit
 from promptmill_workers.prefix_plan import Tokens, plan
 
 if TYPE_CHECKING:
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
 
 #: Context of a request when nobody asked for another one.
 CONTEXT_TOKENS = 4096
-
-#: KV cells that a slot is given on average.
-CELLS_PER_SLOT = 1024
 
 #: Requests that are turned into tokens in one step while sequences run: they must not wait for a long list.
 TOKENISED_PER_STEP = 64
@@ -128,8 +127,9 @@ class MlxEngine:
         device, device_got = open_device(options.device)
         tokenizer = MlxTokenizer(path)
         model = MlxModel(path)
-        batcher = Batcher(model, sorted(tokenizer.eos_ids), device, options.slots, options.batch_tokens)
-        return cls(batcher, tokenizer, _info(model, tokenizer, model_name, options, device_got))
+        info = _info(model, tokenizer, model_name, options, device_got)
+        batcher = Batcher(model, sorted(tokenizer.eos_ids), device, info.slots, options.batch_tokens)
+        return cls(batcher, tokenizer, info)
 
     @staticmethod
     def token_counter(path: Path | None) -> MlxTokenCounter:
@@ -422,9 +422,12 @@ def _is_late(running: Running, now: float) -> bool:
 
 def _info(model: MlxModel, tokenizer: MlxTokenizer, name: str, options: EngineOptions, device_got: str) -> EngineInfo:
     context = min(tokenizer.context_tokens, options.context_tokens or CONTEXT_TOKENS)
-    cells = options.kv_cells or options.slots * min(context, CELLS_PER_SLOT)
+    room = fit(
+        slots=options.slots, cells=options.kv_cells, context_tokens=context, cell_bytes=model.cell_bytes(),
+        free_bytes=psutil.virtual_memory().available, gpu=device_got != "cpu",
+    )  # fmt: skip
     return EngineInfo(
-        engine="mlx", version=model.version, model_name=name, slots=options.slots, context_tokens=context,
-        kv_cells=max(cells, context), device_got=device_got, layers=model.layers,
+        engine="mlx", version=model.version, model_name=name, slots=room.slots, context_tokens=context,
+        kv_cells=room.cells, device_got=device_got, layers=model.layers,
         layers_offloaded=0 if device_got == "cpu" else model.layers, extra=model.facts,
     )  # fmt: skip

@@ -75,6 +75,14 @@ class MlxModel:
         self.layers = len(self.network.layers)
         self.facts = _facts(self.network, config)
 
+    def cell_bytes(self) -> int:
+        """Memory of the KV cache for one token over all layers: measured, because every family names its sizes anew."""
+        cache = make_prompt_cache(self.network)
+        mx.eval(self.network(mx.array([[0]]), cache=cache))
+        sizes = [array.nbytes // max(1, array.shape[2]) for _, array in tree_flatten([each.state for each in cache])
+                 if getattr(array, "ndim", 0) == 4]  # fmt: skip
+        return sum(sizes)
+
 
 def _facts(network: Any, config: dict[str, Any]) -> dict[str, Any]:
     arrays = [array for _, array in tree_flatten(network.parameters())]
