@@ -99,6 +99,11 @@ class Answer:
         self.count = 0
         self.reasoning_tokens = 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether the next token is drawn here."""
+        return self._sampler is not None
+
     def draw(self, logits: Logits) -> int:
         """The next token, for a request that :func:`needs_logits`. Raises GrammarError."""
         assert self._sampler is not None

@@ -300,11 +300,13 @@ class Context:
         models, but its sums depend on the shape of the batch. Without it the logits of a float32 model differ by 1e-5
         and not by 1e-2 when a prompt is computed in other pieces.
         """
-        self._shapes: list[Shape] = [GREEDY] * slots
+        # On a CPU the likeliest token is found sooner on the host: in the graph it cost 8 of 125 ms a step.
+        first: Shape = GREEDY if model.offloaded else None
+        self._shapes: list[Shape] = [first] * slots
         self._vocabulary = model.vocabulary.size
-        self._samplers = [_make_sampler(GREEDY, 0) for _ in range(slots)]
+        self._samplers = [_make_sampler(first, 0) for _ in range(slots)]
         self._configs = (llama_cpp.llama_sampler_seq_config * slots)()
-        for slot, chain in enumerate(self._samplers):
+        for slot, chain in enumerate(self._samplers if first is not None else ()):
             self._configs[slot].seq_id = slot
             self._configs[slot].sampler = ctypes.cast(chain, ctypes.c_void_p)
         params = llama_cpp.llama_context_default_params()
@@ -320,7 +322,7 @@ class Context:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.no_perf = True
         params.samplers = ctypes.cast(self._configs, ctypes.POINTER(llama_cpp.llama_sampler_seq_config))
-        params.n_samplers = slots
+        params.n_samplers = slots if first is not None else 0
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise ModelError(

@@ -223,7 +223,8 @@ class LlamaCppEngine:
         except GrammarError as problem:
             self._ready.append(Rejected(waiting.request.key, ErrorClass.GRAMMAR, problem.message))
             return
-        hosted = needs_logits(sampling) or waiting.scored > 0
+        is_simple = sampling.is_greedy and not self._model.offloaded
+        hosted = needs_logits(sampling) or waiting.scored > 0 or is_simple
         shape = None if hosted else shape_of(sampling)
         slot = self._slot_for(shape)
         if prefix is not None:
@@ -315,8 +316,10 @@ class LlamaCppEngine:
     def _sample(self, running: Running) -> FinishReason | None:
         """Draw a token, and take those that must follow it; why the answer has ended with one. Raises GrammarError."""
         answer, output, running.output = running.answer, running.output, -1
-        if running.hosted:
+        if answer.draws:
             token = answer.draw(self._context.logits(output))
+        elif running.hosted:
+            token = int(self._context.logits(output).argmax())
         else:
             token = self._context.sampled(running.slot, output)
         if running.first_token_at is None:
@@ -324,7 +327,7 @@ class LlamaCppEngine:
         running.pending = [token]
         self._sampled += 1
         reason = answer.take(token)
-        if running.hosted or running.waiting.thinks:
+        if answer.draws or running.waiting.thinks:
             forced = answer.forced() if reason is None else []
             for each in forced:
                 running.pending.append(each)
