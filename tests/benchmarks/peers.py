@@ -80,7 +80,7 @@ def ours(args: argparse.Namespace, case: Case, lines: int) -> float:
             on_sqlite(where), "run", str(HOME / f"{case.workload}.jsonl"), "--model", str(args.model),
             "--slots", str(case.slots), "--limit", str(lines),
         )  # fmt: skip
-    return float(found["requests_per_s"] if case.by_requests else found["output_tps"])
+    return float(found["items_per_s"] if case.by_requests else found["output_tps"])
 
 
 def main() -> None:
