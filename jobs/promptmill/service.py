@@ -79,6 +79,8 @@ class RunOptions:
     time_limit: str | None = None
     #: 'new', 'attach' or 'fail', for a job that asks the same as an earlier one.
     if_exists: str = "new"
+    #: Take greedy answers that other jobs had, and keep those of this one.
+    use_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
         skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
         model_fingerprint=_fingerprint(checkpoint), deadline_at=moment(options.deadline, "--deadline"),
         expires_at=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),
-        if_exists=options.if_exists, queue_limit=settings.max_queued_requests,
+        if_exists=options.if_exists, queue_limit=settings.max_queued_requests, use_cache=options.use_cache,
     )  # fmt: skip
     with _dataset(options, task) as dataset:
         yield Prepared(dataset, order, checkpoint, gauge)
@@ -312,8 +314,12 @@ def run(
     on_progress: OnProgress = lambda progress: None,
     on_preflight: OnPreflight = lambda findings: None,
     on_stored: Callable[[str], None] = lambda job_id: None,
+    on_loaded: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
-    """Store the job and run it in this process; returns when it has ended or was interrupted."""
+    """Store the job and run it in this process; returns when it has ended or was interrupted.
+
+    ``on_loaded`` is told in a sentence which engine was chosen, why, and what it set up.
+    """
     device = _one_device(options.device, options, settings)
     # The device first: a job that cannot run now is not stored either.
     with _holding(device):
@@ -330,7 +336,7 @@ def run(
             on_preflight(prepared.gauge.findings() if prepared.gauge else None)
 
         with _owning(job_id):
-            return _run_embedded(job_id, settings, db, device, on_progress, options.context_tokens, started)
+            return _run_embedded(job_id, settings, db, device, on_progress, options.context_tokens, started, on_loaded)
 
 
 def resume(
@@ -438,12 +444,13 @@ def _run_embedded(
     on_progress: OnProgress,
     context_tokens: int | None,
     started: Callable[[], None] = lambda: None,
+    on_loaded: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Run the job here. However this ends before the job does, the job is paused and the person told how to go on."""
     ledger = ledger_of(db, settings)
     try:
         started()
-        return _run_here(job_id, settings, db, device, on_progress, context_tokens)
+        return _run_here(job_id, settings, db, device, on_progress, context_tokens, on_loaded)
     except KeyboardInterrupt:
         return Outcome(job_id, JobState.PAUSED, finished=False)
     except PromptmillError as problem:
@@ -457,8 +464,15 @@ def _run_embedded(
 
 
 def _run_here(
-    job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress, context_tokens: int | None
+    job_id: str,
+    settings: Settings,
+    db: Engine,
+    device: Device,
+    on_progress: OnProgress,
+    context_tokens: int | None,
+    on_loaded: Callable[[str], None],
 ) -> Outcome:
+    from promptmill_workers.checkpoints import locate
     from promptmill_workers.embedded import EmbeddedWorker
     from promptmill_workers.host import HostConfig
 
@@ -472,7 +486,11 @@ def _run_here(
     )  # fmt: skip
     with EmbeddedWorker(ledger, config, settings.grace_s) as worker:
         try:
-            worker.load(job.context_tokens)
+            info = worker.load(job.context_tokens)
+            on_loaded(
+                f"{info.engine} {info.version} ({locate(job.model).why}) on {info.device_got}: {info.slots} slots, "
+                f"context {info.context_tokens:,}, {info.kv_cells:,} KV cells"
+            )
         except PromptmillError as problem:
             ledger.stop(job_id, problem.message)
             raise

@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     )
     context_tokens: int | None = Field(None, ge=16, description="Most tokens of one request; unset: what the job needs")
     kv_cells: int | None = Field(None, ge=16, description="KV cells in all, shared by the slots; unset: by slots")
+    kv_type: Literal["f16", "q8_0"] = Field("f16", description="KV cache of llama.cpp: f16, or q8_0 in half the memory")
     batch_tokens: int = Field(512, ge=16, description="Most tokens of one forward pass")
     threads: int | None = Field(None, ge=1, description="CPU threads of an engine; unset: the cores of its device")
     loaded_models: int = Field(

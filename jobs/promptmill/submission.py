@@ -75,6 +75,8 @@ class JobOrder:
     time_limit_s: float | None = None
     #: What to do when a job that asks the same is there: 'new', 'attach' or 'fail'.
     if_exists: str = "new"
+    #: Look answers up in the cache of all jobs, and keep them there.
+    use_cache: bool = False
     #: Waiting requests that the queue holds at most; None sets no limit.
     queue_limit: int | None = None
 
@@ -273,7 +275,7 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "sampling": json.dumps(order.sampling, ensure_ascii=False),
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
         "env": json.dumps(_environment()), "submitted_at": now, "deadline_at": order.deadline_at,
-        "expires_at": order.expires_at, "time_limit_s": order.time_limit_s,
+        "expires_at": order.expires_at, "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
     }  # fmt: skip
 
 

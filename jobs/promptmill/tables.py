@@ -307,6 +307,20 @@ scores = Table(
     PrimaryKeyConstraint("score_run_id", "row", "metric"),
 )
 
+# What ``promptmill verify`` found. ``examples`` and ``sums`` are JSON.
+verifications = Table(
+    "verifications",
+    metadata,
+    Column("id", String(26), primary_key=True),
+    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("compared", Integer, nullable=False),
+    Column("left_out", Integer, nullable=False),
+    Column("mismatches", Integer, nullable=False),
+    Column("examples", Text, nullable=False),
+    Column("sums", Text, nullable=False),
+    Column("verified_at", Double, nullable=False),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

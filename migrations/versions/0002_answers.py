@@ -28,9 +28,23 @@ def upgrade() -> None:
         sa.Column("stored_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("key_sha256", name=op.f("pk_answers")),
     )
+    op.create_table(
+        "verifications",
+        sa.Column("id", sa.String(26), nullable=False),
+        sa.Column("job_id", sa.String(26), nullable=False),
+        sa.Column("compared", sa.Integer(), nullable=False),
+        sa.Column("left_out", sa.Integer(), nullable=False),
+        sa.Column("mismatches", sa.Integer(), nullable=False),
+        sa.Column("examples", sa.Text(), nullable=False),
+        sa.Column("sums", sa.Text(), nullable=False),
+        sa.Column("verified_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_verifications")),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_verifications_job_id"), ondelete="CASCADE"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("verifications")
     op.drop_table("answers")
     op.drop_column("jobs", "use_cache")
     for name in ("deduplicated", *TEXTS):

@@ -46,6 +46,10 @@ CASES = {
     "shared-8": Case("shared", 8, 256, 2.0),
     "shared-32": Case("shared", 32, 256, 2.0),
     "shared-64": Case("shared", 64, 256, 2.0),
+    # On a GPU: at least 0.97 of the ceiling, and 1.5 times the server where a prefix is shared.
+    "short-64": Case("short", 64, 512, 1.0, ceiling_bar=0.97),
+    "short-128": Case("short", 128, 1024, 1.0, ceiling_bar=0.97),
+    "shared-128": Case("shared", 128, 256, 1.5),
     "json-16": Case("json", 16, 128, 4.0, by_requests=True),
 }
 
@@ -64,8 +68,8 @@ def server(args: argparse.Namespace, case: Case, lines: int) -> float:
 def ceiling(args: argparse.Namespace, case: Case) -> float:
     """Generated tokens of one full batch over the seconds that it took, prefill included."""
     program = next(HOME.glob("build/**/llama-batched-bench"))
-    command = [str(program), "-m", str(args.model), "-npp", "24", "-ntg", "32", "-npl", str(case.slots), "-c", "4096",
-               "-t", str(os.cpu_count())]  # fmt: skip
+    command = [str(program), "-m", str(args.model), "-npp", "24", "-ntg", "32", "-npl", str(case.slots),
+               "-c", str(256 * case.slots), "-t", str(os.cpu_count()), "-ngl", "99"]  # fmt: skip
     command += ["--no-repack"] if args.plain else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = [line.split("|") for line in done.stdout.splitlines() if re.match(r"\|\s+24 \|", line)]
@@ -78,7 +82,7 @@ def ours(args: argparse.Namespace, case: Case, lines: int) -> float:
     with folder() as where:
         found, _ = report(
             on_sqlite(where), "run", str(HOME / f"{case.workload}.jsonl"), "--model", str(args.model),
-            "--slots", str(case.slots), "--limit", str(lines),
+            "--slots", str(case.slots), "--limit", str(lines), "--device", args.device,
         )  # fmt: skip
     return float(found["items_per_s"] if case.by_requests else found["output_tps"])
 
@@ -87,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["short-8", "short-16", "shared-16", "json-16"])
     parser.add_argument("--model", type=Path, default=HOME / "qwen3-0.6b-q4_k_m.gguf")
+    parser.add_argument("--device", default="auto", help="where our side runs; the peers use what they were built for")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has aiohttp")

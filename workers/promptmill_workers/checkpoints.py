@@ -42,6 +42,11 @@ class Checkpoint:
     path: Path | None = None
     options: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def why(self) -> str:
+        """Why this engine runs it."""
+        return {"llamacpp": "a GGUF file", "mlx": "a folder of an MLX model"}.get(self.engine, "asked for by name")
+
 
 def bundled(name: str) -> Path:
     """A file or folder of the demo model."""

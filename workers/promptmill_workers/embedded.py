@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import FrameType
 
 from ulid import ULID
@@ -22,14 +22,16 @@ from promptmill_workers.presence import Presence
 from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
 from promptmill_workers.stopping import Stop
 
-#: Seconds between two looks at the job's progress.
+#: Seconds between two looks at the job's progress: at first, at most, and the share of the time since that is added.
 TICK_S = 0.1
+SLOWEST_TICK_S = 1.0
+TICK_SHARE = 0.02
 
 #: Seconds that results wait for a database that takes none, before the person is told and the job paused.
 DATABASE_S = 60.0
 
 #: Seconds between looks for leases and jobs whose time ran out.
-RECONCILE_S = 1.0
+RECONCILE_S = 2.0
 
 #: Longest wait of a thread for a chunk that may not be run yet.
 IDLE_S = 0.1
@@ -89,13 +91,15 @@ class EmbeddedWorker:
         return progress.state.is_final
 
     def _watch(self, job_id: str, workers: list[Future[None]], on_progress: Callable[[Progress], None]) -> None:
+        began = time.monotonic()
         while not all(worker.done() for worker in workers):
             self._obey_signals()
             self._reconcile()
             if any(worker.done() and worker.exception() for worker in workers):
                 self._stop.draining.set()
             on_progress(self._ledger.progress(job_id))
-            time.sleep(TICK_S)
+            # Looking takes time from an engine that uses all cores: a long job is looked at less often.
+            wait(workers, timeout=min(SLOWEST_TICK_S, TICK_S + TICK_SHARE * (time.monotonic() - began)))
 
     def _reconcile(self) -> None:
         """What the reconcilers of workers do, for a job that has none."""

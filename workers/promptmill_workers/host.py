@@ -97,6 +97,7 @@ class HostConfig:
             slots=slots,
             context_tokens=context_tokens,
             kv_cells=settings.kv_cells,
+            kv_type=settings.kv_type,
             batch_tokens=settings.batch_tokens,
             threads=settings.threads or device.threads,
             device=device.engine_device,
@@ -273,9 +274,11 @@ class EngineHost:
             self._ended_by_us = True
             self._process.kill()
         self._process.wait()
-        if self._process.stdin:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+        self._reader.join(timeout=2)
+        for pipe in (self._process.stdin, self._process.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                if pipe is not None:
+                    pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from promptmill.answer_cache import keep, key_of, look_up
 from promptmill.errors import DeviceError, ModelError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger, Standing
 from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.task_file import parse_task
-from promptmill.types import EngineCounters, ErrorClass, Failed, Lease, Request, Result
+from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import HostKeeper
 from promptmill_workers.patience import PASSING, Patience, first_line
@@ -46,16 +48,23 @@ class ChunkRunner:
         self._stop = stop
         self._patiently = patience
         self._specs: dict[str, tuple[JobSpec, Template | None]] = {}
+        #: Of the chunks that run: row -> key of the cache.
+        self._keys: dict[ChunkId, dict[int, str]] = {}
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
         # From after the claim's commit to after the end's: the database's stamps are that much before each.
         with self._hosts.holding():
-            self._run(lease)
+            try:
+                self._run(lease)
+            finally:
+                self._keys.pop(lease.chunk, None)
 
     def _run(self, lease: Lease) -> None:
         ledger, hosts = self._ledger, self._hosts
         requests, failures = self._patiently(lambda again: self._requests(lease))
+        requests, kept = self._from_cache(lease, requests)
+        self._record(lease, kept)
         limits = {request.row: request.sampling.max_tokens * request.sampling.n for request in requests}
         self._record(lease, [(failure, 0) for failure in failures])
         # The last results are stored together with the chunk's end, in one transaction.
@@ -68,6 +77,7 @@ class ChunkRunner:
             ):
                 watched.session = session
                 for batch in session.answer(requests):
+                    self._keep(lease, batch)
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
                     if limits:
                         self._record(lease, outcomes, session.take_counters())
@@ -109,6 +119,28 @@ class ChunkRunner:
         self._patiently(lambda again: ledger.fail(lease, death.error_class, str(death)))
         if hosts.deaths >= DEATHS_IN_A_ROW:
             ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
+
+    def _from_cache(self, lease: Lease, requests: list[Request]) -> tuple[list[Request], Outcomes]:
+        """The requests whose answers are not known, and the answers of the others. Remembers the keys of the former."""
+        cache = self._spec(lease.chunk.job_id)[0].cache
+        if cache is None:
+            return requests, []
+        keys = {each.row: key for each in requests if (key := key_of(cache, each)) is not None}
+        found = self._patiently(lambda again: look_up(self._ledger.db, keys))
+        limits = {each.row: each.sampling.max_tokens * each.sampling.n for each in requests}
+        known = {each.row for each in found}
+        self._keys[lease.chunk] = {row: key for row, key in keys.items() if row not in known}
+        return [each for each in requests if each.row not in known], [(each, limits[each.row]) for each in found]
+
+    def _keep(self, lease: Lease, batch: Sequence[Result]) -> None:
+        """Put answers into the cache. It is only a cache: a database that does not take them now is no trouble."""
+        keys = self._keys.get(lease.chunk)
+        if keys:
+            with contextlib.suppress(*PASSING):
+                keep(
+                    self._ledger.db,
+                    [(keys[each.row], each) for each in batch if isinstance(each, Ok) and each.row in keys],
+                )
 
     def _requests(self, lease: Lease) -> tuple[list[Request], list[Result]]:
         """The rows to be answered, and those that cannot even be rendered."""

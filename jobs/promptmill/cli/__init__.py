@@ -25,6 +25,8 @@ COMMANDS = {
     "results": ("promptmill.cli.results:results", "Write a job's results."),
     "report": ("promptmill.cli.report:report", "Report on a job, from its rows."),
     "score": ("promptmill.cli.score:score", "Score stored answers again, with no engine."),
+    "bench": ("promptmill.cli.bench:bench", "Measure the engine, a whole job and a server side by side."),
+    "verify": ("promptmill.cli.verify:verify", "Run rows again, each alone, and compare the answers."),
     "compare": ("promptmill.cli.compare:compare", "Compare jobs, with intervals."),
     "query": ("promptmill.cli.query:query", "Run SQL over tables and views, read-only."),
     "pause": ("promptmill.cli.control:pause", "Start nothing more of a job; what runs may end."),

@@ -66,6 +66,9 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="When a job that asks the same completed or is under way.",
         ),
+        click.option(
+            "--cache", is_flag=True, help="Take greedy answers that other jobs had, and keep those of this one."
+        ),
         click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
         json_option,
     ]
@@ -92,7 +95,7 @@ def run_options(values: dict[str, Any]) -> RunOptions:
         name=values["name"], priority=values.get("priority", 5), limit=values["limit"], slots=values["slots"],
         context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
         skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
-        time_limit=values["time_limit"], if_exists=values["if_exists"],
+        time_limit=values["time_limit"], if_exists=values["if_exists"], use_cache=values["cache"],
     )  # fmt: skip
 
 

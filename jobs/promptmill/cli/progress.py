@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -106,3 +108,11 @@ def preflight_line(found: Preflight) -> str:
 
 def _rows(count: int) -> str:
     return f"{count:,} {'row' if count == 1 else 'rows'}"
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows ``done/of what`` on a terminal; says nothing elsewhere."""
+    console = stderr_console()
+    with console.status("") if console.is_terminal else nullcontext() as status:
+        yield lambda done, of: status.update(f"{done}/{of} {what}") if status is not None else None

@@ -45,7 +45,7 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
         check_output(output)
     settings, db = open_all()
     with ProgressView() as view:
-        outcome = service.run(options, settings, db, view.update, show_preflight, show_job)
+        outcome = service.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
     if output:
         write_results(db, outcome.job_id, output)
     end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None)
@@ -100,6 +100,10 @@ def show_preflight(found: Preflight | None) -> None:
 
 def show_job(job_id: str) -> None:
     stderr_console().print(f"job {job_id}", soft_wrap=True)
+
+
+def show_job_engine(text: str) -> None:
+    stderr_console().print(text, soft_wrap=True)
 
 
 def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = False) -> None:

@@ -63,6 +63,8 @@ class JobSpec:
     task_name: str | None
     system_prompt: str | None
     sampling: dict[str, Any]
+    #: Answers are looked up in the cache and kept there, under this fingerprint of the model.
+    cache: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ class EngineOptions:
     context_tokens: int | None = None
     #: KV cells in all, shared by the slots.
     kv_cells: int | None = None
+    #: Numbers that the KV cache is kept in: f16, or q8_0 for half the memory at some loss.
+    kv_type: str = "f16"
     #: Most tokens of one forward pass.
     batch_tokens: int = 512
     threads: int | None = None

@@ -35,6 +35,9 @@ SCORED_OUTPUTS = 32
 #: Lines of the engine's log that are kept to explain a failure.
 KEPT_LINES = 200
 
+#: Numbers of the KV cache by name: those of ggml.h.
+KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
+
 #: Context of a model whose file does not say what it was trained for.
 CONTEXT_UNKNOWN = 4096
 
@@ -183,15 +186,17 @@ class Model:
         size = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if size >= 0 else ""
 
-    def cell_bytes(self) -> int:
-        """Memory of the KV cache for one token over all layers, at 16 bits a value."""
+    def cell_bytes(self, kv_type: str = "f16") -> int:
+        """Memory of the KV cache for one token over all layers."""
         heads = int(llama_cpp.llama_model_n_head(self.handle)) or 1
         kv_heads = int(llama_cpp.llama_model_n_head_kv(self.handle))
         width = int(llama_cpp.llama_model_n_embd(self.handle)) // heads
         architecture = self._header("general.architecture")
         key = int(self._header(f"{architecture}.attention.key_length") or width)
         value = int(self._header(f"{architecture}.attention.value_length") or width)
-        return int(llama_cpp.llama_model_n_layer(self.handle)) * kv_heads * (key + value) * 2
+        # q8_0 holds 32 values in 34 bytes.
+        bits = 16 if kv_type == "f16" else 8.5
+        return int(int(llama_cpp.llama_model_n_layer(self.handle)) * kv_heads * (key + value) * bits / 8)
 
     def free_bytes(self) -> int | None:
         """Free memory of the device that the model is on; None when nobody can say."""
@@ -292,7 +297,16 @@ class Context:
     """
 
     def __init__(
-        self, model: Model, *, cells: int, batch: int, slots: int, spare: int, threads: int, exact: bool = False
+        self,
+        model: Model,
+        *,
+        cells: int,
+        batch: int,
+        slots: int,
+        spare: int,
+        threads: int,
+        exact: bool = False,
+        kv_type: str = "f16",
     ) -> None:
         """``spare`` sequences beside the slots hold shared prefixes. Raises ModelError when memory does not suffice.
 
@@ -318,6 +332,7 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         # Cells of one buffer can belong to several sequences: a shared prefix costs no memory and no copy.
         params.kv_unified = True
+        params.type_k = params.type_v = KV_TYPES[kv_type]
         if exact or (model.is_float32 and not model.offloaded):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.no_perf = True

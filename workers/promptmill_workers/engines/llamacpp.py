@@ -73,14 +73,14 @@ class LlamaCppEngine:
         self._context_tokens = min(model.context_trained, options.context_tokens or CONTEXT_TOKENS)
         room = fit(
             slots=options.slots, cells=options.kv_cells, context_tokens=self._context_tokens,
-            cell_bytes=model.cell_bytes(), free_bytes=model.free_bytes(), gpu=model.offloaded > 0,
+            cell_bytes=model.cell_bytes(options.kv_type), free_bytes=model.free_bytes(), gpu=model.offloaded > 0,
         )  # fmt: skip
         threads = options.threads or _cores()
         self._embeddings = Embeddings(model, tokens=self._context_tokens, threads=threads)
         batch_tokens = max(options.batch_tokens, room.slots + PREFIXES)
         self._context = Context(
             model, cells=room.cells, batch=batch_tokens, slots=room.slots,
-            spare=PREFIXES, threads=threads, exact=options.exact,
+            spare=PREFIXES, threads=threads, exact=options.exact, kv_type=options.kv_type,
         )  # fmt: skip
         self._context.warm_up()
         self._tools = Tools(

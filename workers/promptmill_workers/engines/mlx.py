@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import psutil
 
-from promptmill.errors import RequestError
+from promptmill.errors import ModelError, RequestError
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Usage
 from promptmill_workers.answering import Answer, Tools, needs_logits
 from promptmill_workers.constraint import GrammarError, Grammars
@@ -124,6 +124,8 @@ class MlxEngine:
         from promptmill_workers.engines.mlx_batch import Batcher, MlxModel, open_device
 
         assert path is not None
+        if options.kv_type != "f16":
+            raise ModelError("MLX's continuous batcher keeps no quantised KV cache", hint="Unset JOBS_KV_TYPE.")
         device, device_got = open_device(options.device)
         tokenizer = MlxTokenizer(path)
         model = MlxModel(path)
