@@ -99,3 +99,60 @@ def test_a_peer_that_is_none_is_an_error(command: Command) -> None:
 
     assert found.code == 2
     assert "not an address" in found.err
+
+
+@pytest.mark.parametrize(
+    ("option", "error_class"), [("oom_on", "oom"), ("stall_on", "stall"), ("crash_on", "engine_crash")]
+)
+def test_the_request_that_ends_its_engine_ends_alone(
+    command: Command, tmp_path: Path, option: str, error_class: str
+) -> None:
+    command.environment["JOBS_STALL_TIMEOUT_S"] = "2"
+    data = lines(tmp_path / "a.jsonl", {"prompt": "a BAD one"}, {"prompt": "b"}, {"prompt": "c"})
+
+    found = read(command("run", data, "--model", f"echo:{option}=BAD", "--json"))
+
+    assert (found["ok"], found["errors_by_class"]) == (2, {error_class: 1})
+
+
+def test_a_schema_file_binds_every_answer(command: Command, tmp_path: Path) -> None:
+    ad = {"ad": {"type": "boolean"}}
+    form = {"type": "object", "properties": ad, "required": ["ad"], "additionalProperties": False}
+    (tmp_path / "form.json").write_text(json.dumps(form), encoding="utf-8")
+    data = lines(tmp_path / "a.jsonl", *({"prompt": f"comment {n}"} for n in range(5)))
+
+    ok(command("run", data, "--model", "demo", "--schema", str(tmp_path / "form.json")))
+
+    assert all(set(json.loads(each["text"])) == {"ad"} for each in answers_of(command, "@last"))
+
+
+def test_choices_come_with_probabilities(command: Command, tmp_path: Path) -> None:
+    data = lines(tmp_path / "a.jsonl", *({"prompt": f"comment {n}"} for n in range(3)))
+
+    ok(command("run", data, "--model", "demo", "--choice", "ad", "--choice", "not ad"))
+
+    for each in answers_of(command, "@last"):
+        assert each["text"] in ("ad", "not ad")
+        assert sum(each["choice_probs"].values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--param", "n=0"], "'n' must be a whole number of 1 or more"),
+        (["--param", "nonsense"], "not NAME=VALUE"),
+        (["--regex", "(a"], "unclosed group"),
+        (["--schema", "missing.json"], "--schema missing.json"),
+        (["--choice", "a", "--regex", "b"], "an answer is bound by one of them"),
+        (["--param", "top_logprobs=3"], "without 'logprobs'"),
+        (["--timeout", "-1"], "'timeout_s' must be a number above 0"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_before_anything_is_stored(
+    command: Command, given: list[str], problem: str
+) -> None:
+    found = command("run", "-p", "hello", "--model", "echo", *given)
+
+    assert found.code == 2
+    assert problem in found.err
+    assert command("status", "@last").code == 2
