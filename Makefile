@@ -38,10 +38,12 @@ unit: setup
 integration: setup
 	$(PYTEST) tests/integration tests/faults
 
-# Every fault of tests/faults/README.md once; SEEDS=10 for ten of each.
+# Every fault of tests/faults/README.md once, then a soak of 10 minutes; SEEDS=10 for ten of each.
 SEEDS := 1
+MINUTES := 10
 faults: setup
 	PYTHONSAFEPATH= $(BIN)/python -m tests.faults.run --seeds $(SEEDS)
+	PYTHONSAFEPATH= $(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 # Ratios against peers on this machine; not part of make test. tests/benchmarks/README.md says more.
 benchmark: setup

@@ -105,11 +105,16 @@ class HostLoop:
     # --- threads that only move messages -----------------------------------------------------------------------------
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
-            accepted, _ = listener.accept()
-            session = HostSession(Connection(accepted.detach()))
-            threading.Thread(target=self._read, args=(session,), daemon=True).start()
-            threading.Thread(target=_write, args=(session,), daemon=True).start()
+        try:
+            while True:
+                accepted, _ = listener.accept()
+                session = HostSession(Connection(accepted.detach()))
+                threading.Thread(target=self._read, args=(session,), daemon=True).start()
+                threading.Thread(target=_write, args=(session,), daemon=True).start()
+        except Exception:
+            # No memory for a thread, say. A host that takes no sessions is of no use: another one takes over.
+            log.exception("the host takes no more sessions and ends")
+            os._exit(1)
 
     def _read(self, session: HostSession) -> None:
         try:
