@@ -72,8 +72,8 @@ class Gauge:
             self._measure(request, SAMPLE_EVERY)
         else:
             # A token is at least a byte: the row fits, whatever its tokens are.
-            self._need = max(self._need, bound + request.sampling.max_tokens)
-        self._output += request.sampling.max_tokens
+            self._need = max(self._need, bound + _answer_tokens(request))
+        self._output += request.sampling.max_tokens * request.sampling.n
 
     def _measure(self, request: Request, stands_for: int) -> None:
         """``stands_for``: rows that this one is the sample of; long rows are all measured, so that one is itself."""
@@ -83,7 +83,7 @@ class Gauge:
             raise PromptTooLong(f"the prompt has {tokens:,} tokens, the model's context {self._context:,}")
         self._lengths.append(tokens)
         self._weights.append(stands_for)
-        self._need = max(self._need, tokens + request.sampling.max_tokens)
+        self._need = max(self._need, tokens + _answer_tokens(request))
 
     @property
     def context_needed(self) -> int:
@@ -106,6 +106,14 @@ class Gauge:
             tokens_p99=int(p99), tokens_max=int(lengths.max()), prompt_tokens=round(total),
             max_output_tokens=self._output, too_long=self._too_long, context_tokens=self._context,
         )  # fmt: skip
+
+
+def _answer_tokens(request: Request) -> int:
+    """Most tokens after the prompt. A token is at least a byte of a text that is scored; one may end it."""
+    scored = (*request.sampling.continuations, *request.sampling.choices)
+    if not scored:
+        return request.sampling.max_tokens
+    return max(len(text.encode(errors="replace")) for text in scored) + 1
 
 
 def _bytes(request: Request) -> int:

@@ -236,3 +236,24 @@ def test_an_urgent_job_overtakes(queue: Command, workers: Any, tmp_path: Path) -
     assert urgent == ("completed",)
     assert bulk == ("running",)
     assert queue("cancel", rows_in(queue, "SELECT id FROM jobs WHERE priority = 9")[0][0]).code == 0
+
+
+def test_a_worker_of_two_models_does_not_change_them_for_every_chunk(queue: Command, workers: Any) -> None:
+    first, second = "echo:token_s=0.001", "echo:token_s=0.0011"
+    workers("--device", "cpu", "--model", first, "--model", second, "--slots", "4", count=1)
+    data = dataset(queue.folder)
+    for model in (first, second):
+        assert queue("submit", data, "--model", model).code == 0
+
+    assert queue("watch", "@last", timeout=200).code == 0
+
+    wait_until(lambda: len(json.loads(queue("list", "--json").out)) == 2, "both jobs are listed")
+    jobs = json.loads(queue("list", "--json").out)
+    wait_until(
+        lambda: {each["state"] for each in json.loads(queue("list", "--json").out)} == {"completed"},
+        "both jobs end",
+        120,
+    )
+    loads = sum(log.read_text().count("slots, context") for log in queue.folder.glob("*.log"))
+    chunks = 2 * len({each["job_id"] for each in jobs}) * 4  # far more than there are loads
+    assert 2 <= loads <= 6 < chunks

@@ -6,10 +6,12 @@ scored by one sequence for each possible answer, and identical greedy requests a
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,13 @@ from promptmill_workers.engines.contract import (
 
 #: Finished greedy answers that are remembered, and the longest text among them, in characters.
 REMEMBERED = 8_192
-LONGEST_REMEMBERED = 16_384
+LONGEST_REMEMBERED = 4_096
 
 #: Errors that the same request has again.
 LASTING = (ErrorClass.CONTEXT_OVERFLOW, ErrorClass.INVALID_REQUEST, ErrorClass.GRAMMAR, ErrorClass.TOKENIZE)
 
 #: What two requests have in common that have the same answer.
-Identity = tuple[Any, ...]
+Identity = bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -176,7 +178,7 @@ class Desk:
         sampling = request.sampling
         if not self._deduplicate or not sampling.is_greedy or request.stream or sampling.ignore_eos:
             return False
-        identity = (request.messages, request.prompt, request.continuation, sampling)
+        identity = _identity(request)
         known = self._remembered.get(identity)
         if known is not None:
             self._remembered.move_to_end(identity)
@@ -199,7 +201,7 @@ class Desk:
         followers = self._followers.pop(event.key, [])
         if isinstance(event, Rejected):
             return [replace(event, key=each.key, usage=None, admitted_at=None) for each in followers]
-        if len(event.text) <= LONGEST_REMEMBERED:
+        if len(event.text) <= LONGEST_REMEMBERED and not _is_bulky(event):
             self._remembered[identity] = event
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
@@ -229,6 +231,22 @@ class Desk:
                 self._followers[leader] = left
                 return True
         return False
+
+
+def _identity(request: EngineRequest) -> Identity:
+    """A digest, so that remembering an answer does not keep its prompt."""
+    turns = None if request.messages is None else [(each.role, each.content) for each in request.messages]
+    asked = repr((turns, request.prompt, request.continuation, request.closed, _described(request.sampling)))
+    return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=24).digest()
+
+
+@lru_cache(maxsize=256)
+def _described(sampling: SamplingParams) -> str:
+    return repr(sampling)
+
+
+def _is_bulky(event: Finished) -> bool:
+    return event.extras is not None and (event.extras.logprobs is not None or event.extras.embedding is not None)
 
 
 def _parts(request: EngineRequest) -> list[EngineRequest]:
