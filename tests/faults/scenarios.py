@@ -121,6 +121,28 @@ def postgres_connections_cut(arena: Arena, rng: random.Random) -> None:
     _end(arena)
 
 
+def real_answers(arena: Arena, rng: random.Random) -> None:
+    """A real model: what it says must not depend on what was killed meanwhile."""
+    arena.fresh()
+    arena.model = "demo"
+    undisturbed = {"JOBS_DATABASE_URL": f"sqlite:///{arena.folder / 'undisturbed.sqlite'}"}
+    arena.start_workers()
+    arena.submit(1500, None, "--max-tokens", "6", "--param", "ignore_eos=true")
+    arena.wait_for_results(rng.randint(100, 800))
+    rng.choice(arena.hosts()).kill()
+    time.sleep(rng.uniform(0.1, 1))
+    rng.choice(arena.consumers()).kill()
+    arena.wait_for_end(120)
+    environment, arena.environment = arena.environment, arena.environment | undisturbed
+    path = str(arena.folder / "prompts.jsonl")
+    given = ("--max-tokens", "6", "--param", "ignore_eos=true", "--slots", "4", "--device", "cpu", "--json")
+    if not (arena.folder / "said.jsonl").exists():
+        arena("run", path, "--model", "demo", *given, "-o", str(arena.folder / "said.jsonl"))
+    arena.environment = environment
+    said = [json.loads(line)["text"] for line in (arena.folder / "said.jsonl").read_text().splitlines()]
+    check(arena, answer=said.__getitem__)
+
+
 def poison(arena: Arena, rng: random.Random) -> None:
     arena.fresh()
     arena.start_workers()
@@ -299,5 +321,5 @@ SCENARIOS: dict[int, Scenario] = {
     1: kill_worker, 2: kill_host, 3: kill_everything, 4: suspend_worker, 5: redis_killed, 6: redis_empty,
     7: redis_flushed, 8: redis_hangs, 9: redis_connections_cut, 10: postgres_restarts, 11: postgres_connections_cut,
     12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
-    19: delivered_twice, 20: commands_at_random, 21: submission_killed,
+    19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
 }  # fmt: skip
