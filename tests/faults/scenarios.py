@@ -8,9 +8,11 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import redis
@@ -223,11 +225,16 @@ def disk_full(arena: Arena, rng: random.Random) -> None:
         arena.environment["JOBS_DATABASE_URL"] = f"sqlite:///{folder / 'jobs.sqlite'}"
         path = arena.folder / "prompts.jsonl"
         path.write_text("".join(f'{{"prompt": "{prompt_of(row)}"}}\n' for row in range(200)))
-        process = subprocess.Popen(
-            [PROMPTMILL, "run", str(path), "--model", MODEL, "--slots", "4"], env=_env(arena),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(rng.uniform(3, 5))
+        said = arena.folder / "run.log"
+        with said.open("wb") as log:
+            process = subprocess.Popen(
+                [PROMPTMILL, "run", str(path), "--model", MODEL, "--slots", "4"],
+                env=_env(arena),
+                stdout=log,
+                stderr=log,
+            )
+        wanted = rng.randint(10, 120)
+        until(lambda: _results_in(folder / "jobs.sqlite") >= wanted, f"{wanted} results", 60)
         filler = folder / "filler"
         with contextlib.suppress(OSError), filler.open("wb") as file:
             while True:
@@ -235,11 +242,19 @@ def disk_full(arena: Arena, rng: random.Random) -> None:
                 file.flush()
         time.sleep(rng.uniform(1, 4))
         filler.unlink()
-        assert process.wait(timeout=90) == 0, "the run goes on when there is room again"
+        code = process.wait(timeout=90)
+        assert code == 0, f"the run ended with {code} when there was room again: {said.read_text()[-600:]}"
         found = json.loads(arena("report", "@last", "--json"))
         assert (found["ok"], found["errors"]) == (200, 0), found["completeness"]
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def _results_in(path: Path) -> int:
+    """Results in a SQLite file; 0 while it has no tables yet."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
+        return int(db.execute("SELECT count(*) FROM results").fetchone()[0])
+    return 0
 
 
 def out_of_memory(arena: Arena, rng: random.Random) -> None:
