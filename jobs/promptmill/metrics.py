@@ -117,6 +117,14 @@ _ALL = (
     Metric("errors", "errors", Unit.REQUESTS, _COUNT, _LOWER, "rows of results with state error, cancelled included"),
     Metric("cancelled", "cancelled", Unit.REQUESTS, _COUNT, _NEITHER, "errors of class cancelled"),
     Metric("cut_off", "cut off", Unit.REQUESTS, _COUNT, _LOWER, "ok rows with finish_reason length"),
+    Metric(
+        "copied",
+        "copied",
+        Unit.REQUESTS,
+        _COUNT,
+        _NEITHER,
+        "ok rows with deduplicated: copied from an identical request, in no sum of tokens and in no time",
+    ),
     Metric("success_rate", "success", Unit.SHARE, Kind.SUCCESS, _HIGHER, "ok / attempted"),
     Metric("wall_s", "wall", Unit.SECONDS, Kind.WALL_TIME, _LOWER, _WALL),
     Metric("items_per_s", "requests/s", Unit.REQUESTS_PER_SECOND, Kind.REQUEST_RATE, _HIGHER, "ok / wall_s"),
@@ -157,7 +165,7 @@ _ALL = (
         _LOWER,
         "sum of attempts.wasted_tokens: sampled for requests that were cancelled or failed, and in no answer",
     ),
-    Metric("mean_output_tokens", "mean answer", Unit.TOKENS, Kind.LENGTH, _NEITHER, "output_tokens / ok"),
+    Metric("mean_output_tokens", "mean answer", Unit.TOKENS, Kind.LENGTH, _NEITHER, "output_tokens / (ok - copied)"),
     Metric("cached_share", "cached share", Unit.SHARE, Kind.CACHE, _HIGHER, "cached_tokens / prompt_tokens"),
     Metric(
         "mean_active",

@@ -43,6 +43,7 @@ def test_a_second_job_takes_its_answers_from_the_cache(command: Command, tmp_pat
     assert [each.get("deduplicated", False) for each in answers[1]] == [True] * 20 + [False]
     assert second["output_tokens"] == answers[1][20]["output_tokens"]
     assert not [check for check in second["checks"] if check["ok"] is False]
+    assert (second["ok"], second["copied"]) == (21, 20)
 
 
 def test_other_parameters_are_other_answers(command: Command, tmp_path: Path) -> None:

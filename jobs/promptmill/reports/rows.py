@@ -52,6 +52,8 @@ class Group:
     disordered: int
     #: Rows admitted before they were enqueued, by more than clocks may disagree.
     early: int
+    #: Rows whose answer was copied from an identical request: they are in no sum of tokens.
+    copied: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ def _groups(db: Connection, job_id: str) -> tuple[Group, ...]:
             sa.func.count().filter(each.cached_tokens > each.prompt_tokens),
             sa.func.count().filter(disordered),
             sa.func.count().filter(each.enqueued_at > each.admitted_at + CLOCK_TOLERANCE_S),
+            sa.func.count().filter(each.deduplicated),
         )
         .where(each.job_id == job_id)
         .group_by(*key)

@@ -83,6 +83,7 @@ class Summary:
     errors: int
     cancelled: int
     cut_off: int
+    copied: int
     success_ci95: tuple[float, float] | None
     wall_s: float | None
     prompt_tokens: int
@@ -143,7 +144,7 @@ class Summary:
 
     @property
     def mean_output_tokens(self) -> float | None:
-        return ratio(self.output_tokens, self.ok)
+        return ratio(self.output_tokens, self.ok - self.copied)
 
     @property
     def device_got(self) -> str | None:
@@ -179,7 +180,8 @@ JSON_KEYS = (
     "schema_version", "job_id", "name", "state", "verdict", "complete", "completeness", "stop_reason", "mode",
     "submitted_at", "started_at", "finished_at", "dataset_name", "dataset_sha256", "model", "model_fingerprint",
     "task_name", "task_sha256", "config_sha256", "device_got",
-    "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "success_rate", "success_ci95",
+    "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "copied", "success_rate",
+    "success_ci95",
     "wall_s", "items_per_s", "output_tps", "total_tps", "prefill_tps", "decode_tps",
     "prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "wasted_tokens", "cached_share",
     "mean_output_tokens", "mean_active", "peak_active", "slots", "starved_share", "idle_share",
@@ -218,6 +220,7 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
         errors=errors,
         cancelled=by_class.get(ErrorClass.CANCELLED, 0),
         cut_off=sum(group.rows for group in answered if group.finish_reason == FinishReason.LENGTH),
+        copied=_sum(answered, "copied"),
         success_ci95=wilson(ok, ok + errors) if errors else None,
         wall_s=occupancy.wall_s,
         mean_active=occupancy.mean_active,

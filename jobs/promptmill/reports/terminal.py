@@ -161,6 +161,9 @@ def _rates(summary: Summary) -> list[tuple[str, Text]]:
     output = _with_unit("output_tokens", summary.output_tokens)
     if summary.ok:
         output += f", {METRICS['mean_output_tokens'].text(summary.mean_output_tokens)} an answer"
+    cut = f"{summary.cut_off:,} at max_tokens"
+    if summary.copied:
+        cut += f", {summary.copied:,} copied"
     return [
         ("wall", Text(_wall(summary.wall_s))),
         ("throughput", Text(_with_unit("items_per_s", summary.items_per_s))),
@@ -168,7 +171,7 @@ def _rates(summary: Summary) -> list[tuple[str, Text]]:
         ("prefill", Text(_with_unit("prefill_tps", summary.prefill_tps))),
         ("prompt tokens", Text(prompt)),
         ("output tokens", Text(output)),
-        ("cut off", Text(f"{summary.cut_off:,} at max_tokens")),
+        ("cut off", Text(cut)),
         ("wasted", Text(_with_unit("wasted_tokens", summary.wasted_tokens))),
         ("mean active", Text(active)),
         ("starved", Text(_with_unit("starved_share", summary.starved_share))),
