@@ -40,10 +40,13 @@ class PromptPart(_Part):
 
 
 class OutputPart(_Part):
-    """``output:`` of a task file: the JSON Schema that answers are read by. ``free``: nothing makes them obey it."""
+    """``output:`` of a task file: the JSON Schema that answers are read by.
+
+    ``constrain``: no answer can leave it; ``free``: nothing makes them obey it.
+    """
 
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    mode: Literal["free"] = "free"
+    mode: Literal["constrain", "free"] = "free"
     #: Field -> {label as the dataset or an answer writes it: label of the schema}.
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -87,7 +90,10 @@ class Task:
     @cached_property
     def generate(self) -> Mapping[str, Any]:
         """Sampling parameters of every line that sets none of its own."""
-        return {name: check_parameter(name, value) for name, value in self.model.generate.items()}
+        found = {name: check_parameter(name, value) for name, value in self.model.generate.items()}
+        if self.output.mode == "constrain":
+            found["json_schema"] = check_parameter("json_schema", self.output.schema_)
+        return found
 
     @property
     def expected(self) -> Mapping[str, str]:
@@ -156,6 +162,14 @@ def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
             check_parameter(parameter, model.generate[parameter])
         except BadParameter as problem:
             yield ("generate", parameter), f"{problem.message}. {problem.hint or ''}".rstrip(". ")
+    if model.output.mode == "constrain":
+        if model.output.schema_ is None:
+            yield ("output", "mode"), "'constrain' needs a schema"
+        else:
+            try:
+                check_parameter("json_schema", model.output.schema_)
+            except BadParameter as problem:
+                yield ("output", "schema"), problem.message
     for part in ("input", "meta"):
         for name, path in getattr(model, part).items():
             if path in model.expected.values():

@@ -124,8 +124,13 @@ def test_the_bundled_task_is_valid() -> None:
         ),
         ("task: a\nprompt: {user: hi}\nexpected: {is_ad: 5}\n", "a.yaml:3:12: expected.is_ad: Input should be a valid"),
         (
-            "task: a\nprompt: {user: hi}\noutput: {mode: constrain}\n",
-            "a.yaml:3:10: output.mode: Input should be 'free'",
+            "task: a\nprompt: {user: hi}\noutput: {mode: strict}\n",
+            "a.yaml:3:10: output.mode: Input should be 'constrain' or 'free'",
+        ),
+        ("task: a\nprompt: {user: hi}\noutput: {mode: constrain}\n", "a.yaml:3:10: 'constrain' needs a schema"),
+        (
+            "task: a\nprompt: {user: hi}\noutput:\n  mode: constrain\n  schema: {type: objct}\n",
+            "a.yaml:5:3: 'json_schema' must be a JSON schema that can be enforced; of this one: Invalid type: objct",
         ),
         ("task: a\nprompt:\n  user: '{{ x'\n", "a.yaml:3:3: user template, line 1: unexpected end"),
         ("task: a\nprompt:\n  user: |\n    hi\n\n    {{ expected }}\n", "a.yaml:6: user template, line 3: 'expected'"),
@@ -133,6 +138,13 @@ def test_the_bundled_task_is_valid() -> None:
 )
 def test_each_mistake_is_said_with_its_place(text: str, problem: str) -> None:
     assert problem_of(text).startswith(problem)
+
+
+def test_a_constrained_output_binds_what_is_generated() -> None:
+    schema = "{type: object, properties: {b: {}, a: {}}}"
+    task = parse_task(f"task: a\nprompt: {{user: hi}}\noutput:\n  mode: constrain\n  schema: {schema}\n", "a")
+
+    assert task.generate["json_schema"] == '{"type": "object", "properties": {"b": {}, "a": {}}}'
 
 
 def test_all_mistakes_are_said_at_once() -> None:
