@@ -32,6 +32,7 @@ from promptmill.preflight import Gauge, Preflight
 from promptmill.prompts import Template, to_request
 from promptmill.readers import Dataset, open_dataset
 from promptmill.registry import suggestion
+from promptmill.selection import Selection
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, Preparer, prepared_rows, refuse_bad
 from promptmill.submission import submit as store
@@ -67,7 +68,7 @@ class RunOptions:
     format: str | None = None
     name: str | None = None
     priority: int = 5
-    limit: int | None = None
+    selection: Selection = field(default_factory=Selection)
     slots: int | None = None
     context_tokens: int | None = None
     device: str = "auto"
@@ -111,7 +112,7 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
     sampling = (dict(task.generate) if task else {}) | options.sampling
     order = JobOrder(
         model=model, mode=mode, task=task, system=None if task else options.system, sampling=sampling,
-        name=options.name, priority=options.priority, limit=options.limit, max_errors=options.max_errors,
+        name=options.name, priority=options.priority, selection=options.selection, max_errors=options.max_errors,
         skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
         model_fingerprint=_fingerprint(checkpoint), deadline_at=moment(options.deadline, "--deadline"),
         expires_at=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),

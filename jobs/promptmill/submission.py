@@ -24,6 +24,7 @@ from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
 from promptmill.readers import Dataset, checked
+from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
 from promptmill.types import ChunkState, DatasetLine, ErrorClass, JobState
@@ -64,7 +65,7 @@ class JobOrder:
     sampling: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
     priority: int = 5
-    limit: int | None = None
+    selection: Selection = field(default_factory=Selection)
     max_errors: str | None = None
     skip_invalid: bool = False
     slots: int | None = None
@@ -210,7 +211,8 @@ def _key(dataset: Dataset, order: JobOrder) -> str:
     asked = {
         "dataset": dataset.sha256, "format": dataset.format, "model": order.model,
         "fingerprint": order.model_fingerprint, "task": order.task.sha256 if order.task else None,
-        "system": order.system, "sampling": order.sampling, "limit": order.limit, "skip_invalid": order.skip_invalid,
+        "system": order.system, "sampling": order.sampling, "selection": order.selection.to_json(),
+        "skip_invalid": order.skip_invalid,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -242,13 +244,13 @@ def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int, submittin
     if tally.bad_total and not skip_invalid:
         raise BadLines(name, tally.bad, tally.bad_total, submitting=submitting)
     if rows == 0:
-        raise DatasetError(f"{name} holds no rows", hint="Check --limit, and that the file is the right one.")
+        raise DatasetError(f"{name} holds no rows", hint="Check --limit, --where and the file.")
 
 
 def prepared_rows(dataset: Dataset, order: JobOrder, preparer: Preparer) -> Iterator[PreparedRow]:
     """The dataset's rows, checked and in order; bad lines are left out and noted in the preparer's tally."""
     row = 0
-    for line in islice(checked(dataset.lines(), dataset.number_duplicates), order.limit):
+    for line in order.selection.apply(checked(dataset.lines(), dataset.number_duplicates)):
         prepared = preparer.prepare(line, row)
         if prepared is not None:
             preparer.tally.costs.append(min(prepared.cost, 2**32 - 1))
@@ -276,6 +278,7 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
         "env": json.dumps(_environment()), "submitted_at": now, "deadline_at": order.deadline_at,
         "expires_at": order.expires_at, "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
+        "selection": json.dumps(order.selection.to_json(), ensure_ascii=False) if order.selection.to_json() else None,
     }  # fmt: skip
 
 

@@ -67,6 +67,8 @@ jobs = Table(
     Column("time_limit_s", Double),
     # SHA-256 over dataset, model, task and parameters: two jobs with one key ask the same.
     Column("key_sha256", String(64)),
+    # JSON of promptmill.selection.Selection; NULL: every line of the dataset once, in its order.
+    Column("selection", Text),
     # Answers are looked up in the cache of all jobs, and kept there.
     Column("use_cache", Boolean, nullable=False, server_default="0"),
     Column("stop_reason", Text),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy.engine import Engine
 
+    from promptmill.selection import Selection
     from promptmill.service import RunOptions
     from promptmill.settings import Settings
 
@@ -52,7 +53,12 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--thinking", help="Reasoning: on, off, or a budget in tokens.  [default: the model's]"),
         click.option("-n", "n", type=click.IntRange(1), help="Answers to each prompt.  [default: 1]"),
         click.option("--param", multiple=True, help="Any sampling parameter: NAME=VALUE, such as logprobs=true."),
+        click.option("--where", multiple=True, help="Take lines with FIELD=VALUE only; may be repeated."),
+        click.option("--sample", type=click.IntRange(1), help="Draw N of the lines."),
+        click.option("--shuffle", is_flag=True, help="Take the lines in random order."),
+        click.option("--selection-seed", type=int, default=0, help="Seed of --sample and --shuffle.  [default: 0]"),
         click.option("--limit", type=click.IntRange(1), help="Take the first N lines only."),
+        click.option("--repeat", type=click.IntRange(1), default=1, help="Ask each line N times.  [default: 1]"),
         click.option("--slots", type=click.IntRange(1), help="Sequences decoded together.  [env: JOBS_SLOTS]"),
         click.option("--name", help="A name for the job."),
         click.option("--max-errors", help="Stop when more rows fail: N or x%.  [default: the first 50 all fail]"),
@@ -92,10 +98,19 @@ def run_options(values: dict[str, Any]) -> RunOptions:
     return RunOptions(
         dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
         template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
-        name=values["name"], priority=values.get("priority", 5), limit=values["limit"], slots=values["slots"],
+        name=values["name"], priority=values.get("priority", 5), selection=_selection(values), slots=values["slots"],
         context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
         skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
         time_limit=values["time_limit"], if_exists=values["if_exists"], use_cache=values["cache"],
+    )  # fmt: skip
+
+
+def _selection(values: dict[str, Any]) -> Selection:
+    from promptmill.selection import Selection, parse_where
+
+    return Selection(
+        where=parse_where(values["where"]), shuffle=values["shuffle"], sample=values["sample"], limit=values["limit"],
+        repeat=values["repeat"], seed=values["selection_seed"],
     )  # fmt: skip
 
 
