@@ -157,3 +157,34 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_stored(
     assert found.code == 2
     assert problem in found.err
     assert command("status", "@last").code == 2
+
+
+def test_lines_are_shown_as_the_model_will_see_them(command: Command, tmp_path: Path) -> None:
+    task = tmp_path / "a.yaml"
+    task.write_text("task: a\nprompt: {system: Judge., user: 'C: {{ input.text }}'}\nexpected: {is_ad: is_ad}\n")
+    data = lines(tmp_path / "a.jsonl", *({"id": f"n{n}", "text": f"word {n}", "is_ad": n % 2 == 0} for n in range(9)))
+
+    shown = read(command("datasets", "show", data, "--task", str(task), "--model", "demo", "--sample", "3", "--json"))
+    chosen = read(command("datasets", "show", data, "--task", str(task), "--where", "is_ad=true", "--json"))
+
+    assert len(shown) == 3
+    for each in shown:
+        assert each["prompt"].startswith("<|im_start|>system\nJudge.")
+        assert each["tokens"] > 5
+        assert "true" not in each["prompt"].lower()
+    assert [each["id"] for each in chosen] == ["n0", "n2", "n4", "n6", "n8"]
+
+
+def test_a_job_of_chosen_lines_remembers_the_choice(command: Command, tmp_path: Path) -> None:
+    data = lines(tmp_path / "a.jsonl", *({"id": f"n{n}", "prompt": "p", "meta": {"g": n % 2}} for n in range(8)))
+
+    ok(command("run", data, "--model", "echo", "--where", "g=1", "--sample", "3", "--repeat", "2"))
+    refused = command("run", data, "--model", "echo", "--where", "h=1")
+
+    names = [each["id"] for each in answers_of(command, "@last")]
+    assert len(names) == 6
+    assert names[1] == f"{names[0]}~2"
+    [kept] = (read(command("query", "SELECT selection FROM jobs", "--format", "jsonl"))["selection"],)
+    assert json.loads(kept) == {"where": [["g", "1"]], "sample": 3, "repeat": 2}
+    assert refused.code == 2
+    assert "no line has a field 'h'" in refused.err

@@ -63,3 +63,34 @@ def _print(found: dict[str, Any]) -> None:
 def _print_finding(text: str, finding: dict[str, Any]) -> None:
     if finding["count"]:
         click.echo(f"  {finding['count']:,} {text}: {', '.join(finding['ids'])}")
+
+
+@datasets.command(epilog="Example: promptmill datasets show comments.jsonl --task ads.task.yaml --model demo")
+@click.argument("file")
+@click.option("--task", type=click.Path(), help="Task file whose template is filled.")
+@click.option("--format", "format_", help="Format of the file where its name does not tell.")
+@click.option("-m", "--model", help="Apply this model's chat template, and count its tokens.")
+@click.option("--sample", type=click.IntRange(1), default=5, show_default=True, help="Lines to draw.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
+@click.option("--where", multiple=True, help="Lines with FIELD=VALUE only; may be repeated.")
+@json_option
+def show(
+    file: str, task: str | None, format_: str | None, model: str | None, sample: int, seed: int,
+    where: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Print lines of FILE as the model will see them. What is expected is shown beside; no prompt holds it."""
+    from dataclasses import asdict
+
+    from promptmill.preview import preview
+    from promptmill.selection import Selection, parse_where
+
+    found = preview(file, task, format_, model, Selection(where=parse_where(where), sample=sample, seed=seed))
+    if as_json:
+        print_json([asdict(each) for each in found])
+        return
+    for each in found:
+        tokens = f", {each.tokens:,} tokens" if each.tokens is not None else ""
+        click.echo(click.style(f"--- line {each.line}, {each.id or 'no id'}{tokens}", bold=True))
+        click.echo(each.prompt if each.error is None else f"cannot be used: {each.error}")
+        if each.expected is not None:
+            click.echo(click.style(f"expected: {each.expected}", dim=True))
