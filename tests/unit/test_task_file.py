@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from promptmill.cli import init
+from promptmill.cli.init import KINDS
 from promptmill.errors import TaskFileError
 from promptmill.scorers import SCORERS
 from promptmill.task_file import SCORES, Task, load_task, parse_task
@@ -182,3 +184,10 @@ def test_a_task_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path, cont
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(TaskFileError, match="cannot read the task file"):
         load_task(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_task_to_begin_with_can_be_used(kind: str) -> None:
+    path = Path(init.__file__).parents[1] / "task_templates" / f"{kind}.yaml"
+    task = parse_task(path.read_text(encoding="utf-8"), path.name)
+    assert task.name == kind

@@ -37,6 +37,7 @@ COMMANDS = {
     "gc": ("promptmill.cli.retention:gc", "Remove jobs that ended long ago."),
     "db": ("promptmill.cli.db:db", "The database: upgrade, current revision."),
     "models": ("promptmill.cli.models:models", "Models at hand."),
+    "init": ("promptmill.cli.init:init", "Write a commented task file to begin with."),
     "datasets": ("promptmill.cli.datasets:datasets", "Look at datasets before they are run."),
     "config": ("promptmill.cli.config:config", "Print the settings and where each comes from."),
     "shell-init": ("promptmill.cli.shell_init:shell_init", "Print what makes 'jobs' work as a shell command."),
