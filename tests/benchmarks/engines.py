@@ -181,6 +181,8 @@ def memory(folder: Path) -> None:
         ]
         run(engine, requests)
         seen[thousand] = process.memory_info().rss
+        if thousand % 10 == 0:
+            print(f"  {thousand},000 requests: {seen[thousand] / 2**20:.1f} MiB", file=sys.stderr, flush=True)
     after, end = seen[10], max(seen[thousand] for thousand in range(10, 101))
     print(f"memory: {after / 2**20:.1f} MiB after 10,000 requests, at most {end / 2**20:.1f} MiB up to 100,000: "
           f"{end / after - 1:+.1%}")  # fmt: skip
