@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from promptmill.task_file import GATE
+from promptmill.task_file import GATE, GateDemand
 
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -26,9 +26,15 @@ class Verdict:
         return f"gate {self.name} {self.demand}: {shown}, {'passed' if self.passed else 'FAILED'}"
 
 
-def judge(gates: Mapping[str, str], summary: Mapping[str, Any]) -> list[Verdict]:
+def judge(gates: Mapping[str, str | GateDemand], summary: Mapping[str, Any]) -> list[Verdict]:
     """A verdict on each gate. ``summary``: a report's JSON form."""
-    return [_verdict(name, demand, _figure(name, summary)) for name, demand in gates.items()]
+    return [_judged(name, asked, summary) for name, asked in gates.items()]
+
+
+def _judged(name: str, asked: str | GateDemand, summary: Mapping[str, Any]) -> Verdict:
+    if isinstance(asked, str):
+        return _verdict(name, asked, _figure(name, summary))
+    return _verdict(f"{name} (lower end of its 95 % interval)", asked.demand, _lower_end(name, summary))
 
 
 def _verdict(name: str, demand: str, value: float | None) -> Verdict:
@@ -36,6 +42,13 @@ def _verdict(name: str, demand: str, value: float | None) -> Verdict:
     assert found is not None
     passed = value is not None and _COMPARE[found[1]](value, float(found[2]))
     return Verdict(name, demand, value, passed)
+
+
+def _lower_end(name: str, summary: Mapping[str, Any]) -> float | None:
+    """None where the figure has no interval."""
+    found = summary["scores"].get(name) or summary["scores"].get(name.rpartition(".")[0])
+    interval = found["ci95"] if found is not None and not name.endswith("macro_f1") else None
+    return float(interval[0]) if interval else None
 
 
 def _figure(name: str, summary: Mapping[str, Any]) -> float | None:

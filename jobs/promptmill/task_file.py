@@ -51,6 +51,13 @@ class OutputPart(_Part):
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
+class GateDemand(_Part):
+    """A gate that is judged by the lower end of the figure's 95 % interval: few rows must not pass by luck."""
+
+    demand: str
+    ci: Literal["lower"]
+
+
 class TaskModel(_Part):
     """A task file as it is written."""
 
@@ -68,7 +75,7 @@ class TaskModel(_Part):
     output: OutputPart = Field(default_factory=lambda: OutputPart(schema=None))
     scores: list[dict[str, Any]] = Field(default_factory=list)
     #: Figure -> what it must reach, such as ``category.accuracy: ">=0.85"``.
-    gates: dict[str, str] = Field(default_factory=dict)
+    gates: dict[str, str | GateDemand] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,8 @@ _OPTIONS = tuple(option for options in SCORES.values() for option in options)
 def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
     names = {str(score.get("as", next(iter(score.values()), ""))) for score in model.scores}
     figures = [*OTHER_FIGURES, *(f"{name}.{figure}" for name in sorted(names) for figure in SCORE_FIGURES)]
-    for name, demand in model.gates.items():
+    for name, asked in model.gates.items():
+        demand = asked if isinstance(asked, str) else asked.demand
         if name not in figures:
             yield ("gates", name), f"there is no figure '{name}' to judge. {suggestion(name, figures)}"
         elif not GATE.fullmatch(demand):

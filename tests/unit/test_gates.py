@@ -99,3 +99,21 @@ def test_a_wrong_gate_or_option_is_one_clear_error(lines: str, problem: str) -> 
     with pytest.raises(TaskFileError) as caught:
         parse_task(f"task: a\nprompt: {{user: hi}}\n{scores}\n{lines}\n", "a.yaml")
     assert problem in str(caught.value)
+
+
+def test_two_rows_do_not_pass_a_gate_by_luck() -> None:
+    """Two of two right: 100 %, and an interval that begins at 34 %."""
+    task = parse_task(
+        "task: a\nprompt: {user: hi}\nexpected: {x: x}\nscores: [{exact: x}]\n"
+        "gates: {x.accuracy: {demand: '>=0.85', ci: lower}}\n",
+        "a.yaml",
+    )
+    scores = {"x": score_rows([row("a", "a")] * 2, build([{"exact": "x"}]), ("x",))["x"].to_json()}
+    many = {"x": score_rows([row("a", "a")] * 200, build([{"exact": "x"}]), ("x",))["x"].to_json()}
+
+    [few_verdict] = judge(task.model.gates, {"scores": scores})
+    [many_verdict] = judge(task.model.gates, {"scores": many})
+
+    assert not few_verdict.passed
+    assert few_verdict.value == pytest.approx(0.3424, abs=1e-4)
+    assert many_verdict.passed
