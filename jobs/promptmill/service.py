@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,8 +173,7 @@ def score_again(reference: str, task_path: str | None, db: Engine) -> dict[str, 
     verdicts = judge(gates, summarise(db, job.id).to_json() | {"scores": scores}) if gates else []
     return {
         "job_id": job.id, "score_run_id": run_id, "task_sha256": task.sha256, "scores": scores,
-        "gates": [{"name": each.name, "value": each.value, "passed": each.passed, "text": str(each)}
-                  for each in verdicts],
+        "gates": [asdict(each) | {"text": str(each)} for each in verdicts],
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import sqlalchemy as sa
@@ -188,3 +189,31 @@ def test_a_job_of_chosen_lines_remembers_the_choice(command: Command, tmp_path: 
     assert json.loads(kept) == {"where": [["g", "1"]], "sample": 3, "repeat": 2}
     assert refused.code == 2
     assert "no line has a field 'h'" in refused.err
+
+
+def test_gates_are_written_for_ci_systems(command: Command, tmp_path: Path) -> None:
+    task = tmp_path / "a.yaml"
+    task.write_text(
+        "task: a\nprompt: {user: '{{ input.text }}'}\nexpected: {is_ad: is_ad}\nscores: [{exact: is_ad}]\n"
+        "gates: {is_ad.accuracy: '>=0.5', parsed: '>=0.9'}\n"
+    )
+    answer = json.dumps({"is_ad": True})
+    data = lines(tmp_path / "a.jsonl", {"text": answer, "is_ad": True}, {"text": "no idea", "is_ad": True})
+
+    done = command("run", data, "--task", str(task), "--model", "echo", "--junit", str(tmp_path / "gates.xml"))
+
+    assert done.code == 3
+    suite = ElementTree.parse(tmp_path / "gates.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    failed = [case.get("name") for case in suite if case.find("failure") is not None]
+    assert failed == ["parsed >=0.9"]
+
+
+def test_one_prompts_copied_or_scored_answer_is_printed(command: Command) -> None:
+    first = ok(command("run", "-p", "hello", "--model", "demo", "--cache", "--max-tokens", "4"))
+    again = ok(command("run", "-p", "hello", "--model", "demo", "--cache", "--max-tokens", "4"))
+    chosen = ok(command("run", "-p", "hello", "--model", "demo", "--choice", "a", "--choice", "b"))
+
+    assert first.out == again.out != ""
+    assert "copied" in again.err
+    assert set(json.loads(chosen.out.partition("\n")[2])["choice_probs"]) == {"a", "b"}

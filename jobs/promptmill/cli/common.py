@@ -75,6 +75,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--cache", is_flag=True, help="Take greedy answers that other jobs had, and keep those of this one."
         ),
+        click.option("--junit", type=click.Path(), help="Write the task's gates there as JUnit XML."),
         click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
         json_option,
     ]

@@ -48,7 +48,7 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
         outcome = service.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
     if output:
         write_results(db, outcome.job_id, output)
-    end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None)
+    end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None, junit=values["junit"])
 
 
 @click.command(epilog="Example: promptmill resume @last")
@@ -106,7 +106,7 @@ def show_job_engine(text: str) -> None:
     stderr_console().print(text, soft_wrap=True)
 
 
-def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = False) -> None:
+def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = False, junit: str | None = None) -> None:
     """Print the report and leave with the exit code the job's end deserves."""
     from promptmill.cli.report import print_report
     from promptmill.types import JobState
@@ -123,10 +123,10 @@ def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = Fa
     if outcome.state is not JobState.COMPLETED:
         _say_why(db, outcome)
         raise click.exceptions.Exit(EXIT_FAILED)
-    _judge_gates(db, outcome.job_id)
+    _judge_gates(db, outcome.job_id, junit)
 
 
-def _judge_gates(db: Engine, job_id: str) -> None:
+def _judge_gates(db: Engine, job_id: str, junit: str | None) -> None:
     """Say how each gate of the job's task ended; exit code 3 when one failed."""
     from promptmill.catalog import find_job
     from promptmill.gates import judge
@@ -135,9 +135,11 @@ def _judge_gates(db: Engine, job_id: str) -> None:
 
     job = find_job(db, job_id)
     gates = parse_task(job.task_text, job.task_name or "task").model.gates if job.task_text else {}
-    if not gates:
-        return
-    verdicts = judge(gates, summarise(db, job_id).to_json())
+    verdicts = judge(gates, summarise(db, job_id).to_json()) if gates else []
+    if junit is not None:
+        from promptmill.junit import write
+
+        write(junit, job_id, verdicts)
     for verdict in verdicts:
         stderr_console().print(str(verdict), soft_wrap=True, markup=False)
     if not all(verdict.passed for verdict in verdicts):
@@ -153,11 +155,16 @@ def _say_why(db: Engine, outcome: Outcome) -> None:
 
 def _print_answer(db: Engine, job_id: str) -> None:
     """One prompt was asked: its answer is the output."""
-    from promptmill.catalog import result_lines
+    from promptmill.catalog import EXTRAS, result_lines
 
     for line in result_lines(db, job_id):
         if line["state"] == "ok":
-            click.echo(line["text"])
-            stderr_console().print(f"{line['output_tokens']} tokens in {line['latency_s']:.2f} s")
+            extras = {name: line[name] for name in (*EXTRAS, "reasoning") if name in line}
+            if line["text"] or not extras:
+                click.echo(line["text"])
+            if extras:
+                print_json(extras)
+            took = "copied" if line["latency_s"] is None else f"in {line['latency_s']:.2f} s"
+            stderr_console().print(f"{line['output_tokens']} tokens {took}")
         else:
             stderr_console().print(f"{line['error']['class']}: {line['error']['message']}", soft_wrap=True)

@@ -47,4 +47,4 @@ def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **value
     outcome = follow(settings, db, job_id)
     if output:
         write_results(db, job_id, output)
-    end(outcome, db, as_json or output == "-", as_json)
+    end(outcome, db, as_json or output == "-", as_json, junit=values["junit"])
