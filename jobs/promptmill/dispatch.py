@@ -48,7 +48,7 @@ class Dispatcher:
 
     def reconcile(self) -> int:
         """Requeue chunks without a live lease and publish what has no message; returns how many were published."""
-        self._ledger.requeue_expired()
+        lost = self._ledger.requeue_expired()
         self._ledger.complete_jobs()
         self._ledger.expire_overdue()
         published = 0
@@ -57,7 +57,10 @@ class Dispatcher:
             patience = LOST_MESSAGE_S if self._broker.waiting(job.model) == 0 else STALE_MESSAGE_S
             # A job that has waited moves up: its messages are sent again, to a list that is read earlier.
             self._ledger.unpublish(job.id, patience if priority == job.priority else min(patience, AGE_S))
-            published += self.dispatch(job.id, job.model, priority)
+            # What a dead worker held has waited for a lease already: it goes before what is new.
+            again = self._ledger.mark_published([chunk for chunk in lost if chunk.job_id == job.id])
+            self._broker.publish(again, job.model, max(0, priority - 1))
+            published += len(again) + self.dispatch(job.id, job.model, priority)
         return published
 
     def _alive(self, model: str) -> int:

@@ -58,7 +58,12 @@ def folder() -> Iterator[Path]:
 
 def on_sqlite(where: Path) -> dict[str, str]:
     url = f"sqlite:///{where / (uuid.uuid4().hex[:6] + '.sqlite')}"
-    return {"JOBS_DATABASE_URL": url, "JOBS_RUNTIME_DIR": str(where / "run"), "PYTHONSAFEPATH": "1"}
+    return {
+        "JOBS_DATABASE_URL": url,
+        "JOBS_RUNTIME_DIR": str(where / "run"),
+        "PYTHONSAFEPATH": "1",
+        "JOBS_DEDUPLICATE": "0",
+    }  # their prompts are all alike
 
 
 @contextlib.contextmanager

@@ -259,3 +259,17 @@ def test_a_job_whose_last_chunks_missed_each_other_is_closed(ledger: Ledger, db:
     assert ledger.is_open(JOB)
     ledger.complete_jobs()
     assert ledger.progress(JOB).state is JobState.COMPLETED
+
+
+def test_an_end_that_is_said_twice_is_counted_once(ledger: Ledger, db: sa.Engine) -> None:
+    """The commit of the end went through, and the worker was not told: it ends its attempt again."""
+    add_job(db, 2)
+    lease = claim(ledger)
+    ledger.record(lease, [ok(0)], EngineCounters(decode_tokens=3))
+    assert ledger.finish(lease, EngineCounters(decode_tokens=4), 2, [ok(1)])
+
+    assert not ledger.finish(lease, EngineCounters(decode_tokens=4), 2, [ok(1)], maybe_stored=True)
+    assert not ledger.release(lease, EngineCounters(decode_tokens=4), 2)
+
+    assert read(db, sa.select(attempts.c.decode_tokens, attempts.c.outcome)) == [(7, "done")]
+    assert ledger.progress(JOB).state is JobState.COMPLETED

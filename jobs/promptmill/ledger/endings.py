@@ -75,12 +75,15 @@ class Endings(Results):
     def _end_attempt(
         self, db: Connection, lease: Lease, outcome: str, counters: EngineCounters | None, slots: int | None
     ) -> None:
-        self._add_counters(db, lease, counters)
-        db.execute(
+        ended = db.execute(
             sa.update(attempts)
             .where(is_attempt(lease), attempts.c.ended_at.is_(None))
             .values(ended_at=self._now(), outcome=outcome, slots=slots)
         )
+        # An attempt ends once, and its counters come with its end: a worker that was not told that its commit went
+        # through says it all again.
+        if ended.rowcount == 1:
+            self._add_counters(db, lease, counters)
 
     def _end_attempts_before(self, db: Connection, chunk: ChunkId, attempt: int) -> None:
         """A chunk taken back from a dead worker leaves an attempt that nobody closed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sqlalchemy as sa
 
 from promptmill.database import writing
@@ -49,6 +51,22 @@ class Recovery(Retrying):
                     .values(published_at=self._now())
                 )
         return [ChunkId(job_id, number) for number in numbers]
+
+    def mark_published(self, lost: Sequence[ChunkId]) -> list[ChunkId]:
+        """Mark queued chunks as published beyond the window of their job; returns those that may be run now."""
+        marked = []
+        with writing(self.db) as db:
+            for chunk in lost:
+                changed = db.execute(
+                    sa.update(chunks)
+                    .where(is_chunk(chunk), chunks.c.state == ChunkState.QUEUED.value)
+                    .where(chunks.c.published_at.is_(None))
+                    .where(sa.or_(chunks.c.not_before.is_(None), chunks.c.not_before <= self._now()))
+                    .values(published_at=self._now())
+                )
+                if changed.rowcount == 1:
+                    marked.append(chunk)
+        return marked
 
     def unpublish_chunk(self, chunk: ChunkId) -> None:
         """Forget the message of a queued chunk: whoever read it does not run it."""
