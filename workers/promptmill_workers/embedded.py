@@ -31,7 +31,7 @@ TICK_SHARE = 0.02
 DATABASE_S = 60.0
 
 #: Seconds between looks for leases and jobs whose time ran out.
-RECONCILE_S = 2.0
+RECONCILE_S = 1.0
 
 #: Longest wait of a thread for a chunk that may not be run yet.
 IDLE_S = 0.1
