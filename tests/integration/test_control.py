@@ -61,7 +61,7 @@ def state_of_last(command: Command) -> str | None:
 
 
 def test_a_job_ends_at_its_time_limit(command: Command, tmp_path: Path) -> None:
-    path = dataset(tmp_path, *["a b c d e f g h i j"] * 200)
+    path = dataset(tmp_path, *(f"a b c d e f g h i {number}" for number in range(200)))
     done = command("run", path, "--model", "echo:token_s=0.2", "--slots", "1", "--time-limit", "2s")
     assert done.code == 1
     assert "expired: over its time limit" in done.err
