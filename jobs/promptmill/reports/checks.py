@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from promptmill.metrics import digits
 from promptmill.reports.budget import Budget
 from promptmill.reports.distributions import Curve
-from promptmill.reports.rows import Group
+from promptmill.reports.rows import Totals
 from promptmill.types import ErrorClass, JobState
 
 #: Share by which two ways to the same number may differ through rounding of doubles.
@@ -112,21 +112,17 @@ def time_budget(budget: Budget) -> Check:
     return Check("time", fits, detail + others)
 
 
-def limits(groups: Iterable[Group]) -> Check:
+def limits(totals: Totals, rows: int) -> Check:
     """No answer over ``max_tokens``, no more cached than prompt tokens."""
-    over = cached = rows = 0
-    for group in groups:
-        over, cached, rows = over + group.over_max_tokens, cached + group.over_cached, rows + group.rows
+    over, cached = totals.over_max_tokens, totals.over_cached
     if over or cached:
         return Check("limits", False, f"{over:,} rows over max_tokens, {cached:,} with more cached than prompt tokens")
     return Check("limits", True, "output <= max_tokens, cached <= prompt") if rows else _nothing("limits")
 
 
-def order(groups: Iterable[Group]) -> Check:
+def order(totals: Totals, timed: int) -> Check:
     """Each row: enqueued, then admitted, then first token, then finished."""
-    disordered = early = timed = 0
-    for group in groups:
-        disordered, early, timed = disordered + group.disordered, early + group.early, timed + group.timed
+    disordered, early = totals.disordered, totals.early
     if disordered or early:
         return Check("order", False, f"{disordered:,} rows out of order, {early:,} admitted before they were enqueued")
     return Check("order", True, "enqueued <= admitted <= first token <= finished") if timed else _nothing("order")

@@ -14,7 +14,8 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.errors import JobError
 from promptmill.metrics import METRICS, Better, Metric
 from promptmill.reports.pairs import Pairing, Rows, pair, read_rows
-from promptmill.reports.rows import Floats, consistent
+from promptmill.reports.rows import consistent
+from promptmill.reports.scan import Floats
 from promptmill.reports.statistics import ALPHA, Change, holm, paired_rates, paired_ratio, unpaired_ratio
 from promptmill.reports.summary import Summary, summarise
 from promptmill.tables import jobs

@@ -8,19 +8,13 @@ from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
-from promptmill.reports.rows import Floats, Series, consistent, read_series
+from promptmill.reports.scan import Floats
 from promptmill.tables import attempts, jobs, requests, results, worker_samples
 
 #: Slowest rows that are listed.
 SLOWEST = 10
-
-#: Points of the occupancy and queue curves.
-POINTS = 240
-
-#: Points of the scatter plot: more are a blot, and megabytes.
-SCATTER = 1500
 
 #: Points of each worker's samples.
 SAMPLES = 400
@@ -39,14 +33,8 @@ class SlowRow:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Columns are of one length each; seconds count from the first admission."""
+    """Seconds count from the first admission."""
 
-    latencies: Floats
-    edges: Floats
-    active: Floats
-    waiting: Floats
-    #: Output tokens against latency, of a sample of rows.
-    scatter: tuple[Floats, Floats]
     slow: tuple[SlowRow, ...]
     #: (worker, start, end, outcome) of each attempt.
     spans: tuple[tuple[str, float, float, str], ...]
@@ -56,39 +44,16 @@ class Details:
     env: dict[str, Any]
 
 
-def read_details(db: Engine | Connection, job_id: str) -> Details:
-    """Read a job once more, for plots. An empty job has empty columns."""
-    with consistent(db) as connection:
-        job = connection.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
-        series = read_series(connection, job_id, "ok")
-        begin = float(series.admitted_at.min()) if len(series) else 0.0
-        end = float(series.finished_at.max()) if len(series) else 0.0
-        edges = np.linspace(0.0, end - begin, POINTS) if end > begin else np.empty(0)
-        return Details(
-            latencies=series.finished_at - series.admitted_at,
-            edges=edges,
-            active=_between(series.admitted_at - begin, series.finished_at - begin, edges),
-            waiting=_between(series.enqueued_at - begin, series.admitted_at - begin, edges),
-            scatter=_scatter(series),
-            slow=_slow(connection, job_id),
-            spans=_spans(connection, job_id, begin, end),
-            samples=_samples(connection, job_id, begin, end),
-            config=_config(job),
-            env=json.loads(job.env or "{}"),
-        )
-
-
-def _between(begins: Floats, ends: Floats, at: Floats) -> Floats:
-    """How many spans cover each moment."""
-    begun = np.searchsorted(np.sort(begins[np.isfinite(begins)]), at, side="right")
-    ended = np.searchsorted(np.sort(ends[np.isfinite(ends)]), at, side="right")
-    covering: Floats = np.maximum(begun - ended, 0).astype(np.float64)
-    return covering
-
-
-def _scatter(series: Series) -> tuple[Floats, Floats]:
-    step = max(1, len(series) // SCATTER)
-    return series.output_tokens[::step], (series.finished_at - series.admitted_at)[::step]
+def read_details(db: Connection, job_id: str, begin: float, end: float) -> Details:
+    """What lies beside the rows that were folded. ``begin`` and ``end``: of the time that plots show."""
+    job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
+    return Details(
+        slow=_slow(db, job_id),
+        spans=_spans(db, job_id, begin, end),
+        samples=_samples(db, job_id, begin, end),
+        config=_config(job),
+        env=json.loads(job.env or "{}"),
+    )
 
 
 def _slow(db: Connection, job_id: str) -> tuple[SlowRow, ...]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from promptmill.metrics import PERCENTILES
-from promptmill.reports.rows import Floats, Series
+from promptmill.reports.scan import Floats, Series
 
 #: Slices of the throughput curve: as many as fit a line of a narrow terminal.
 CURVE_SLICES = 56
@@ -16,34 +15,8 @@ CURVE_SLICES = 56
 #: Seconds under which an answer counts as given at one moment: a rate over less would be noise.
 SHORTEST_S = 0.001
 
-
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """Percentiles (type 7, linear) and mean of ``n`` values; None where there are none."""
-
-    n: int
-    p50: float | None = None
-    p90: float | None = None
-    p95: float | None = None
-    p99: float | None = None
-    mean: float | None = None
-
-    def to_json(self) -> dict[str, float | int | None]:
-        return {"p50": self.p50, "p90": self.p90, "p95": self.p95, "p99": self.p99, "mean": self.mean, "n": self.n}
-
-    def supports(self, percentile: str) -> bool:
-        """Whether ``n`` values can tell this percentile."""
-        return self.n >= PERCENTILES[percentile][1]
-
-
-def distribution(values: Floats) -> Distribution:
-    """The distribution of the finite ones of ``values``."""
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return Distribution(0)
-    points = np.percentile(values, [point for point, _ in PERCENTILES.values()])
-    named = dict(zip(PERCENTILES, points.tolist(), strict=True))
-    return Distribution(n=len(values), mean=float(values.mean()), **named)
+#: Slices of time in which rows are counted where a job has too many to be sorted: 3 ms of a run of 4 hours.
+PEAK_SLICES = 2**22
 
 
 def tpot(series: Series) -> Floats:
@@ -87,6 +60,35 @@ def covered_s(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
+class Active:
+    """Rows in a slot over the time of a job: how long in all, and how many at most at one time."""
+
+    def __init__(self, begin: float, end: float, exact: bool) -> None:
+        self._begin = begin
+        self._slice_s = max(end - begin, SHORTEST_S) / PEAK_SLICES
+        self._exact = exact
+        self._peak = 0
+        self._changes = np.zeros(0 if exact else PEAK_SLICES + 1, dtype=np.int32)
+        self.rows = 0
+        self.active_s = 0.0
+
+    def add(self, admitted: Floats, finished: Floats) -> None:
+        """More rows. Where it is exact, all rows at once."""
+        self.rows += len(admitted)
+        self.active_s += float((finished - admitted).sum())
+        if self._exact:
+            self._peak = peak_active(admitted, finished)
+            return
+        for at, change in ((admitted, 1), (finished, -1)):
+            place = ((at - self._begin) / self._slice_s).astype(np.int64)
+            np.add.at(self._changes, np.clip(place, 0, PEAK_SLICES), change)
+
+    @property
+    def peak(self) -> int:
+        """Most rows at one time; of what began and ended within one of PEAK_SLICES, nothing is seen."""
+        return self._peak if self._exact else int(np.cumsum(self._changes).max(initial=0))
+
+
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Output tokens per second in equal slices of the wall time. ``tokens`` is the curve's integral."""
@@ -102,38 +104,60 @@ class Curve:
         return self.slice_s * sum(self.output_tps)
 
 
-def throughput_curve(series: Series, begin: float, end: float, slices: int = CURVE_SLICES) -> Curve | None:
-    """The output tokens of each row spread evenly from its first to its last, the first one at its own time.
-
-    None when there is no time to divide.
-    """
-    if not len(series) or end <= begin:
-        return None
-    edges = np.linspace(0.0, end - begin, slices + 1)
-    first, last = series.first_token_at - begin, series.finished_at - begin
-    spread = (last - first >= SHORTEST_S) & (series.output_tokens >= 2)
-    produced = _points(first, np.where(spread, np.minimum(series.output_tokens, 1), series.output_tokens), edges)
-    produced += _ramps(first[spread], last[spread], series.output_tokens[spread] - 1, edges)
-    slice_s = float(edges[1])
-    return Curve(slice_s, tuple((produced / slice_s).tolist()))
-
-
-def _points(at: Floats, tokens: Floats, edges: Floats) -> Floats:
-    """Tokens given at one moment each, per slice."""
-    counts: Floats = np.histogram(at, bins=edges, weights=tokens)[0].astype(np.float64)
-    return counts
-
-
-def _ramps(begin: Floats, end: Floats, tokens: Floats, edges: Floats) -> Floats:
-    """Tokens given evenly from ``begin`` to ``end``, per slice, without sorting.
+class Spread:
+    """Tokens of rows over time, in equal slices: those of a row evenly from one of its moments to another.
 
     A ramp of rate r is r(t - begin) from its begin on, less r(t - end) from its end on; summed up to an edge this
-    needs only the sums of r and of r times the moment, per slice.
+    needs only the sums of r and of r times the moment, per slice, and no sorting.
     """
-    rate = tokens / (end - begin)
-    moments = np.concatenate([begin, end])
-    rates = np.concatenate([rate, -rate])
-    slope = np.cumsum(np.histogram(moments, bins=edges, weights=rates)[0])
-    offset = np.cumsum(np.histogram(moments, bins=edges, weights=rates * moments)[0])
-    given = np.concatenate([[0.0], edges[1:] * slope - offset])
-    return np.diff(given)
+
+    def __init__(self, begin: float, end: float, slices: int) -> None:
+        self._begin, self._slices = begin, slices
+        self.slice_s = (end - begin) / slices
+        self._given = np.zeros(slices)
+        self._slope = np.zeros(slices)
+        self._offset = np.zeros(slices)
+
+    def at(self, moments: Floats, tokens: Floats) -> None:
+        """Tokens given at one moment each."""
+        self._given += self._summed(moments - self._begin, tokens)
+
+    def between(self, begins: Floats, ends: Floats, tokens: Floats) -> None:
+        """Tokens given evenly between two moments each; at the second one where there is no time between."""
+        long = ends - begins >= SHORTEST_S
+        if not long.all():
+            self.at(ends[~long], tokens[~long])
+            begins, ends, tokens = begins[long], ends[long], tokens[long]
+        rate = tokens / (ends - begins)
+        for moments, rates in ((begins - self._begin, rate), (ends - self._begin, -rate)):
+            self._slope += self._summed(moments, rates)
+            self._offset += self._summed(moments, rates * moments)
+
+    def _summed(self, moments: Floats, weights: Floats) -> Floats:
+        place = np.clip((moments / self.slice_s).astype(np.int64), 0, self._slices - 1)
+        sums: Floats = np.bincount(place, weights, self._slices).astype(np.float64)
+        return sums
+
+    def tokens(self) -> Floats:
+        """Per slice."""
+        edges = self.slice_s * np.arange(1, self._slices + 1)
+        ramps = edges * np.cumsum(self._slope) - np.cumsum(self._offset)
+        return self._given + np.diff(np.concatenate([[0.0], ramps]))
+
+
+def add_output(spread: Spread, rows: Series) -> None:
+    """The output tokens of each row spread evenly from its first to its last, the first one at its own time."""
+    known = np.isfinite(rows.first_token_at)
+    first, last, tokens = rows.first_token_at[known], rows.finished_at[known], rows.output_tokens[known]
+    several = (tokens >= 2) & (last - first >= SHORTEST_S)
+    spread.at(first, np.where(several, np.minimum(tokens, 1), tokens))
+    spread.between(first[several], last[several], tokens[several] - 1)
+
+
+def throughput_curve(series: Series, begin: float, end: float, slices: int = CURVE_SLICES) -> Curve | None:
+    """Output tokens over time; None when there is no time to divide."""
+    if not len(series) or end <= begin:
+        return None
+    spread = Spread(begin, end, slices)
+    add_output(spread, series)
+    return Curve(spread.slice_s, tuple((spread.tokens() / spread.slice_s).tolist()))

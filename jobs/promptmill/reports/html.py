@@ -15,8 +15,10 @@ from promptmill.metrics import METRICS, PERCENTILES, digits
 from promptmill.reports import plots
 from promptmill.reports.details import Details, read_details
 from promptmill.reports.figures import DISTRIBUTIONS, singles
-from promptmill.reports.rows import Floats
-from promptmill.reports.summary import Summary
+from promptmill.reports.fold import Plots
+from promptmill.reports.rows import consistent
+from promptmill.reports.scan import Floats
+from promptmill.reports.summary import Summary, summarise_with_plots
 from promptmill.reports.terminal import MESSAGE_CHARACTERS
 
 #: Bundled beside this file.
@@ -26,12 +28,14 @@ STYLE = Path(__file__).with_name("report.css")
 HEADLINE = ("items_per_s", "output_tps", "wall_s", "success_rate", "mean_active", "cached_share")
 
 
-def text(db: Engine | Connection, summary: Summary) -> str:
+def text(db: Engine | Connection, job_id: str) -> str:
     """The whole file."""
-    details = read_details(db, summary.job_id)
+    with consistent(db) as connection:
+        summary, shapes = summarise_with_plots(connection, job_id)
+        details = read_details(connection, job_id, summary.began_at or 0.0, summary.ended_at or 0.0)
     title = f"promptmill: {summary.name or summary.job_id}"
     sections = [
-        _head(summary), _keys(summary), _plots(summary, details), _scores(summary), _times(summary),
+        _head(summary), _keys(summary), _plots(summary, details, shapes), _scores(summary), _times(summary),
         _errors(summary), _slow(details), _workers(summary), _checks(summary), _config(details), _definitions(summary),
     ]  # fmt: skip
     return (
@@ -99,17 +103,21 @@ def _keys(summary: Summary) -> str:
     return f"<div class=keys>{''.join(cards)}</div>"
 
 
-def _plots(summary: Summary, details: Details) -> str:
-    if not len(details.latencies) or not len(details.edges):
+def _plots(summary: Summary, details: Details, shapes: Plots | None) -> str:
+    if shapes is None:
         return _section("Plots", "<p class=dim>No row has an answer: there is nothing to plot.</p>")
     shown = [
         (
-            plots.latency_histogram(details.latencies),
+            plots.latency_histogram(shapes),
             "latency_s of each answered row; the axis ends at the 99.5th percentile",
         ),
-        (_throughput(summary), "output tokens of each row spread from its first to its last"),
-        (_occupancy(summary, details), "rows in a slot, and rows that wait"),
-        (plots.scatter(*details.scatter), f"{len(details.scatter[0]):,} of {len(details.latencies):,} rows"),
+        (
+            _throughput(shapes),
+            "tokens of each row spread evenly: prompt from admission to the first token, output after it",
+        ),
+        (_occupancy(summary, shapes), "rows in a slot, against slots"),
+        (_queue(shapes), "rows that were enqueued and have no slot yet"),
+        (plots.scatter(shapes), f"{len(shapes.scatter_tokens):,} of {shapes.rows:,} rows"),
     ]
     if details.spans:
         shown.append((plots.timeline(details), "green: done; orange: given back; red: lost or failed; blue: running"))
@@ -120,21 +128,27 @@ def _plots(summary: Summary, details: Details) -> str:
     return _section("Plots", f"<div class=plots>{figures}</div>")
 
 
-def _throughput(summary: Summary) -> str:
-    if summary.curve is None:
-        return ""
-    values = np.array(summary.curve.output_tps)
-    at: Floats = np.arange(len(values), dtype=np.float64) * summary.curve.slice_s
-    return plots.over_time([("output tok/s", at, values, plots.BLUE)], "Throughput over time", "tok/s")
+def _moments(shapes: Plots) -> Floats:
+    at: Floats = np.arange(len(shapes.active), dtype=np.float64) * shapes.slice_s
+    return at
 
 
-def _occupancy(summary: Summary, details: Details) -> str:
-    lines = [("active", details.edges, details.active, plots.BLUE)]
-    if details.waiting.max(initial=0) <= 20 * max(details.active.max(initial=1), 1):
-        lines.append(("waiting", details.edges, details.waiting, plots.ORANGE))
+def _throughput(shapes: Plots) -> str:
+    at = _moments(shapes)
+    lines = [("decode", at, shapes.output_tps, plots.BLUE), ("prefill", at, shapes.prefill_tps, plots.ORANGE)]
+    return plots.over_time(lines, "Throughput over time", "tok/s")
+
+
+def _occupancy(summary: Summary, shapes: Plots) -> str:
+    at = _moments(shapes)
+    lines = [("active", at, shapes.active, plots.BLUE)]
     if summary.slots:
-        lines.append(("slots", details.edges, np.full(len(details.edges), float(summary.slots)), plots.GREEN))
+        lines.append(("slots", at, np.full(len(at), float(summary.slots)), plots.GREEN))
     return plots.over_time(lines, "Active sequences against slots", "rows")
+
+
+def _queue(shapes: Plots) -> str:
+    return plots.over_time([("waiting", _moments(shapes), shapes.waiting, plots.ORANGE)], "Queue depth", "rows")
 
 
 def _resources(details: Details) -> list[tuple[str, str]]:

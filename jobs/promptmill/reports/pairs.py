@@ -10,12 +10,15 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.reports.rows import FETCH_ROWS, Floats
+from promptmill.reports.scan import Floats
 from promptmill.reports.statistics import LEAST_CLUSTERS, Ints
 from promptmill.scorers.scoring import build, required_keys, score_rows
 from promptmill.tables import jobs, requests, results
 
 Truths = NDArray[np.bool_]
+
+#: Rows fetched at a time.
+FETCH_ROWS = 20_000
 
 #: Rows of one batch where chunks are too few to be clusters.
 BLOCK_ROWS = 16

@@ -11,7 +11,8 @@ import numpy as np
 
 from promptmill.metrics import digits
 from promptmill.reports.details import Details
-from promptmill.reports.rows import Floats
+from promptmill.reports.fold import Plots
+from promptmill.reports.scan import Floats
 
 #: Stands for the colour of the text in what matplotlib draws; replaced afterwards.
 INK = "#010203"
@@ -59,18 +60,15 @@ def _inline(svg: str, label: str) -> str:
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
 
 
-def latency_histogram(values: Floats) -> str:
+def latency_histogram(shapes: Plots) -> str:
     """Rows by latency, and the share of rows up to it. The axis ends at the 99.5th percentile."""
-    top = float(np.percentile(values, 99.5))
-    shown = values[values <= top]
 
     def paint(axes: Any) -> None:
-        counts, edges = np.histogram(shown, bins=min(60, max(8, len(set(shown[:2000].tolist())))))
-        axes.stairs(counts, edges, fill=True, color=BLUE, alpha=0.75)
+        axes.stairs(shapes.latency_counts, shapes.latency_edges, fill=True, color=BLUE, alpha=0.75)
         axes.set(xlabel="latency s", ylabel="rows")
         share = axes.twinx()
-        points = np.linspace(0, min(99.5, 100), 120)
-        share.plot(np.percentile(values, points), points, color=ORANGE)
+        points = np.linspace(0, 99.5, 120)
+        share.plot(shapes.latency.percentiles(points.tolist()), points, color=ORANGE)
         share.set(ylabel="% of rows up to", ylim=(0, 100))
         share.spines["right"].set_visible(True)
 
@@ -90,9 +88,17 @@ def over_time(lines: Sequence[tuple[str, Floats, Floats, str]], label: str, unit
     return draw(paint, label)
 
 
-def scatter(tokens: Floats, latencies: Floats) -> str:
+def scatter(shapes: Plots) -> str:
     def paint(axes: Any) -> None:
-        axes.plot(tokens, latencies, linestyle="", marker="o", markersize=2.2, alpha=0.45, color=BLUE)
+        axes.plot(
+            shapes.scatter_tokens,
+            shapes.scatter_latency_s,
+            linestyle="",
+            marker="o",
+            markersize=2.2,
+            alpha=0.45,
+            color=BLUE,
+        )
         axes.set(xlabel="output tokens", ylabel="latency s")
         axes.set_ylim(bottom=0)
 

@@ -1,7 +1,6 @@
-"""What a report reads: a job's rows as sums per group, as columns of numbers, and as attempts of workers.
+"""What a report reads: a job's rows, its attempts, and its workers.
 
-Sums are made by the database; single values come in one streaming pass, 8 bytes each, so that a million rows take
-50 MB and a few seconds.
+Sums are made by the database; what needs single rows is folded in one streaming pass (``fold``).
 """
 
 from __future__ import annotations
@@ -11,19 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
-from numpy.typing import NDArray
 from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import reading
 from promptmill.errors import UnknownName
+from promptmill.reports.fold import Folded, Group, fold
 from promptmill.tables import attempts, jobs, results, worker_samples, workers
-
-Floats = NDArray[np.float64]
-
-#: Rows fetched at a time.
-FETCH_ROWS = 20_000
 
 #: Seconds by which two clocks may disagree before a row counts as out of order: SQLite's clock ticks in milliseconds,
 #: and clocks of different machines are set by Redis to a few more.
@@ -31,43 +24,20 @@ CLOCK_TOLERANCE_S = 0.010
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Sums over the rows of one worker, state, finish reason and error class. ``timed`` rows had a slot."""
+class Totals:
+    """Sums over a job's rows. Tokens are of answers, without those copied from an identical request."""
 
-    worker_id: str | None
-    state: str
-    finish_reason: str | None
-    error_class: str | None
-    rows: int
-    timed: int
     prompt_tokens: int
     cached_tokens: int
-    output_tokens: int
     reasoning_tokens: int
-    first_admitted_at: float | None
-    last_finished_at: float | None
+    #: Answers that were copied from an identical request: they are in no sum of tokens.
+    copied: int
     over_max_tokens: int
     over_cached: int
     #: Rows whose stamps of one worker are out of order.
     disordered: int
     #: Rows admitted before they were enqueued, by more than clocks may disagree.
     early: int
-    #: Rows whose answer was copied from an identical request: they are in no sum of tokens.
-    copied: int
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """Columns of rows that had a slot, all of one length. Seconds since the epoch; NaN where a stamp is missing."""
-
-    enqueued_at: Floats
-    admitted_at: Floats
-    first_token_at: Floats
-    finished_at: Floats
-    output_tokens: Floats
-
-    def __len__(self) -> int:
-        return len(self.admitted_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +57,8 @@ class Facts:
     """Everything that was read, of one moment."""
 
     job: sa.Row[Any]
-    groups: tuple[Group, ...]
-    ok: Series
-    failed: Series
+    folded: Folded
+    totals: Totals
     examples: tuple[ErrorExample, ...]
     attempts: tuple[sa.Row[Any], ...]
     #: Attempts of other jobs on the same workers at the same time.
@@ -109,20 +78,23 @@ def consistent(db: Engine | Connection) -> Iterator[Connection]:
             yield connection
 
 
-def read_facts(db: Connection, job_id: str) -> Facts:
-    """All that a report needs but the answers. Raises :class:`UnknownName` when there is no such job."""
+def read_facts(db: Connection, job_id: str, detailed: bool = False) -> Facts:
+    """All that a report needs but the answers; ``detailed``: what plots need, too.
+
+    Raises :class:`UnknownName` when there is no such job.
+    """
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
     if job is None:
         raise UnknownName(f"there is no job {job_id}", hint="'promptmill list' shows the jobs.")
-    groups = _groups(db, job_id)
+    folded = fold(db, job_id, job.rows, detailed)
+    groups = folded.groups
     tried = tuple(db.execute(sa.select(attempts).where(attempts.c.job_id == job_id)).all())
     ids = sorted({each.worker_id for each in tried} | {each.worker_id for each in groups if each.worker_id})
     return Facts(
         job=job,
-        groups=groups,
-        ok=read_series(db, job_id, "ok"),
-        failed=read_series(db, job_id, "error"),
-        examples=_examples(db, job_id),
+        folded=folded,
+        totals=_totals(db, job_id),
+        examples=_examples(db, job_id) if any(each.state == "error" for each in groups) else (),
         attempts=tried,
         shared=_shared(db, job_id, tried),
         workers=tuple(db.execute(sa.select(workers).where(workers.c.id.in_(ids)).order_by(workers.c.id)).all()),
@@ -130,55 +102,24 @@ def read_facts(db: Connection, job_id: str) -> Facts:
     )
 
 
-def _groups(db: Connection, job_id: str) -> tuple[Group, ...]:
+def _totals(db: Connection, job_id: str) -> Totals:
     each = results.c
-    key = (each.worker_id, each.state, each.finish_reason, each.error_class)
-    had_slot = sa.and_(each.admitted_at.is_not(None), each.finished_at.is_not(None))
+    computed = sa.and_(each.state == "ok", ~each.deduplicated)
     disordered = sa.or_(each.first_token_at < each.admitted_at, each.finished_at < each.first_token_at)
-    query = (
-        sa.select(
-            *key,
-            sa.func.count(),
-            sa.func.count().filter(had_slot),
-            *(_sum(column) for column in (each.prompt_tokens, each.cached_tokens)),
-            *(_sum(column) for column in (each.output_tokens, each.reasoning_tokens)),
-            sa.func.min(each.admitted_at).filter(had_slot),
-            sa.func.max(each.finished_at).filter(had_slot),
-            sa.func.count().filter(each.output_tokens > each.max_tokens),
-            sa.func.count().filter(each.cached_tokens > each.prompt_tokens),
-            sa.func.count().filter(disordered),
-            sa.func.count().filter(each.enqueued_at > each.admitted_at + CLOCK_TOLERANCE_S),
-            sa.func.count().filter(each.deduplicated),
-        )
-        .where(each.job_id == job_id)
-        .group_by(*key)
-        .order_by(*(sa.func.coalesce(column, "") for column in key))
-    )
-    return tuple(Group(*row) for row in db.execute(query))
-
-
-def _sum(column: sa.Column[int]) -> sa.ColumnElement[int]:
-    # Tokens of an answer that was copied from an identical request were computed once, for that one.
-    # PostgreSQL sums integers to bigint; of nothing, both sum to NULL.
-    return sa.func.coalesce(sa.func.sum(column).filter(~results.c.deduplicated), 0)
-
-
-def read_series(db: Connection, job_id: str, state: str) -> Series:
-    each = results.c
-    columns = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at, each.output_tokens)
-    query = sa.select(*columns).where(
-        each.job_id == job_id,
-        each.state == state,
-        each.admitted_at.is_not(None),
-        each.finished_at.is_not(None),
-    )
-    parts: list[list[Floats]] = [[np.empty(0)] for _ in columns]
-    streamed = db.execute(query, execution_options={"yield_per": FETCH_ROWS})
-    for rows in streamed.partitions():
-        # zip of rows is a transposition; None becomes NaN.
-        for part, values in zip(parts, zip(*rows, strict=True), strict=True):
-            part.append(np.array(values, dtype=np.float64))
-    return Series(*(np.concatenate(part) for part in parts))
+    query = sa.select(
+        # PostgreSQL sums integers to bigint; of nothing, both databases sum to NULL.
+        *(
+            sa.func.coalesce(sa.func.sum(column).filter(computed), 0)
+            for column in (each.prompt_tokens, each.cached_tokens, each.reasoning_tokens)
+        ),
+        sa.func.count().filter(sa.and_(each.state == "ok", each.deduplicated)),
+        sa.func.count().filter(each.output_tokens > each.max_tokens),
+        sa.func.count().filter(each.cached_tokens > each.prompt_tokens),
+        sa.func.count().filter(disordered),
+        sa.func.count().filter(each.enqueued_at > each.admitted_at + CLOCK_TOLERANCE_S),
+    ).where(each.job_id == job_id)
+    counts: tuple[int, ...] = tuple(db.execute(query).one())
+    return Totals(*counts)
 
 
 def _examples(db: Connection, job_id: str) -> tuple[ErrorExample, ...]:

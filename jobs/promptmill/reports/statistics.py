@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from promptmill.reports.rows import Floats
+from promptmill.reports.scan import Floats
 
 #: Resamples of a bootstrap, and its seed: the same rows give the same interval.
 RESAMPLES = 2000

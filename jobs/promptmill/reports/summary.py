@@ -10,24 +10,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from promptmill.reports import checks
 from promptmill.reports.budget import Budget, budget
 from promptmill.reports.checks import Check, Occupancy
-from promptmill.reports.distributions import (
-    Curve,
-    Distribution,
-    distribution,
-    most_at_once,
-    peak_active,
-    queued,
-    throughput_curve,
-    tpot,
-)
-from promptmill.reports.rows import ErrorExample, Facts, Floats, Group, Series, consistent, read_facts
+from promptmill.reports.distributions import Curve, most_at_once
+from promptmill.reports.fold import Group, Plots
+from promptmill.reports.rows import ErrorExample, Facts, consistent, read_facts
+from promptmill.reports.times import Distribution
 from promptmill.scorers.intervals import wilson
 from promptmill.scorers.scoring import Score, score_job
 from promptmill.types import ErrorClass, FinishReason, JobState
@@ -77,6 +69,9 @@ class Summary:
     submitted_at: float
     started_at: float | None
     finished_at: float | None
+    #: First admission and last end of a row.
+    began_at: float | None
+    ended_at: float | None
     rows: int
     attempted: int
     ok: int
@@ -191,26 +186,35 @@ JSON_KEYS = (
 
 
 def summarise(db: Engine | Connection, job_id: str) -> Summary:
-    """The summary of a job at any time of its life.
+    """The summary of a job at any time of its life. Raises what :func:`summarise_with_plots` raises."""
+    return _summarised(db, job_id, False)[0]
+
+
+def summarise_with_plots(db: Engine | Connection, job_id: str) -> tuple[Summary, Plots | None]:
+    """The summary with what its plots show, of one pass over the rows; None where there is nothing to plot.
 
     Raises :class:`promptmill.errors.UnknownName` when there is no such job, and
     :class:`promptmill.errors.TaskFileError` for scores that cannot be computed.
     """
+    return _summarised(db, job_id, True)
+
+
+def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[Summary, Plots | None]:
     with consistent(db) as connection:
-        facts = read_facts(connection, job_id)
+        facts = read_facts(connection, job_id, detailed)
         scores = score_job(connection, facts.job)
-    return _summary(facts, scores)
+    return _summary(facts, scores), facts.folded.plots
 
 
 def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
-    job, groups = facts.job, facts.groups
+    job, folded = facts.job, facts.folded
+    groups = folded.groups
     answered = [group for group in groups if group.state == "ok"]
     ok = _sum(answered, "rows")
     errors = _sum(groups, "rows") - ok
     by_class = _by_class(groups)
     books = budget(facts.attempts, facts.shared, _sum(answered, "output_tokens"))
     occupancy = _occupancy(facts)
-    curve = _curve(facts.ok, occupancy)
     return Summary(
         job_id=job.id,
         state=JobState(job.state),
@@ -220,16 +224,18 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
         errors=errors,
         cancelled=by_class.get(ErrorClass.CANCELLED, 0),
         cut_off=sum(group.rows for group in answered if group.finish_reason == FinishReason.LENGTH),
-        copied=_sum(answered, "copied"),
+        copied=facts.totals.copied,
         success_ci95=wilson(ok, ok + errors) if errors else None,
         wall_s=occupancy.wall_s,
+        began_at=occupancy.began_at,
+        ended_at=occupancy.ended_at,
         mean_active=occupancy.mean_active,
         peak_active=occupancy.peak_active,
         slots=occupancy.slots,
-        curve=curve,
+        curve=folded.curve,
         errors_by_class=by_class,
         error_examples=facts.examples,
-        checks=_checks(facts, books, occupancy, curve),
+        checks=_checks(facts, books, occupancy),
         scores=scores,
         workers=_workers(facts),
         **_columns(facts, books),
@@ -241,27 +247,24 @@ JOB_FIELDS = (
     "name", "stop_reason", "mode", "dataset_name", "dataset_sha256", "model", "model_fingerprint", "task_name",
     "task_sha256", "rows", "submitted_at", "started_at", "finished_at",
 )  # fmt: skip
-TOKEN_FIELDS = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+TOKEN_FIELDS = ("prompt_tokens", "cached_tokens", "reasoning_tokens")
+TIME_FIELDS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
 ENGINE_FIELDS = ("prefill_tps", "decode_tps", "starved_share", "idle_share", "wasted_tokens")
 
 
 def _columns(facts: Facts, books: Budget) -> dict[str, Any]:
     """The fields of the summary that need no thought."""
-    answers = facts.ok
-    answered = [group for group in facts.groups if group.state == "ok"]
     return {
         **{name: getattr(facts.job, name) for name in JOB_FIELDS},
-        **{name: _sum(answered, name) for name in TOKEN_FIELDS},
+        **{name: int(getattr(facts.totals, name)) for name in TOKEN_FIELDS},
         **{name: getattr(books, name) for name in ENGINE_FIELDS},
-        "latency_s": distribution(answers.finished_at - answers.admitted_at),
-        "ttft_s": distribution(answers.first_token_at - answers.admitted_at),
-        "tpot_s": distribution(tpot(answers)),
-        "queue_s": distribution(queued(answers)),
+        **{name: getattr(facts.folded, name) for name in TIME_FIELDS},
+        "output_tokens": _sum((group for group in facts.folded.groups if group.state == "ok"), "output_tokens"),
     }
 
 
-def _checks(facts: Facts, books: Budget, occupancy: Occupancy, curve: Curve | None) -> tuple[Check, ...]:
-    groups = facts.groups
+def _checks(facts: Facts, books: Budget, occupancy: Occupancy) -> tuple[Check, ...]:
+    groups = facts.folded.groups
     answered = [group for group in groups if group.state == "ok"]
     output_tokens = _sum(answered, "output_tokens")
     return (
@@ -270,39 +273,29 @@ def _checks(facts: Facts, books: Budget, occupancy: Occupancy, curve: Curve | No
         checks.slots(occupancy),
         checks.tokens(output_tokens, books),
         checks.time_budget(books),
-        checks.limits(groups),
-        checks.order(groups),
-        checks.curve(curve, output_tokens),
+        checks.limits(facts.totals, _sum(groups, "rows")),
+        checks.order(facts.totals, _sum(groups, "timed")),
+        checks.curve(facts.folded.curve, output_tokens),
     )
 
 
 def _occupancy(facts: Facts) -> Occupancy:
-    begins, ends = _times(facts, "admitted_at"), _times(facts, "finished_at")
+    folded = facts.folded
     return Occupancy(
-        rows=len(begins),
-        began_at=float(begins.min()) if len(begins) else None,
-        ended_at=float(ends.max()) if len(ends) else None,
-        active_s=float((ends - begins).sum()),
-        peak_active=peak_active(begins, ends),
+        rows=folded.timed,
+        began_at=folded.began_at,
+        ended_at=folded.ended_at,
+        active_s=folded.active_s,
+        peak_active=folded.peak_active,
         slots=_slots(facts),
     )
-
-
-def _times(facts: Facts, name: str) -> Floats:
-    return np.concatenate([getattr(facts.ok, name), getattr(facts.failed, name)])
-
-
-def _curve(answers: Series, occupancy: Occupancy) -> Curve | None:
-    if occupancy.began_at is None or occupancy.ended_at is None:
-        return None
-    return throughput_curve(answers, occupancy.began_at, occupancy.ended_at)
 
 
 def _slots(facts: Facts) -> int | None:
     """Slots at one time: a worker that took the place of a dead one brings none in addition."""
     by_worker = _slots_by_worker(facts)
     spans = []
-    for worker_id, groups in _by_worker(facts.groups).items():
+    for worker_id, groups in _by_worker(facts.folded.groups).items():
         begins = [group.first_admitted_at for group in groups if group.first_admitted_at is not None]
         ends = [group.last_finished_at for group in groups if group.last_finished_at is not None]
         if begins and ends:
@@ -329,7 +322,7 @@ def _by_worker(groups: tuple[Group, ...]) -> dict[str, list[Group]]:
 
 def _workers(facts: Facts) -> tuple[WorkerShare, ...]:
     rows, slots = {worker.id: worker for worker in facts.workers}, _slots_by_worker(facts)
-    own = _by_worker(facts.groups)
+    own = _by_worker(facts.folded.groups)
     ids = sorted({*own, *(attempt.worker_id for attempt in facts.attempts)})
     return tuple(
         _worker(id, rows.get(id), own.get(id, []), slots.get(id), facts.memory.get(id, (None, None))) for id in ids

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from promptmill.metrics import METRICS, PERCENTILES, digits
 from promptmill.reports.checks import Check
-from promptmill.reports.distributions import Curve, Distribution
+from promptmill.reports.distributions import Curve
 from promptmill.reports.summary import Summary, WorkerShare
+from promptmill.reports.times import Distribution
 from promptmill.scorers.scoring import Score
 from promptmill.types import JobState
 

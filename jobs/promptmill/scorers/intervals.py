@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 
 def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] | None:
     """The 95 % interval of Student's t of a mean of values from 0 to 1; None of fewer than two, and of equal ones.
@@ -10,14 +12,14 @@ def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] |
     """
     if n < 2:
         return None
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     mean = total / n
     # Equal values say nothing of how far the next one may be: no interval rather than one without width.
     deviation = (max(0.0, squares - n * mean * mean) / (n - 1)) ** 0.5
     if deviation == 0.0:
         return None
-    half = float(t.ppf(0.975, n - 1)) * deviation / n**0.5
+    half = float(stdtrit(n - 1, 0.975)) * deviation / n**0.5
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -25,8 +27,9 @@ def wilson(successes: int, n: int) -> tuple[float, float] | None:
     """The 95 % Wilson interval of the rate ``successes / n``; None of nothing."""
     if n == 0:
         return None
-    # SciPy's statistics take more than a second to import: only reports with a rate pay.
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    # Wilson (1927). SciPy has it, but its statistics take more than a second to import, and every report has a rate.
+    z = NormalDist().inv_cdf(0.975)
+    rate = successes / n
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    return (0.0 if successes == 0 else middle - half), (1.0 if successes == n else middle + half)

@@ -1,0 +1,243 @@
+"""The rows of a job folded into what a report prints, in one pass and in memory that does not grow with the job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from promptmill.reports import times
+from promptmill.reports.distributions import CURVE_SLICES, Active, Curve, Spread, add_output, queued, tpot
+from promptmill.reports.scan import Floats, Ints, Key, Series, Truths, blocks, keys
+from promptmill.reports.times import Times
+from promptmill.tables import results
+
+#: Slices of plots over time, and points of the scatter plot: more are a blot, and megabytes.
+PLOT_SLICES = 240
+SCATTER = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sums over the rows of one worker, state, finish reason and error class. ``timed`` rows had a slot."""
+
+    worker_id: str | None
+    state: str
+    finish_reason: str | None
+    error_class: str | None
+    rows: int
+    timed: int
+    output_tokens: int
+    first_admitted_at: float | None
+    last_finished_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plots:
+    """What only plots show. Each column has PLOT_SLICES values; the scatter is of a sample of rows."""
+
+    slice_s: float
+    output_tps: Floats
+    prefill_tps: Floats
+    active: Floats
+    waiting: Floats
+    scatter_tokens: Floats
+    scatter_latency_s: Floats
+    latency: Times
+    latency_edges: Floats
+    latency_counts: Floats
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """Everything that comes from single rows. None: no row had a slot."""
+
+    groups: tuple[Group, ...] = ()
+    began_at: float | None = None
+    ended_at: float | None = None
+    timed: int = 0
+    active_s: float = 0.0
+    peak_active: int = 0
+    latency_s: times.Distribution = field(default_factory=lambda: times.Distribution(0))
+    ttft_s: times.Distribution = field(default_factory=lambda: times.Distribution(0))
+    tpot_s: times.Distribution = field(default_factory=lambda: times.Distribution(0))
+    queue_s: times.Distribution = field(default_factory=lambda: times.Distribution(0))
+    curve: Curve | None = None
+    plots: Plots | None = None
+
+
+def fold(db: Connection, job_id: str, rows: int, detailed: bool = False) -> Folded:
+    """Read the job once. ``rows``: how many it may have; ``detailed``: what plots need, too."""
+    known = keys(db, job_id)
+    counts = _Counts(known)
+    exact = rows <= times.EXACT_ROWS
+    if exact:
+        shape, parts = None, _Parts()
+    else:
+        shape, parts = _Shape.over(_span(db, job_id), rows, False, detailed), None
+    answered = np.array([key.state == "ok" for key in known], dtype=bool)
+    for places, series in blocks(db, job_id, known, detailed):
+        timed = series.timed
+        counts.add(places, series, timed)
+        places, series = places[timed], series.where(timed)
+        ok = answered[places]
+        if parts is not None:
+            parts.ok.append(series.where(ok))
+            parts.failed.append(series.where(~ok))
+        elif shape is not None:
+            shape.add(series.where(ok), series.where(~ok))
+    if parts is not None:
+        ok_rows, failed = Series.joined(parts.ok), Series.joined(parts.failed)
+        shape = _Shape.over(_span_of(ok_rows, failed), rows, True, detailed)
+        if shape is not None:
+            shape.add(ok_rows, failed)
+    return Folded(groups=counts.groups()) if shape is None else shape.folded(counts.groups())
+
+
+@dataclass(slots=True)
+class _Parts:
+    ok: list[Series] = field(default_factory=list)
+    failed: list[Series] = field(default_factory=list)
+
+
+def _span(db: Connection, job_id: str) -> tuple[float, float] | None:
+    each = results.c
+    query = sa.select(sa.func.min(each.admitted_at), sa.func.max(each.finished_at)).where(
+        each.job_id == job_id, each.admitted_at.is_not(None), each.finished_at.is_not(None)
+    )
+    begin, end = db.execute(query).one()
+    return None if begin is None else (float(begin), float(end))
+
+
+def _span_of(*parts: Series) -> tuple[float, float] | None:
+    parts = tuple(part for part in parts if len(part))
+    if not parts:
+        return None
+    return min(float(part.admitted_at.min()) for part in parts), max(float(part.finished_at.max()) for part in parts)
+
+
+class _Counts:
+    """Sums for each key."""
+
+    def __init__(self, known: list[Key]) -> None:
+        self._known = known
+        count = len(known)
+        self._rows, self._timed = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        self._tokens = np.zeros(count)
+        self._first, self._last = np.full(count, np.inf), np.full(count, -np.inf)
+
+    def add(self, places: Ints, series: Series, timed: Truths) -> None:
+        count = len(self._known)
+        self._rows += np.bincount(places, minlength=count)
+        self._timed += np.bincount(places[timed], minlength=count)
+        self._tokens += np.bincount(places, series.output_tokens, count)
+        np.minimum.at(self._first, places[timed], series.admitted_at[timed])
+        np.maximum.at(self._last, places[timed], series.finished_at[timed])
+
+    def groups(self) -> tuple[Group, ...]:
+        columns = zip(self._known, self._rows, self._timed, self._tokens, self._first, self._last, strict=True)
+        return tuple(
+            Group(
+                key.worker_id, key.state, key.finish_reason, key.error_class, int(rows), int(timed), int(tokens),
+                float(first) if timed else None, float(last) if timed else None,
+            )
+            for key, rows, timed, tokens, first, last in columns
+        )  # fmt: skip
+
+
+class _Shape:
+    """Figures of single rows that need to know when the job began and ended."""
+
+    def __init__(self, begin: float, end: float, rows: int, exact: bool, detailed: bool) -> None:
+        self._begin, self._end = begin, end
+        self._latency, self._ttft, self._tpot, self._queue = (Times(exact) for _ in range(4))
+        self._active = Active(begin, end, exact)
+        self._has_time = end > begin
+        self._output = Spread(begin, end, CURVE_SLICES) if self._has_time else None
+        self._plots = _PlotShape(begin, end, rows) if detailed and self._has_time else None
+
+    @staticmethod
+    def over(span: tuple[float, float] | None, rows: int, exact: bool, detailed: bool) -> _Shape | None:
+        return None if span is None else _Shape(*span, rows, exact, detailed)
+
+    def add(self, ok: Series, failed: Series) -> None:
+        latency = ok.finished_at - ok.admitted_at
+        self._latency.add(latency)
+        self._ttft.add(ok.first_token_at - ok.admitted_at)
+        self._tpot.add(tpot(ok))
+        self._queue.add(queued(ok))
+        self._active.add(*(np.concatenate([getattr(ok, name), getattr(failed, name)]) for name in _SLOT))
+        if self._output is not None:
+            add_output(self._output, ok)
+        if self._plots is not None:
+            self._plots.add(ok, failed, latency)
+
+    def folded(self, groups: tuple[Group, ...]) -> Folded:
+        curve = None
+        if self._output is not None and len(self._latency):
+            curve = Curve(self._output.slice_s, tuple((self._output.tokens() / self._output.slice_s).tolist()))
+        return Folded(
+            groups=groups, began_at=self._begin, ended_at=self._end, timed=self._active.rows,
+            active_s=self._active.active_s, peak_active=self._active.peak, curve=curve,
+            latency_s=self._latency.distribution(), ttft_s=self._ttft.distribution(),
+            tpot_s=self._tpot.distribution(), queue_s=self._queue.distribution(),
+            plots=self._plots.made(self._latency) if self._plots is not None and len(self._latency) else None,
+        )  # fmt: skip
+
+
+_SLOT = ("admitted_at", "finished_at")
+
+
+class _PlotShape:
+    """Curves over PLOT_SLICES and a sample of rows."""
+
+    def __init__(self, begin: float, end: float, rows: int) -> None:
+        self._output, self._prefill = (Spread(begin, end, PLOT_SLICES) for _ in range(2))
+        self._active, self._waiting = (_Covering(begin, end) for _ in range(2))
+        self._step = max(1, rows // SCATTER)
+        self._seen = 0
+        self._sample: list[tuple[Floats, Floats]] = []
+
+    def add(self, ok: Series, failed: Series, latency: Floats) -> None:
+        add_output(self._output, ok)
+        known = np.isfinite(ok.first_token_at)
+        self._prefill.between(ok.admitted_at[known], ok.first_token_at[known], ok.prefill_tokens[known])
+        for rows in (ok, failed):
+            self._active.add(rows.admitted_at, rows.finished_at)
+            queued_rows = np.isfinite(rows.enqueued_at)
+            self._waiting.add(rows.enqueued_at[queued_rows], rows.admitted_at[queued_rows])
+        first = -self._seen % self._step
+        self._sample.append((ok.output_tokens[first :: self._step], latency[first :: self._step]))
+        self._seen += len(ok)
+
+    def made(self, latency: Times) -> Plots:
+        tokens, seconds = (np.concatenate(column) for column in zip(*self._sample, strict=True))
+        top = float(latency.percentiles([99.5])[0])
+        counts, edges = latency.histogram(60 if len(latency) > 200 else 20, top or 1.0)
+        slice_s = self._output.slice_s
+        return Plots(
+            slice_s=slice_s, output_tps=self._output.tokens() / slice_s, prefill_tps=self._prefill.tokens() / slice_s,
+            active=self._active.counts(), waiting=self._waiting.counts(), scatter_tokens=tokens,
+            scatter_latency_s=seconds, latency=latency, latency_edges=edges, latency_counts=counts,
+            rows=len(latency),
+        )  # fmt: skip
+
+
+class _Covering:
+    """How many spans cover each slice's end."""
+
+    def __init__(self, begin: float, end: float) -> None:
+        self._begin, self._slice_s = begin, (end - begin) / PLOT_SLICES
+        self._changes = np.zeros(PLOT_SLICES + 1)
+
+    def add(self, begins: Floats, ends: Floats) -> None:
+        for at, change in ((begins, 1.0), (ends, -1.0)):
+            place = np.clip(((at - self._begin) / self._slice_s).astype(np.int64), 0, PLOT_SLICES)
+            self._changes += change * np.bincount(place, minlength=PLOT_SLICES + 1)
+
+    def counts(self) -> Floats:
+        covering: Floats = np.maximum(np.cumsum(self._changes)[:PLOT_SLICES], 0.0)
+        return covering

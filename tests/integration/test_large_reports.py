@@ -1,0 +1,118 @@
+"""Reports on either database: each figure equals what pandas makes of the export, of values held or counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from promptmill import parquet_form
+from promptmill.database import connect, upgrade
+from promptmill.reports import times
+from promptmill.reports.html import text as page
+from promptmill.reports.summary import summarise
+from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
+
+ROWS = 400
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[sa.Engine]:
+    engine = connect(database_url)
+    upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+def fill(db: sa.Engine) -> None:
+    """Rows with overlaps, errors with and without a slot, copies, and a worker whose name needs quoting."""
+    generator = np.random.default_rng(5)
+    workers = ("box/cpu/1", "o'box%s/cpu/2")
+    rows: list[dict[str, Any]] = []
+    for row in range(ROWS):
+        begin = START + row / 7 + float(generator.exponential(0.05))
+        tokens = int(generator.integers(0, 40))
+        first = begin + float(generator.lognormal(-2, 0.5))
+        times_ = {"enqueued_at": START - 1, "admitted_at": begin, "first_token_at": first}
+        end = first + max(tokens - 1, 0) * 0.02
+        worker = workers[row % 2]
+        if row % 50 == 3:
+            slot = times_ if row % 100 == 3 else {"enqueued_at": START, "admitted_at": None, "first_token_at": None}
+            finished = end if row % 100 == 3 else None
+            rows.append(failure(row, "timeout", "late", **slot, finished_at=finished, worker_id=worker))
+        else:
+            rows.append(answer(row, **times_, finished_at=end, output_tokens=tokens, worker_id=worker,
+                               finish_reason="length" if tokens == 39 else "stop"))  # fmt: skip
+    store(db, rows, tried=[counters()])
+    for name in workers:
+        store_worker(db, name)
+
+
+def recomputed(path: Path) -> dict[str, Any]:
+    """The figures by their definitions in promptmill.metrics, from the export alone."""
+    pandas = pytest.importorskip("pandas")
+    rows = pandas.read_parquet(path)
+    ok, slot = rows[rows.state == "ok"], rows.dropna(subset=["admitted_at", "finished_at"])
+    wall = slot.finished_at.max() - slot.admitted_at.min()
+    several = ok[ok.output_tokens >= 2]
+    columns = {
+        "latency_s": ok.finished_at - ok.admitted_at,
+        "ttft_s": ok.first_token_at - ok.admitted_at,
+        "tpot_s": (several.finished_at - several.first_token_at) / (several.output_tokens - 1),
+        "queue_s": (ok.admitted_at - ok.enqueued_at).clip(lower=0),
+    }
+    changes = pandas.concat([pandas.Series(1, slot.admitted_at), pandas.Series(-1, slot.finished_at)])
+    changes = changes.to_frame("change").rename_axis("at").reset_index().sort_values(["at", "change"])
+    found = {
+        "attempted": len(rows), "ok": len(ok), "errors": len(rows) - len(ok),
+        "cut_off": (ok.finish_reason == "length").sum(), "success_rate": len(ok) / len(rows), "wall_s": wall,
+        "items_per_s": len(ok) / wall, "output_tps": ok.output_tokens.sum() / wall,
+        "total_tps": (ok.prompt_tokens - ok.cached_tokens + ok.output_tokens).sum() / wall,
+        "prompt_tokens": ok.prompt_tokens.sum(), "cached_tokens": ok.cached_tokens.sum(),
+        "output_tokens": ok.output_tokens.sum(), "cached_share": ok.cached_tokens.sum() / ok.prompt_tokens.sum(),
+        "mean_output_tokens": ok.output_tokens.mean(),
+        "mean_active": (slot.finished_at - slot.admitted_at).sum() / wall,
+        "peak_active": changes.change.cumsum().max(),
+    }  # fmt: skip
+    for name, values in columns.items():
+        found |= {f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in times.PERCENTILES.items()}
+        found[f"{name}.mean"] = values.mean()
+    return found
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["held", "counted"])
+def test_every_figure_equals_what_pandas_makes_of_the_export(
+    db: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    fill(db)
+    parquet_form.write(db, JOB, str(tmp_path / "out.parquet"))
+    if not exact:
+        monkeypatch.setattr(times, "EXACT_ROWS", 100)
+    found = summarise(db, JOB)
+    assert found.latency_s.exact is exact
+    for name, value in recomputed(tmp_path / "out.parquet").items():
+        stem, _, part = name.partition(".")
+        own = getattr(getattr(found, stem), part) if part else getattr(found, stem)
+        # A bucket is 0.01 % wide; nothing else is approximate.
+        assert own == pytest.approx(value, rel=1e-9 if exact or not part else 2e-4), name
+
+
+def test_blocks_of_any_size_give_the_same_report(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(db)
+    whole = summarise(db, JOB).to_json()
+    monkeypatch.setattr("promptmill.reports.scan.BLOCK_ROWS", 7)
+    again = summarise(db, JOB).to_json()
+    assert again.pop("curve")["output_tps"] == pytest.approx(whole.pop("curve")["output_tps"])
+    assert str(again) == str(whole)
+
+
+def test_html_of_counted_rows(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(db)
+    monkeypatch.setattr(times, "EXACT_ROWS", 100)
+    text = page(db, JOB)
+    assert text.count("<svg") >= 6
+    assert len(text.encode()) < 1_000_000
