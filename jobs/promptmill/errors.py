@@ -87,6 +87,10 @@ class JobExists(JobError):
         self.job_id = job_id
 
 
+class QueueFull(JobError):
+    """More requests would wait than are allowed to."""
+
+
 class JobFailed(PromptmillError):
     """A job ended without success."""
 

@@ -55,6 +55,14 @@ class Settings(BaseSettings):
         100_000_000, ge=1, description="Waiting requests of all jobs; a submission beyond it is refused"
     )
     grace_s: float = Field(30.0, ge=0, description="Seconds that running requests get to end when a worker stops")
+    files_dir: str | None = Field(None, description="Where the API keeps files; unset: beside the platform's app data")
+    api_max_file_bytes: int = Field(512 * 2**20, ge=1, description="Largest file that the API takes")
+    api_max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest body of any other call of the API")
+    api_timeout_s: float = Field(600.0, gt=0, description="Seconds that the API waits for an answer of a worker")
+    api_requests_per_s: float | None = Field(None, gt=0, description="Calls a second of one API key; unset: any")
+    api_queued_requests: int | None = Field(None, ge=1, description="Waiting requests of one API key; unset: any")
+    api_stored_bytes: int | None = Field(None, ge=1, description="Bytes of files of one API key; unset: any")
+    api_concurrent: int = Field(512, ge=1, description="Answers that one API key may wait for at a time")
     runtime_dir: str | None = Field(None, description="Folder of locks; unset: /tmp/promptmill-UID")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 

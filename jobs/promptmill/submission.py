@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 from ulid import ULID
 
 from promptmill.database import copy_rows, epoch, refresh_statistics, writing
-from promptmill.errors import BadLines, DatasetError, JobError, JobExists, PromptmillError
+from promptmill.errors import BadLines, DatasetError, JobExists, PromptmillError, QueueFull
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
@@ -80,6 +80,9 @@ class JobOrder:
     use_cache: bool = False
     #: Waiting requests that the queue holds at most; None sets no limit.
     queue_limit: int | None = None
+    #: The API key that it belongs to, and the waiting requests that all jobs of that key may have.
+    api_key_id: str | None = None
+    key_limit: int | None = None
 
 
 @dataclass(slots=True)
@@ -229,14 +232,20 @@ def _twin(db: Connection, key: str) -> sa.Row[Any, Any] | None:
 
 
 def _refuse_full_queue(db: Connection, order: JobOrder, rows: int) -> None:
-    if order.queue_limit is None or order.mode != "queue":
+    if order.mode != "queue":
         return
-    waiting = waiting_requests(db, order.mode)
-    if waiting + rows > order.queue_limit:
-        raise JobError(
+    if order.queue_limit is not None and (waiting := waiting_requests(db, order.mode)) + rows > order.queue_limit:
+        raise QueueFull(
             f"the queue is full: {waiting:,} requests wait, and {rows:,} more would exceed {order.queue_limit:,}",
             hint="Wait, cancel a job, or raise JOBS_MAX_QUEUED_REQUESTS.",
         )
+    if order.key_limit is not None:
+        waiting = waiting_requests(db, order.mode, order.api_key_id)
+        if waiting + rows > order.key_limit:
+            raise QueueFull(
+                f"this key has {waiting:,} requests waiting, and {rows:,} more would exceed its {order.key_limit:,}",
+                hint="Wait for them, or cancel some.",
+            )
 
 
 def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int, submitting: bool = True) -> None:
@@ -278,6 +287,7 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
         "env": json.dumps(_environment()), "submitted_at": now, "deadline_at": order.deadline_at,
         "expires_at": order.expires_at, "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
+        "api_key_id": order.api_key_id,
         "selection": json.dumps(order.selection.to_json(), ensure_ascii=False) if order.selection.to_json() else None,
     }  # fmt: skip
 

@@ -76,7 +76,10 @@ jobs = Table(
     Column("submitted_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
+    # The API key that made it; NULL for jobs of the command line and of an API without keys.
+    Column("api_key_id", String(26)),
     CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
+    Index("ix_jobs_api_key_id", "api_key_id"),
     Index("ix_jobs_state", "state"),
     Index("ix_jobs_name", "name"),
     Index("ix_jobs_key_sha256", "key_sha256"),
@@ -151,6 +154,8 @@ attempts = Table(
     Column("wasted_tokens", BigInteger),
     Column("peak_active", Integer),
     Column("peak_kv_cells", Integer),
+    # Requests of the API that ran on the same engine meanwhile: the counters are theirs too.
+    Column("live_requests", Integer),
     PrimaryKeyConstraint("job_id", "number", "attempt"),
     ForeignKeyConstraint(["job_id", "number"], ["chunks.job_id", "chunks.number"], ondelete="CASCADE"),
 )
@@ -330,9 +335,16 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     # The key itself is shown once and never stored.
     Column("key_sha256", String(64), nullable=False, unique=True),
+    # Of 'read', 'submit' and 'admin', with commas between them.
     Column("scopes", Text, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("revoked", Boolean, nullable=False, default=False, server_default="0"),
+    # Limits; NULL stands for the settings' own.
+    Column("requests_per_s", Double),
+    Column("queued_requests", BigInteger),
+    Column("stored_bytes", BigInteger),
+    Column("concurrent", Integer),
+    Column("last_used_at", Double),
 )
 
 files = Table(
@@ -346,6 +358,8 @@ files = Table(
     Column("api_key_id", String(26), ForeignKey("api_keys.id")),
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
+    # 'processed', or 'deleting' while its bytes are removed.
+    Column("status", String(16), nullable=False, server_default="processed"),
 )
 
 batches = Table(
@@ -353,9 +367,10 @@ batches = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("job_id", JobId, ForeignKey("jobs.id")),
-    Column("input_file_id", String(64), ForeignKey("files.id"), nullable=False),
-    Column("output_file_id", String(64), ForeignKey("files.id")),
-    Column("error_file_id", String(64), ForeignKey("files.id")),
+    # No foreign keys: an unknown file fails the batch and not the call, and files may be deleted before it.
+    Column("input_file_id", String(64), nullable=False),
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
     Column("endpoint", String(64), nullable=False),
     Column("state", String(16), nullable=False),
     # JSON, as the client gave it.
@@ -363,4 +378,28 @@ batches = Table(
     Column("api_key_id", String(26), ForeignKey("api_keys.id")),
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
+    Column("completion_window", String(16), nullable=False, server_default="24h"),
+    Column("priority", Integer, nullable=False, server_default="5"),
+    # YAML of a task file.
+    Column("task_text", Text),
+    Column("model", Text),
+    # JSON: a list of {code, line, message, param}.
+    Column("errors", Text),
+    Column("idempotency_key", String(255)),
+    Column("output_expires_after_s", BigInteger),
+    # The server that looks after it, and until when.
+    Column("claimed_by", String(64)),
+    # Counts at its end; those of a running one come from its job.
+    Column("total", Integer, nullable=False, server_default="0"),
+    Column("completed", Integer, nullable=False, server_default="0"),
+    Column("failed", Integer, nullable=False, server_default="0"),
+    Column("in_progress_at", Double),
+    Column("finalizing_at", Double),
+    Column("completed_at", Double),
+    Column("failed_at", Double),
+    Column("expired_at", Double),
+    Column("cancelling_at", Double),
+    Column("cancelled_at", Double),
+    Column("claimed_until", Double),
+    Index("ix_batches_state", "state"),
 )

@@ -35,6 +35,8 @@ COMMANDS = {
     "cancel": ("promptmill.cli.control:cancel", "End a job."),
     "rm": ("promptmill.cli.retention:rm", "Remove jobs and their results."),
     "gc": ("promptmill.cli.retention:gc", "Remove jobs that ended long ago."),
+    "api": ("promptmill.cli.api:api", "Serve the REST API and the live page."),
+    "keys": ("promptmill.cli.keys:keys", "Who may use the API: create, list, revoke."),
     "db": ("promptmill.cli.db:db", "The database: upgrade, current revision."),
     "models": ("promptmill.cli.models:models", "Models at hand."),
     "init": ("promptmill.cli.init:init", "Write a commented task file to begin with."),

@@ -19,11 +19,14 @@ from promptmill.types import ChunkState, JobState
 UNENDED = (*OPEN_STATES, JobState.PAUSED.value)
 
 
-def waiting_requests(db: Connection, mode: str) -> int:
-    """Rows of unended jobs of a mode ('queue' or 'embedded') that have no result yet."""
+def waiting_requests(db: Connection, mode: str, api_key_id: str | None = None) -> int:
+    """Rows of unended jobs of a mode ('queue' or 'embedded'), or of one API key's, that have no result yet."""
     waiting = sa.func.sum(chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved)
     query = sa.select(waiting).join(jobs, jobs.c.id == chunks.c.job_id)
-    return int(db.execute(query.where(jobs.c.state.in_(UNENDED), jobs.c.mode == mode)).scalar() or 0)
+    query = query.where(jobs.c.state.in_(UNENDED), jobs.c.mode == mode)
+    if api_key_id is not None:
+        query = query.where(jobs.c.api_key_id == api_key_id)
+    return int(db.execute(query).scalar() or 0)
 
 
 class Jobs(LedgerBase):

@@ -1,0 +1,97 @@
+"""The application, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from sqlalchemy.engine import Engine
+
+from promptmill.api import batches, errors, files, models, system
+from promptmill.api.file_store import FileStore
+from promptmill.api.limits import Limits
+from promptmill.api.middleware import Gate, Timings
+from promptmill.api.model_directory import ModelDirectory
+from promptmill.api.services import Services
+from promptmill.ledger import Ledger
+from promptmill.settings import Settings
+
+log = logging.getLogger("promptmill.api")
+
+#: Threads that wait for the database: as many as its pool has connections.
+THREADS = 16
+
+#: Seconds before the process that looks after batches is started again, doubled up to the longest.
+RESTART_S = 0.5
+LONGEST_RESTART_S = 30.0
+
+DESCRIPTION = """OpenAI-compatible files, batches, models, chat completions, completions and embeddings, and the jobs
+of promptmill, on one queue. Set the base URL of a client to this server's address and `/v1`."""
+
+
+def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
+    """The application over an open database. ``locked``: a key is asked for."""
+    timings = Timings()
+    parts = Services(
+        settings=settings,
+        db=db,
+        ledger=Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts),
+        store=FileStore(settings, db),
+        limits=Limits(settings),
+        models=ModelDirectory(db),
+        locked=locked,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="db"))
+        keeper = asyncio.create_task(_keep_batches())
+        try:
+            yield
+        finally:
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+
+    app = FastAPI(
+        title="promptmill", version=version("promptmill"), description=DESCRIPTION, lifespan=lifespan,
+        docs_url=None, redoc_url=None, redirect_slashes=False,
+    )  # fmt: skip
+    app.state.services = parts
+    app.state.timings = timings
+    errors.install(app)
+    for module in (files, batches, models, system):
+        app.include_router(module.router)
+    app.add_middleware(
+        Gate, timings=timings, largest_body=settings.api_max_body_bytes, largest_upload=settings.api_max_file_bytes,
+        locked=locked,
+    )  # fmt: skip
+    return app
+
+
+async def _keep_batches() -> None:
+    """Batches are looked after by a process of their own: a million lines must not slow an answer down."""
+    delay = RESTART_S
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "promptmill.api.batch_keeper"], stdin=subprocess.PIPE, start_new_session=True
+        )
+        started = asyncio.get_running_loop().time()
+        try:
+            while process.poll() is None:
+                await asyncio.sleep(0.5)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=6)
+        delay = RESTART_S if asyncio.get_running_loop().time() - started > 60 else min(2 * delay, LONGEST_RESTART_S)
+        log.warning("the process that looks after batches ended (%s); next start in %g s", process.returncode, delay)
+        await asyncio.sleep(delay)

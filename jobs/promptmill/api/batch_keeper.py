@@ -1,0 +1,348 @@
+"""Moves batches along: validates, submits, waits for the job, writes the files. A process of its own.
+
+What it does, it can do again: it may be killed anywhere, and another one goes on. Several servers may run one each;
+a batch belongs to one of them for as long as it is renewed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, Row
+from ulid import ULID
+
+from promptmill.api.batch_rows import CLAIM_S, OPEN, move
+from promptmill.api.batch_validation import validate
+from promptmill.api.file_store import FileStore
+from promptmill.api.keys import LOCAL
+from promptmill.api.model_directory import ModelDirectory
+from promptmill.broker import Broker
+from promptmill.catalog import FETCH_ROWS
+from promptmill.database import epoch, open_database, reading, writing
+from promptmill.dispatch import Dispatcher
+from promptmill.errors import BrokerError, PromptmillError
+from promptmill.ledger import Ledger
+from promptmill.ledger.base import counts_of
+from promptmill.readers import open_dataset
+from promptmill.result_formats import openai_line
+from promptmill.settings import Settings, load_settings
+from promptmill.submission import JobOrder, submit
+from promptmill.tables import api_keys, batches, files, jobs, requests, results
+from promptmill.task_file import parse_task
+from promptmill.types import JobState
+
+log = logging.getLogger("promptmill.api.batches")
+
+#: Seconds between looks at the open batches, and between sweeps of expired files.
+TICK_S = 0.25
+SWEEP_S = 600.0
+
+#: Batches worked on at one time.
+AT_ONCE = 2
+
+#: How the job of a batch ended -> what the batch is then. A job that could not go on at all fails its batch.
+ENDS = {
+    JobState.COMPLETED: "completed", JobState.FAILED: "completed", JobState.CANCELLED: "cancelled",
+    JobState.EXPIRED: "expired",
+}  # fmt: skip
+
+#: Of rows that were never answered: code and message, by how the batch ended.
+UNANSWERED = {
+    "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
+    "cancelled": ("batch_cancelled", "This request was not executed: the batch was cancelled."),
+    "completed": ("batch_failed", "This request was not executed: the model could not answer."),
+}
+
+
+class Keeper:
+    """One server's batches."""
+
+    def __init__(self, settings: Settings, db: Engine) -> None:
+        self.settings = settings
+        self.db = db
+        self.id = str(ULID())
+        self.ledger = Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+        self.store = FileStore(settings, db)
+        self.models = ModelDirectory(db)
+        self.dispatcher = Dispatcher(self.ledger, Broker(settings.redis_url))
+        self._busy: set[str] = set()
+        self._lock = threading.Lock()
+
+    def run(self, stopping: threading.Event) -> None:
+        """Look after batches until told to stop."""
+        swept = float("-inf")
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            while not stopping.wait(TICK_S):
+                try:
+                    self.ledger.expire_overdue()
+                    for batch_id in self._due():
+                        threads.submit(self._keep, batch_id)
+                    if time.monotonic() - swept > SWEEP_S:
+                        self.store.sweep()
+                        swept = time.monotonic()
+                except (PromptmillError, sa.exc.SQLAlchemyError, OSError) as problem:
+                    log.warning("batches wait: %s", str(problem).splitlines()[0][:200])
+                    stopping.wait(1.0)
+
+    def _due(self) -> list[str]:
+        """Batches with something to do, that are free or ours; they are ours then."""
+        ended = sa.exists().where(
+            jobs.c.id == batches.c.job_id, jobs.c.state.in_([each.value for each in JobState if each.is_final])
+        )
+        free = sa.or_(
+            batches.c.claimed_until.is_(None), batches.c.claimed_until < epoch(), batches.c.claimed_by == self.id
+        )
+        waits = sa.or_(batches.c.state != "in_progress", ended, batches.c.job_id.is_(None))
+        with reading(self.db) as connection:
+            found = connection.execute(
+                sa.select(batches.c.id).where(batches.c.state.in_(OPEN), waits, free).order_by(batches.c.id).limit(20)
+            ).scalars()
+            candidates = [each for each in found if each not in self._busy]
+        return [each for each in candidates if self._claim(each)]
+
+    def _claim(self, batch_id: str) -> bool:
+        with self._lock:
+            if len(self._busy) >= AT_ONCE or batch_id in self._busy:
+                return False
+            self._busy.add(batch_id)
+        if self._renew(batch_id):
+            return True
+        self._busy.discard(batch_id)
+        return False
+
+    def _renew(self, batch_id: str) -> bool:
+        free = sa.or_(
+            batches.c.claimed_until.is_(None), batches.c.claimed_until < epoch(), batches.c.claimed_by == self.id
+        )
+        with writing(self.db) as connection:
+            changed = connection.execute(
+                sa.update(batches)
+                .where(batches.c.id == batch_id, free)
+                .values(claimed_by=self.id, claimed_until=epoch() + CLAIM_S)
+            )
+        return changed.rowcount == 1
+
+    @contextlib.contextmanager
+    def _renewing(self, batch_id: str) -> Iterator[None]:
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(CLAIM_S / 4):
+                with contextlib.suppress(Exception):
+                    self._renew(batch_id)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _keep(self, batch_id: str) -> None:
+        try:
+            with self._renewing(batch_id):
+                batch = self._read(batch_id)
+                step = {"validating": self._start, "in_progress": self._close, "finalizing": self._finalise}
+                step.get(batch.state, self._end_cancelled)(batch)
+        except PromptmillError as problem:
+            log.warning("batch %s waits: %s", batch_id, problem.message[:200])
+        except Exception:
+            log.exception("batch %s waits", batch_id)
+            time.sleep(1.0)
+        finally:
+            self._busy.discard(batch_id)
+
+    def _read(self, batch_id: str) -> Row[Any]:
+        with reading(self.db) as connection:
+            return connection.execute(sa.select(batches).where(batches.c.id == batch_id)).one()
+
+    # --- validating --------------------------------------------------------------------------------------------------
+
+    def _start(self, batch: Row[Any]) -> None:
+        """Validate the file and make the job; the file's error list otherwise."""
+        file = self._input(batch)
+        if file is None:
+            message = f"Cannot find file {batch.input_file_id}, or organization does not have access to it."
+            self._fail(batch, [{"code": "invalid_request", "line": None, "message": message, "param": "file_id"}])
+            return
+        self.models.refresh()
+        findings = validate(str(self.store.path(file.id)), batch.endpoint, self.models.resolve)
+        if findings.errors:
+            self._fail(batch, findings.errors)
+            return
+        assert findings.model is not None
+        try:
+            job_id = self._job_of(batch) or self._submit(batch, file, findings.model)
+        except PromptmillError as problem:
+            error = {"code": "invalid_request", "line": None, "message": problem.message[:1000], "param": None}
+            self._fail(batch, [error])
+            return
+        with writing(self.db) as connection:
+            moved = move(
+                connection, batch.id, ("validating",), "in_progress", job_id=job_id, model=findings.model,
+                total=findings.lines,
+            )  # fmt: skip
+            if not moved:
+                # It was cancelled meanwhile: its end is that of its job.
+                connection.execute(
+                    sa.update(batches)
+                    .where(batches.c.id == batch.id, batches.c.state == "cancelling")
+                    .values(job_id=job_id, model=findings.model, total=findings.lines)
+                )
+        if not moved:
+            return
+        with contextlib.suppress(BrokerError):
+            # Without Redis the job waits: any worker publishes it later.
+            self.dispatcher.dispatch(job_id, self.models.resolve(findings.model) or findings.model, batch.priority)
+
+    def _input(self, batch: Row[Any]) -> Row[Any] | None:
+        mine = files.c.api_key_id.is_not_distinct_from(batch.api_key_id)
+        if batch.api_key_id is None or self._is_admin(batch.api_key_id):
+            mine = LOCAL.owned(files.c.api_key_id)
+        with reading(self.db) as connection:
+            return connection.execute(
+                sa.select(files).where(files.c.id == batch.input_file_id, mine, files.c.status == "processed")
+            ).one_or_none()
+
+    def _is_admin(self, key_id: str) -> bool:
+        with reading(self.db) as connection:
+            scopes = connection.execute(sa.select(api_keys.c.scopes).where(api_keys.c.id == key_id)).scalar()
+        return "admin" in (scopes or "").split(",")
+
+    def _job_of(self, batch: Row[Any]) -> str | None:
+        """The job of a batch whose keeper died before it wrote it down."""
+        with reading(self.db) as connection:
+            found: str | None = connection.execute(sa.select(jobs.c.id).where(jobs.c.name == batch.id)).scalar()
+        return found
+
+    def _submit(self, batch: Row[Any], file: Row[Any], model: str) -> str:
+        task = parse_task(batch.task_text, batch.id) if batch.task_text else None
+        limits = self._limits(batch.api_key_id)
+        order = JobOrder(
+            model=self.models.resolve(model) or model, mode="queue", task=task, name=batch.id,
+            sampling=dict(task.generate) if task else {}, priority=batch.priority, max_errors="100%", skip_invalid=True,
+            deadline_at=batch.expires_at, queue_limit=self.settings.max_queued_requests, api_key_id=batch.api_key_id,
+            key_limit=limits,
+        )  # fmt: skip
+        mapping = task.mapping if task else {}
+        path = self.store.path(file.id)
+        with open_dataset(path, format="openai_batch", has_template=task is not None, **mapping) as dataset:
+            dataset.name = file.name
+            return submit(self.db, dataset, order)
+
+    def _limits(self, key_id: str | None) -> int | None:
+        if key_id is None:
+            return None
+        with reading(self.db) as connection:
+            own = connection.execute(sa.select(api_keys.c.queued_requests).where(api_keys.c.id == key_id)).scalar()
+        return own or self.settings.api_queued_requests
+
+    def _fail(self, batch: Row[Any], errors: list[dict[str, Any]]) -> None:
+        with writing(self.db) as connection:
+            text = json.dumps(errors, ensure_ascii=False)
+            if not move(connection, batch.id, ("validating",), "failed", errors=text):
+                move(connection, batch.id, ("cancelling",), "cancelled", errors=text)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _close(self, batch: Row[Any]) -> None:
+        """Its job has ended: write the files."""
+        with writing(self.db) as connection:
+            move(connection, batch.id, ("in_progress",), "finalizing")
+        self._finalise(self._read(batch.id))
+
+    def _end_cancelled(self, batch: Row[Any]) -> None:
+        if batch.job_id is None and (job_id := self._job_of(batch)):
+            with writing(self.db) as connection:
+                connection.execute(sa.update(batches).where(batches.c.id == batch.id).values(job_id=job_id))
+            batch = self._read(batch.id)
+        if batch.job_id is not None:
+            self.ledger.cancel(batch.job_id)
+        self._finalise(batch)
+
+    def _finalise(self, batch: Row[Any]) -> None:
+        end = self._end_of(batch)
+        written = self._write(batch, end) if batch.job_id is not None else {}
+        with writing(self.db) as connection:
+            if batch.job_id is not None:
+                completed, failed = counts_of(connection, batch.job_id)
+                written |= {"completed": completed, "failed": failed}
+            move(connection, batch.id, ("finalizing", "cancelling"), end, **written)
+
+    def _end_of(self, batch: Row[Any]) -> str:
+        if batch.job_id is None or batch.cancelling_at is not None:
+            return "cancelled"
+        with reading(self.db) as connection:
+            state = connection.execute(sa.select(jobs.c.state).where(jobs.c.id == batch.job_id)).scalar()
+        return ENDS.get(JobState(state), "completed") if state else "cancelled"
+
+    def _write(self, batch: Row[Any], end: str) -> dict[str, Any]:
+        """The output and the error file, each only if it has a line; all rows together in both."""
+        with self.store.draft() as output, self.store.draft() as errors, reading(self.db) as connection:
+            for line in _lines(connection, batch, end):
+                response = line["response"]
+                is_ok = response is not None and response["status_code"] == 200
+                (output if is_ok else errors).write(orjson.dumps(line) + b"\n")
+            connection.rollback()
+            suffix = batch.id.removeprefix("batch_")
+            kept: dict[str, Any] = {}
+            for draft, column, mark in ((output, "output_file_id", "o"), (errors, "error_file_id", "e")):
+                if draft.bytes:
+                    # The same name again when this is done again.
+                    row = self.store.store(
+                        draft, f"{batch.id}_{column.partition('_')[0]}.jsonl", "batch_output", batch.api_key_id,
+                        batch.output_expires_after_s, f"file-{suffix}{mark}",
+                    )  # fmt: skip
+                    kept[column] = row.id
+        return kept
+
+
+def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]]:
+    query = (
+        sa.select(results, requests.c.custom_id, requests.c.input, requests.c.row.label("number"))
+        .select_from(requests)
+        .outerjoin(results, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
+        .where(requests.c.job_id == batch.job_id)
+        .order_by(requests.c.row)
+    )
+    code, message = UNANSWERED[end]
+    for row in db.execution_options(yield_per=FETCH_ROWS).execute(query):
+        if row.state is None:
+            yield {
+                "id": f"batch_req_{batch.job_id}-{row.number}", "custom_id": row.custom_id, "response": None,
+                "error": {"code": code, "message": message},
+            }  # fmt: skip
+        else:
+            yield openai_line(row, batch.model or "")
+
+
+def main() -> None:
+    """Entry point of the process: until its parent is gone."""
+    settings = load_settings()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s [batches] %(message)s")
+    stopping = threading.Event()
+
+    def watch_parent() -> None:
+        sys.stdin.read()
+        stopping.set()
+        # What it is in the middle of, the next one does again.
+        threading.Timer(5.0, os._exit, (0,)).start()
+
+    threading.Thread(target=watch_parent, daemon=True).start()
+    Keeper(settings, open_database(settings.database_url)).run(stopping)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What the OpenAPI document says of bodies, queries and errors. Bodies are checked by hand, in OpenAI's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"}, "type": {"type": "string"},
+                "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}  # fmt: skip
+
+MEANINGS = {
+    400: "The request cannot be served as it is.", 401: "No valid API key.", 403: "The key, or the page, may not.",
+    404: "There is no such object, or it is another key's.", 408: "The body came too slowly.",
+    409: "The object's state does not allow it.", 413: "Too large.", 415: "Not that kind of content.",
+    429: "Too much at a time; Retry-After says when to come back.", 431: "The headers are too long.",
+    500: "A bug.", 502: "The model could not answer.",
+    503: "The database, Redis or a worker is away; try again.", 504: "No answer in time.",
+}  # fmt: skip
+
+#: Any call may end like this.
+ALWAYS = (400, 401, 403, 408, 413, 415, 429, 503)
+
+
+def responses(*more: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a call, beside those of every call."""
+    return {
+        status: {"description": MEANINGS[status], "content": {"application/json": {"schema": ERROR}}}
+        for status in sorted({*ALWAYS, *more})
+    }
+
+
+def content(*more: int, kind: str = "application/octet-stream") -> dict[int | str, dict[str, Any]]:
+    """The same for a call that answers with other content than JSON."""
+    ok: dict[str, Any] = {"description": "The content", "content": {kind: {}}}
+    found: dict[int | str, dict[str, Any]] = {200: ok, **responses(*more)}
+    if kind == "application/octet-stream":
+        found |= {206: ok, 416: {"description": "Not a part of it"}}
+    return found
+
+
+def body(schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+
+
+def query(*parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"parameters": [{"in": "query", "required": False, **each} for each in parameters]}
+
+
+def number(name: str, low: int, high: int, default: int) -> dict[str, Any]:
+    return {"name": name, "schema": {"type": "integer", "minimum": low, "maximum": high, "default": default}}
+
+
+def words(name: str, *allowed: str) -> dict[str, Any]:
+    return {"name": name, "schema": {"type": "string", **({"enum": list(allowed)} if allowed else {})}}
+
+
+def _object(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties}
+
+
+TEXT: dict[str, Any] = {"type": "string"}
+METADATA = {"type": ["object", "null"], "additionalProperties": {"type": "string"}, "maxProperties": 16}
+
+UPLOAD = body(
+    _object(
+        ["file", "purpose"], file={"type": "string", "format": "binary"},
+        purpose={"type": "string", "enum": ["batch", "user_data"]},
+    ),
+    "multipart/form-data",
+)  # fmt: skip
+
+FILE_LIST = query(number("limit", 1, 10_000, 10_000), words("after"), words("order", "asc", "desc"), words("purpose"))
+PAGED = query(number("limit", 1, 100, 20), words("after"))
+
+BATCH = body(
+    _object(
+        ["input_file_id", "endpoint", "completion_window"],
+        input_file_id=TEXT,
+        endpoint={"type": "string", "enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]},
+        completion_window={"type": "string", "example": "24h"},
+        metadata=METADATA,
+        output_expires_after=_object(
+            ["anchor", "seconds"], anchor={"type": "string", "enum": ["created_at"]}, seconds={"type": "integer"}
+        ),
+        priority={"type": "integer", "minimum": 0, "maximum": 9, "description": "0 is the most urgent."},
+        task={"type": "string", "description": "A task file (YAML): how the answers are scored."},
+        idempotency_key={"type": "string", "description": "The same key again returns the same batch."},
+    )
+)

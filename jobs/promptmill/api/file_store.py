@@ -1,0 +1,151 @@
+"""Files of the API: bytes in a folder under random names, everything else in the table ``files``.
+
+A file appears whole: it is written aside, brought to the disk, renamed, and only then entered in the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine, Row
+from ulid import ULID
+
+from promptmill.api.errors import ApiError, not_found
+from promptmill.api.keys import Principal
+from promptmill.database import epoch, reading, writing
+from promptmill.settings import Settings, data_dir
+from promptmill.tables import files
+
+#: Seconds after which bytes that no row names are taken for the rest of a server that died.
+ORPHAN_S = 3600.0
+
+
+class Draft:
+    """A file that is being written."""
+
+    def __init__(self, path: Path, most: int | None) -> None:
+        self.path = path
+        self.bytes = 0
+        self._most = most
+        self._digest = hashlib.sha256()
+        self._file: IO[bytes] = path.open("wb")
+
+    def write(self, data: bytes) -> None:
+        """Raises a 413 beyond the largest size."""
+        self.bytes += len(data)
+        if self._most is not None and self.bytes > self._most:
+            raise ApiError(413, f"The file is larger than {self._most:,} bytes.", param="file", code="file_too_large")
+        self._digest.update(data)
+        self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> str:
+        """On the disk; returns the SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def discard(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class FileStore:
+    """Bytes by id. A name that a client gives is only ever text in the table."""
+
+    def __init__(self, settings: Settings, db: Engine) -> None:
+        self._root = Path(settings.files_dir).expanduser() if settings.files_dir else data_dir() / "files"
+        self._parts = self._root / "parts"
+        self._parts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._db = db
+
+    def path(self, file_id: str) -> Path:
+        """Where the bytes lie. ``file_id`` comes from the table, never from a client."""
+        return self._root / file_id[-2:] / file_id
+
+    @contextlib.contextmanager
+    def draft(self, most: int | None = None) -> Iterator[Draft]:
+        """A file to write to; what was not stored in the end is gone."""
+        draft = Draft(self._parts / f"{ULID()}.part", most)
+        try:
+            yield draft
+        finally:
+            draft.discard()
+
+    def store(
+        self,
+        draft: Draft,
+        name: str,
+        purpose: str,
+        owner: str | None,
+        expires_in_s: float | None,
+        file_id: str | None = None,
+    ) -> Row[Any]:
+        """Keep a finished draft; returns its row. The same ``file_id`` again replaces the file."""
+        sha256 = draft.finish()
+        file_id = file_id or f"file-{str(ULID()).lower()}"
+        target = self.path(file_id)
+        target.parent.mkdir(exist_ok=True, mode=0o700)
+        os.replace(draft.path, target)
+        with writing(self._db) as connection:
+            now = connection.execute(sa.select(epoch())).scalar() or 0.0
+            connection.execute(sa.delete(files).where(files.c.id == file_id))
+            connection.execute(
+                sa.insert(files).values(
+                    id=file_id, name=name, purpose=purpose, bytes=draft.bytes, sha256=sha256, api_key_id=owner,
+                    created_at=now, expires_at=None if expires_in_s is None else now + expires_in_s,
+                    status="processed",
+                )
+            )  # fmt: skip
+            return connection.execute(sa.select(files).where(files.c.id == file_id)).one()
+
+    def find(self, file_id: str, principal: Principal) -> Row[Any]:
+        """The file's row. Raises a 404 for one that is not there, or is another key's."""
+        with reading(self._db) as connection:
+            row = connection.execute(
+                sa.select(files).where(
+                    files.c.id == file_id, principal.owned(files.c.api_key_id), files.c.status == "processed"
+                )
+            ).one_or_none()
+        if row is None:
+            raise not_found(f"No such File object: {file_id[:100]}")
+        return row
+
+    def used_bytes(self, owner: str | None) -> int:
+        with reading(self._db) as connection:
+            total = connection.execute(
+                sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(files.c.api_key_id == owner)
+            ).scalar()
+        return int(total or 0)
+
+    def delete(self, file_id: str) -> None:
+        """The row first, so that nobody finds a file without bytes."""
+        with writing(self._db) as connection:
+            connection.execute(sa.delete(files).where(files.c.id == file_id))
+        self.path(file_id).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove files that expired, and what a server that died left behind."""
+        with reading(self._db) as connection:
+            expired = connection.execute(sa.select(files.c.id).where(files.c.expires_at < epoch())).scalars().all()
+        for file_id in expired:
+            self.delete(file_id)
+        limit = time.time() - ORPHAN_S
+        for path in self._root.glob("*/*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < limit and (path.parent == self._parts or not self._is_known(path.name)):
+                    path.unlink()
+
+    def _is_known(self, file_id: str) -> bool:
+        with reading(self._db) as connection:
+            return connection.execute(sa.select(files.c.id).where(files.c.id == file_id)).scalar() is not None

@@ -1,0 +1,164 @@
+"""Around every call: a request id, limits on what a client sends and how slowly, an access log without contents."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ulid import ULID
+
+from promptmill.api.errors import ApiError, response
+
+log = logging.getLogger("promptmill.api.access")
+
+#: Seconds that a client may send nothing of a body it has announced, and bytes per second that it must send on average
+#: after as many seconds again: a client that drips is sent away.
+BODY_PAUSE_S = 20.0
+SLOWEST_BYTES_PER_S = 1024
+
+#: Upper bounds in seconds of the histogram of times.
+BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+#: On every answer: nothing of ours runs in another site's frame, and nothing of others in our pages.
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        b"connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+)
+
+#: Names of this machine itself, by which a server without keys may be called.
+LOCAL_NAMES = {"localhost", "127.0.0.1", "::1", "testserver"}
+
+
+class Timings:
+    """Counts and times of calls, by route and status: what /metrics shows of this server."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str, int]] = Counter()
+        self.buckets: Counter[tuple[str, float]] = Counter()
+        self.sums: Counter[str] = Counter()
+
+    def add(self, method: str, route: str, status: int, seconds: float) -> None:
+        self.counts[method, route, status] += 1
+        self.sums[route] += seconds  # type: ignore[assignment]
+        for bound in BOUNDS_S:
+            if seconds <= bound:
+                self.buckets[route, bound] += 1
+
+
+class Gate:
+    """The outermost part of the application. Plain ASGI: it costs microseconds."""
+
+    def __init__(self, app: ASGIApp, *, timings: Timings, largest_body: int, largest_upload: int, locked: bool) -> None:
+        self._app = app
+        self._timings = timings
+        self._largest_body = largest_body
+        # The form around a file takes a little more.
+        self._largest_upload = largest_upload + 65_536
+        self._locked = locked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, started, status = f"req_{str(ULID()).lower()}", time.perf_counter(), 0
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()), (b"x-request-id", request_id.encode()),
+                    (b"openai-processing-ms", str(int(1000 * (time.perf_counter() - started))).encode()),
+                    *_absent(SECURITY_HEADERS, message.get("headers", ())),
+                ]  # fmt: skip
+            await send(message)
+
+        problem = self._refused(scope)
+        try:
+            if problem is not None:
+                await response(problem)(scope, receive, sending)
+            else:
+                await self._app(scope, self._limited(scope, receive), sending)
+        finally:
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "none")
+            self._timings.add(scope["method"], route, status, seconds)
+            if log.isEnabledFor(logging.INFO):
+                # The path of the route: an id in it is no content, a query may be.
+                log.info("%s %s %d %.1f ms %s", scope["method"], route, status, 1000 * seconds, request_id)
+
+    def _refused(self, scope: Scope) -> ApiError | None:
+        """What is wrong with the head of the request."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if not self._locked and _name(host) not in LOCAL_NAMES:
+            # Another site's name that was pointed at this machine (DNS rebinding) must not reach a server without keys.
+            return ApiError(403, "This server answers to the names of this machine only.", code="wrong_host")
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return ApiError(403, "Pages of other sites may not call this server.", code="cross_origin")
+        if headers.get(b"sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD"):
+            return ApiError(403, "Pages of other sites may not call this server.", code="cross_origin")
+        if headers.get(b"content-encoding", "identity").lower() != "identity":
+            return ApiError(415, "Compressed bodies are not taken.", code="unsupported_content_encoding")
+        length = headers.get(b"content-length", "0")
+        if length.isdigit() and int(length) > self._most(scope):
+            return self._too_large(scope)
+        return None
+
+    def _most(self, scope: Scope) -> int:
+        is_upload = scope["path"] in ("/v1/files", "/jobs") and scope["method"] == "POST"
+        return self._largest_upload if is_upload else self._largest_body
+
+    def _too_large(self, scope: Scope) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._most(scope):,} bytes.", code="request_too_large")
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """``receive`` that counts bytes and seconds until the body has come."""
+        received, started, ended = 0, time.monotonic(), False
+
+        async def limited() -> Message:
+            nonlocal received, ended
+            if ended:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_PAUSE_S)
+            except TimeoutError:
+                raise ApiError(408, "The body of the request came too slowly.", code="request_timeout") from None
+            received += len(message.get("body", b""))
+            ended = not message.get("more_body", False)
+            if received > self._most(scope):
+                raise self._too_large(scope)
+            waited = time.monotonic() - started
+            if waited > BODY_PAUSE_S and not ended and received < waited * SLOWEST_BYTES_PER_S:
+                raise ApiError(408, "The body of the request came too slowly.", code="request_timeout")
+            return message
+
+        return limited
+
+
+def _name(host: str) -> str:
+    """``[::1]:8000`` and ``localhost:8000`` without their ports."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _absent(wanted: Iterable[tuple[bytes, bytes]], there: Any) -> list[tuple[bytes, bytes]]:
+    names = {name.lower() for name, _ in there}
+    return [each for each in wanted if each[0] not in names]
+
+
+Middleware = Callable[[Scope, Receive, Send], Awaitable[None]]

@@ -1,0 +1,58 @@
+"""The server process: settings, database, logging, uvicorn."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import click
+import uvicorn
+
+from promptmill.api import keys
+from promptmill.api.app import create_app
+from promptmill.database import open_database
+from promptmill.errors import PromptmillError
+from promptmill.settings import load_settings
+
+#: Seconds that answers under way may take when the server stops.
+GOODBYE_S = 20
+
+#: Seconds that an idle connection is kept, and most connections at one time.
+KEEP_ALIVE_S = 30
+MOST_CONNECTIONS = 2_000
+
+
+def serve(host: str, port: int, *, locked: bool) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises PromptmillError for an address that cannot be used."""
+    settings = load_settings()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    db = open_database(settings.database_url)
+    listening = _listen(host, port)
+    if locked and not any(not each["revoked"] for each in keys.listed(db)):
+        click.echo("every call needs a key, and there is none yet: promptmill keys create --name NAME", err=True)
+    config = uvicorn.Config(
+        create_app(settings, db, locked=locked), log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GOODBYE_S,
+        h11_max_incomplete_event_size=65_536, proxy_headers=False,
+    )  # fmt: skip
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        db.dispose()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before anything is started, so that a port in use is one clear error."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as problem:
+        raise PromptmillError(
+            f"cannot listen at {host}:{port}: {problem.strerror or problem}",
+            hint="Give another --port, or end what listens there.",
+        ) from None
+    return listening
