@@ -20,6 +20,10 @@ from tests.conftest import Command, wait_until
 ECHO, SLOW = "echo", "echo:prefill_s=0.001,token_s=0.02"
 
 
+#: Clients that are closed with the servers they talk to.
+CLIENTS: list[openai.OpenAI] = []
+
+
 @dataclass
 class Server:
     """A server that runs, and how to start more beside it."""
@@ -33,7 +37,9 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **({"max_retries": 0} | options))
+        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **({"max_retries": 0} | options))
+        CLIENTS.append(made)
+        return made
 
     def get(self, path: str, **headers: str) -> Any:
         asked = urllib.request.Request(self.url + path, headers=headers)
@@ -101,6 +107,8 @@ def starter_of(folder: Path, database_url: str, redis_url: str) -> Starter:
 
 
 def end_all(started: list[subprocess.Popen[str]]) -> None:
+    while CLIENTS:
+        CLIENTS.pop().close()
     for process in reversed(started):
         process.terminate()
     for process in started:
@@ -138,8 +146,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, redis_server: str) -> Itera
 
 
 @pytest.fixture
-def client(served: Server) -> openai.OpenAI:
-    return served.client()
+def client(served: Server) -> Iterator[openai.OpenAI]:
+    with served.client() as made:
+        yield made
 
 
 def batch_lines(count: int, model: str = ECHO, **changes: Any) -> bytes:
