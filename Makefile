@@ -36,7 +36,7 @@ unit: setup
 	$(PYTEST) tests/unit
 
 integration: setup
-	$(PYTEST) tests/integration tests/faults
+	$(PYTEST) tests/integration tests/api tests/faults
 
 # Every fault of tests/faults/README.md once, then a soak of 10 minutes; SEEDS=10 for ten of each.
 SEEDS := 1
