@@ -84,7 +84,25 @@ def test_a_slower_job_is_called_worse_and_by_how_much(db: sa.Engine) -> None:
 
 def test_a_job_against_its_twin_shows_no_detectable_difference(db: sa.Engine) -> None:
     two_jobs(db)
-    assert compare(db, "01A", "01B").verdict == "no detectable difference"
+    found = compare(db, "01A", "01B")
+    assert found.verdict.startswith("no detectable difference (latency_s.mean within [-0.")
+    assert next(line for line in found.lines if line.name == "success_rate").word == "="
+
+
+def test_where_nothing_could_be_tested_nothing_is_said_of_a_difference(db: sa.Engine) -> None:
+    for job_id in ("01A", "01B"):
+        store(db, [answer(row) for row in range(3)], job_id=job_id, rows=3, sampling='{"seed": "%s"}' % job_id)
+    one, two = compare(db, "01A", "01B"), compare(db, "01A", "01B")
+    assert [line.word for line in one.lines if line.name == "latency_s.mean"] == [""]
+    assert "too few rows to tell" in next(line.note for line in two.lines if line.name == "latency_s.mean")
+
+
+def test_one_run_of_each_gives_no_verdict_on_throughput(db: sa.Engine) -> None:
+    two_jobs(db, 1.2)
+    line = next(each for each in compare(db, "01A", "01B").lines if each.name == "output_tps")
+    assert line.ci95 is not None
+    assert (line.word, line.p) == ("", None)
+    assert "one run of each" in line.note
 
 
 def test_f12_other_limits_are_other_work(db: sa.Engine) -> None:

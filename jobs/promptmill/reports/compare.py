@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,19 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.errors import JobError
 from promptmill.metrics import METRICS, Better, Metric
-from promptmill.reports.pairs import Pairing, Rows, pair, read_rows
+from promptmill.reports.figures import metric_of, value_of
+from promptmill.reports.pairs import Pairing, Rows, ids_of, pair, read_rows
 from promptmill.reports.rows import consistent
-from promptmill.reports.scan import Floats
-from promptmill.reports.statistics import ALPHA, Change, holm, paired_rates, paired_ratio, unpaired_ratio
+from promptmill.reports.scan import Floats, Ints
+from promptmill.reports.statistics import (
+    ALPHA,
+    Change,
+    crossed_ratio,
+    holm,
+    paired_rates,
+    paired_ratio,
+    unpaired_ratio,
+)
 from promptmill.reports.summary import Summary, summarise
 from promptmill.tables import jobs
 
@@ -31,7 +41,14 @@ LENGTH_SHIFT = 0.05
 FLIPS_SHOWN = 20
 
 #: Figures of work done in a time: other prompts or limits make them figures of other work.
-WORK = ("wall_s", "items_per_s", "output_tps", "latency_s", "ttft_s")
+WORK = ("wall_s", "items_per_s", "output_tps", "latency_s", "ttft_s", "latency_s.p50", "latency_s.p95")
+
+#: Notes of figures that a run has one of.
+ONE_RUN = "one run of each: no test"
+WITHIN_RUN = "interval within the run; one run of each: no test"
+
+#: What a run has one of.
+RUN_FIGURES = ("output_tps", "items_per_s", "wall_s", "prefill_tps", "decode_tps", "latency_s.p50", "latency_s.p95")
 
 SERVICE = ("latency_s", "ttft_s", "tpot_s")
 
@@ -51,9 +68,13 @@ class Line:
     ci95: tuple[float, float] | None = None
     #: Corrected for the family of all lines that are tested (Holm).
     p: float | None = None
-    #: 'better', 'worse', '≈' (no detectable difference), or '' where nothing was tested.
+    #: 'better', 'worse', '≈' (no detectable difference), '=' (equal row by row), '' where nothing was tested.
     word: str = ""
     note: str = ""
+
+    @property
+    def _ratio(self) -> float | None:
+        return self.after / self.before if self.before and self.after is not None else None
 
     @property
     def in_points(self) -> bool:
@@ -62,7 +83,8 @@ class Line:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name, "unit": str(self.metric.unit), "before": self.before, "after": self.after,
-            "change": self.change, "change_unit": "points" if self.in_points else "share", "ci95": self.ci95,
+            "change": self.change, "ratio": self._ratio, "change_unit": "points" if self.in_points else "share",
+            "ci95": self.ci95,
             "p_holm": self.p, "word": self.word, "note": self.note,
         }  # fmt: skip
 
@@ -74,11 +96,29 @@ class Flips:
     name: str
     lost: int
     won: int
+    #: McNemar's exact test of the two counts.
+    p: float | None
     lost_keys: tuple[str, ...]
     won_keys: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class _FlipPlaces:
+    """Flips by their places among the common rows."""
+
+    name: str
+    lost: int
+    won: int
+    p: float | None
+    lost_places: Ints
+    won_places: Ints
+
+    def named(self, db: Connection, job_id: str, own: Rows, common: Pairing) -> Flips:
+        found = [ids_of(db, job_id, own.row[common.before[each]]) for each in (self.lost_places, self.won_places)]
+        return Flips(self.name, self.lost, self.won, self.p, *found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +139,17 @@ class Comparison:
         parts = [
             f"{line.name} {shown_change(line)} ({line.word})" for line in self.lines if line.word in ("better", "worse")
         ]
-        return "; ".join(parts) if parts else "no detectable difference"
+        if parts:
+            return "; ".join(parts)
+        tested = [line for line in self.lines if line.word]
+        if not tested:
+            return f"nothing could be compared: {self._hindrance()}"
+        known = [f"{line.name} within {shown_interval(line)}" for line in tested if line.ci95]
+        return "no detectable difference" + (f" ({', '.join(known[:3])})" if known else "")
+
+    def _hindrance(self) -> str:
+        reasons = dict.fromkeys(line.note for line in self.lines if line.note and line.note != WITHIN_RUN)
+        return "; ".join(reasons) or "no figure was measured in both"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,38 +165,78 @@ def shown_change(line: Line) -> str:
     return "–" if line.change is None else f"{100 * line.change:+.1f} {'pp' if line.in_points else '%'}"
 
 
-def compare(db: Engine | Connection, before: str, after: str, force: bool = False) -> Comparison:
+def shown_interval(line: Line) -> str:
+    """The 95 % interval of the change, with its unit."""
+    if line.ci95 is None:
+        return "–"
+    low, high = (100 * each for each in line.ci95)
+    return f"[{low:+.1f}, {high:+.1f}] {'pp' if line.in_points else '%'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A job, or a job as one of its score runs judged it."""
+
+    job_id: str
+    score_run: str | None = None
+
+
+def compare(db: Engine | Connection, before: str | Side, after: str | Side, force: bool = False) -> Comparison:
     """Job ``after`` against job ``before``. Raises :class:`JobError` when they have no row in common."""
+    return compare_all(db, before, [after], force)[0]
+
+
+def compare_all(
+    db: Engine | Connection, before: str | Side, others: Sequence[str | Side], force: bool = False
+) -> list[Comparison]:
+    """Each of ``others`` against ``before``; p-values are corrected for all that is asked together."""
+    sides = [Side(each) if isinstance(each, str) else each for each in (before, *others)]
     with consistent(db) as connection:
-        own, other = read_rows(connection, before), read_rows(connection, after)
-        common = pair(own, other)
-        if not len(common.before):
-            raise JobError(
-                f"jobs {before} and {after} have no common rows",
-                hint="Rows are paired by id: compare jobs over the same dataset that have results.",
-            )
-        summaries = summarise(connection, before), summarise(connection, after)
-        differences = _differences(connection, before, after)
+        own = read_rows(connection, sides[0].job_id, sides[0].score_run)
+        found = [_compared(connection, sides[0], side, own, force) for side in sides[1:]]
+    corrected = iter(holm([line.p for each in found for line in each.lines]))
+    return [replace(each, lines=tuple(_worded(line, next(corrected)) for line in each.lines)) for each in found]
+
+
+def _compared(db: Connection, before: Side, after: Side, own: Rows, force: bool) -> Comparison:
+    """The comparison before its p-values are corrected."""
+    other = read_rows(db, after.job_id, after.score_run)
+    common = pair(own, other)
+    if not len(common.before):
+        raise JobError(
+            f"jobs {before.job_id} and {after.job_id} have no common rows",
+            hint="Rows are paired by id: compare jobs over the same dataset that have results.",
+        )
+    summaries = summarise(db, before.job_id), summarise(db, after.job_id)
+    differences = _differences(db, before.job_id, after.job_id)
     reasons = {} if force else _reasons(differences)
-    lines = [*_service_lines(own, other, common, reasons), *_run_lines(summaries, own, other, reasons)]
-    scored, flips = _rate_lines(own, other, common, _other_lines(differences))
-    corrected = holm([line.p for line in [*lines, *scored]])
+    # Two score runs of one job differ in nothing but the scores.
+    lines = [] if before.job_id == after.job_id else _time_lines(summaries, own, other, common, reasons)
+    rates, flips = _rate_lines(own, other, common, _other_lines(differences))
     return Comparison(
         before=summaries[0],
         after=summaries[1],
         common=len(common.before),
         differences=differences,
         warnings=_warnings(own, other, common, summaries),
-        lines=tuple(_worded(line, p) for line, p in zip([*lines, *scored], corrected, strict=True)),
-        flips=flips,
+        lines=(*lines, *(line for line in rates if before.job_id != after.job_id or line.name != "success_rate")),
+        flips=tuple(each.named(db, before.job_id, own, common) for each in flips),
     )
+
+
+def _time_lines(
+    summaries: tuple[Summary, Summary], own: Rows, other: Rows, common: Pairing, reasons: dict[str, str]
+) -> list[Line]:
+    return [*_service_lines(own, other, common, reasons), *_run_lines(summaries, own, other, reasons)]
 
 
 def _worded(line: Line, p: float | None) -> Line:
     if line.note.startswith("not comparable") or line.change is None:
         return replace(line, p=None, ci95=None)
+    if p is None and line.in_points and line.change == 0 and line.ci95:
+        return replace(line, word="=", note=line.note or "the same in every row")
     if p is None:
-        return replace(line, p=None, note=line.note or "too few rows to tell")
+        return replace(line, note=line.note or "too few rows to tell")
     if p >= ALPHA or line.change == 0:
         return replace(line, p=p, word="≈")
     good = (line.change > 0) == (line.metric.better is Better.HIGHER)
@@ -196,10 +286,10 @@ def _service_lines(own: Rows, other: Rows, common: Pairing, reasons: dict[str, s
 
 
 def service_change(before: Floats, after: Floats, of_before: Any, of_after: Any, aligned: bool) -> Change:
-    """The change of a mean over the same rows; batches that hold the same rows are resampled together."""
+    """The change of a mean over the same rows, which share their fate with their batch in either run."""
     if aligned:
         return paired_ratio(before, after, of_before)
-    return unpaired_ratio(before, of_before, after, of_after)
+    return crossed_ratio(before, after, of_before, of_after)
 
 
 def _filled(line: Line, change: Change) -> Line:
@@ -208,16 +298,16 @@ def _filled(line: Line, change: Change) -> Line:
 
 
 def _run_lines(summaries: tuple[Summary, Summary], own: Rows, other: Rows, reasons: dict[str, str]) -> list[Line]:
-    """Figures that a run has one of: an interval only for the output rate, within the run."""
+    """Figures that a run has one of. One run of either tells nothing of the noise between runs: there is no test."""
     lines = []
-    for name in ("output_tps", "items_per_s", "wall_s", "prefill_tps", "decode_tps"):
-        one, two = (getattr(each, name) for each in summaries)
-        line = Line(name, METRICS[name], one, two, note=reasons.get(name, "one observation a run"))
+    for name in RUN_FIGURES:
+        one, two = (value_of(each, name) for each in summaries)
+        line = Line(name, metric_of(name), one, two, note=reasons.get(name, ONE_RUN))
         if one and two is not None:
             line = replace(line, change=two / one - 1)
         if name == "output_tps" and line.change is not None:
-            note = reasons.get(name, "within-run")
-            line = replace(_filled(line, _rate_change(own, other, line.change)), note=note)
+            within = _rate_change(own, other, line.change)
+            line = replace(line, ci95=within.ci95, note=reasons.get(name, WITHIN_RUN))
         lines.append(line)
     return lines
 
@@ -240,13 +330,13 @@ def _slices(rows: Rows) -> Floats:
     return counts / max(float(edges[1] - edges[0]), 1e-9)
 
 
-def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[list[Line], tuple[Flips, ...]]:
+def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[list[Line], list[_FlipPlaces]]:
     """Success, and each score that both jobs have."""
     success, _, _ = paired_rates(own.ok[common.before], other.ok[common.after])
     rates = own.ok[common.before].mean(), other.ok[common.after].mean()
     line = Line("success_rate", METRICS["success_rate"], float(rates[0]), float(rates[1]), note=note)
     lines, flips = [_filled(line, success)], []
-    for name in own.right.keys() & other.right.keys():
+    for name in (name for name in own.right if name in other.right):
         one, two = own.right[name][common.before], other.right[name][common.after]
         both = np.isfinite(one) & np.isfinite(two)
         if not both.any():
@@ -255,10 +345,10 @@ def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[lis
         change, lost, won = paired_rates(before, after)
         score = Line(f"{name}.accuracy", METRICS["accuracy"], float(before.mean()), float(after.mean()), note=note)
         lines.append(_filled(score, change))
-        keys = np.array([own.keys[place] for place in common.before[both]], dtype=object)
-        shown = [tuple(keys[rows][:FLIPS_SHOWN].tolist()) for rows in (before & ~after, ~before & after)]
-        flips.append(Flips(name, lost, won, shown[0], shown[1]))
-    return lines, tuple(flips)
+        places = np.flatnonzero(both)
+        shown = [places[rows][:FLIPS_SHOWN] for rows in (before & ~after, ~before & after)]
+        flips.append(_FlipPlaces(name, lost, won, change.p, shown[0], shown[1]))
+    return lines, flips
 
 
 def _warnings(own: Rows, other: Rows, common: Pairing, summaries: tuple[Summary, Summary]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""The rows of two jobs, paired by ``custom_id``: what a comparison computes from."""
+"""The rows of two jobs, paired by ``custom_id``: what a comparison computes from, as columns of numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,28 +11,32 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.reports.scan import Floats
-from promptmill.reports.statistics import LEAST_CLUSTERS, Ints
-from promptmill.scorers.scoring import build, required_keys, score_rows
-from promptmill.tables import jobs, requests, results
-
-Truths = NDArray[np.bool_]
+from promptmill.reports.scan import Floats, Ints, Truths
+from promptmill.scorers import JsonObject, Outcome, Scorer
+from promptmill.scorers.scoring import build, read_answer, required_keys
+from promptmill.tables import jobs, requests, results, scores
 
 #: Rows fetched at a time.
 FETCH_ROWS = 20_000
 
-#: Rows of one batch where chunks are too few to be clusters.
-BLOCK_ROWS = 16
-
-#: Chunks from which on they are the clusters.
+#: Chunks from which on they are the clusters; of fewer, the rows in the order of their admission make so many blocks.
+#: Smaller blocks would share a load of the machine with their neighbours, and promise more than they know.
 ENOUGH_CHUNKS = 20
+
+#: Fewest rows of a block.
+LEAST_BLOCK = 8
+
+#: An odd number with bits everywhere (2^64 by the golden ratio): tells the second of two equal ids from the first.
+AGAIN = 0x9E3779B97F4A7C15
 
 
 @dataclass(slots=True)
 class Rows:
     """Columns of a job's results, of one length. Seconds are NaN for rows that had no slot."""
 
-    keys: list[str] = field(default_factory=list)
+    row: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    #: 64 bits of each id: texts of a million rows would take hundreds of megabytes.
+    key: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     ok: Truths = field(default_factory=lambda: np.empty(0, dtype=bool))
     admitted_at: Floats = field(default_factory=lambda: np.empty(0))
     latency_s: Floats = field(default_factory=lambda: np.empty(0))
@@ -44,30 +49,34 @@ class Rows:
     right: dict[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.key)
 
 
-def read_rows(db: Connection, job_id: str) -> Rows:
-    """A job's results with what its task's scores say of each row."""
+def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> Rows:
+    """A job's results with what scores say of each row: its task's, or those of a stored score run."""
     each = results.c
     query = (
         sa.select(
-            requests.c.custom_id, each.state, each.admitted_at, each.first_token_at, each.finished_at,
-            each.output_tokens, each.worker_id, each.chunk,
+            each.row, requests.c.custom_id, each.state, each.chunk, each.worker_id, each.admitted_at,
+            each.first_token_at, each.finished_at, each.output_tokens,
         )
         .join(requests, sa.and_(requests.c.job_id == each.job_id, requests.c.row == each.row))
         .where(each.job_id == job_id)
         .order_by(each.row)
     )  # fmt: skip
-    found = [tuple(row) for row in db.execute(query, execution_options={"yield_per": FETCH_ROWS})]
-    if not found:
+    origins: dict[tuple[Any, Any], int] = {}
+    parts: list[list[NDArray[Any]]] = []
+    for page in db.execute(query, execution_options={"yield_per": FETCH_ROWS}).partitions():
+        parts.append(_columns(list(zip(*page, strict=True)), origins))
+    if not parts:
         return Rows()
-    names, states, *stamps, workers, chunks = zip(*found, strict=True)
-    admitted, first, finished, tokens = (np.array(column, dtype=np.float64) for column in stamps)
-    ok = np.array(states) == "ok"
+    row, key, chunk, ok, admitted, first, finished, tokens = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
     gaps = np.where(ok & (tokens >= 2), tokens - 1, np.nan)
     return Rows(
-        keys=_unique(names),
+        row=row,
+        key=_told_apart(key),
         ok=ok,
         admitted_at=admitted,
         latency_s=np.where(ok, finished - admitted, np.nan),
@@ -75,28 +84,42 @@ def read_rows(db: Connection, job_id: str) -> Rows:
         tpot_s=(finished - first) / gaps,
         finished_at=finished,
         output_tokens=np.where(ok, tokens, np.nan),
-        batches=_batches(list(zip(workers, chunks, strict=True)), admitted),
-        right=_right(db, job_id),
+        batches=_batches(chunk, len(origins), admitted),
+        right=_right(db, job_id) if score_run is None else _stored(db, score_run, row),
     )
 
 
-def _unique(names: tuple[str, ...]) -> list[str]:
-    """Ids that occur twice are told apart by their place."""
-    seen: dict[str, int] = {}
-    keys = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        keys.append(name if seen[name] == 1 else f"{name}\0{seen[name]}")
-    return keys
+def _columns(page: list[tuple[Any, ...]], origins: dict[tuple[Any, Any], int]) -> list[NDArray[Any]]:
+    """Some rows as numbers. ``origins``: (worker, chunk) -> its number, which grows."""
+    rows, names, states, chunks, workers, *stamps = page
+    origin = [origins.setdefault(each, len(origins)) for each in zip(workers, chunks, strict=True)]
+    return [
+        np.array(rows, dtype=np.int64),
+        # Python's hash of a text has 64 bits and is the same all through this process.
+        np.fromiter(map(hash, names), np.int64, len(names)),
+        np.array(origin, dtype=np.int64),
+        np.array([state == "ok" for state in states]),
+        *(np.array(column, dtype=np.float64) for column in stamps),
+    ]
 
 
-def _batches(origins: list[tuple[Any, Any]], admitted: Floats) -> Ints:
+def _told_apart(key: Ints) -> Ints:
+    """Ids that occur twice are told apart by how often they occurred before."""
+    order = np.argsort(key, kind="stable")
+    ranked = key[order]
+    begins = np.concatenate([[True], ranked[1:] != ranked[:-1]])
+    places = np.arange(len(key))
+    before = np.empty(len(key), dtype=np.uint64)
+    before[order] = (places - np.maximum.accumulate(np.where(begins, places, 0))).astype(np.uint64)
+    return (key.view(np.uint64) ^ (before * np.uint64(AGAIN))).view(np.int64)
+
+
+def _batches(chunk: Ints, chunks: int, admitted: Floats) -> Ints:
     """Clusters of rows that share their fate: chunks, or blocks of consecutive admissions where chunks are few."""
-    numbers = {origin: number for number, origin in enumerate(dict.fromkeys(origins))}
-    if len(numbers) >= ENOUGH_CHUNKS:
-        return np.array([numbers[origin] for origin in origins], dtype=np.int64)
+    if chunks >= ENOUGH_CHUNKS:
+        return chunk
     place = np.argsort(np.argsort(admitted, kind="stable"), kind="stable")
-    return (place // max(1, min(BLOCK_ROWS, len(admitted) // LEAST_CLUSTERS))).astype(np.int64)
+    return (place * min(ENOUGH_CHUNKS, max(1, len(admitted) // LEAST_BLOCK)) // len(admitted)).astype(np.int64)
 
 
 def _right(db: Connection, job_id: str) -> dict[str, Floats]:
@@ -108,23 +131,51 @@ def _right(db: Connection, job_id: str) -> dict[str, Floats]:
     scorers = build(task.scores) if task else {}
     if task is None or not scorers:
         return {}
-    required = required_keys(task, scorers)
+    required, aliases = required_keys(task, scorers), task.output.aliases
+    verdicts = [
+        np.array([_points(scorer, *read_answer(answer, required, aliases)) for scorer in scorers.values()])
+        for answer in _answers(db, job_id)
+    ]
+    block = np.array(verdicts, dtype=np.float64).reshape(-1, len(scorers))
+    return {name: block[:, index] for index, name in enumerate(scorers)}
+
+
+def _answers(db: Connection, job_id: str) -> Iterator[tuple[str, str | None, str | None, str | None]]:
     query = (
         sa.select(results.c.state, results.c.text, results.c.finish_reason, requests.c.expected)
         .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
         .where(results.c.job_id == job_id)
         .order_by(results.c.row)
     )
-    known: dict[tuple[Any, ...], list[float]] = {}
-    verdicts = []
-    for row in db.execute(query, execution_options={"yield_per": FETCH_ROWS}):
-        key = tuple(row)
-        if key not in known:
-            judged = score_rows([row], scorers, required)
-            known[key] = [judged[name].correct if judged[name].n else np.nan for name in scorers]
-        verdicts.append(known[key])
-    block = np.array(verdicts, dtype=np.float64).reshape(-1, len(scorers))
-    return {name: block[:, index] for index, name in enumerate(scorers)}
+    yield from (tuple(row) for row in db.execute(query, execution_options={"yield_per": FETCH_ROWS}))
+
+
+def _points(scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonObject) -> float:
+    """1 right, 0 wrong, NaN not counted."""
+    if scorer.field not in expected or outcome is Outcome.INFRA_ERROR:
+        return np.nan
+    if outcome is not Outcome.SCORED or scorer.field not in output:
+        return 0.0
+    found = scorer(output, expected)
+    return np.nan if found is None else float(found == 1.0)
+
+
+def _stored(db: Connection, score_run: str, row: Ints) -> dict[str, Floats]:
+    """What a score run holds of the rows."""
+    place = {int(each): index for index, each in enumerate(row)}
+    found: dict[str, Floats] = {}
+    query = sa.select(scores.c.row, scores.c.metric, scores.c.value, scores.c.outcome)
+    for number, name, value, outcome in db.execute(query.where(scores.c.score_run_id == score_run)):
+        column = found.setdefault(name, np.full(len(row), np.nan))
+        if number in place and value is not None and outcome not in (Outcome.ABSTAIN, Outcome.INFRA_ERROR):
+            column[place[number]] = float(value == 1.0)
+    return found
+
+
+def ids_of(db: Connection, job_id: str, rows: Ints) -> tuple[str, ...]:
+    """The ids of some rows, in their order."""
+    query = sa.select(requests.c.custom_id).where(requests.c.job_id == job_id, requests.c.row.in_(rows.tolist()))
+    return tuple(db.execute(query.order_by(requests.c.row)).scalars())
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +188,13 @@ class Pairing:
 
 
 def pair(before: Rows, after: Rows) -> Pairing:
-    """The rows that both jobs have."""
-    places = {key: place for place, key in enumerate(after.keys)}
-    common = [(place, places[key]) for place, key in enumerate(before.keys) if key in places]
-    own = np.array([one for one, _ in common], dtype=np.int64)
-    other = np.array([two for _, two in common], dtype=np.int64)
-    if not common:
+    """The rows that both jobs have, in the order of the first one."""
+    _, own, other = np.intersect1d(before.key, after.key, assume_unique=True, return_indices=True)
+    order = np.argsort(own)
+    own, other = own[order], other[order]
+    if not len(own):
         return Pairing(own, other, False)
-    of_pairs = len(set(zip(before.batches[own].tolist(), after.batches[other].tolist(), strict=True)))
-    aligned = of_pairs == len(np.unique(before.batches[own])) == len(np.unique(after.batches[other]))
+    of_before, of_after = before.batches[own], after.batches[other]
+    of_pairs = len(np.unique(of_before * (int(of_after.max()) + 1) + of_after))
+    aligned = of_pairs == len(np.unique(of_before)) == len(np.unique(of_after))
     return Pairing(own, other, aligned)

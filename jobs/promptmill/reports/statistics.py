@@ -15,8 +15,17 @@ from promptmill.reports.scan import Floats
 RESAMPLES = 2000
 SEED = 20_260_101
 
+#: Fewest runs of one setting that tell the noise between runs.
+LEAST_RUNS = 3
+
 #: Fewest clusters that tell a variance.
 LEAST_CLUSTERS = 5
+
+#: Most clusters that are resampled: of more, neighbours are taken together, which keeps an interval at least as wide.
+MOST_CLUSTERS = 100
+
+#: Resamples that are held at a time.
+DRAWN_AT_ONCE = 200
 
 #: Level of every test and interval.
 ALPHA = 0.05
@@ -40,12 +49,37 @@ def paired_ratio(before: Floats, after: Floats, clusters: Ints) -> Change:
     resamples gives a t interval with (clusters - 1) degrees of freedom, which few clusters need.
     """
     index, count = _numbered(clusters)
-    sums = np.stack([np.bincount(index, before, count), np.bincount(index, after, count)])
+    sums = np.stack([np.bincount(index, each, count) for each in (before, after)]).astype(np.float64)
     value = sums[1].sum() / sums[0].sum() - 1 if sums[0].sum() > 0 else math.nan
     if count < LEAST_CLUSTERS or not (sums.sum(axis=1) > 0).all():
         return Change(value, None, None)
-    drawn = sums @ _draws(count)
+    drawn = _resampled(sums)
     return _of_logs(value, float(np.std(np.log(drawn[1] / drawn[0]), ddof=1)), count - 1)
+
+
+def crossed_ratio(before: Floats, after: Floats, of_before: Ints, of_after: Ints) -> Change:
+    """The same where the batches of the two runs hold different rows: rows stay pairs, clustered both ways.
+
+    The variance of the log ratio, linearised, is that over the batches of the one run, plus that over those of the
+    other, less that over their intersections (Cameron, Gelbach and Miller 2011).
+    """
+    if before.sum() <= 0 or after.sum() <= 0:
+        return Change(math.nan, None, None)
+    value = after.sum() / before.sum() - 1
+    influence = after / after.sum() - before / before.sum()
+    both = of_before * (int(of_after.max(initial=0)) + 1) + of_after
+    (one, n_one), (two, n_two), (cross, _) = (_between(influence, each) for each in (of_before, of_after, both))
+    if min(n_one, n_two) < LEAST_CLUSTERS:
+        return Change(value, None, None)
+    # The difference may come out below either part by chance; the larger of the two is what is certain.
+    return _of_logs(value, math.sqrt(max(one + two - cross, one, two)), min(n_one, n_two) - 1)
+
+
+def _between(influence: Floats, clusters: Ints) -> tuple[float, int]:
+    """Variance of the sum of ``influence`` when clusters are drawn whole, and the number of clusters."""
+    index, count = _numbered(clusters)
+    sums = np.bincount(index, influence, count)
+    return float((sums**2).sum()) * count / max(count - 1, 1), count
 
 
 def unpaired_ratio(before: Floats, of_before: Ints, after: Floats, of_after: Ints) -> Change:
@@ -64,25 +98,49 @@ def _mean_spread(values: Floats, clusters: Ints) -> tuple[float, int] | None:
     if count < LEAST_CLUSTERS:
         return None
     sums = np.stack([np.bincount(index, values, count), np.bincount(index, minlength=count).astype(np.float64)])
-    drawn = sums @ _draws(count)
+    drawn = _resampled(sums)
     if not (drawn > 0).all():
         return None
     return float(np.std(np.log(drawn[0] / drawn[1]), ddof=1)), count
 
 
 def _numbered(clusters: Ints) -> tuple[Ints, int]:
+    """Clusters as numbers from 0, and how many there are: at most MOST_CLUSTERS."""
     names, index = np.unique(clusters, return_inverse=True)
-    return index.astype(np.int64), len(names)
+    together = -(-len(names) // MOST_CLUSTERS) or 1
+    return index.astype(np.int64) // together, -(-len(names) // together)
 
 
-def _draws(count: int) -> Floats:
-    """How often each cluster is in each resample: one column a resample."""
+def _resampled(sums: Floats) -> Floats:
+    """Each row of ``sums`` (one column a cluster) summed over RESAMPLES draws of as many clusters, with repetition."""
     generator = np.random.default_rng(SEED)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).T.astype(np.float64)
-    return np.ascontiguousarray(drawn)
+    count = sums.shape[1]
+    shares = np.full(count, 1 / count)
+    parts = [
+        sums @ generator.multinomial(count, shares, size=DRAWN_AT_ONCE).T.astype(np.float64)
+        for _ in range(RESAMPLES // DRAWN_AT_ONCE)
+    ]
+    return np.concatenate(parts, axis=1)
 
 
-def _of_logs(value: float, spread: float, freedom: int) -> Change:
+def repeated_ratio(before: Sequence[float], after: Sequence[float]) -> Change:
+    """Change of a figure that each run has one of, over several runs of either: a t interval of the log ratio.
+
+    Welch's degrees of freedom; fewer than LEAST_RUNS on either side tell nothing of the noise between runs.
+    """
+    if not before or not after or min(*before, *after) <= 0:
+        return Change(math.nan, None, None)
+    one, two = np.log(before), np.log(after)
+    value = float(math.expm1(two.mean() - one.mean()))
+    if min(len(one), len(two)) < LEAST_RUNS:
+        return Change(value, None, None)
+    parts = [float(each.var(ddof=1)) / len(each) for each in (one, two)]
+    spread = math.sqrt(sum(parts))
+    below = sum(part**2 / (len(each) - 1) for part, each in zip(parts, (one, two), strict=True))
+    return _of_logs(value, spread, sum(parts) ** 2 / below if below else 1)
+
+
+def _of_logs(value: float, spread: float, freedom: float) -> Change:
     # SciPy's statistics take more than a second to import.
     from scipy.stats import t
 
@@ -103,7 +161,8 @@ def paired_rates(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[C
     n, lost, won = len(before), int((before & ~after).sum()), int((~before & after).sum())
     if n == 0:
         return Change(math.nan, None, None), 0, 0
-    p = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else 1.0
+    # Of rows that are all equal there is nothing to test, and no family to be corrected for.
+    p = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else None
     down, up = (lost + 1) / (n + 2), (won + 1) / (n + 2)
     width = float(norm.ppf(1 - ALPHA / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     interval = (max(-1.0, up - down - width), min(1.0, up - down + width))
