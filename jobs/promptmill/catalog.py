@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 
 from promptmill.database import epoch, reading
 from promptmill.errors import UnknownName
-from promptmill.tables import attempts, chunks, jobs, requests, results, worker_samples, workers
+from promptmill.tables import attempts, chunks, jobs, requests, results, score_runs, worker_samples, workers
 
 #: Rows fetched at a time where all of a job's rows are read.
 FETCH_ROWS = 2_000
@@ -43,6 +43,24 @@ def _matching(db: Connection, reference: str) -> list[Row[Any]]:
     if exact or not reference.isalnum():
         return exact
     return list(db.execute(newest_first.where(jobs.c.id.startswith(reference.upper())).limit(6)))
+
+
+def find_scored(db: Engine, reference: str) -> tuple[Row[Any], str | None]:
+    """The job that ``JOB`` names, or the job and the score run that ``JOB@s2`` names: its second one.
+
+    Raises :class:`UnknownName`.
+    """
+    name, mark, number = reference.rpartition("@s")
+    if not (mark and name and number.isdigit()):
+        return find_job(db, reference), None
+    job = find_job(db, name)
+    query = sa.select(score_runs.c.id).where(score_runs.c.job_id == job.id).order_by(score_runs.c.id)
+    with reading(db) as connection:
+        known = list(connection.execute(query).scalars())
+    if not 0 < int(number) <= len(known):
+        count = f"score runs s1 to s{len(known)}" if known else "no score runs"
+        raise UnknownName(f"job {job.id} has {count}", hint="'promptmill score JOB' appends one.")
+    return job, str(known[int(number) - 1])
 
 
 def list_jobs(db: Engine, limit: int) -> list[dict[str, Any]]:

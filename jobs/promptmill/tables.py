@@ -72,6 +72,12 @@ jobs = Table(
     # Answers are looked up in the cache of all jobs, and kept there.
     Column("use_cache", Boolean, nullable=False, server_default="0"),
     Column("stop_reason", Text),
+    # A person's remark.
+    Column("note", Text),
+    # JSON: settings of the engine that a sweep chose for this job.
+    Column("engine_settings", Text),
+    # What is kept of prompts and answers once the job has ended: 'full', 'hash' or 'none'.
+    Column("store", String(8), nullable=False, server_default="full"),
     Column("env", Text, nullable=False),
     Column("submitted_at", Double, nullable=False),
     Column("started_at", Double),
@@ -83,6 +89,15 @@ jobs = Table(
     Index("ix_jobs_state", "state"),
     Index("ix_jobs_name", "name"),
     Index("ix_jobs_key_sha256", "key_sha256"),
+)
+
+job_tags = Table(
+    "job_tags",
+    metadata,
+    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
+    Column("tag", String(100), nullable=False),
+    PrimaryKeyConstraint("job_id", "tag"),
+    Index("ix_job_tags_tag", "tag"),
 )
 
 requests = Table(
@@ -285,6 +300,8 @@ worker_samples = Table(
     Column("kv_cells_used", Integer),
     # Output tokens per second since the sample before.
     Column("output_tps", Double),
+    # 'loading', 'idle' or 'busy': the phase of the worker.
+    Column("state", String(16)),
     PrimaryKeyConstraint("worker_id", "at"),
 )
 

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill.errors import JobError, PromptmillError
-from promptmill.reports import comparison_forms
-from promptmill.reports.compare import compare, service_change
+from promptmill.catalog import find_scored
+from promptmill.errors import JobError, PromptmillError, UnknownName
+from promptmill.reports import comparison_forms, comparison_page
+from promptmill.reports.compare import Side, compare, compare_all, service_change, settings_of
 from promptmill.reports.conditions import parse
 from promptmill.reports.statistics import ALPHA, holm, paired_rates
+from promptmill.tables import score_runs, scores
 from tests.unit.test_reports import START, TASK, answer, counters, db, store
 
 __all__ = ["db"]
@@ -91,10 +93,58 @@ def test_a_job_against_its_twin_shows_no_detectable_difference(db: sa.Engine) ->
 
 def test_where_nothing_could_be_tested_nothing_is_said_of_a_difference(db: sa.Engine) -> None:
     for job_id in ("01A", "01B"):
-        store(db, [answer(row) for row in range(3)], job_id=job_id, rows=3, sampling='{"seed": "%s"}' % job_id)
-    one, two = compare(db, "01A", "01B"), compare(db, "01A", "01B")
-    assert [line.word for line in one.lines if line.name == "latency_s.mean"] == [""]
-    assert "too few rows to tell" in next(line.note for line in two.lines if line.name == "latency_s.mean")
+        store(db, [answer(row) for row in range(3)], job_id=job_id, rows=3, max_errors="1")
+    found = compare(db, "01A", "01B")
+    line = next(each for each in found.lines if each.name == "latency_s.mean")
+    assert (line.word, line.note) == ("", "too few rows to tell")
+    assert found.verdict.startswith("nothing could be tested: too few rows to tell")
+    assert found.verdict.endswith("the same in every row: success_rate")
+
+
+def test_runs_of_a_setting_tell_the_noise_between_runs(db: sa.Engine) -> None:
+    names = []
+    for slots, scale in ((4, 1.0), (8, 1.3)):
+        for run in range(3):
+            names.append(f"01{slots}{run}")
+            rows = [answer(row, finished_at=START + 3 + row * scale * (1 + 0.01 * run)) for row in range(40)]
+            store(db, rows, job_id=names[-1], name=names[-1], slots=slots)
+    groups = settings_of(db, [Side(name) for name in names], "slots")
+    assert [len(each) for each in groups] == [3, 3]
+    (found,) = compare_all(db, groups[0], groups[1:])
+    line = next(each for each in found.lines if each.name == "output_tps")
+    assert (found.runs, line.word) == ((3, 3), "worse")
+    (few,) = compare_all(db, groups[0][:2], [groups[1]])
+    line = next(each for each in few.lines if each.name == "output_tps")
+    assert (line.word, line.note) == ("", "2 and 3 runs: 3 of each tell the noise between runs")
+    with pytest.raises(PromptmillError, match="no such setting"):
+        settings_of(db, [Side(names[0])], "slotz")
+
+
+def test_score_runs_of_one_job_differ_in_scores_only(db: sa.Engine) -> None:
+    store(db, [answer(row) for row in range(30)], job_id="01A")
+    with db.begin() as connection:
+        for run, right in (("R1", 10), ("R2", 22)):
+            values = {"id": run, "job_id": "01A", "task_sha256": "x", "created_at": START}
+            connection.execute(sa.insert(score_runs).values(values))
+            connection.execute(sa.insert(scores), [
+                {"score_run_id": run, "row": row, "metric": "is_ad", "value": float(row < right), "outcome": "scored"}
+                for row in range(30)
+            ])  # fmt: skip
+    assert find_scored(db, "01A@s2")[1] == "R2"
+    with pytest.raises(UnknownName, match="score runs s1 to s2"):
+        find_scored(db, "01A@s3")
+    found = compare(db, Side("01A", "R1"), Side("01A", "R2"))
+    assert [(line.name, line.word) for line in found.lines] == [("is_ad.accuracy", "better")]
+    assert (found.flips[0].won, found.flips[0].won_keys[0]) == (12, "row-10")
+    assert found.flips[0].p == pytest.approx(2**-11)
+
+
+def test_the_page_of_a_comparison_escapes_names(db: sa.Engine) -> None:
+    two_jobs(db, 1.2, model="<b>x</b>")
+    text = comparison_page.text([compare(db, "01A", "01B")])
+    assert "<b>x" not in text
+    assert "<svg" in text
+    assert "latency_s.mean +19" in text
 
 
 def test_one_run_of_each_gives_no_verdict_on_throughput(db: sa.Engine) -> None:

@@ -10,7 +10,7 @@ from promptmill.cli.common import json_option, open_all, stderr_console, stdout_
 from promptmill.errors import EXIT_GATE, PromptmillError
 
 if TYPE_CHECKING:
-    from promptmill.reports.compare import Comparison
+    from promptmill.reports.comparison import Comparison
     from promptmill.reports.conditions import Condition
 
 
@@ -19,44 +19,55 @@ if TYPE_CHECKING:
 Examples:
   promptmill compare before after
   promptmill compare q8 q4 --fail-if 'is_ad.accuracy<-2pp' --fail-if 'output_tps<-5%'
-  promptmill compare q8 q4 --format md -o comparison.md
+  promptmill compare q8 q4 -o comparison.html
+  promptmill compare run1 run2 run3 run4 run5 run6 --by slots
+  promptmill compare @last@s1 @last@s2
+
+Jobs of --by are runs of a setting; JOB@s2 is a job as its second score run judged it.
 
 Exit code 3: a condition of --fail-if is met.
 """
 )
 @click.argument("jobs", nargs=-1, required=True)
+@click.option("--by", help="A setting, such as slots or model: jobs that share its value are runs of one setting.")
 @click.option("--baseline", help="The job that the others are set against.  [default: the first]")
 @click.option("--fail-if", "conditions", multiple=True, help="Leave with exit code 3 when this holds; may be repeated.")
 @click.option("--force", is_flag=True, help="Compare other work too; write over a file that exists.")
 @click.option(
-    "--format", "format_", type=click.Choice(["term", "md", "json", "csv"]), default="term", show_default=True
+    "--format",
+    "format_",
+    type=click.Choice(["term", "html", "md", "json", "csv"]),
+    help="[default: by the name of -o, else term]",
 )
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
 @json_option
 def compare(
     jobs: tuple[str, ...],
+    by: str | None,
     baseline: str | None,
     conditions: tuple[str, ...],
     force: bool,
-    format_: str,
+    format_: str | None,
     output: str,
     as_json: bool,
 ) -> None:
     """Compare JOBS: rows are paired by id, intervals take batches as a whole, and families of tests are corrected."""
-    from promptmill.catalog import find_job
-    from promptmill.cli.report import check_target
-    from promptmill.reports.compare import compare as compared
+    from promptmill.catalog import find_scored
+    from promptmill.cli.report import by_name, check_target
+    from promptmill.reports.compare import Side, compare_all, settings_of
     from promptmill.reports.conditions import parse
 
     gates = [parse(each) for each in conditions]
     check_target(output, force)
     _, db = open_all()
-    first = find_job(db, baseline or jobs[0]).id
-    others = [job for job in (find_job(db, each).id for each in jobs) if job != first]
-    if not others:
-        raise PromptmillError("a comparison needs two different jobs", hint="promptmill compare BEFORE AFTER")
-    found = [compared(db, first, other, force) for other in others]
-    _write(found, "json" if as_json else format_, output)
+    sides = [Side(job.id, run) for job, run in (find_scored(db, each) for each in (baseline or jobs[0], *jobs))]
+    sides = list(dict.fromkeys(sides))
+    groups = settings_of(db, sides, by) if by else [[side] for side in sides]
+    if len(groups) < 2:
+        what = f"with different values of '{by}'" if by else "that are different"
+        raise PromptmillError(f"a comparison needs two jobs {what}", hint="promptmill compare BEFORE AFTER")
+    found = compare_all(db, groups[0], groups[1:], force)
+    _write(found, "json" if as_json else format_ or by_name(output), output)
     _judge(found, gates)
 
 
@@ -64,14 +75,20 @@ def _write(found: list[Comparison], format_: str, output: str) -> None:
     from promptmill.cli.report import write_text
     from promptmill.reports import comparison_forms
 
-    if format_ == "term":
+    if format_ == "term" and output == "-":
         for each in found:
             comparison_forms.render(each, stdout_console())
+    elif format_ == "html":
+        from promptmill.reports.comparison_page import text
+
+        write_text(text(found), output)
     elif format_ == "json" and len(found) > 1:
         parts = [comparison_forms.text(each, "json").rstrip("\n") for each in found]
         write_text(f"[{', '.join(parts)}]\n", output)
     else:
-        write_text("\n".join(comparison_forms.text(each, format_) for each in found), output)
+        write_text(
+            "\n".join(comparison_forms.text(each, "md" if format_ == "term" else format_) for each in found), output
+        )
 
 
 def _judge(found: list[Comparison], gates: list[Condition]) -> None:

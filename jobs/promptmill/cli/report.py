@@ -43,7 +43,7 @@ def report(job: str, format_: str | None, output: str, force: bool, as_json: boo
     """Report on JOB: throughput, latency, errors, consistency checks and scores, each figure from its rows."""
     from promptmill.catalog import find_job
 
-    chosen = "json" if as_json else format_ or _by_name(output)
+    chosen = "json" if as_json else format_ or by_name(output)
     check_target(output, force)
     _, db = open_all()
     job_id = find_job(db, job).id
@@ -53,7 +53,8 @@ def report(job: str, format_: str | None, output: str, force: bool, as_json: boo
         write_text(_text(db, job_id, chosen), output)
 
 
-def _by_name(output: str) -> str:
+def by_name(output: str) -> str:
+    """The form that the name of a file asks for."""
     suffix = Path(output).suffix.lstrip(".").lower()
     return {"htm": "html", "markdown": "md"}.get(suffix, suffix if suffix in FORMATS else "term")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,19 +12,24 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.errors import JobError
-from promptmill.metrics import METRICS, Better, Metric
+from promptmill.database import reading
+from promptmill.errors import JobError, PromptmillError
+from promptmill.metrics import METRICS, Better
+from promptmill.registry import suggestion
+from promptmill.reports.comparison import WITHIN_RUN, Comparison, Flips, Line
 from promptmill.reports.figures import metric_of, value_of
 from promptmill.reports.pairs import Pairing, Rows, ids_of, pair, read_rows
 from promptmill.reports.rows import consistent
 from promptmill.reports.scan import Floats, Ints
 from promptmill.reports.statistics import (
     ALPHA,
+    LEAST_RUNS,
     Change,
     crossed_ratio,
     holm,
     paired_rates,
     paired_ratio,
+    repeated_ratio,
     unpaired_ratio,
 )
 from promptmill.reports.summary import Summary, summarise
@@ -43,9 +48,11 @@ FLIPS_SHOWN = 20
 #: Figures of work done in a time: other prompts or limits make them figures of other work.
 WORK = ("wall_s", "items_per_s", "output_tps", "latency_s", "ttft_s", "latency_s.p50", "latency_s.p95")
 
+#: Runs of the one setting and of the other.
+Runs = tuple[list[Summary], list[Summary]]
+
 #: Notes of figures that a run has one of.
 ONE_RUN = "one run of each: no test"
-WITHIN_RUN = "interval within the run; one run of each: no test"
 
 #: What a run has one of.
 RUN_FIGURES = ("output_tps", "items_per_s", "wall_s", "prefill_tps", "decode_tps", "latency_s.p50", "latency_s.p95")
@@ -54,55 +61,6 @@ SERVICE = ("latency_s", "ttft_s", "tpot_s")
 
 #: Differences of two jobs' configuration that make WORK incomparable.
 SAME_WORK = ("dataset_sha256", "task_sha256", "system_prompt", "max_tokens", "thinking", "ignore_eos", "limit")
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One figure of two jobs. Shares change by points, all else relatively; ``ci95`` and ``p`` None: cannot be told."""
-
-    name: str
-    metric: Metric
-    before: float | None
-    after: float | None
-    change: float | None = None
-    ci95: tuple[float, float] | None = None
-    #: Corrected for the family of all lines that are tested (Holm).
-    p: float | None = None
-    #: 'better', 'worse', '≈' (no detectable difference), '=' (equal row by row), '' where nothing was tested.
-    word: str = ""
-    note: str = ""
-
-    @property
-    def _ratio(self) -> float | None:
-        return self.after / self.before if self.before and self.after is not None else None
-
-    @property
-    def in_points(self) -> bool:
-        return self.metric.unit == "%"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "unit": str(self.metric.unit), "before": self.before, "after": self.after,
-            "change": self.change, "ratio": self._ratio, "change_unit": "points" if self.in_points else "share",
-            "ci95": self.ci95,
-            "p_holm": self.p, "word": self.word, "note": self.note,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Flips:
-    """Rows that one job has right and the other wrong, by one score."""
-
-    name: str
-    lost: int
-    won: int
-    #: McNemar's exact test of the two counts.
-    p: float | None
-    lost_keys: tuple[str, ...]
-    won_keys: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,58 +80,6 @@ class _FlipPlaces:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """``after`` against ``before``, over their common rows where rows are compared."""
-
-    before: Summary
-    after: Summary
-    common: int
-    differences: tuple[tuple[str, Any, Any], ...]
-    warnings: tuple[str, ...]
-    lines: tuple[Line, ...]
-    flips: tuple[Flips, ...]
-
-    @property
-    def verdict(self) -> str:
-        """One sentence; a difference is only one that its interval and its corrected p-value tell."""
-        parts = [
-            f"{line.name} {shown_change(line)} ({line.word})" for line in self.lines if line.word in ("better", "worse")
-        ]
-        if parts:
-            return "; ".join(parts)
-        tested = [line for line in self.lines if line.word]
-        if not tested:
-            return f"nothing could be compared: {self._hindrance()}"
-        known = [f"{line.name} within {shown_interval(line)}" for line in tested if line.ci95]
-        return "no detectable difference" + (f" ({', '.join(known[:3])})" if known else "")
-
-    def _hindrance(self) -> str:
-        reasons = dict.fromkeys(line.note for line in self.lines if line.note and line.note != WITHIN_RUN)
-        return "; ".join(reasons) or "no figure was measured in both"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema_version": 1, "before": self.before.job_id, "after": self.after.job_id, "common_rows": self.common,
-            "verdict": self.verdict, "warnings": list(self.warnings),
-            "differences": [{"name": name, "before": one, "after": two} for name, one, two in self.differences],
-            "figures": [line.to_json() for line in self.lines], "flips": [each.to_json() for each in self.flips],
-        }  # fmt: skip
-
-
-def shown_change(line: Line) -> str:
-    """The signed change: ``+3.1 %`` of the value, or ``+3.1 pp`` of a share."""
-    return "–" if line.change is None else f"{100 * line.change:+.1f} {'pp' if line.in_points else '%'}"
-
-
-def shown_interval(line: Line) -> str:
-    """The 95 % interval of the change, with its unit."""
-    if line.ci95 is None:
-        return "–"
-    low, high = (100 * each for each in line.ci95)
-    return f"[{low:+.1f}, {high:+.1f}] {'pp' if line.in_points else '%'}"
-
-
-@dataclass(frozen=True, slots=True)
 class Side:
     """A job, or a job as one of its score runs judged it."""
 
@@ -183,23 +89,30 @@ class Side:
 
 def compare(db: Engine | Connection, before: str | Side, after: str | Side, force: bool = False) -> Comparison:
     """Job ``after`` against job ``before``. Raises :class:`JobError` when they have no row in common."""
-    return compare_all(db, before, [after], force)[0]
+    return compare_all(db, [before], [[after]], force)[0]
 
 
 def compare_all(
-    db: Engine | Connection, before: str | Side, others: Sequence[str | Side], force: bool = False
+    db: Engine | Connection, before: Sequence[str | Side], others: Sequence[Sequence[str | Side]], force: bool = False
 ) -> list[Comparison]:
-    """Each of ``others`` against ``before``; p-values are corrected for all that is asked together."""
-    sides = [Side(each) if isinstance(each, str) else each for each in (before, *others)]
+    """Each of ``others`` against ``before``, all of them runs of one setting; p-values are corrected together.
+
+    Rows are those of the first run of either; what a run has one of is told by all runs.
+    """
+    sides = [[Side(each) if isinstance(each, str) else each for each in runs] for runs in (before, *others)]
     with consistent(db) as connection:
-        own = read_rows(connection, sides[0].job_id, sides[0].score_run)
-        found = [_compared(connection, sides[0], side, own, force) for side in sides[1:]]
+        own = read_rows(connection, sides[0][0].job_id, sides[0][0].score_run)
+        known = {side.job_id: summarise(connection, side.job_id) for runs in sides for side in runs}
+        found = [_compared(connection, (sides[0], runs), own, known, force) for runs in sides[1:]]
     corrected = iter(holm([line.p for each in found for line in each.lines]))
     return [replace(each, lines=tuple(_worded(line, next(corrected)) for line in each.lines)) for each in found]
 
 
-def _compared(db: Connection, before: Side, after: Side, own: Rows, force: bool) -> Comparison:
+def _compared(
+    db: Connection, sides: tuple[list[Side], list[Side]], own: Rows, known: Mapping[str, Summary], force: bool
+) -> Comparison:
     """The comparison before its p-values are corrected."""
+    before, after = (runs[0] for runs in sides)
     other = read_rows(db, after.job_id, after.score_run)
     common = pair(own, other)
     if not len(common.before):
@@ -207,27 +120,40 @@ def _compared(db: Connection, before: Side, after: Side, own: Rows, force: bool)
             f"jobs {before.job_id} and {after.job_id} have no common rows",
             hint="Rows are paired by id: compare jobs over the same dataset that have results.",
         )
-    summaries = summarise(db, before.job_id), summarise(db, after.job_id)
+    runs = [known[side.job_id] for side in sides[0]], [known[side.job_id] for side in sides[1]]
     differences = _differences(db, before.job_id, after.job_id)
     reasons = {} if force else _reasons(differences)
+    same = before.job_id == after.job_id
     # Two score runs of one job differ in nothing but the scores.
-    lines = [] if before.job_id == after.job_id else _time_lines(summaries, own, other, common, reasons)
+    lines = [] if same else _time_lines(runs, own, other, common, reasons)
     rates, flips = _rate_lines(own, other, common, _other_lines(differences))
     return Comparison(
-        before=summaries[0],
-        after=summaries[1],
+        before=runs[0][0],
+        after=runs[1][0],
+        runs=(len(runs[0]), len(runs[1])),
         common=len(common.before),
         differences=differences,
-        warnings=_warnings(own, other, common, summaries),
-        lines=(*lines, *(line for line in rates if before.job_id != after.job_id or line.name != "success_rate")),
+        warnings=_warnings(own, other, common, runs),
+        lines=(*lines, *(line for line in rates if not same or line.name != "success_rate")),
         flips=tuple(each.named(db, before.job_id, own, common) for each in flips),
     )
 
 
-def _time_lines(
-    summaries: tuple[Summary, Summary], own: Rows, other: Rows, common: Pairing, reasons: dict[str, str]
-) -> list[Line]:
-    return [*_service_lines(own, other, common, reasons), *_run_lines(summaries, own, other, reasons)]
+def _time_lines(runs: Runs, own: Rows, other: Rows, common: Pairing, reasons: dict[str, str]) -> list[Line]:
+    if max(map(len, runs)) > 1:
+        return [_repeated_line(name, runs, reasons) for name in ("latency_s.mean", *RUN_FIGURES)]
+    return [*_service_lines(own, other, common, reasons), *_run_lines(runs, own, other, reasons)]
+
+
+def _repeated_line(name: str, runs: Runs, reasons: dict[str, str]) -> Line:
+    """A figure of several runs of either: its interval holds the noise between runs."""
+    values = [[value for each in own if (value := value_of(each, name))] for own in runs]
+    one, two = (math.exp(sum(map(math.log, own)) / len(own)) if own else None for own in values)
+    note = f"{len(runs[0])} and {len(runs[1])} runs"
+    if min(map(len, values)) < LEAST_RUNS:
+        note += f": {LEAST_RUNS} of each tell the noise between runs"
+    line = Line(name, metric_of(name), one, two, note=reasons.get(name.removesuffix(".mean"), note))
+    return _filled(line, repeated_ratio(*values))
 
 
 def _worded(line: Line, p: float | None) -> Line:
@@ -243,18 +169,35 @@ def _worded(line: Line, p: float | None) -> Line:
     return replace(line, p=p, word="better" if good else "worse")
 
 
-def _config(job: sa.Row[Any]) -> dict[str, Any]:
+def config_of(job: sa.Row[Any]) -> dict[str, Any]:
+    """Everything by which two jobs can differ, by name."""
     names = (
         "dataset_name", "dataset_sha256", "model", "model_fingerprint", "task_name", "task_sha256", "system_prompt",
         "slots", "mode", "rows",
     )  # fmt: skip
     sampling: dict[str, Any] = json.loads(job.sampling)
     env: dict[str, Any] = json.loads(job.env or "{}")
-    return {name: getattr(job, name) for name in names} | sampling | {f"env.{key}": env[key] for key in env}
+    settings: dict[str, Any] = json.loads(job.engine_settings or "{}")
+    return {name: getattr(job, name) for name in names} | settings | sampling | {f"env.{key}": env[key] for key in env}
+
+
+def settings_of(db: Engine, sides: Sequence[Side], name: str) -> list[list[Side]]:
+    """The jobs grouped by their value of a setting, in the order of their first one. Raises PromptmillError."""
+    with reading(db) as connection:
+        configs = [
+            config_of(connection.execute(sa.select(jobs).where(jobs.c.id == side.job_id)).one()) for side in sides
+        ]
+    known = sorted({key for config in configs for key in config})
+    if name not in known:
+        raise PromptmillError(f"--by {name}: the jobs have no such setting", hint=suggestion(name, known))
+    groups: dict[str, list[Side]] = {}
+    for side, config in zip(sides, configs, strict=True):
+        groups.setdefault(json.dumps(config.get(name), sort_keys=True), []).append(side)
+    return list(groups.values())
 
 
 def _differences(db: Connection, before: str, after: str) -> tuple[tuple[str, Any, Any], ...]:
-    one, two = (_config(db.execute(sa.select(jobs).where(jobs.c.id == each)).one()) for each in (before, after))
+    one, two = (config_of(db.execute(sa.select(jobs).where(jobs.c.id == each)).one()) for each in (before, after))
     return tuple(
         (name, one.get(name), two.get(name)) for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)
     )
@@ -297,11 +240,11 @@ def _filled(line: Line, change: Change) -> Line:
     return replace(line, change=value, ci95=change.ci95, p=change.p)
 
 
-def _run_lines(summaries: tuple[Summary, Summary], own: Rows, other: Rows, reasons: dict[str, str]) -> list[Line]:
+def _run_lines(runs: Runs, own: Rows, other: Rows, reasons: dict[str, str]) -> list[Line]:
     """Figures that a run has one of. One run of either tells nothing of the noise between runs: there is no test."""
     lines = []
     for name in RUN_FIGURES:
-        one, two = (value_of(each, name) for each in summaries)
+        one, two = (value_of(each[0], name) for each in runs)
         line = Line(name, metric_of(name), one, two, note=reasons.get(name, ONE_RUN))
         if one and two is not None:
             line = replace(line, change=two / one - 1)
@@ -351,15 +294,15 @@ def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[lis
     return lines, flips
 
 
-def _warnings(own: Rows, other: Rows, common: Pairing, summaries: tuple[Summary, Summary]) -> tuple[str, ...]:
+def _warnings(own: Rows, other: Rows, common: Pairing, runs: Runs) -> tuple[str, ...]:
     found = []
-    for summary in summaries:
+    for summary in (*runs[0], *runs[1]):
         if not summary.complete:
             found.append(f"job {summary.job_id} is {summary.completeness}")
     missing = len(own) + len(other) - 2 * len(common.before)
     if missing:
         found.append(f"{missing:,} rows are in one of the jobs only and are left out of paired figures")
-    lengths = [each.mean_output_tokens for each in summaries]
+    lengths = [each[0].mean_output_tokens for each in runs]
     if lengths[0] and lengths[1] and abs(lengths[1] / lengths[0] - 1) > LENGTH_SHIFT:
         found.append(f"answers have another length: {lengths[0]:.1f} and {lengths[1]:.1f} tokens, which is other work")
     return tuple(found)

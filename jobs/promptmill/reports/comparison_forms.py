@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from promptmill.reports import markdown
-from promptmill.reports.compare import Comparison, Line, shown_change
+from promptmill.reports.comparison import Comparison, Flips, Line, shown_change
 
 COLUMNS = ("figure", "A", "B", "change", "95 % CI", "")
 
@@ -24,17 +24,18 @@ def render(found: Comparison, console: Console) -> None:
     width = min(console.width, 100)
     for label, summary in (("A", found.before), ("B", found.after)):
         console.print(Text(f"{label}  {summary.job_id}  {summary.name or ''}  {summary.model}"), width=width)
-    console.print(Text(f"{found.common:,} common rows", style="dim"))
+    runs = "" if max(found.runs) == 1 else f", {found.runs[0]} and {found.runs[1]} runs"
+    console.print(Text(f"{found.common:,} common rows{runs}", style="dim"))
     if found.differences:
         console.print("\n[bold]Configuration[/bold]")
         for name, one, two in found.differences:
-            console.print(Text(f"  {name}: {_short(one)} -> {_short(two)}"), width=width)
+            console.print(Text(f"  {name}: {short(one)} -> {short(two)}"), width=width)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if index in (0, 5) else "right", overflow="fold")
     for line in found.lines:
-        *cells, word = _cells(line)
-        table.add_row(*cells, Text(word, style=_STYLES.get(line.word, "dim")))
+        *plain, word = cells(line)
+        table.add_row(*plain, Text(word, style=_STYLES.get(line.word, "dim")))
     console.print("\n[bold]Figures[/bold]")
     console.print(table, width=width)
     for flips in found.flips:
@@ -47,18 +48,24 @@ def render(found: Comparison, console: Console) -> None:
     console.print(Text(f"\n{found.verdict}", style="bold"), width=width)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value of a configuration on one line."""
     text = " ".join(str(value).split())
     return text if len(text) <= 48 else text[:12] + "…"
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def cells(line: Line) -> tuple[str, ...]:
+    """A line under COLUMNS."""
     unit = f" {line.metric.shown_unit}"
     one, two = (f"{line.metric.text(each)}{unit if each is not None else ''}" for each in (line.before, line.after))
     interval = "–" if line.ci95 is None else "[{:+.1f}, {:+.1f}]".format(*(100 * each for each in line.ci95))
     words = ", ".join(each for each in (line.word, line.note) if each)
     shown = "–" if line.note.startswith("not comparable") else shown_change(line)
     return line.name, one, two, shown, interval, words
+
+
+def _p(flips: Flips) -> str:
+    return "" if flips.p is None else f" (McNemar p = {flips.p:.3g})"
 
 
 def text(found: Comparison, format_: str) -> str:
@@ -73,11 +80,13 @@ def _json(found: Comparison) -> str:
 def _markdown(found: Comparison) -> str:
     names = [f"{each.name or each.job_id}" for each in (found.before, found.after)]
     parts = [f"## {markdown.escaped(names[0])} against {markdown.escaped(names[1])}: {markdown.escaped(found.verdict)}"]
-    parts.append(markdown.table(COLUMNS, [_cells(line) for line in found.lines]))
+    parts.append(markdown.table(COLUMNS, [cells(line) for line in found.lines]))
     if found.differences:
-        shown = [(name, _short(one), _short(two)) for name, one, two in found.differences]
+        shown = [(name, short(one), short(two)) for name, one, two in found.differences]
         parts.append(markdown.table(("configuration", "A", "B"), shown))
-    parts += [f"{each.name}: {each.lost:,} right in A only, {each.won:,} right in B only" for each in found.flips]
+    parts += [
+        f"{each.name}: {each.lost:,} right in A only, {each.won:,} right in B only{_p(each)}" for each in found.flips
+    ]
     parts += [f"- {markdown.escaped(each)}" for each in found.warnings]
     return "\n\n".join(parts) + "\n"
 

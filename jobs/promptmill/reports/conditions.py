@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from promptmill.errors import PromptmillError
 from promptmill.registry import suggestion
-from promptmill.reports.compare import Comparison
+from promptmill.reports.comparison import Comparison
 from promptmill.reports.figures import names_of, value_of
 
 _FORM = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|pp)?\s*")

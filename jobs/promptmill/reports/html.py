@@ -38,29 +38,37 @@ def text(db: Engine | Connection, job_id: str) -> str:
         _head(summary), _keys(summary), _plots(summary, details, shapes), _scores(summary), _times(summary),
         _errors(summary), _slow(details), _workers(summary), _checks(summary), _config(details), _definitions(summary),
     ]  # fmt: skip
+    return document(title, "".join(sections))
+
+
+def document(title: str, body: str) -> str:
+    """A file with its own style that loads and runs nothing."""
+    style = STYLE.read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_safe(title)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body>{''.join(sections)}</body></html>\n"
+        f"<title>{safe(title)}</title><style>{style}</style></head><body>{body}</body></html>\n"
     )
 
 
-def _safe(value: object) -> str:
+def safe(value: object) -> str:
+    """Foreign text as text."""
     return html.escape(str(value), quote=True)
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_safe(title)}</h2>{body}</section>" if body else ""
+def section(title: str, body: str) -> str:
+    """Nothing where there is no body."""
+    return f"<section><h2>{safe(title)}</h2>{body}</section>" if body else ""
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
     """A table of escaped cells; columns ``numbers`` are aligned to the right."""
     right = set(numbers)
 
     def cells(tag: str, row: Sequence[object]) -> str:
         return "".join(
-            f"<{tag}{' class=n' if index in right else ''}>{_safe(cell)}</{tag}>" for index, cell in enumerate(row)
+            f"<{tag}{' class=n' if index in right else ''}>{safe(cell)}</{tag}>" for index, cell in enumerate(row)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -83,11 +91,11 @@ def _head(summary: Summary) -> str:
         ("began", began),
         ("rows", f"{summary.attempted:,} of {summary.rows:,}, {summary.completeness}"),
     ]
-    rows = "".join(f"<tr><th>{label}</th><td>{_safe(value)}</td></tr>" for label, value in lines)
-    stop = f"<p class=bad>{_safe(summary.stop_reason)}</p>" if summary.stop_reason else ""
+    rows = "".join(f"<tr><th>{label}</th><td>{safe(value)}</td></tr>" for label, value in lines)
+    stop = f"<p class=bad>{safe(summary.stop_reason)}</p>" if summary.stop_reason else ""
     return (
-        f"<h1>{_safe(summary.name or 'Job')} <span class=dim>{_safe(summary.job_id)}</span></h1>"
-        f'<p class="verdict {good}">{_safe(summary.verdict)}</p>{stop}<table>{rows}</table>'
+        f"<h1>{safe(summary.name or 'Job')} <span class=dim>{safe(summary.job_id)}</span></h1>"
+        f'<p class="verdict {good}">{safe(summary.verdict)}</p>{stop}<table>{rows}</table>'
     )
 
 
@@ -97,15 +105,14 @@ def _keys(summary: Summary) -> str:
         metric, value = METRICS[name], getattr(summary, name)
         shown = "not measured" if value is None else f"{metric.text(value)} {metric.shown_unit}"
         cards.append(
-            f'<div title="{_safe(metric.formula)}"><span class=dim>{_safe(metric.label)}</span>'
-            f"<b>{_safe(shown)}</b></div>"
+            f'<div title="{safe(metric.formula)}"><span class=dim>{safe(metric.label)}</span><b>{safe(shown)}</b></div>'
         )
     return f"<div class=keys>{''.join(cards)}</div>"
 
 
 def _plots(summary: Summary, details: Details, shapes: Plots | None) -> str:
     if shapes is None:
-        return _section("Plots", "<p class=dim>No row has an answer: there is nothing to plot.</p>")
+        return section("Plots", "<p class=dim>No row has an answer: there is nothing to plot.</p>")
     shown = [
         (
             plots.latency_histogram(shapes),
@@ -123,9 +130,9 @@ def _plots(summary: Summary, details: Details, shapes: Plots | None) -> str:
         shown.append((plots.timeline(details), "green: done; orange: given back; red: lost or failed; blue: running"))
     shown += [(svg, caption) for svg, caption in _resources(details)]
     figures = "".join(
-        f"<figure>{svg}<figcaption>{_safe(caption)}</figcaption></figure>" for svg, caption in shown if svg
+        f"<figure>{svg}<figcaption>{safe(caption)}</figcaption></figure>" for svg, caption in shown if svg
     )
-    return _section("Plots", f"<div class=plots>{figures}</div>")
+    return section("Plots", f"<div class=plots>{figures}</div>")
 
 
 def _moments(shapes: Plots) -> Floats:
@@ -183,7 +190,7 @@ def _times(summary: Summary) -> str:
             cells.append("–" if value is None else f"{digits(value)}{short}")
         mean = "–" if values.mean is None else digits(values.mean)
         rows.append((f"{METRICS[name].label} s", *cells, mean, f"{values.n:,}"))
-    return _section("Time", _table(("", *PERCENTILES, "mean", "n"), rows, range(1, 7)))
+    return section("Time", table(("", *PERCENTILES, "mean", "n"), rows, range(1, 7)))
 
 
 def _scores(summary: Summary) -> str:
@@ -193,7 +200,7 @@ def _scores(summary: Summary) -> str:
         interval = "[{:.1f}, {:.1f}]".format(*(100 * each for each in score.ci95)) if score.ci95 else "–"
         value = f"{metric.text(score.value)} {metric.shown_unit}"
         rows.append((f"{name} {metric.label}", value, interval, f"{score.n:,}", score.unparsed, score.truncated))
-    return _section("Scores", _table(("score", "value", "95 % CI", "n", "unparsed", "truncated"), rows, range(1, 6)))
+    return section("Scores", table(("score", "value", "95 % CI", "n", "unparsed", "truncated"), rows, range(1, 6)))
 
 
 def _errors(summary: Summary) -> str:
@@ -204,14 +211,14 @@ def _errors(summary: Summary) -> str:
         rows.append(
             (name, f"{count:,}", f"row {example.row}: {example.message[:MESSAGE_CHARACTERS]}" if example else "")
         )
-    return _section("Errors", _table(("class", "rows", "first example"), rows, (1,)))
+    return section("Errors", table(("class", "rows", "first example"), rows, (1,)))
 
 
 def _slow(details: Details) -> str:
     rows = [
         (each.row, each.custom_id, digits(each.latency_s), each.output_tokens, each.text[:160]) for each in details.slow
     ]
-    return _section("Slowest rows", _table(("row", "id", "latency s", "tokens", "answer"), rows, (0, 2, 3)))
+    return section("Slowest rows", table(("row", "id", "latency s", "tokens", "answer"), rows, (0, 2, 3)))
 
 
 def _workers(summary: Summary) -> str:
@@ -221,22 +228,22 @@ def _workers(summary: Summary) -> str:
          memory.text(each.memory_bytes), memory.text(each.device_memory_bytes))
         for each in summary.workers
     ]  # fmt: skip
-    return _section(
+    return section(
         "Workers",
-        _table(("worker", "device got", "slots", "ok", "errors", "memory MiB", "device MiB"), rows, range(2, 7)),
+        table(("worker", "device got", "slots", "ok", "errors", "memory MiB", "device MiB"), rows, range(2, 7)),
     )
 
 
 def _checks(summary: Summary) -> str:
     marks = {True: "✓", False: "✗", None: "·"}
-    return _section(
-        "Checks", _table(("", "law", ""), [(marks[each.ok], each.name, each.detail) for each in summary.checks])
+    return section(
+        "Checks", table(("", "law", ""), [(marks[each.ok], each.name, each.detail) for each in summary.checks])
     )
 
 
 def _config(details: Details) -> str:
     pairs = [*details.config.items(), *_flat("", details.env)]
-    return _section("Configuration and environment", _table(("name", "value"), pairs))
+    return section("Configuration and environment", table(("name", "value"), pairs))
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -254,7 +261,7 @@ def _definitions(summary: Summary) -> str:
     rows += [
         (METRICS[name].name, "see above", METRICS[name].shown_unit, METRICS[name].formula) for name in DISTRIBUTIONS
     ]
-    return _section(
+    return section(
         "Every figure and its definition",
-        _table(("figure", "value", "unit", "from the rows of v_results and attempts"), rows, (1,)),
+        table(("figure", "value", "unit", "from the rows of v_results and attempts"), rows, (1,)),
     )
