@@ -98,18 +98,24 @@ def _completion(row: Row[Any], model: str, name: str) -> dict[str, Any]:
         "object": "text_completion" if raw else "chat.completion",
         "created": int(row.finished_at if row.finished_at is not None else row.committed_at),
         "model": model,
-        "choices": [_choice(index, each, raw) for index, each in enumerate(answers)],
-        "usage": {
-            "prompt_tokens": row.prompt_tokens,
-            "completion_tokens": row.output_tokens,
-            "total_tokens": row.prompt_tokens + row.output_tokens,
-            "prompt_tokens_details": {"cached_tokens": row.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": row.reasoning_tokens or 0},
-        },
+        "choices": [openai_choice(index, each, raw) for index, each in enumerate(answers)],
+        "usage": openai_usage(row),
     }
 
 
-def _choice(index: int, answer: dict[str, Any], raw: bool) -> dict[str, Any]:
+def openai_usage(counts: Any) -> dict[str, Any]:
+    """Token counts of a row, or of :class:`promptmill.types.Usage`."""
+    return {
+        "prompt_tokens": counts.prompt_tokens,
+        "completion_tokens": counts.output_tokens,
+        "total_tokens": counts.prompt_tokens + counts.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": counts.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": counts.reasoning_tokens or 0},
+    }
+
+
+def openai_choice(index: int, answer: dict[str, Any], raw: bool) -> dict[str, Any]:
+    """One of a response's choices, of a text completion where ``raw``."""
     choice: dict[str, Any] = {"index": index, "finish_reason": answer["finish_reason"]}
     tokens = answer.get("logprobs")
     if raw:

@@ -273,6 +273,8 @@ class EngineCounters:
     starved_s: float = 0.0
     peak_active: int = 0
     peak_kv_cells: int = 0
+    #: Requests of the API that ran beside those of jobs meanwhile: all of the above is theirs too.
+    live_requests: int = 0
 
     def plus(self, later: EngineCounters) -> EngineCounters:
         """This span of time and a later one: sums, and the larger of the peaks."""

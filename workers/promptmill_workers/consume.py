@@ -29,9 +29,11 @@ from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, Database
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.types import ChunkId, Lease
+from promptmill_workers.beat import Beat
 from promptmill_workers.devices import Device
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.live import LiveLane
 from promptmill_workers.patience import PASSING, Patience, first_line
 from promptmill_workers.presence import Presence
 from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
@@ -84,6 +86,8 @@ class Worker:
         self._ended = threading.Event()
         self._patiently = Patience(self.stop)
         self._runner = ChunkRunner(self.ledger, self.hosts, self.stop, self._patiently)
+        self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
+        self._beat = Beat(self.id, settings.redis_url, self.hosts)
         _register(self.app, self)
 
     def run(self) -> None:
@@ -93,6 +97,9 @@ class Worker:
             self.hosts.start()
             # A thread of its own: Redis and the database may each hang for a while, and no heartbeat is to wait for it.
             threading.Thread(target=self._reconcile_for_ever, daemon=True).start()
+            self._beat.start()
+            for lane in self._lanes:
+                lane.start()
             worker_shutting_down.connect(self._shutting_down, weak=False)
             queues = ",".join(queue_name(model) for model in self.config.models)
             self.app.worker_main(
@@ -104,7 +111,11 @@ class Worker:
             )  # fmt: skip
         finally:
             self._ended.set()
+            for lane in self._lanes:
+                # Those who wait for an answer get it within the grace period.
+                lane.join(self.settings.grace_s if self.stop.draining.is_set() else 0)
             self.hosts.close()
+            self._beat.stop()
             self.presence.stop()
 
     def run_chunk(self, chunk: ChunkId) -> None:

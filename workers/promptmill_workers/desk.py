@@ -27,6 +27,7 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
 )
+from promptmill_workers.yielding import Yielding
 
 #: Finished greedy answers that are remembered, and the longest text among them, in characters.
 REMEMBERED = 8_192
@@ -53,6 +54,7 @@ class Desk:
 
     def __init__(self, engine: Engine, *, deduplicate: bool = True) -> None:
         self._engine = engine
+        self._yielding = Yielding(engine)
         self._deduplicate = deduplicate
         # Parts have keys below zero, which no caller uses.
         self._next_part = -1
@@ -95,11 +97,14 @@ class Desk:
         for request in requests:
             if not self._attach(request):
                 self._put(request, batch)
-        self._engine.add(batch)
+        self._yielding.add(batch)
 
     def step(self) -> Sequence[Event]:
         events, self._ready = self._ready, []
+        self._yielding.make_way()
         for event in self._engine.step():
+            if not isinstance(event, TokenEvent):
+                self._yielding.forget(event.key)
             group = self._group_of.get(event.key)
             whole = event if group is None else self._collect(group, event)
             if whole is not None:
@@ -114,7 +119,7 @@ class Desk:
             return
         group = self._groups.get(key)
         if group is None:
-            self._engine.cancel(key)
+            self._end(key)
         else:
             self._dissolve(group)
         self._promote(key)
@@ -162,9 +167,13 @@ class Desk:
         """End every part; what they have generated is in no answer."""
         for part in group.parts:
             if part not in group.finished:
-                self._engine.cancel(part)
+                self._end(part)
         self._wasted += sum(each.usage.output_tokens for each in group.finished.values())
         self._forget(group)
+
+    def _end(self, key: RequestKey) -> None:
+        self._engine.cancel(key)
+        self._yielding.forget(key)
 
     def _forget(self, group: Group) -> None:
         del self._groups[group.request.key]
@@ -176,7 +185,7 @@ class Desk:
     def _attach(self, request: EngineRequest) -> bool:
         """Whether the request gets the answer of an identical one, which is known or under way."""
         sampling = request.sampling
-        if not self._deduplicate or not sampling.is_greedy or request.stream or sampling.ignore_eos:
+        if not self._deduplicate or not sampling.is_greedy or request.stream or request.urgent or sampling.ignore_eos:
             return False
         identity = _identity(request)
         known = self._remembered.get(identity)
@@ -221,7 +230,7 @@ class Desk:
                 self._followers[first.key] = others
             batch: list[EngineRequest] = []
             self._put(first, batch)
-            self._engine.add(batch)
+            self._yielding.add(batch)
 
     def _leave(self, key: RequestKey) -> bool:
         """Drop a request that waits for an identical one's answer; False when there is none with this key."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -29,17 +29,12 @@ from promptmill.settings import Settings
 from promptmill.types import (
     EngineCounters,
     ErrorClass,
-    Extras,
-    Failed,
-    FinishReason,
-    Ok,
     Request,
     Result,
-    Timing,
-    Usage,
 )
 from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
+from promptmill_workers.host_wire import result_of, wire
 
 log = logging.getLogger("promptmill.host")
 
@@ -309,13 +304,13 @@ class Session:
         result or was dropped. Raises :class:`HostDied`.
         """
         self._outstanding = len(requests)
-        self._send(("add", [_wire(request) for request in requests]))
+        self._send(("add", [wire(request) for request in requests]))
         while self._outstanding > 0:
             match self._receive():
                 case ("results", list() as batch, EngineCounters() as counters):
                     self._outstanding -= len(batch)
                     self._counters = self._counters.plus(counters)
-                    yield [_result(*each) for each in batch]
+                    yield [result_of(*each) for each in batch]
                 case ("dropped", int() as count):
                     self._outstanding -= count
                     self.dropped += count
@@ -342,6 +337,31 @@ class Session:
         taken, self._counters = self._counters, EngineCounters()
         return taken
 
+    def go_live(self) -> None:
+        """Its requests are urgent from now on, and come and go at any time: see :meth:`add` and :meth:`hear`."""
+        self._send(("live",))
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Send more requests of a live session."""
+        self._send(("add", [wire(request) for request in requests]))
+
+    def cancel(self, rows: Sequence[int]) -> None:
+        """Drop requests of a live session; nothing more is said of them."""
+        self._send(("cancel", list(rows)))
+
+    def hear(self, wait_s: float) -> tuple[list[tuple[int, str]], list[Result]] | None:
+        """What a live session is told next: more text of rows, or results. None when nothing came in time."""
+        if not self._connection.poll(wait_s):
+            return None
+        match self._connection.recv():
+            case ("results", list() as batch, _):
+                return [], [result_of(*each) for each in batch]
+            case ("texts", list() as texts):
+                return texts, []
+            case ("beat", active, waiting, _):
+                self.active, self.waiting = active, waiting
+        return [], []
+
     def drain(self) -> None:
         """Give back the requests that hold no slot yet; the others run to their end."""
         self._send(("drain",))
@@ -355,33 +375,19 @@ class Session:
             self._connection.send(message)
 
     def _receive(self) -> Any:
-        limit = self._host.config.stall_timeout_s
-        if not self._connection.poll(limit):
-            # It lives but makes no step: nothing but its end frees the device.
-            self._host.kill()
-            raise HostDied(f"the engine made no step for {limit:g} s and was ended", ErrorClass.STALL)
+        if not self._connection.poll(self.stall_timeout_s):
+            self.stalled()
         return self._connection.recv()
 
+    @property
+    def stall_timeout_s(self) -> float:
+        return self._host.config.stall_timeout_s
 
-def _wire(request: Request) -> Any:
-    turns = None if request.messages is None else tuple((each.role, each.content) for each in request.messages)
-    return request.row, turns, request.prompt, request.sampling, request.stream
-
-
-def _result(
-    answered: bool,
-    row: int,
-    kind: str,
-    text: str,
-    usage: tuple[int, int, int, int] | None,
-    timing: tuple[float, float, float, float] | None,
-    extras: Extras | None,
-) -> Result:
-    """What the host sent (``host_process.WireResult``) as a value."""
-    if answered:
-        assert usage is not None
-        return Ok(row, text, FinishReason(kind), Usage(*usage), timing and Timing(*timing), extras)
-    return Failed(row, ErrorClass(kind), text, usage and Usage(*usage), timing and Timing(*timing))
+    def stalled(self) -> NoReturn:
+        """The host lives but makes no step: nothing but its end frees the device. Raises :class:`HostDied`."""
+        self._host.kill()
+        message = f"the engine made no step for {self.stall_timeout_s:g} s and was ended"
+        raise HostDied(message, ErrorClass.STALL)
 
 
 def _error_named(name: str) -> type[PromptmillError]:

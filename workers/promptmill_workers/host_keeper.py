@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +38,9 @@ class HostKeeper:
         self._passed_over: dict[str, float] = {}
         self._users = 0
         self._alone = False
+        # Models of those that wait for a turn: since when the first of them does, and how many are urgent.
+        self._waits: dict[str, float] = {}
+        self._urgent: Counter[str] = Counter()
         self._not_before = 0.0
         # Held while a host is loaded, which may take minutes: what others read of this object needs no lock.
         self._changed = threading.Condition()
@@ -85,6 +88,11 @@ class HostKeeper:
         since = self._passed_over.setdefault(model, time.monotonic())
         return time.monotonic() - since > FAIR_S
 
+    def kept_waiting_s(self, model: str) -> float:
+        """Seconds that those of another model have waited for this one."""
+        waits = dict(self._waits)
+        return max((time.monotonic() - since for name, since in waits.items() if name != model), default=0.0)
+
     @property
     def model(self) -> str:
         """The model that is loaded, or will be."""
@@ -110,12 +118,16 @@ class HostKeeper:
                 self._unheld_since = time.monotonic()
 
     @contextmanager
-    def session(self, model: str, context_tokens: int | None = None, *, alone: bool = False) -> Iterator[Session]:
+    def session(
+        self, model: str, context_tokens: int | None = None, *, alone: bool = False, urgent: bool = False
+    ) -> Iterator[Session]:
         """A session with ``model`` and room for requests of ``context_tokens``, if need be ``alone`` in its host.
+
+        While an ``urgent`` one waits for its model, none of another model begins.
 
         Raises HostDied, or PromptmillError for a model that cannot be loaded.
         """
-        host = self._enter(model, context_tokens, alone)
+        host = self._enter(model, context_tokens, alone, urgent)
         try:
             with host.session(self._unheld_s) as session:
                 self._sessions = (*self._sessions, session)
@@ -145,13 +157,15 @@ class HostKeeper:
 
     # --- the caller holds the condition ------------------------------------------------------------------------------
 
-    def _enter(self, model: str, context_tokens: int | None, alone: bool) -> EngineHost:
+    def _enter(self, model: str, context_tokens: int | None, alone: bool, urgent: bool) -> EngineHost:
         """Wait for a turn; the host then serves ``model`` and counts one user more."""
 
         def may_enter() -> bool:
+            if not urgent and any(each != model for each in self._urgent):
+                return False
             return self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
 
-        with self._changed:
+        with self._changed, self._waiting(model, urgent):
             self._changed.wait_for(may_enter)
             while not self._closed and (left := self._not_before - time.monotonic()) > 0:
                 self._changed.wait(left)
@@ -163,6 +177,17 @@ class HostKeeper:
             self._users += 1
             self._alone = alone
             return self._host
+
+    @contextmanager
+    def _waiting(self, model: str, urgent: bool) -> Iterator[None]:
+        self._waits.setdefault(model, time.monotonic())
+        self._urgent[model] += urgent
+        try:
+            yield
+        finally:
+            self._waits.pop(model, None)
+            self._urgent = +(self._urgent - Counter({model: int(urgent)}))
+            self._changed.notify_all()
 
     def _serves(self, model: str, context_tokens: int | None) -> bool:
         if self._host is None or self._config.model != model:

@@ -58,6 +58,8 @@ class HostSession:
     """One connection: its running requests and the results not yet sent."""
 
     connection: Connection
+    #: Somebody waits for its answers: they are sent with every step, and its requests are urgent.
+    live: bool = False
     keys: dict[int, RequestKey] = field(default_factory=dict)
     results: list[WireResult] = field(default_factory=list)
     #: Text for those who wait for it: pairs of row and text, sent with every step.
@@ -86,6 +88,7 @@ class HostLoop:
         self._origins: dict[RequestKey, Origin] = {}
         self._next_key = 0
         self._reported = EngineCounters()
+        self._live_seen = 0
         self._unheld_s = 0.0
         # One monotonic clock inside this process; its anchor to the wall clock is calibrated to Redis.
         self._anchor = time.time() + clock_offset_s - time.monotonic()
@@ -95,6 +98,7 @@ class HostLoop:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         while True:
             self._take_messages()
+            self._set_live_aside()
             for event in self._engine.step():
                 if isinstance(event, TokenEvent):
                     self._tell(event)
@@ -142,6 +146,10 @@ class HostLoop:
                 self._leave_out(unheld_s)
                 self._sessions.add(session)
                 session.outbox.put(("ready", self._engine.info))
+            case ("live",):
+                session.live = True
+            case ("cancel", rows):
+                self._drop(session, [session.keys[row] for row in rows if row in session.keys])
             case ("add", requests):
                 self._add(session, requests)
             case ("drain",):
@@ -162,6 +170,17 @@ class HostLoop:
         self._reported = replace(self._reported, idle_s=self._reported.idle_s + unheld_s - self._unheld_s)
         self._unheld_s = unheld_s
 
+    def _set_live_aside(self) -> None:
+        """While only requests of the API run, what the engine does is no job's: it is counted as told."""
+        if any(not each.live for each in self._sessions):
+            return
+        if self._live_seen or any(each.keys for each in self._sessions):
+            now, before = self._engine.counters, self._reported
+            busy_s = sum(getattr(now, name) - getattr(before, name) for name in ("prefill_s", "decode_s", "overhead_s"))
+            # The worker counts all of this time as unheld, idle or not.
+            self._reported = replace(now, idle_s=before.idle_s - busy_s)
+            self._live_seen = 0
+
     def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
         received_at = time.monotonic()
         batch = []
@@ -171,7 +190,8 @@ class HostLoop:
             session.keys[row] = key
             self._origins[key] = Origin(session, row, received_at)
             turns = tuple(Message(role, content) for role, content in messages) if messages is not None else None
-            batch.append(EngineRequest(key, sampling, turns, prompt, stream))
+            batch.append(EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live))
+        self._live_seen += len(batch) if session.live else 0
         session.flushed_at = session.beat_at = received_at
         self._engine.add(batch)
 
@@ -221,9 +241,16 @@ class HostLoop:
             if session.texts:
                 session.outbox.put(("texts", session.texts))
                 session.texts = []
-            due = not session.keys or len(session.results) >= FLUSH_RESULTS or now - session.flushed_at >= FLUSH_S
+            due = (
+                session.live
+                or not session.keys
+                or len(session.results) >= FLUSH_RESULTS
+                or now - session.flushed_at >= FLUSH_S
+            )
             if session.results and due:
-                session.outbox.put(("results", session.results, self._new_counters()))
+                # A live session is told no counters: they are for jobs.
+                counters = EngineCounters() if session.live else self._new_counters()
+                session.outbox.put(("results", session.results, counters))
                 session.results = []
                 session.flushed_at = now
             if session.keys and now - session.beat_at >= BEAT_S:
@@ -235,7 +262,9 @@ class HostLoop:
         now, before = self._engine.counters, self._reported
         self._reported = now
         summed = [each.name for each in fields(EngineCounters) if not each.name.startswith("peak_")]
-        return replace(now, **{name: getattr(now, name) - getattr(before, name) for name in summed})
+        live, self._live_seen = self._live_seen, sum(len(each.keys) for each in self._sessions if each.live)
+        told = replace(now, **{name: getattr(now, name) - getattr(before, name) for name in summed})
+        return replace(told, live_requests=max(live, self._live_seen))
 
 
 def _write(session: HostSession) -> None:

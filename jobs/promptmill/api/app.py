@@ -14,9 +14,10 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from sqlalchemy.engine import Engine
 
-from promptmill.api import batches, errors, files, models, system
+from promptmill.api import batches, chat, errors, files, models, system
 from promptmill.api.file_store import FileStore
 from promptmill.api.limits import Limits
+from promptmill.api.live import Live
 from promptmill.api.middleware import Gate, Timings
 from promptmill.api.model_directory import ModelDirectory
 from promptmill.api.services import Services
@@ -46,16 +47,19 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
         store=FileStore(settings, db),
         limits=Limits(settings),
         models=ModelDirectory(db),
+        live=Live(settings.redis_url, settings.api_timeout_s),
         locked=locked,
     )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="db"))
+        parts.live.start()
         keeper = asyncio.create_task(_keep_batches())
         try:
             yield
         finally:
+            await parts.live.close()
             keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper
@@ -67,7 +71,7 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     app.state.services = parts
     app.state.timings = timings
     errors.install(app)
-    for module in (files, batches, models, system):
+    for module in (chat, files, batches, models, system):
         app.include_router(module.router)
     app.add_middleware(
         Gate, timings=timings, largest_body=settings.api_max_body_bytes, largest_upload=settings.api_max_file_bytes,

@@ -98,3 +98,59 @@ BATCH = body(
         idempotency_key={"type": "string", "description": "The same key again returns the same batch."},
     )
 )
+
+_MESSAGE = _object(
+    ["role", "content"],
+    role={"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+    content={"anyOf": [TEXT, {"type": "array", "items": _object(["type", "text"], type=TEXT, text=TEXT)}]},
+)
+
+#: What all completions take; OpenAI's own documents say what each means.
+_SAMPLING: dict[str, Any] = {
+    "model": TEXT,
+    "stream": {"type": "boolean"},
+    "stream_options": _object([], include_usage={"type": "boolean"}),
+    "max_tokens": {"type": "integer", "minimum": 1},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "n": {"type": "integer", "minimum": 1, "maximum": 128},
+    "stop": {"anyOf": [TEXT, {"type": "array", "items": TEXT}]},
+    "seed": {"type": "integer"},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "logit_bias": {"type": "object", "additionalProperties": {"type": "number"}},
+    "user": TEXT,
+}
+
+CHAT = body(
+    _object(
+        ["model", "messages"], **_SAMPLING,
+        messages={"type": "array", "minItems": 1, "items": _MESSAGE},
+        max_completion_tokens={"type": "integer", "minimum": 1},
+        logprobs={"type": "boolean"}, top_logprobs={"type": "integer", "minimum": 0, "maximum": 20},
+        response_format=_object(["type"], type={"type": "string", "enum": ["text", "json_object", "json_schema"]}),
+    )
+)  # fmt: skip
+
+COMPLETION = body(
+    _object(
+        ["model", "prompt"], **_SAMPLING,
+        prompt={"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 128}]},
+        logprobs={"type": "integer", "minimum": 0, "maximum": 20},
+    )
+)  # fmt: skip
+
+EMBEDDING = body(
+    _object(
+        ["model", "input"], model=TEXT,
+        input={"anyOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 2048}]},
+        encoding_format={"type": "string", "enum": ["float", "base64"]}, user=TEXT,
+    )
+)  # fmt: skip
+
+GENERATE = body(
+    _object(
+        ["prompt"], prompt=TEXT, model=TEXT, max_tokens={"type": "integer", "minimum": 1},
+        temperature={"type": "number", "minimum": 0, "maximum": 2},
+    )
+)  # fmt: skip

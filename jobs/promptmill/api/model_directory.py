@@ -17,6 +17,9 @@ from promptmill.dispatch import ALIVE_S
 #: Seconds that the list of workers is remembered.
 REMEMBER_S = 2.0
 
+#: Seconds in which a worker that went away may come back, before its model is unknown.
+RETURN_S = 600.0
+
 #: States of a worker that will take requests.
 SERVING = ("idle", "busy", "loading")
 
@@ -47,6 +50,7 @@ class ModelDirectory:
         self._models: dict[str, Model] = {}
         self._aliases: dict[str, str] = {}
         self._workers: list[dict[str, Any]] = []
+        self._seen: dict[str, float] = {}
 
     @property
     def is_fresh(self) -> bool:
@@ -66,6 +70,7 @@ class ModelDirectory:
             }
             self._aliases = _aliases(names)
             self._read_at = time.monotonic()
+            self._seen |= dict.fromkeys([*names, *self._aliases], self._read_at)
 
     @property
     def workers(self) -> list[dict[str, Any]]:
@@ -78,6 +83,10 @@ class ModelDirectory:
     def find(self, name: str) -> Model | None:
         """A model by its name, or by its file's name where only one has it."""
         return self._models.get(name) or self._models.get(self._aliases.get(name, ""))
+
+    def was_there(self, name: str) -> bool:
+        """Whether a worker served the model a while ago: it may be restarting."""
+        return time.monotonic() - self._seen.get(name, float("-inf")) < RETURN_S
 
     def resolve(self, name: str) -> str | None:
         """The name that workers know; also of a bundled model, which a worker may serve later."""

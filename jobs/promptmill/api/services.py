@@ -21,6 +21,7 @@ from promptmill.settings import Settings
 from promptmill.tables import api_keys
 
 if TYPE_CHECKING:
+    from promptmill.api.live import Live
     from promptmill.api.model_directory import ModelDirectory
 
 #: Seconds that a key's row is remembered: a revoked one is refused after at most so long.
@@ -43,6 +44,7 @@ class Services:
     store: FileStore
     limits: Limits
     models: ModelDirectory
+    live: Live
     #: Whether a key is asked for.
     locked: bool
     _known: dict[str, tuple[float, Principal | None]] = field(default_factory=dict)

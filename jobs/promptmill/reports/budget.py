@@ -102,6 +102,8 @@ def _missing(attempts: Sequence[sa.Row[Any]], shared: int) -> str | None:
         return f"not measured: {running:,} of {len(attempts):,} attempts still run"
     if shared:
         return "not measured: other jobs ran on the same engines"
+    if live := sum(each.live_requests or 0 for each in attempts):
+        return f"not measured: {live:,} requests of the API ran on the same engines"
     return None if attempts else "not measured"
 
 

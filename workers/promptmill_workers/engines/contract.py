@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -64,6 +65,8 @@ class EngineRequest:
     prompt: str | None = None
     #: Somebody waits for the text: :class:`TokenEvent` s come before the end.
     stream: bool = False
+    #: Goes before all that wait and are not urgent.
+    urgent: bool = False
     #: Nothing is generated: the log-probability of this text after the prompt is wanted.
     continuation: str | None = None
     #: The continuation is followed by the end of the answer.
@@ -133,7 +136,10 @@ class Engine(Protocol):
         ...
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
-        """Queue any number of requests at any time. A request that can never run becomes a ``Rejected`` event."""
+        """Queue any number of requests at any time, urgent ones before the others.
+
+        A request that can never run becomes a ``Rejected`` event.
+        """
         ...
 
     def step(self) -> Sequence[Event]:
@@ -151,6 +157,17 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the device."""
         ...
+
+
+def enqueue(waiting: deque[EngineRequest], requests: Sequence[EngineRequest]) -> None:
+    """Put ``requests`` into the queue: urgent ones at its head, behind those that are there, the others at its end."""
+    waiting.extend(each for each in requests if not each.urgent)
+    urgent = [each for each in requests if each.urgent]
+    if urgent:
+        at = sum(each.urgent for each in waiting)
+        waiting.rotate(-at)
+        waiting.extendleft(reversed(urgent))
+        waiting.rotate(at)
 
 
 class TokenCounter(Protocol):

@@ -32,6 +32,7 @@ from promptmill_workers.engines.contract import (
     Rejected,
     RequestKey,
     TokenEvent,
+    enqueue,
 )
 from promptmill_workers.kv_budget import CPU_SLOTS
 
@@ -138,7 +139,7 @@ class EchoEngine:
         return {request.key for request in self._waiting}
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
-        self._waiting.extend(requests)
+        enqueue(self._waiting, requests)
 
     def cancel(self, key: RequestKey) -> None:
         dropped = self._active.pop(key, None)

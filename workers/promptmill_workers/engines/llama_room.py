@@ -32,13 +32,17 @@ class Room:
         """Decide which prefixes to share, and bring requests that share one together."""
         self.planned = True
         if not self._shares:
+            self.waiting = deque(sorted(self.waiting, key=lambda each: not each.request.urgent))
             return
         waiting = list(self.waiting)
         # A planned prefix never holds the last token of what is planned: that of a question is left out here.
         nested = plan_nested([each.question for each in waiting])
         for each, shared in zip(waiting, nested.shared, strict=True):
             each.shared = shared
-        self.waiting = deque(waiting[index] for index in nested.order)
+        # Urgent ones first; sorting keeps the order of the others.
+        self.waiting = deque(
+            sorted((waiting[index] for index in nested.order), key=lambda each: not each.request.urgent)
+        )
 
     def prefix_for(self, waiting: Waiting) -> tuple[Prefix | None, int, bool]:
         """The prefix to use, how many of its tokens, and whether these are in the KV cache.

@@ -29,6 +29,7 @@ from promptmill_workers.engines.contract import (
     Rejected,
     RequestKey,
     TokenEvent,
+    enqueue,
 )
 from promptmill_workers.engines.llama_batch import Tokens
 from promptmill_workers.engines.llama_binding import (
@@ -144,7 +145,7 @@ class LlamaCppEngine:
         return {each.key for each in (*self._incoming, *queued, *self._embeddings.requests)}
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
-        self._incoming.extend(requests)
+        enqueue(self._incoming, requests)
 
     def cancel(self, key: RequestKey) -> None:
         for running in list(self._running.values()):
@@ -252,7 +253,9 @@ class LlamaCppEngine:
 
     def _forward(self) -> Pass:
         """One batch: a token of every decoding sequence, then prompt tokens as they fit."""
-        done = fill(self._context.batch, self._running.values(), self._room.prefixes.unfinished)
+        # Of prompts that do not fit together, urgent ones are computed first.
+        running = sorted(self._running.values(), key=lambda each: not each.request.urgent)
+        done = fill(self._context.batch, running, self._room.prefixes.unfinished)
         if done.decoded + done.prefilled == 0:
             return done
         started = time.monotonic()

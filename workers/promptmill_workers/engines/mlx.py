@@ -28,6 +28,7 @@ from promptmill_workers.engines.contract import (
     Rejected,
     RequestKey,
     TokenEvent,
+    enqueue,
 )
 from promptmill_workers.engines.mlx_prefixes import Prefixes
 from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenCounter, MlxTokenizer
@@ -161,7 +162,7 @@ class MlxEngine:
         return {each.key for each in self._incoming} | {each.request.key for each in self._waiting}
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
-        self._incoming.extend(requests)
+        enqueue(self._incoming, requests)
 
     def cancel(self, key: RequestKey) -> None:
         for sequence, running in self._running.items():
@@ -257,7 +258,10 @@ class MlxEngine:
             for member in found.members:
                 waiting[member].shared = found.length
                 group[member] = number
-        order = sorted(range(len(waiting)), key=lambda at: (group[at], -len(waiting[at].prompt), at))
+        order = sorted(
+            range(len(waiting)),
+            key=lambda at: (not waiting[at].request.urgent, group[at], -len(waiting[at].prompt), at),
+        )
         self._waiting = deque(waiting[at] for at in order)
 
     def _start(self, waiting: Waiting, now: float) -> None:

@@ -1,0 +1,189 @@
+"""``/v1/chat/completions``, ``/v1/completions``, ``/v1/embeddings`` and ``/generate``: a worker answers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from ulid import ULID
+
+from promptmill.api import answers, bodies, documents, questions
+from promptmill.api.bodies import json_response
+from promptmill.api.errors import ApiError
+from promptmill.api.keys import Principal
+from promptmill.api.questions import Question
+from promptmill.api.services import Parts, Services, Submitter, in_thread
+from promptmill.api.streams import ClientGone, EventStream, event, unless_gone
+from promptmill.live_wire import TEXT
+from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS
+
+router = APIRouter(tags=["Answers"])
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+#: Status of an answer that nobody reads any more, for the log.
+GONE = 499
+
+
+#: What any of these may end with.
+ENDS = documents.responses(404, 502, 504)
+
+
+@router.post(CHAT, summary="Chat completion", openapi_extra=documents.CHAT, responses=ENDS)
+async def chat(request: Request, parts: Parts, principal: Submitter) -> Response:
+    """Answers a chat, whole or as a stream. It goes to the head of the queue and joins a running batch."""
+    return await _complete(request, parts, principal, CHAT)
+
+
+@router.post(
+    COMPLETIONS, summary="Text completion", openapi_extra=documents.COMPLETION,
+    responses=ENDS,
+)  # fmt: skip
+async def complete(request: Request, parts: Parts, principal: Submitter) -> Response:
+    """Continues texts as they are, without a chat template."""
+    return await _complete(request, parts, principal, COMPLETIONS)
+
+
+@router.post(EMBEDDINGS, summary="Embeddings", openapi_extra=documents.EMBEDDING, responses=ENDS)
+async def embed(request: Request, parts: Parts, principal: Submitter) -> Response:
+    """A vector for each text."""
+    question = questions.read(await bodies.read_object(request), EMBEDDINGS)
+    model = await find_model(parts, question.model)
+    with parts.limits.running(principal):
+        found = await _or_gone(request, _answers(parts, question, model))
+    return json_response(answers.embeddings(question, found)) if found is not None else Response(status_code=GONE)
+
+
+async def _complete(request: Request, parts: Services, principal: Principal, url: str) -> Response:
+    question = questions.read(await bodies.read_object(request), url)
+    model = await find_model(parts, question.model)
+    if question.stream:
+        return await _streamed(request, parts, principal, question, model)
+    with parts.limits.running(principal):
+        found = await _or_gone(request, _answers(parts, question, model))
+    return json_response(answers.whole(question, found)) if found is not None else Response(status_code=GONE)
+
+
+async def find_model(parts: Services, name: str) -> str:
+    """The name that workers know. Raises a 404, or a 503 for a model whose workers are away for the moment."""
+    if not parts.models.is_fresh:
+        await in_thread(parts.models.refresh)
+    found = parts.models.find(name)
+    if found is not None:
+        return found.name
+    if parts.models.was_there(name):
+        raise ApiError(503, f"No worker serves '{name[:100]}' at the moment; try again.", code="model_unavailable")
+    raise ApiError(
+        404, f"The model '{name[:100]}' does not exist or you do not have access to it.", param="model",
+        code="model_not_found",
+    )  # fmt: skip
+
+
+async def _or_gone(request: Request, work: Any) -> Any:
+    try:
+        return await unless_gone(request, work)
+    except ClientGone:
+        return None
+
+
+async def _answers(parts: Services, question: Question, model: str) -> list[dict[str, Any]]:
+    """The answers to all prompts of a body, which run together. If one fails, so does the body."""
+    if question.messages is not None:
+        return [await _answer(parts, question, model, messages=question.messages)]
+    if len(question.texts) == 1:
+        return [await _answer(parts, question, model, prompt=question.texts[0])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_answer(parts, question, model, prompt=text)) for text in question.texts]
+    except* ApiError as problems:
+        raise problems.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _answer(parts: Services, question: Question, model: str, **asked: Any) -> dict[str, Any]:
+    async with parts.live.call(model, question.sampling, **asked) as call:
+        return await call.answer()
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+async def _streamed(
+    request: Request, parts: Services, principal: Principal, question: Question, model: str
+) -> Response:
+    """Begins when the first text is there, so that a request that fails is an error and not a broken stream."""
+    prompt = question.texts[0] if question.texts else None
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(parts.limits.running(principal))
+        call = await stack.enter_async_context(
+            parts.live.call(model, question.sampling, messages=question.messages, prompt=prompt, stream=True)
+        )
+        replies = call.replies()
+        first = await _or_gone(request, anext(replies))
+        if first is None:
+            return Response(status_code=GONE)
+        return EventStream(_events(question, first, replies, stack.pop_all()))
+    raise AssertionError
+
+
+async def _events(
+    question: Question, first: tuple[str, Any], replies: AsyncIterator[tuple[str, Any]], held: contextlib.AsyncExitStack
+) -> AsyncIterator[bytes]:
+    chunks = answers.Chunks(question)
+    async with held:
+        for chunk in chunks.begin():
+            yield event(chunk)
+        try:
+            kind, value = first
+            while kind == TEXT:
+                yield event(chunks.text(value))
+                kind, value = await anext(replies)
+            for chunk in chunks.end(value):
+                yield event(chunk)
+            yield DONE_EVENT
+        except ApiError as problem:
+            yield event(problem.body())
+
+
+# --- as a reference server had it ------------------------------------------------------------------------------------
+
+
+@router.post("/generate", summary="One prompt, one text", openapi_extra=documents.GENERATE,
+             responses=ENDS)  # fmt: skip
+async def generate(request: Request, parts: Parts, principal: Submitter) -> Response:
+    """``prompt``, ``max_tokens`` and ``temperature``; the model that is loaded answers, unless ``model`` names one."""
+    body = await bodies.read_object(request)
+    bodies.known_only(body, ("prompt", "max_tokens", "temperature", "model"))
+    prompt = bodies.text(body, "prompt", required=True, longest=16 * 2**20)
+    given = body.get("model") or await _default_model(parts)
+    asked = {name: body[name] for name in ("max_tokens", "temperature") if body.get(name) is not None}
+    question = questions.read({"model": given, "messages": [{"role": "user", "content": prompt}], **asked}, CHAT)
+    started = time.perf_counter()
+    with parts.limits.running(principal):
+        found = await _or_gone(request, _answers(parts, question, await find_model(parts, question.model)))
+    if found is None:
+        return Response(status_code=GONE)
+    seconds = time.perf_counter() - started
+    tokens = answers.total_usage(found).output_tokens
+    data = {
+        "id": str(ULID()).lower(), "text": found[0]["text"], "response_time": round(seconds, 6),
+        "tokens_per_second": round(tokens / seconds, 3),
+    }  # fmt: skip
+    return json_response({"success": True, "data": data})
+
+
+async def _default_model(parts: Services) -> str:
+    """The model of the settings, else one that is loaded, else any."""
+    if not parts.models.is_fresh:
+        await in_thread(parts.models.refresh)
+    if parts.settings.model and (found := parts.models.find(parts.settings.model)):
+        return found.name
+    there = sorted(parts.models.models, key=lambda each: not each.loaded)
+    if not there:
+        raise ApiError(503, "No worker is there to answer; try again.", code="model_unavailable")
+    return there[0].name

@@ -1,0 +1,125 @@
+"""Bodies of chat completions, completions and embeddings as requests of ours; what cannot be obeyed is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from promptmill.api import bodies
+from promptmill.api.errors import ApiError, bad, missing
+from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS, translate
+from promptmill.prompts import resolve_sampling
+from promptmill.readers.fields import BadLine
+from promptmill.readers.jsonl import messages_of
+from promptmill.sampling import BadParameter
+
+#: Most tokens of an answer that somebody waits for and sets no limit to.
+DEFAULT_MAX_TOKENS = 1024
+
+#: Most prompts or texts of one call.
+MOST_PROMPTS = 128
+MOST_INPUTS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a body asks. ``texts`` are prompts or inputs; a chat has ``messages`` instead."""
+
+    model: str
+    sampling: dict[str, Any]
+    messages: list[tuple[str, str]] | None = None
+    texts: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    #: Of embeddings: numbers as base64 of little-endian float32.
+    base64: bool = False
+
+
+def read(body: dict[str, Any], url: str) -> Question:
+    """Raises ApiError for a body that cannot be served as it is."""
+    body = dict(body)
+    model = bodies.text(body, "model", required=True)
+    assert model is not None
+    body.pop("model")
+    stream, include_usage = _streaming(body, url)
+    encoding = bodies.one_of(body, "encoding_format", ("float", "base64")) if url == EMBEDDINGS else None
+    if encoding is not None:
+        body.pop("encoding_format")
+    messages = _messages(body) if url == CHAT else None
+    texts = () if url == CHAT else _texts(body, "prompt" if url == COMPLETIONS else "input", url)
+    if stream and len(texts) > 1:
+        raise bad("Streaming of several prompts at a time is not supported.", "stream", "unsupported_value")
+    return Question(model, _sampling(body, url), messages, texts, stream, include_usage, encoding == "base64")
+
+
+def _streaming(body: dict[str, Any], url: str) -> tuple[bool, bool]:
+    stream = bodies.flag(body, "stream") if url != EMBEDDINGS else False
+    options = body.get("stream_options")
+    if url != EMBEDDINGS:
+        body.pop("stream", None)
+        body.pop("stream_options", None)
+    if options is None:
+        return stream, False
+    if not isinstance(options, dict):
+        raise bodies.wrong_type("stream_options", "an object", options)
+    if not stream:
+        raise bad("The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options")
+    bodies.known_only(options, ("include_usage", "include_obfuscation"))
+    return stream, bodies.flag(options, "include_usage")
+
+
+def _messages(body: dict[str, Any]) -> list[tuple[str, str]]:
+    value = body.pop("messages", None)
+    if value is None:
+        raise missing("messages")
+    try:
+        turns = [(each.role, each.content) for each in messages_of(value)]
+    except BadLine as problem:
+        raise _named(str(problem), "messages") from None
+    for number, (_, text) in enumerate(turns):
+        _require_text(text, f"messages[{number}].content")
+    return turns
+
+
+def _texts(body: dict[str, Any], name: str, url: str) -> tuple[str, ...]:
+    value = body.pop(name, None)
+    if value is None:
+        raise missing(name)
+    texts = [value] if isinstance(value, str) else value
+    most = MOST_PROMPTS if url == COMPLETIONS else MOST_INPUTS
+    if not isinstance(texts, list) or not texts or not all(isinstance(each, str) for each in texts):
+        raise bad(f"Invalid type for '{name}': expected a string or an array of strings.", name, "invalid_type")
+    if len(texts) > most:
+        raise bad(f"Invalid '{name}': at most {most:,} texts in one call.", name, "array_above_max_length")
+    for text in texts:
+        if not text:
+            raise bad(f"Invalid '{name}': an empty text.", name, "invalid_value")
+        _require_text(text, name)
+    return tuple(texts)
+
+
+def _require_text(text: str, name: str) -> None:
+    if "\0" in text:
+        raise bad(f"Invalid '{name}': it holds a NUL character.", name, "invalid_value")
+
+
+def _sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
+    if body.get("tools") or body.get("functions"):
+        raise bad("Tools are not supported by this server's models.", "tools", "unsupported_parameter")
+    try:
+        found = translate(body, url)
+        if url != EMBEDDINGS:
+            found.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+        # All of it together, so that a contradiction is told here and not by a worker.
+        resolve_sampling({}, found)
+    except BadParameter as problem:
+        raise _named(problem.message, None) from None
+    return found
+
+
+def _named(message: str, param: str | None) -> ApiError:
+    """An error with the field that its message begins with."""
+    quoted = re.search(r"'(?:body\.)?([\w.\[\]]{1,80})'", message)
+    code = "unsupported_parameter" if "unsupported" in message else "invalid_value"
+    return bad(f"{message[0].upper()}{message[1:]}.", param or (quoted[1] if quoted else None), code)

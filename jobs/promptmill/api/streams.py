@@ -1,0 +1,94 @@
+"""Server-sent events, and noticing that a client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from promptmill.api.errors import ApiError
+
+#: Seconds without an event after which a comment is sent, so that nobody between us and the client hangs up.
+PING_S = 15.0
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of ``work``, which is cancelled when the client goes away. Raises :class:`ClientGone`."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: Any, name: str | None = None, number: int | str | None = None) -> bytes:
+    """One event; ``data`` becomes JSON."""
+    head = (f"event: {name}\n" if name else "") + (f"id: {number}\n" if number is not None else "")
+    return head.encode() + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come. When the client goes away, ``events`` is closed at once: its slot is free."""
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
+        )
+        # Not known beforehand.
+        self.raw_headers = [each for each in self.raw_headers if each[0] != b"content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, gone):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, OSError):
+                    await task
+
+    async def _send(self, send: Send) -> None:
+        async with contextlib.aclosing(self._events) as events:  # type: ignore[type-var]
+            waiting: asyncio.Future[bytes] | None = None
+            try:
+                while True:
+                    waiting = waiting or asyncio.ensure_future(anext(events))
+                    done, _ = await asyncio.wait({waiting}, timeout=PING_S)
+                    if not done:
+                        await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})
+                        continue
+                    data, waiting = waiting.result(), None
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            except StopAsyncIteration:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            finally:
+                if waiting is not None and not waiting.done():
+                    waiting.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+                        await waiting

@@ -1,0 +1,208 @@
+"""Chats, completions and embeddings, by the official client against a real server with a real worker."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, finished
+from tests.conftest import wait_until
+
+
+def chat(client: openai.OpenAI, text: str = "say it again", model: str = ECHO, **options: Any) -> Any:
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
+
+
+def test_a_chat_is_answered(client: openai.OpenAI) -> None:
+    answer = chat(client)
+    assert answer.object == "chat.completion"
+    assert answer.model == ECHO
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "say it again", "stop")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens == 4 + 3
+    assert chat(client, "one two three four", max_completion_tokens=2).choices[0].finish_reason == "length"
+    assert chat(client, "one two three four", stop=" three").choices[0].message.content == "one two"
+
+
+def test_a_chat_is_streamed(client: openai.OpenAI) -> None:
+    text = " ".join(f"word{number}" for number in range(50))
+    chunks = list(chat(client, text, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(each.choices[0].delta.content or "" for each in chunks if each.choices) == text
+    assert [each.choices[0].finish_reason for each in chunks if each.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 50
+    assert len({each.id for each in chunks}) == 1
+    assert all(each.usage is None for each in chunks[:-1])
+
+
+def test_tokens_come_one_by_one(start: Starter) -> None:
+    start.worker(SLOW)
+    client = start.server().client()
+    began, times = time.monotonic(), []
+    for chunk in chat(client, " ".join(["word"] * 60), SLOW, stream=True):
+        if chunk.choices[0].delta.content:
+            times.append(time.monotonic() - began)
+    # 60 tokens take 1.2 s: the first is there long before the last.
+    assert len(times) > 10
+    assert times[-1] - times[0] > 0.5
+
+
+def test_several_answers_and_their_tokens(client: openai.OpenAI) -> None:
+    answer = chat(client, "a b", n=2, logprobs=True, top_logprobs=1)
+    assert [each.index for each in answer.choices] == [0, 1]
+    assert [each.token for each in answer.choices[1].logprobs.content] == ["a", " b"]
+    assert answer.choices[0].logprobs.content[0].top_logprobs[0].logprob == 0.0
+    chunks = list(chat(client, "a b", n=2, logprobs=True, stream=True))
+    for index in (0, 1):
+        own = [each.choices[0] for each in chunks if each.choices[0].index == index]
+        assert "".join(each.delta.content or "" for each in own) == "a b"
+        assert own[-1].finish_reason == "stop"
+
+
+def test_texts_are_completed(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=ECHO, prompt=["one", "two words"], max_tokens=5, logprobs=1)
+    assert [each.text for each in answer.choices] == ["one", "two words"]
+    assert answer.choices[1].logprobs.tokens == ["two", " words"]
+    assert answer.usage.completion_tokens == 3
+    streamed = client.completions.create(model=ECHO, prompt="one two", stream=True)
+    assert "".join(each.choices[0].text for each in streamed) == "one two"
+
+
+def test_texts_become_vectors(client: openai.OpenAI) -> None:
+    asked = client.embeddings.create(model=ECHO, input=["one", "two"])
+    plain = client.embeddings.create(model=ECHO, input=["one", "two"], encoding_format="float")
+    assert [each.index for each in asked.data] == [0, 1]
+    assert asked.data[1].embedding == pytest.approx(plain.data[1].embedding, abs=1e-6)
+    assert asked.usage.prompt_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "invalid_value"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+        ({"extra_body": {"nonsense": 1}}, "nonsense", "unsupported_parameter"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+        ({"model": ""}, "model", "invalid_value"),
+        ({"stop": [""]}, "stop", "invalid_value"),
+        ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_obeyed_is_refused(
+    client: openai.OpenAI, changes: dict[str, Any], param: str, code: str | None
+) -> None:
+    asked: dict[str, Any] = {"model": ECHO, "messages": [{"role": "user", "content": "x"}]} | changes
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**asked)
+    assert (caught.value.param, caught.value.code, caught.value.type) == (param, code, "invalid_request_error")
+
+
+def test_an_unknown_model_and_a_prompt_too_long_have_their_codes(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        chat(client, model="gpt-none")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        chat(client, "word " * 140_000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="could not parse the JSON"):
+        client.post("/chat/completions", content=b"{", cast_to=object)
+
+
+def test_one_prompt_in_the_form_of_another_server(served: Server) -> None:
+    body = json.dumps({"prompt": "say it", "max_tokens": 5, "temperature": 0}).encode()
+    asked = urllib.request.Request(f"{served.url}/generate", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        found = json.loads(answer.read())
+    assert found["success"] is True
+    assert set(found["data"]) == {"id", "text", "response_time", "tokens_per_second"}
+    assert found["data"]["text"] == "say it"
+
+
+def test_structured_output_and_real_tokens_from_a_real_model(start: Starter) -> None:
+    start.worker("demo")
+    client = start.server().client()
+
+    class Verdict(BaseModel):
+        is_ad: bool
+        score: int
+
+    messages = [{"role": "user", "content": "Comment: buy now at cheap.example"}]
+    parsed = client.chat.completions.parse(model="demo", messages=messages, response_format=Verdict, max_tokens=60)
+    assert isinstance(parsed.choices[0].message.parsed, Verdict)
+    streamed = list(client.chat.completions.create(model="demo", messages=messages, max_tokens=12, stream=True))
+    whole = client.chat.completions.create(model="demo", messages=messages, max_tokens=12)
+    text = "".join(each.choices[0].delta.content or "" for each in streamed)
+    assert text == whole.choices[0].message.content
+    assert client.embeddings.create(model="demo", input="a text").data[0].embedding
+
+
+def test_who_waits_goes_first_while_a_batch_runs_on(start: Starter) -> None:
+    """Four slots of twenty seconds' work each, all taken: a chat is answered at once all the same."""
+    start.worker(SLOW, slots=4)
+    client = start.server().client()
+    file = client.files.create(file=("b.jsonl", _long(40)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0, "the batch runs", 90)
+    began = time.monotonic()
+    assert chat(client, "hello there", SLOW).choices[0].message.content == "hello there"
+    # Its own two tokens take 0.02 s; a slot of the batch would be free after seconds.
+    assert time.monotonic() - began < 1.5
+    ended = finished(client, batch.id, 120)
+    assert (ended.status, ended.request_counts.completed) == ("completed", 40)
+
+
+def _long(count: int) -> bytes:
+    lines = [json.loads(line) for line in batch_lines(count, SLOW).splitlines()]
+    for number, line in enumerate(lines):
+        line["body"] |= {"messages": [{"role": "user", "content": f"{number} " + "word " * 150}], "max_tokens": 140}
+    return "\n".join(map(json.dumps, lines)).encode()
+
+
+def test_a_client_that_goes_away_frees_its_slot(start: Starter) -> None:
+    start.worker(SLOW, slots=1)
+    client = start.server().client()
+    stream = chat(client, " ".join(["word"] * 3000), SLOW, stream=True, max_tokens=3000)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        chat(client, " ".join(["word"] * 3000), SLOW, max_tokens=3000, timeout=1.0)
+    began = time.monotonic()
+    assert chat(client, "hello there", SLOW).choices[0].message.content == "hello there"
+    # Each of the two would have held the only slot for a minute.
+    assert time.monotonic() - began < 5
+
+
+def test_a_worker_that_is_killed_loses_no_request(start: Starter) -> None:
+    import threading
+
+    import psutil
+
+    supervisor = start.worker(SLOW)
+    client = start.server().client()
+    found: list[str] = []
+    text = " ".join(["word"] * 200)
+    threads = [
+        threading.Thread(target=lambda: found.append(chat(client, text, SLOW).choices[0].message.content))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    for child in psutil.Process(supervisor.pid).children():
+        child.kill()
+    for thread in threads:
+        thread.join(90)
+    assert found == [text] * 4

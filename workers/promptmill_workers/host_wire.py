@@ -1,0 +1,28 @@
+"""Requests and results in the plain values that travel between a worker and its engine host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from promptmill.types import ErrorClass, Extras, Failed, FinishReason, Ok, Request, Result, Timing, Usage
+
+
+def wire(request: Request) -> Any:
+    turns = None if request.messages is None else tuple((each.role, each.content) for each in request.messages)
+    return request.row, turns, request.prompt, request.sampling, request.stream
+
+
+def result_of(
+    answered: bool,
+    row: int,
+    kind: str,
+    text: str,
+    usage: tuple[int, int, int, int] | None,
+    timing: tuple[float, float, float, float] | None,
+    extras: Extras | None,
+) -> Result:
+    """What the host sent (``host_process.WireResult``) as a value."""
+    if answered:
+        assert usage is not None
+        return Ok(row, text, FinishReason(kind), Usage(*usage), timing and Timing(*timing), extras)
+    return Failed(row, ErrorClass(kind), text, usage and Usage(*usage), timing and Timing(*timing))
