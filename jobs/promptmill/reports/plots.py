@@ -140,3 +140,31 @@ def confusion(labels: list[str], counts: list[list[int]], name: str) -> str:
 
     size = 1.6 + 0.55 * len(labels)
     return draw(paint, f"Confusion matrix of {name}", (min(size + 1, 9.0), min(size, 8.0)))
+
+
+def bars(values: Sequence[tuple[str, float, float]], label: str) -> str:
+    """Values of (name, value, coefficient of variation) as bars, the first on top."""
+
+    def paint(axes: Any) -> None:
+        places = range(len(values))
+        spread = [value * cv for _, value, cv in values]
+        axes.barh(places, [value for _, value, _ in values], xerr=spread, color=BLUE, alpha=0.75, ecolor=INK)
+        axes.set_yticks(places, [name for name, _, _ in values])
+        axes.invert_yaxis()
+        axes.set(xlabel="output tok/s; the whisker is the standard deviation between runs")
+
+    return draw(paint, label, (6.4, 1.0 + 0.3 * len(values)))
+
+
+def tradeoff(points: Sequence[tuple[str, float, float]], label: str) -> str:
+    """Speed across and quality up, a named point each."""
+
+    def paint(axes: Any) -> None:
+        for name, rate, score in points:
+            axes.plot([rate], [score], marker="o", color=BLUE)
+            axes.annotate(name, (rate, score), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axes.set(xlabel="output tok/s", ylabel="%", title=label)
+        axes.margins(0.2)
+        axes.set_xlim(left=0)
+
+    return draw(paint, label)

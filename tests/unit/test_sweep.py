@@ -1,0 +1,110 @@
+"""Sweeps and trends: which setting is named, what is interleaved, and where a history changes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from promptmill.annotations import add_tags, remove_tags, tagged, tags_of
+from promptmill.errors import PromptmillError, UnknownName
+from promptmill.reports.summary import summarise
+from promptmill.reports.sweep import Setting, Sweep, recommended, text, verdict
+from promptmill.reports.trend import change_points, trends
+from promptmill.reports.trend import text as trend_text
+from promptmill.service import RunOptions
+from promptmill.sweeping import Plan, axis
+from tests.unit.test_reports import START, answer, db, store
+
+__all__ = ["db"]
+
+
+def job(db: sa.Engine, job_id: str, seconds: float, **values: object) -> None:
+    rows = [answer(row, finished_at=START + 1.5 + seconds * (row + 1) / 20) for row in range(20)]
+    store(db, rows, job_id=job_id, name=job_id, **values)
+
+
+def swept(db: sa.Engine) -> Sweep:
+    """16 slots are fastest, 4 almost, 1 is slow; each three times."""
+    settings = []
+    for slots, seconds in ((1, 40.0), (4, 10.2), (16, 10.0)):
+        names = [f"01S{slots:02}{run}" for run in range(3)]
+        for run, name in enumerate(names):
+            job(db, name, seconds * (1 + 0.002 * run))
+        settings.append(Setting({"slots": slots, "n": 1}, tuple(summarise(db, name) for name in names)))
+    return Sweep("night", tuple(settings))
+
+
+def test_the_knee_is_the_smallest_setting_within_5_percent(db: sa.Engine) -> None:
+    found = swept(db)
+    assert found.best is found.settings[2]
+    (knee,) = found.knees().values()
+    assert knee is found.settings[1]
+    assert verdict(found).startswith("smallest within 5 % of the best: slots=4: ")
+    assert recommended(knee) == "JOBS_SLOTS=4\n# --param n=1"
+    change = found.against_best(found.settings[0])
+    assert change is not None
+    assert change.ci95 is not None
+    assert change.ci95[1] < -0.5
+
+
+@pytest.mark.parametrize("form", ["md", "json", "csv", "html"])
+def test_each_form_of_a_sweep_has_every_setting(db: sa.Engine, form: str) -> None:
+    found = text(swept(db), form)
+    for slots in (1, 4, 16):
+        assert (f'"slots": {slots}' if form == "json" else f"slots={slots}") in found.replace("\\", "")
+    assert "knee" in found
+
+
+def test_settings_are_run_in_turns_there_and_back() -> None:
+    plan = Plan(RunOptions(), {"slots": [1, 2], "kv_type": ["f16", "q8_0"]}, 2, "t")
+    assert [each["slots"] for each in plan.combinations()] == [1, 1, 2, 2]
+    assert [place for _, place in plan.order()] == [0, 1, 2, 3, 3, 2, 1, 0]
+
+
+def test_settings_go_by_their_other_names_and_unknown_ones_are_refused() -> None:
+    assert axis("n_batch=256,512") == ("batch_tokens", [256, 512])
+    assert axis("kv_type=f16,q8_0") == ("kv_type", ["f16", "q8_0"])
+    with pytest.raises(PromptmillError, match="no setting 'nbatch'"):
+        axis("nbatch=1")
+    with pytest.raises(PromptmillError, match="not NAME=VALUE"):
+        axis("n_batch=")
+
+
+def test_a_step_in_a_noisy_history_is_a_change_and_noise_is_none() -> None:
+    generator = np.random.default_rng(1)
+    noise = generator.normal(100, 1, 30)
+    assert change_points(noise) == []
+    stepped = np.concatenate([noise[:18], noise[18:] * 0.9])
+    assert change_points(stepped) == [(18, 0, 30)]
+
+
+def test_a_trend_marks_the_job_from_which_on_it_is_slower(db: sa.Engine) -> None:
+    for number in range(12):
+        name = f"01T{number:02}"
+        job(db, name, 10.0 if number < 6 else 12.0, submitted_at=START + number)
+        add_tags(db, name, ["nightly"])
+    (found,) = trends(db, "nightly", ["output_tps"])
+    marked = [each for each in found.points if each.change is not None]
+    assert [each.job_id for each in marked] == ["01T06"]
+    assert marked[0].word == "worse"
+    for form in ("md", "csv", "json"):
+        assert "01T06" in trend_text([found], form)
+    assert json.loads(trend_text([found], "json"))[0]["figure"] == "output_tps"
+    with pytest.raises(PromptmillError, match="no figure 'outputtps'"):
+        trends(db, "nightly", ["outputtps"])
+
+
+def test_tags_are_kept_once_and_go_with_remove(db: sa.Engine) -> None:
+    job(db, "01A", 1.0)
+    add_tags(db, "01A", ["b", "a"])
+    add_tags(db, "01A", ["a"])
+    assert tags_of(db, "01A") == ["a", "b"]
+    remove_tags(db, "01A", ["b"])
+    assert [each.id for each in tagged(db, "a")] == ["01A"]
+    with pytest.raises(UnknownName, match="no job has the tag 'b'"):
+        tagged(db, "b")
+    with pytest.raises(PromptmillError, match="cannot be a tag"):
+        add_tags(db, "01A", [" x"])
