@@ -20,13 +20,24 @@ THINK, END_OF_THINK = "<think>", "</think>"
 def opened(rendered: str, sampling: SamplingParams) -> tuple[str, bool]:
     """A rendered prompt, and whether the model begins with its reasoning after it.
 
-    Where reasoning was asked for and the chat template does not open it, it is opened here.
+    Where reasoning was asked for and the chat template does not open it, it is opened here; with a budget of 0 it is
+    closed here too.
     """
+    if sampling.thinking_budget == 0:
+        return _thought_nothing(rendered), False
     if rendered.rstrip().endswith(THINK):
         return rendered, True
     if sampling.thinking in (None, "off"):
         return rendered, False
     return f"{rendered}{THINK}\n", True
+
+
+def _thought_nothing(rendered: str) -> str:
+    """The prompt with a reasoning that holds nothing, as templates write it where reasoning is off."""
+    known = rendered.rstrip()
+    if known.endswith(END_OF_THINK):
+        return rendered
+    return f"{known if known.endswith(THINK) else rendered + THINK}\n\n{END_OF_THINK}\n\n"
 
 
 class Text(Protocol):
@@ -61,10 +72,12 @@ class Tools:
 
 
 def needs_logits(sampling: SamplingParams) -> bool:
-    """Whether the next token cannot be drawn where the logits are computed."""
+    """Whether the next token cannot be drawn where the logits are computed.
+
+    Log-probabilities are no reason: who looks at a draw must not change it.
+    """
     return bool(
         sampling.is_constrained
-        or sampling.logprobs
         or sampling.logit_bias
         or sampling.presence_penalty
         or sampling.frequency_penalty
@@ -77,8 +90,8 @@ class Answer:
     """Takes the tokens of one answer in order. The engine computes; this decides."""
 
     __slots__ = (
-        "_budget", "_closing", "_constraint", "_limit", "_logprobs", "_sampler", "_sampling", "_text", "_thinking",
-        "_thought", "_tools", "count", "reasoning_tokens",
+        "_budget", "_closed", "_closing", "_constraint", "_limit", "_logprobs", "_sampler", "_sampling", "_text",
+        "_thinking", "_thought", "_tools", "count", "reasoning_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -92,7 +105,8 @@ class Answer:
         self._thinking = thinks
         self._thought = tools.text((END_OF_THINK,)) if thinks else None
         self._budget = sampling.thinking_budget
-        self._closing = False
+        #: The model has ended within its reasoning; the end of the reasoning is put into the answer.
+        self._closing = self._closed = False
         self._constraint: Constraint | None = tools.grammars.constraint(sampling) if sampling.is_constrained else None
         self._sampler = HostSampler(sampling, prompt) if needs_logits(sampling) else None
         self._logprobs: list[dict[str, Any]] | None = [] if sampling.logprobs else None
@@ -104,14 +118,23 @@ class Answer:
         """Whether the next token is drawn here."""
         return self._sampler is not None
 
+    @property
+    def observes(self) -> bool:
+        """Whether the logits of each token are looked at."""
+        return self._logprobs is not None
+
     def draw(self, logits: Logits) -> int:
         """The next token, for a request that :func:`needs_logits`. Raises GrammarError."""
         assert self._sampler is not None
         bound = self._constraint is not None and not self._thinking
         token = self._sampler.draw(logits, self._constraint.allowed() if bound and self._constraint else None)
+        self.observe(logits, token)
+        return token
+
+    def observe(self, logits: Logits, token: int) -> None:
+        """``token`` was drawn from these logits: note its log-probability where it was asked for."""
         if self._logprobs is not None and not self._thinking and not self._tools.ends(token):
             self._logprobs.append(self._logprob(logits, token))
-        return token
 
     def take(self, token: int) -> FinishReason | None:
         """``token`` is the next one; why the answer has ended with it, if it has. Raises GrammarError."""
@@ -130,9 +153,13 @@ class Answer:
         return FinishReason.LENGTH if self.count >= self._limit else None
 
     def _think(self, token: int) -> None:
+        """One more token of the reasoning. The mark of its end is none of it, whoever wrote it."""
         assert self._thought is not None
-        self.reasoning_tokens += 1
+        if not self._closed:
+            self.reasoning_tokens += 1
         self._thinking = not self._thought.add(token)
+        if not self._thinking and not self._closed:
+            self.reasoning_tokens = max(0, self.reasoning_tokens - len(self._tools.tokens(END_OF_THINK)))
 
     def _write(self, token: int) -> bool:
         """Whether the answer is complete with the token: at a stop text, or where its grammar ends."""
@@ -145,8 +172,8 @@ class Answer:
         """Tokens that follow whatever the model says: the end of a reasoning that is over its budget, what the grammar
         leaves no choice about."""
         if self._thinking:
-            over = self._closing or (self._budget is not None and self.reasoning_tokens >= self._budget)
-            return self._tools.tokens(f"\n{END_OF_THINK}") if over else []
+            self._closed = self._closing or (self._budget is not None and self.reasoning_tokens >= self._budget)
+            return self._tools.tokens(f"\n{END_OF_THINK}") if self._closed else []
         # A log-probability needs the logits of each token.
         if self._constraint is None or self._logprobs is not None:
             return []
@@ -170,8 +197,7 @@ class Answer:
     def _split(self, text: str) -> tuple[str, str]:
         """Reasoning and answer of a model that opened its reasoning itself."""
         thought, _, rest = text.partition(THINK)[2].partition(END_OF_THINK)
-        whole = f"{THINK}{thought}{END_OF_THINK if rest or END_OF_THINK in text else ''}"
-        self.reasoning_tokens = min(self.count, len(self._tools.tokens(whole)))
+        self.reasoning_tokens = min(self.count, len(self._tools.tokens(thought)))
         return thought.strip(), rest.lstrip()
 
     def _logprob(self, logits: Logits, token: int) -> dict[str, Any]:

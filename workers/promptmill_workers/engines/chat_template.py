@@ -13,6 +13,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from promptmill.errors import RequestError
 from promptmill.types import Message
 
+#: A conversation that ends with an answer, which shows what a template writes after one.
+ANSWERED = (Message("user", "Why?"), Message("assistant", "Because7"))
+
 
 class ChatTemplate:
     """Messages to the text that the model was trained on, up to where its answer begins.
@@ -25,25 +28,35 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = _tojson
-        self._names = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
+        self._names: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = environment.from_string(source)
         except TemplateError as problem:
             raise RequestError(f"the model's chat template cannot be used: {problem}") from None
 
-    def render(self, messages: Sequence[Message], thinking: str | None = None) -> str:
-        """Raises RequestError for messages that the template refuses. ``thinking``: as in SamplingParams."""
+    def render(self, messages: Sequence[Message], thinking: str | None = None, *, ask: bool = True) -> str:
+        """Raises RequestError for messages that the template refuses.
+
+        ``thinking``: as in SamplingParams; ``ask``: up to where the model's next answer begins.
+        """
         turns = [{"role": each.role, "content": each.content} for each in messages]
+        names = self._names | {"add_generation_prompt": ask} | thinking_names(thinking)
         try:
-            return str(self._template.render(messages=turns, **self._names, **thinking_names(thinking)))
+            return str(self._template.render(messages=turns, **names))
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
 
 
+def after_answer(rendered: str) -> str:
+    """What a template wrote after the answer of :data:`ANSWERED`."""
+    return rendered.rpartition(ANSWERED[-1].content)[2]
+
+
 def thinking_names(thinking: str | None) -> dict[str, bool]:
     """What templates call the switch: Qwen's and GLM's the first, DeepSeek's the second."""
-    return {} if thinking is None else {"enable_thinking": thinking != "off", "thinking": thinking != "off"}
+    is_on = thinking not in ("off", "0")
+    return {} if thinking is None else {"enable_thinking": is_on, "thinking": is_on}
 
 
 def _refuse(message: str) -> NoReturn:

@@ -18,8 +18,8 @@ from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 from promptmill.errors import DeviceError, ModelError
-from promptmill.types import SamplingParams
 from promptmill_workers.engines.llama_batch import Batch, Tokens
+from promptmill_workers.engines.llama_sampling import GREEDY, Shape, make_sampler
 
 log = logging.getLogger("promptmill.llamacpp")
 
@@ -252,44 +252,6 @@ def _offload(handle: Any) -> tuple[int, int]:
     return 0, int(llama_cpp.llama_model_n_layer(handle)) + 1
 
 
-#: Everything of the sampling parameters but the seed: samplers of one shape can be reused. None: the logits come to the
-#: host, and no sampler runs in the graph.
-Shape = tuple[float, int, float, float] | None
-
-GREEDY = (0.0, 0, 1.0, 0.0)
-
-#: A min_p from here on leaves the likeliest token alone.
-LARGEST_MIN_P = 0.9999
-
-
-def shape_of(sampling: SamplingParams) -> Shape:
-    """How a sampler in the graph draws for these parameters."""
-    # The samplers of the graph keep what is likelier than the bound: at a min_p of 1 that would be nothing.
-    if sampling.temperature <= 0 or sampling.top_k == 1 or sampling.min_p >= LARGEST_MIN_P:
-        return GREEDY
-    return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-
-
-def _make_sampler(shape: Shape, seed: int) -> Any:
-    """A chain with a random stream of its own. Seeds wrap at 2**32 - 1, which means "draw one" to llama.cpp."""
-    if shape is None:
-        return None
-    temperature, top_k, top_p, min_p = shape
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    if shape == GREEDY:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
-        return chain
-    if top_k > 0:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_k(top_k))
-    if top_p < 1.0:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(top_p, 1))
-    if min_p > 0.0:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_min_p(min_p, 1))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
-    return chain
-
-
 class Context:
     """KV cells, sequences, samplers and the batch of one step.
 
@@ -318,7 +280,8 @@ class Context:
         first: Shape = GREEDY if model.offloaded else None
         self._shapes: list[Shape] = [first] * slots
         self._vocabulary = model.vocabulary.size
-        self._samplers = [_make_sampler(first, 0) for _ in range(slots)]
+        self._samplers = [make_sampler(first, 0) for _ in range(slots)]
+        self._aside: dict[int, Any] = {}
         self._configs = (llama_cpp.llama_sampler_seq_config * slots)()
         for slot, chain in enumerate(self._samplers if first is not None else ()):
             self._configs[slot].seq_id = slot
@@ -369,6 +332,10 @@ class Context:
         # The chain could not run in the graph.
         return int(llama_cpp.llama_sampler_sample(self._samplers[slot], self._handle, index))
 
+    def drawn_aside(self, slot: int, index: int) -> int:
+        """The token that the slot's sampler beside the graph draws from the output at batch index ``index``."""
+        return int(llama_cpp.llama_sampler_sample(self._aside[slot], self._handle, index))
+
     def logits(self, index: int) -> NDArray[np.float32]:
         """The logits of the output at batch index ``index``, of a slot of shape None. Valid until the next decode."""
         pointer = llama_cpp.llama_get_logits_ith(self._handle, index)
@@ -394,7 +361,7 @@ class Context:
         """
         if shape == self._shapes[slot] and shape in (None, GREEDY):
             return
-        fresh = _make_sampler(shape, seed)
+        fresh = make_sampler(shape, seed)
         if shape == self._shapes[slot]:
             llama_cpp.llama_sampler_copy(fresh, self._samplers[slot])
             llama_cpp.llama_sampler_free(fresh)
@@ -404,6 +371,12 @@ class Context:
         if self._samplers[slot] is not None:
             llama_cpp.llama_sampler_free(self._samplers[slot])
         self._samplers[slot], self._shapes[slot] = fresh, shape
+
+    def set_aside(self, slot: int, shape: Shape, seed: int) -> None:
+        """Prepare a sampler that draws what one in the graph would, for a slot whose logits come to the host."""
+        if slot in self._aside:
+            llama_cpp.llama_sampler_free(self._aside[slot])
+        self._aside[slot] = make_sampler(shape, seed)
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence; its cells are free when no other sequence shares them."""
@@ -417,6 +390,6 @@ class Context:
         if self._handle:
             llama_cpp.llama_free(self._handle)
             self._handle = None
-            for chain in self._samplers:
+            for chain in (*self._samplers, *self._aside.values()):
                 if chain is not None:
                     llama_cpp.llama_sampler_free(chain)

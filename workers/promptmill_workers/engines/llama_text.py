@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from promptmill.errors import RequestError
 from promptmill.types import ErrorClass
 from promptmill_workers.answering import opened
-from promptmill_workers.engines.chat_template import ChatTemplate
+from promptmill_workers.engines.chat_template import ANSWERED, ChatTemplate, after_answer
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama_batch import Tokens
 from promptmill_workers.engines.llama_binding import Model, Vocabulary
@@ -41,7 +43,6 @@ class PromptReader:
     def __init__(self, model: Model) -> None:
         self._vocabulary: Vocabulary = model.vocabulary
         self._source = model.chat_template
-        self._template: ChatTemplate | None = None
 
     def render(self, request: EngineRequest) -> str:
         """Raises RequestError."""
@@ -50,11 +51,24 @@ class PromptReader:
     def _opened(self, request: EngineRequest) -> tuple[str, bool]:
         if request.messages is None:
             return opened(request.prompt or "", request.sampling)
-        if self._template is None:
-            if self._source is None:
-                raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
-            self._template = ChatTemplate(self._source, self._vocabulary.bos, self._vocabulary.eos)
         return opened(self._template.render(request.messages, request.sampling.thinking), request.sampling)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        """Raises RequestError."""
+        if self._source is None:
+            raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
+        return ChatTemplate(self._source, self._vocabulary.bos, self._vocabulary.eos)
+
+    @cached_property
+    def end(self) -> int | None:
+        """The token that ends an answer: what the chat template writes there, else what the vocabulary names."""
+        try:
+            after = after_answer(self._template.render(ANSWERED, ask=False))
+        except RequestError:
+            return self._vocabulary.end
+        found = self._vocabulary.tokens(after, parse_special=True, start=False).tolist()
+        return next((each for each in found if self._vocabulary.ends(each)), self._vocabulary.end)
 
     def tokens(self, request: EngineRequest) -> Tokens:
         """Raises RequestError, also for a prompt without a single token."""
@@ -71,8 +85,8 @@ class PromptReader:
             more = self._vocabulary.tokens(request.continuation, parse_special=False, start=False)
             if not len(more):
                 raise RequestError("a continuation has no tokens")
-            if request.closed and (end := self._vocabulary.end) is not None:
-                more = np.append(more, np.int32(end))
+            if request.closed and self.end is not None:
+                more = np.append(more, np.int32(self.end))
             found, scored = np.concatenate([found, more]), len(more)
         if len(found) >= context_tokens:
             raise PromptTooLong(f"the prompt has {len(found):,} tokens, the context {context_tokens:,}")
@@ -88,7 +102,7 @@ class PromptReader:
 class AnswerText:
     """The text of one answer, token by token. A stop text may begin and end inside tokens, and inside a character."""
 
-    __slots__ = ("_bytes", "_longest", "_piece", "_shown", "_stops")
+    __slots__ = ("_bytes", "_cut", "_longest", "_piece", "_shown", "_stops")
 
     def __init__(self, piece: Callable[[int], bytes], stops: tuple[str, ...]) -> None:
         self._piece = piece
@@ -96,6 +110,7 @@ class AnswerText:
         self._stops = [stop.encode(errors="replace") for stop in stops if stop]
         self._longest = max(map(len, self._stops), default=0)
         self._shown = 0
+        self._cut = False
 
     def add(self, token: int) -> bool:
         """Take the next token; True when a stop text is complete, which is then cut off."""
@@ -108,11 +123,12 @@ class AnswerText:
         found = [at for stop in self._stops if (at := self._bytes.find(stop, start)) >= 0]
         if found:
             del self._bytes[min(found) :]
+            self._cut = True
         return bool(found)
 
     def finish(self) -> tuple[str, bool]:
-        """The text; a character that was not finished becomes U+FFFD."""
-        return self._bytes.decode("utf-8", errors="replace"), False
+        """The text, without a character that was not finished; bytes that are none become U+FFFD."""
+        return getincrementaldecoder("utf-8")("replace").decode(bytes(self._bytes), self._cut), False
 
     def fresh(self) -> str:
         """What has come since, without what may be the start of a stop text or of a character."""

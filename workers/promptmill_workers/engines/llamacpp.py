@@ -37,13 +37,12 @@ from promptmill_workers.engines.llama_binding import (
     NO_ROOM,
     Context,
     Model,
-    Shape,
-    shape_of,
 )
 from promptmill_workers.engines.llama_embedding import Embeddings
 from promptmill_workers.engines.llama_pass import Pass, fill
 from promptmill_workers.engines.llama_prefixes import Prefix
 from promptmill_workers.engines.llama_room import Room
+from promptmill_workers.engines.llama_sampling import Shape, shape_of
 from promptmill_workers.engines.llama_slots import Running, Waiting, cells_of
 from promptmill_workers.engines.llama_text import AnswerText, LlamaTokenCounter, PromptReader
 from promptmill_workers.host_sampling import log_sum
@@ -225,7 +224,7 @@ class LlamaCppEngine:
             self._ready.append(Rejected(waiting.request.key, ErrorClass.GRAMMAR, problem.message))
             return
         is_simple = sampling.is_greedy and not self._model.offloaded
-        hosted = needs_logits(sampling) or waiting.scored > 0 or is_simple
+        hosted = needs_logits(sampling) or sampling.logprobs or waiting.scored > 0 or is_simple
         shape = None if hosted else shape_of(sampling)
         slot = self._slot_for(shape)
         if prefix is not None:
@@ -234,6 +233,8 @@ class LlamaCppEngine:
             cached = done = self._share_with_neighbour(slot, waiting.head)
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(31)
         self._context.set_sampling(slot, shape, seed)
+        if sampling.logprobs and not sampling.is_greedy:
+            self._context.set_aside(slot, shape_of(sampling), seed)
         self._running[slot] = Running(slot, waiting, prefix, shared, cached, done, now, answer, hosted)
 
     def _share_with_neighbour(self, slot: int, head: Tokens) -> int:
@@ -319,12 +320,7 @@ class LlamaCppEngine:
     def _sample(self, running: Running) -> FinishReason | None:
         """Draw a token, and take those that must follow it; why the answer has ended with one. Raises GrammarError."""
         answer, output, running.output = running.answer, running.output, -1
-        if answer.draws:
-            token = answer.draw(self._context.logits(output))
-        elif running.hosted:
-            token = int(self._context.logits(output).argmax())
-        else:
-            token = self._context.sampled(running.slot, output)
+        token = self._drawn(running, output)
         if running.first_token_at is None:
             running.first_token_at = time.monotonic()
         running.pending = [token]
@@ -339,6 +335,18 @@ class LlamaCppEngine:
                 if reason is not None:
                     break
         return reason
+
+    def _drawn(self, running: Running, output: int) -> int:
+        """The next token, by the output at this batch index. Raises GrammarError."""
+        if not running.hosted:
+            return self._context.sampled(running.slot, output)
+        answer, logits = running.answer, self._context.logits(output)
+        if answer.draws:
+            return answer.draw(logits)
+        is_greedy = running.request.sampling.is_greedy
+        token = int(logits.argmax()) if is_greedy else self._context.drawn_aside(running.slot, output)
+        answer.observe(logits, token)
+        return token
 
     def _score(self, running: Running) -> Event | None:
         """Add up what the pass says of the continuation; the event when all of it was seen."""

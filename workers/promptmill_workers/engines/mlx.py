@@ -17,7 +17,7 @@ import psutil
 
 from promptmill.errors import ModelError, RequestError
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Usage
-from promptmill_workers.answering import Answer, Tools, needs_logits
+from promptmill_workers.answering import Answer, Tools
 from promptmill_workers.constraint import GrammarError, Grammars
 from promptmill_workers.engines.contract import (
     EngineInfo,
@@ -277,13 +277,20 @@ class MlxEngine:
             return
         prefix, cached = self._prefixes.begin(waiting.prompt, waiting.shared)
         rest = waiting.prompt[len(prefix.tokens) :] if prefix else waiting.prompt
-        # A budget of reasoning is kept by putting its end into the sampler's mouth.
-        is_hosted = needs_logits(sampling) or (waiting.thinks and sampling.thinking_budget is not None)
-        from promptmill_workers.engines.mlx_batch import HostedSampler
-
-        hosted = HostedSampler(answer, min(self._tokenizer.eos_ids, default=0)) if is_hosted else None
+        hosted = self._hosted(answer, waiting)
         sequence = self._batcher.insert(rest, waiting.limit, sampling, prefix.cache if prefix else None, hosted)
         self._running[sequence] = Running(waiting, answer, hosted, cached, now)
+
+    def _hosted(self, answer: Answer, waiting: Waiting) -> HostedSampler | None:
+        """What hands its tokens out on the host, where that is needed."""
+        sampling = waiting.request.sampling
+        # A budget of reasoning is kept by putting its end into the sampler's mouth.
+        has_budget = waiting.thinks and sampling.thinking_budget is not None
+        if not (answer.draws or answer.observes or has_budget):
+            return None
+        from promptmill_workers.engines.mlx_batch import HostedSampler
+
+        return HostedSampler(answer, min(self._tokenizer.eos_ids, default=0), self._batcher.drawer(sampling))
 
     def _compute(self, waiting: Waiting, now: float) -> None:
         """Answer a request for which nothing is generated, at once."""

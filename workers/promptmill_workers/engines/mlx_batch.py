@@ -123,14 +123,17 @@ class SeededSampler:
 
 
 class HostedSampler:
-    """Draws the tokens of one request on the host: those that are bound by a grammar, penalised, or reported.
+    """Hands out the tokens of one request on the host: those that are bound by a grammar, penalised, reported, or that
+    end a reasoning.
 
     mlx-lm asks for a token one step before it hands the one before over: what a token means is settled here, at once.
     """
 
-    def __init__(self, answer: Answer, end: int) -> None:
-        """``end``: the token to draw when there is nothing more to say."""
+    def __init__(self, answer: Answer, end: int, drawer: SeededSampler | None) -> None:
+        """``end``: the token to draw when there is nothing more to say. ``drawer`` draws what the answer does not draw
+        itself; None: the likeliest."""
         self._answer = answer
+        self._drawer = drawer
         self._end = end
         self._forced: deque[int] = deque()
         #: For each token drawn, why the answer has ended with it, or None.
@@ -145,7 +148,7 @@ class HostedSampler:
         answer, token = self._answer, self._end
         outcome: FinishReason | GrammarError | None
         try:
-            token = self._forced.popleft() if self._forced else answer.draw(_on_host(logprobs))
+            token = self._forced.popleft() if self._forced else self._drawn(logprobs)
             outcome = answer.take(token)
             if outcome is None and not self._forced:
                 self._forced.extend(answer.forced())
@@ -153,6 +156,15 @@ class HostedSampler:
             outcome = problem
         self.outcomes.append(outcome)
         self._over = outcome is not None
+        return token
+
+    def _drawn(self, logprobs: Any) -> int:
+        """Raises GrammarError."""
+        if self._answer.draws:
+            return self._answer.draw(_on_host(logprobs))
+        token = int((logprobs.argmax(axis=-1) if self._drawer is None else self._drawer(logprobs)).item())
+        if self._answer.observes:
+            self._answer.observe(_on_host(logprobs), token)
         return token
 
 
@@ -211,18 +223,22 @@ class Batcher:
         ``cache`` may be given to many: merging it into a batch copies it.
         """
         # One greedy sampler for all (the generator's own) lets it sample the whole batch in one call.
-        sampler: HostedSampler | SeededSampler | None = hosted
-        if hosted is None and not sampling.is_greedy:
-            sampler = SeededSampler(sampling, self.vocabulary)
+        sampler = hosted or self.drawer(sampling)
+        # A hosted answer says itself when it has ended: with an end token within its reasoning it may not have.
+        endless = sampling.ignore_eos or hosted is not None
         (sequence,) = self._generator.insert(
             [prompt.tolist()],
             max_tokens=[limit],
             caches=[cache],
             samplers=[sampler],
-            stop_sequences=[self._endless if sampling.ignore_eos else self._ends],
+            stop_sequences=[self._endless if endless else self._ends],
         )
         self._in_prefill.add(sequence)
         return int(sequence)
+
+    def drawer(self, sampling: SamplingParams) -> SeededSampler | None:
+        """What draws the tokens of a request on the device; None: the likeliest is taken."""
+        return None if sampling.is_greedy else SeededSampler(sampling, self.vocabulary)
 
     def remove(self, sequence: SequenceId) -> None:
         """Free the row of a running sequence."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from promptmill.errors import ModelError, RequestError
+from promptmill.types import Message
 from promptmill_workers.answering import opened
-from promptmill_workers.engines.chat_template import thinking_names
+from promptmill_workers.engines.chat_template import ANSWERED, after_answer, thinking_names
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.prefix_plan import Tokens
 
@@ -43,16 +45,32 @@ class MlxTokenizer:
             return opened(request.prompt or "", request.sampling)
         if not self._tokenizer.chat_template:
             raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
-        turns = [{"role": each.role, "content": each.content} for each in request.messages]
+        return opened(self._chat(request.messages, request.sampling.thinking), request.sampling)
+
+    def _chat(self, messages: Sequence[Message], thinking: str | None = None, *, ask: bool = True) -> str:
+        """Messages as the chat template writes them; ``ask``: up to the model's next answer. Raises RequestError."""
+        turns = [{"role": each.role, "content": each.content} for each in messages]
         try:
             # transformers renders templates in jinja2's immutable sandbox.
             text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, **thinking_names(request.sampling.thinking)
+                turns, tokenize=False, add_generation_prompt=ask, **thinking_names(thinking)
             )
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
-        return opened(str(text), request.sampling)
+        return str(text)
+
+    @cached_property
+    def end(self) -> int | None:
+        """The token that ends an answer: what the chat template writes there, else what the tokenizer names."""
+        named: int | None = self._tokenizer.eos_token_id
+        if not self._tokenizer.chat_template:
+            return named
+        try:
+            after = self.plain_tokens(after_answer(self._chat(ANSWERED, ask=False)))
+        except RequestError:
+            return named
+        return next((each for each in after if each in self.eos_ids), named)
 
     def tokens(self, request: EngineRequest) -> Tokens:
         """Raises RequestError, also for a prompt without a single token.
@@ -73,8 +91,7 @@ class MlxTokenizer:
         found = self.plain_tokens(text)
         if not found:
             raise RequestError("a continuation has no tokens")
-        end = self._tokenizer.eos_token_id
-        return np.array([*found, end] if closed and end is not None else found, dtype=np.int32)
+        return np.array([*found, self.end] if closed and self.end is not None else found, dtype=np.int32)
 
     def plain_tokens(self, text: str) -> list[int]:
         """Tokens of a text in the middle of others; special tokens that it spells are themselves."""
@@ -148,10 +165,9 @@ class AnswerText:
         """The text, and whether it was cut at a stop text that only the end made readable."""
         if self._cut:
             return self._text, False
-        if not self._read:
-            self._append(self._tokenizer.text(self._ids))
-            return self._text, self._cut
-        cut = self._append(self._fresh()) if self._read < len(self._ids) else False
+        rest = self._fresh() if self._read else self._tokenizer.text(self._ids)
+        # What is no character at the end is one that was not finished.
+        cut = self._append(rest.removesuffix(NO_CHARACTER))
         return self._text, cut
 
     def fresh(self) -> str:
