@@ -46,8 +46,11 @@ def _verdict(name: str, demand: str, value: float | None) -> Verdict:
 
 def _lower_end(name: str, summary: Mapping[str, Any]) -> float | None:
     """None where the figure has no interval."""
-    found = summary["scores"].get(name) or summary["scores"].get(name.rpartition(".")[0])
-    interval = found["ci95"] if found is not None and not name.endswith("macro_f1") else None
+    score, _, figure = name.rpartition(".")
+    found = summary["scores"].get(score) or summary["scores"].get(name)
+    if found is None:
+        return None
+    interval = found["ci95"] if figure == found["metric"] else found["figure_ci95"].get(figure)
     return float(interval[0]) if interval else None
 
 
@@ -60,9 +63,9 @@ def _figure(name: str, summary: Mapping[str, Any]) -> float | None:
         percentile: float | None = summary["latency_s"][name.partition(".")[2]]
         return percentile
     score, _, figure = name.rpartition(".")
-    for key in (name, score):
-        found = scores.get(key)
-        if found is not None and (figure == "macro_f1" or found["metric"] == figure):
-            value: float | None = found["macro_f1"] if figure == "macro_f1" else found["value"]
+    # A score may be called after its figure: the second of one field is FIELD.FIGURE.
+    for key in (score, name):
+        if key in scores and figure in scores[key]["figures"]:
+            value: float | None = scores[key]["figures"][figure]
             return value
     return None

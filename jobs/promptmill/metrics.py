@@ -22,6 +22,10 @@ class Unit(StrEnum):
     REQUESTS_PER_SECOND = "requests/s"
     TOKENS_PER_SECOND = "tok/s"
     SHARE = "%"
+    #: In the unit of the field it is about.
+    OWN = ""
+    #: From 0 or -1 to 1, and not a share of anything.
+    INDEX = "index"
 
 
 class Kind(StrEnum):
@@ -76,12 +80,26 @@ class Metric:
             return "–"
         if self.unit is Unit.SHARE:
             return f"{100 * value:.1f}"
+        if self.unit is Unit.INDEX:
+            return f"{value:.3f}"
         if self.unit is Unit.BYTES:
             return f"{value / 2**20:,.0f}"
         return whole(value) if self.unit in _WHOLE and float(value).is_integer() else digits(value)
 
+    def interval(self, bounds: tuple[float, float] | None) -> str:
+        """An interval for people, in the figure's unit; a dash for none."""
+        if bounds is None:
+            return "–"
+        return f"[{self.text(bounds[0])}, {self.text(bounds[1])}]"
+
+    def shown(self, value: float | None) -> str:
+        """``value`` for people, with its unit."""
+        return f"{self.text(value)} {self.shown_unit}".rstrip()
+
     @property
     def shown_unit(self) -> str:
+        if self.unit is Unit.INDEX:
+            return ""
         return "MiB" if self.unit is Unit.BYTES else str(self.unit)
 
 
@@ -105,6 +123,10 @@ def digits(value: float) -> str:
 def comparable(one: Metric, other: Metric) -> bool:
     """Whether two figures may be set against each other."""
     return one.kind is other.kind and one.unit is other.unit
+
+
+def _quality(name: str, label: str, formula: str, unit: Unit = Unit.INDEX, better: Better = Better.HIGHER) -> Metric:
+    return Metric(name, label, unit, Kind.QUALITY, better, formula)
 
 
 _COUNT, _NEITHER, _HIGHER, _LOWER = Kind.COUNT, Better.NEITHER, Better.HIGHER, Better.LOWER
@@ -227,6 +249,58 @@ _ALL = (
         Kind.QUALITY,
         _HIGHER,
         "mean of max(0, 1 - |answer - expected| / span) over scored + unparsed + truncated; the last two count as 0",
+    ),
+    _quality(
+        "set_f1",
+        "set F1",
+        "mean of 2 |both| / (|answer| + |expected|) of two lists as sets; unread answers count as 0",
+        Unit.SHARE,
+    ),
+    _quality(
+        "choice_probability",
+        "probability of the expected choice",
+        "mean of the probability that the model gave to the expected one of its choices",
+        Unit.SHARE,
+    ),
+    _quality(
+        "abs_error",
+        "mean absolute error",
+        "mean of |answer - expected|; an answer without a number counts as the task's worst, or is left out",
+        Unit.OWN,
+        Better.LOWER,
+    ),
+    _quality("mean", "mean", "mean of what the task's own function returned; unread answers count as 0", Unit.OWN),
+    _quality("macro_f1", "macro F1", "mean over the classes of 2 TP / (2 TP + FP + FN); unread answers are FN"),
+    _quality("weighted_f1", "weighted F1", "the same, each class weighted by the rows that expect it"),
+    _quality("macro_precision", "macro precision", "mean over the classes of TP / (TP + FP)"),
+    _quality("macro_recall", "macro recall", "mean over the classes of TP / (TP + FN)"),
+    _quality("kappa", "kappa", "Cohen's kappa: agreement beyond chance; unread answers are a class of their own"),
+    _quality(
+        "quadratic_kappa",
+        "quadratic kappa",
+        "Cohen's kappa with squared distances on a scale of whole numbers; unread answers are as far off as can be",
+    ),
+    _quality(
+        "precision",
+        "precision",
+        "rows rightly called yes / rows called yes; unread answers are wrong calls",
+        Unit.SHARE,
+    ),
+    _quality("recall", "recall", "rows rightly called yes / rows that are yes", Unit.SHARE),
+    _quality("f1", "F1", "2 TP / (2 TP + FP + FN) of yes"),
+    _quality("auc", "AUC", "chance that a yes is given more confidence than a no (area under the ROC curve)"),
+    _quality("average_precision", "average precision", "mean precision over the recall steps as confidence falls"),
+    _quality(
+        "brier",
+        "Brier score",
+        "mean of (confidence - outcome)^2; unread answers count as sure and wrong",
+        better=Better.LOWER,
+    ),
+    _quality(
+        "ece",
+        "calibration error",
+        "mean distance of confidence from outcome over 10 bins of equal mass",
+        better=Better.LOWER,
     ),
     Metric(
         "majority_baseline",

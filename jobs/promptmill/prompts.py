@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -81,21 +82,55 @@ class Template:
     Sandboxed; an undefined name is an error; the expected answer is not among the names.
     """
 
-    def __init__(self, user: str, system: str | None = None) -> None:
-        """Raises :class:`TaskFileError` for a template that cannot be compiled, with its line."""
-        self.user, self.system = user, system
+    def __init__(
+        self,
+        user: str,
+        system: str | None = None,
+        examples: Sequence[tuple[Mapping[str, Any], Any]] = (),
+        plain: bool = False,
+    ) -> None:
+        """``examples``: fields for the user's template and the answer to them, shown before the question.
+
+        ``plain``: the prompt is one text without the model's chat template. Raises :class:`TaskFileError` for a
+        template that cannot be compiled, with its line, and for an example that does not fill it.
+        """
+        self.user, self.system, self.plain = user, system, plain
         self._user = _compile("user", user)
         self._system = _compile("system", system) if system is not None else None
+        self._shown: tuple[Message, ...] = ()
+        turns: list[Message] = []
+        for number, (fields, answer) in enumerate(examples, start=1):
+            try:
+                asked = self._question(fields, None)
+            except RenderError as problem:
+                raise TemplateMistake("examples", 1, f"example {number}: {problem.message}") from None
+            turns += [asked, Message("assistant", answer if isinstance(answer, str) else _as_json(answer))]
+        self._shown = tuple(turns)
 
     def render(self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> tuple[Message, ...]:
         """The messages of one line. Raises :class:`RenderError`."""
-        shown = {name: value for name, value in fields.items() if name != HIDDEN}
-        about = {name: value for name, value in (line_meta or {}).items() if name != HIDDEN}
-        names = {**shown, "input": shown, "meta": about}
-        user = Message("user", _fill(self._user, names, shown))
+        turns = (*self._shown, self._question(fields, line_meta))
         if self._system is None:
-            return (user,)
-        return Message("system", _fill(self._system, names, shown)), user
+            return turns
+        return Message("system", _fill(self._system, *_names(fields, line_meta))), *turns
+
+    def render_plain(self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> str:
+        """The messages of one line as one text, a blank line between two. Raises :class:`RenderError`."""
+        return "\n\n".join(turn.content for turn in self.render(fields, line_meta))
+
+    def _question(self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> Message:
+        return Message("user", _fill(self._user, *_names(fields, line_meta)))
+
+
+def _names(fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a template can see of a line, and the fields among it."""
+    shown = {name: value for name, value in fields.items() if name != HIDDEN}
+    about = {name: value for name, value in (line_meta or {}).items() if name != HIDDEN}
+    return {**shown, "input": shown, "meta": about}, shown
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _compile(part: str, text: str) -> Any:
@@ -178,6 +213,8 @@ def to_request(
     if "fields" in body:
         if template is None:
             raise RenderError("the line has fields for a template, and the job has none")
+        if template.plain:
+            return Request(row, custom_id, sampling, prompt=template.render_plain(body["fields"], line_meta))
         return Request(row, custom_id, sampling, messages=template.render(body["fields"], line_meta))
     if body.get("raw"):
         return Request(row, custom_id, sampling, prompt=body["prompt"])

@@ -3,82 +3,272 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 from ulid import ULID
 
-from promptmill.database import copy_rows, epoch, writing
-from promptmill.errors import JobError
-from promptmill.scorers import JsonObject, Outcome, Scorer
-from promptmill.scorers.scoring import BATCH_ROWS, Score, build, read_answer, required_keys, score_rows
-from promptmill.tables import requests, results, score_runs, scores
-from promptmill.task_file import Task
+from promptmill.database import copy_rows, epoch, reading, writing
+from promptmill.errors import JobError, UnknownName
+from promptmill.scorers.scoring import Answer, Judge, answers_query
+from promptmill.scorers.tally import Judgement, Score, Tally
+from promptmill.tables import results, score_runs, scores
+from promptmill.task_file import Task, parse_task
 
-COLUMNS = ("score_run_id", "row", "metric", "value", "predicted", "expected", "outcome")
+COLUMNS = ("score_run_id", "row", "metric", "value", "predicted", "expected", "outcome", "confidence", "error")
+
+#: Rows read, judged and stored at a time.
+PAGE_ROWS = 10_000
+
+#: Rows from which on scorers of the user's own are called in several processes.
+POOL_ROWS = 20_000
+
+#: Pages that wait for the processes of the pool, for each of them.
+PAGES_AHEAD = 2
+
+#: The group of rows that have no such value.
+NO_GROUP = "(none)"
+
+Judged = tuple[Judgement | None, ...]
 
 
-def append_score_run(db: Engine, job: sa.Row[Any], task: Task) -> tuple[str, dict[str, Score]]:
-    """Score the job's answers by ``task`` and store a run of it; returns its id and the figures.
+@dataclass(frozen=True, slots=True)
+class ScoreRun:
+    """One run: ``JOB@sN`` names it. ``groups``: the scores of each value of the field that was asked for."""
 
-    Raises :class:`JobError` for a task without scores.
+    id: str
+    number: int
+    scores: dict[str, Score]
+    groups: dict[str, dict[str, Score]]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return {name: score.to_json() for name, score in self.scores.items()}
+
+
+def append_score_run(
+    db: Engine,
+    job: sa.Row[Any],
+    task: Task,
+    by: str | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, of: None,
+) -> ScoreRun:
+    """Score the job's answers by ``task`` and store a run of it, which is there as a whole or not at all.
+
+    ``by``: a field of the rows' ``meta``, ``input`` or ``expected``, such as ``meta.group``, to score by group as
+    well. ``on_rows`` is told how many rows of how many are done. Raises :class:`JobError` for a task without scores
+    and for a field that no row has.
     """
-    scorers = build(task.scores)
-    if not scorers:
+    judge = Judge(task)
+    if not judge.scorers:
         raise JobError(f"the task '{task.name}' has no scores", hint="Add 'scores:' to the task file.")
-    run_id, required = str(ULID()), required_keys(task, scorers)
+    run_id, number = _open_run(db, job.id, task, judge)
+    try:
+        return _filled(db, job, task, judge, run_id, number, by, on_rows)
+    except BaseException:
+        with writing(db) as connection:
+            connection.execute(sa.delete(scores).where(scores.c.score_run_id == run_id))
+            connection.execute(sa.delete(score_runs).where(score_runs.c.id == run_id))
+        raise
+
+
+def _filled(
+    db: Engine, job: sa.Row[Any], task: Task, judge: Judge, run_id: str, number: int, by: str | None,
+    on_rows: Callable[[int, int], None],
+) -> ScoreRun:  # fmt: skip
+    group_of = _grouping(by)
+    tallies = _tallies(judge)
+    groups: dict[str, dict[str, Tally]] = {}
+    done = 0
+    pages = _pages(db, job.id, whole=judge.needs_item or by is not None)
+    for rows, answers, judged in _judged(pages, task, judge, job.rows):
+        # A page is stored by itself: the database is not locked while a slow scorer thinks about the next.
+        with writing(db) as connection:
+            copy_rows(connection, scores, COLUMNS, _stored(run_id, rows, judged, list(judge.scorers)))
+        _count(tallies, judged)
+        if group_of is not None:
+            for answer, each in zip(answers, judged, strict=True):
+                _count(groups.setdefault(group_of(answer), _tallies(judge)), [each])
+        done += len(rows)
+        on_rows(done, job.rows)
+    if by is not None and groups.keys() <= {NO_GROUP}:
+        raise JobError(f"no row has a field '{by}'", hint="Write meta.NAME, input.NAME or expected.NAME.")
+    run = ScoreRun(run_id, number, _scored(tallies), {name: _scored(each) for name, each in sorted(groups.items())})
     with writing(db) as connection:
-        _store_run(connection, run_id, job.id, task)
-        for page in _pages(connection, job.id):
-            stored = [
-                (run_id, answer.row, name, *judged)
-                for answer in page
-                for output in [read_answer(tuple(answer)[1:], required, task.output.aliases)]
-                for name, scorer in scorers.items()
-                if (judged := _judged(scorer, *output)) is not None
-            ]
-            copy_rows(connection, scores, COLUMNS, stored)
-        answers = (tuple(answer)[1:] for page in _pages(connection, job.id) for answer in page)
-        return run_id, score_rows(answers, scorers, required, task.output.aliases)
+        figures = json.dumps(run.figures, ensure_ascii=False)
+        connection.execute(sa.update(score_runs).where(score_runs.c.id == run_id).values(figures=figures))
+    return run
 
 
-def _store_run(db: Connection, run_id: str, job_id: str, task: Task) -> None:
-    parent = db.execute(sa.select(sa.func.max(score_runs.c.id)).where(score_runs.c.job_id == job_id)).scalar()
-    now = db.execute(sa.select(epoch())).scalar()
-    made = {"id": run_id, "job_id": job_id, "task_sha256": task.sha256, "parent_id": parent, "created_at": now}
-    db.execute(sa.insert(score_runs).values(**made))
+def _tallies(judge: Judge) -> dict[str, Tally]:
+    return {name: Tally(scorer) for name, scorer in judge.scorers.items()}
 
 
-def _pages(db: Connection, job_id: str) -> Iterator[list[sa.Row[Any, Any, Any, Any, Any]]]:
-    """The job's answers in the order of their rows, BATCH_ROWS at a time; no cursor stays open between two."""
-    query = (
-        sa.select(results.c.row, results.c.state, results.c.text, results.c.finish_reason, requests.c.expected)
-        .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
-        .where(results.c.job_id == job_id)
-        .order_by(results.c.row)
-        .limit(BATCH_ROWS)
-    )
+def _scored(tallies: dict[str, Tally]) -> dict[str, Score]:
+    return {name: tally.score(name) for name, tally in tallies.items()}
+
+
+def _count(tallies: dict[str, Tally], judged: Iterable[Judged]) -> None:
+    """Equal judgements are the same object where they come from one process: counted once, with their number."""
+    times: dict[int, list[Any]] = {}
+    for each in judged:
+        seen = times.setdefault(id(each), [each, 0])
+        seen[1] += 1
+    for each, count in times.values():
+        for tally, judgement in zip(tallies.values(), each, strict=True):
+            tally.add(judgement, count)
+
+
+def _stored(run_id: str, rows: list[int], judged: list[Judged], names: list[str]) -> list[tuple[Any, ...]]:
+    """Rows of ``scores`` in the order of its key, in which databases take them fastest."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    # Equal answers have one judgement: what is stored of it is put together once.
+    tails: dict[int, list[tuple[Any, ...]]] = {}
+    stored = []
+    for row, each in zip(rows, judged, strict=True):
+        found = tails.get(id(each))
+        if found is None:
+            found = tails[id(each)] = [_tail(names[place], one) for place in order if (one := each[place]) is not None]
+        for tail in found:
+            stored.append((run_id, row, *tail))
+    return stored
+
+
+def _tail(name: str, found: Judgement) -> tuple[Any, ...]:
+    value, predicted, expected, outcome, confidence, error, *_ = found
+    return name, value, predicted, expected, outcome.value, confidence, error
+
+
+def _grouping(by: str | None) -> Callable[[Answer], str] | None:
+    if by is None:
+        return None
+    part, _, name = by.partition(".")
+    if part not in ("meta", "input", "expected") or not name:
+        raise JobError(f"cannot group by '{by}'", hint="Write meta.NAME, input.NAME or expected.NAME.")
+
+    def group(answer: Answer) -> str:
+        text = {"meta": answer.meta, "input": answer.input, "expected": answer.expected}[part]
+        found = json.loads(text) if text else {}
+        found = found.get("fields", found) if part == "input" else found
+        value = found.get(name) if isinstance(found, dict) else None
+        if value is None:
+            return NO_GROUP
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    return group
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+def _pages(db: Engine, job_id: str, whole: bool) -> Iterator[tuple[list[int], list[Answer]]]:
+    """The job's answers in the order of their rows, PAGE_ROWS at a time; no cursor stays open between two."""
+    query = answers_query(job_id, whole=whole).add_columns(results.c.row.label("place"))
+    query = query.order_by(results.c.row).limit(PAGE_ROWS)
     last = -1
-    while page := list(db.execute(query.where(results.c.row > last))):
-        yield page
-        last = page[-1].row
+    while True:
+        with reading(db) as connection:
+            found = connection.execute(query.where(results.c.row > last)).fetchall()
+        if not found:
+            return
+        yield [each[-1] for each in found], [Answer(*each[:-1]) for each in found]
+        last = found[-1][-1]
 
 
 def _judged(
-    scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonObject
-) -> tuple[float | None, str | None, str, str] | None:
-    """Value, predicted and expected label, and outcome of one row; None for a row without a label."""
-    if scorer.field not in expected:
-        return None
-    wanted = json.dumps(expected[scorer.field], ensure_ascii=False)
-    if outcome is Outcome.SCORED and scorer.field not in output:
-        outcome = Outcome.UNPARSED
-    if outcome is not Outcome.SCORED:
-        return (None if outcome is Outcome.INFRA_ERROR else 0.0), None, wanted, outcome.value
-    found = scorer(output, expected)
-    given = json.dumps(output[scorer.field], ensure_ascii=False)
-    if found is None:
-        return None, given, wanted, Outcome.ABSTAIN.value
-    return float(found), given, wanted, outcome.value
+    pages: Iterator[tuple[list[int], list[Answer]]], task: Task, judge: Judge, rows: int
+) -> Iterator[tuple[list[int], list[Answer], list[Judged]]]:
+    if judge.needs_item and rows >= POOL_ROWS and (os.cpu_count() or 1) > 1:
+        yield from _judged_by_many(pages, task)
+        return
+    for places, answers in pages:
+        yield places, answers, _judged_page(judge, answers)
+
+
+def _judged_page(judge: Judge, answers: list[Answer]) -> list[Judged]:
+    if judge.needs_item:
+        return [judge(answer) for answer in answers]
+    known: dict[Answer, Judged] = {}
+    return [known[each] if each in known else known.setdefault(each, judge(each)) for each in answers]
+
+
+_judge_here: Judge | None = None
+
+
+def _begin_process(text: str, name: str, folder: str | None) -> None:
+    global _judge_here
+    _judge_here = Judge(parse_task(text, name, folder))
+
+
+def _judge_elsewhere(answers: list[Answer]) -> list[Judged]:
+    assert _judge_here is not None
+    return _judged_page(_judge_here, answers)
+
+
+def _judged_by_many(
+    pages: Iterator[tuple[list[int], list[Answer]]], task: Task
+) -> Iterator[tuple[list[int], list[Answer], list[Judged]]]:
+    """In the order of the pages, a few of which are in memory at a time."""
+    count = os.cpu_count() or 1
+    waiting: deque[tuple[list[int], list[Answer], Future[list[Judged]]]] = deque()
+    # Started afresh: a fork of a process that holds connections and threads could hang.
+    begin = (task.text, task.name, task.folder)
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin_process, begin) as pool:
+        for places, answers in pages:
+            waiting.append((places, answers, pool.submit(_judge_elsewhere, answers)))
+            if len(waiting) >= count * PAGES_AHEAD:
+                first = waiting.popleft()
+                yield first[0], first[1], first[2].result()
+        while waiting:
+            first = waiting.popleft()
+            yield first[0], first[1], first[2].result()
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+
+def _open_run(db: Engine, job_id: str, task: Task, judge: Judge) -> tuple[str, int]:
+    """A run without figures is not finished, and nobody sees it."""
+    run_id = str(ULID())
+    with writing(db) as connection:
+        before = connection.execute(
+            sa.select(score_runs.c.id, score_runs.c.number)
+            .where(score_runs.c.job_id == job_id, score_runs.c.figures.is_not(None))
+            .order_by(score_runs.c.number.desc(), score_runs.c.id.desc())
+            .limit(1)
+        ).one_or_none()
+        highest = connection.execute(
+            sa.select(sa.func.max(score_runs.c.number)).where(score_runs.c.job_id == job_id)
+        ).scalar()
+        number = (highest or 0) + 1
+        made = {
+            "id": run_id, "job_id": job_id, "task_sha256": task.sha256, "task_text": task.text,
+            "scorer_sha256": judge.sha256, "parent_id": before.id if before else None, "number": number,
+            "created_at": connection.execute(sa.select(epoch())).scalar(),
+        }  # fmt: skip
+        connection.execute(sa.insert(score_runs).values(**made))
+    return run_id, number
+
+
+def find_run(db: Engine, job_id: str, number: int | None) -> sa.Row[Any] | None:
+    """The finished run ``number`` of the job, or its newest; None of a job that has none.
+
+    Raises :class:`UnknownName` for a number that the job does not have.
+    """
+    query = sa.select(score_runs).where(score_runs.c.job_id == job_id, score_runs.c.figures.is_not(None))
+    with reading(db) as connection:
+        found = connection.execute(query.order_by(score_runs.c.number.desc())).all()
+    if number is None:
+        return found[0] if found else None
+    for each in found:
+        if each.number == number:
+            return each
+    known = ", ".join(f"@s{each.number}" for each in reversed(found)) or "none"
+    raise UnknownName(f"job {job_id} has no score run @s{number}", hint=f"Its runs: {known}.")

@@ -157,7 +157,13 @@ def validate_dataset(
         }  # fmt: skip
 
 
-def score_again(reference: str, task_path: str | None, db: Engine) -> dict[str, Any]:
+def score_again(
+    reference: str,
+    task_path: str | None,
+    db: Engine,
+    by: str | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
     """Append a score run to a job, by its own task or by another one, and judge that task's gates."""
     from promptmill.gates import judge
     from promptmill.reports.summary import summarise
@@ -166,13 +172,15 @@ def score_again(reference: str, task_path: str | None, db: Engine) -> dict[str, 
     job = catalog.find_job(db, reference)
     if task_path is None and job.task_text is None:
         raise JobError(f"job {job.id} has no task", hint="Give --task FILE.")
-    task = load_task(task_path) if task_path else parse_task(job.task_text, job.task_name or "task")
-    run_id, figures = append_score_run(db, job, task)
-    scores = {name: each.to_json() for name, each in figures.items()}
+    task = load_task(task_path) if task_path else _stored_task(job)
+    run = append_score_run(db, job, task, by, on_rows)
+    scores = run.figures
     gates = task.model.gates
     verdicts = judge(gates, summarise(db, job.id).to_json() | {"scores": scores}) if gates else []
     return {
-        "job_id": job.id, "score_run_id": run_id, "task_sha256": task.sha256, "scores": scores,
+        "job_id": job.id, "score_run_id": run.id, "score_run": run.number, "task_sha256": task.sha256,
+        "rows": job.rows, "scores": scores,
+        "groups": {value: {n: each.to_json() for n, each in found.items()} for value, found in run.groups.items()},
         "gates": [asdict(each) | {"text": str(each)} for each in verdicts],
     }  # fmt: skip
 
@@ -608,7 +616,11 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
 
 
 def _stored_template(job: Row[Any]) -> Template | None:
-    return parse_task(job.task_text, job.task_name or "task").template if job.task_text else None
+    return _stored_task(job).template if job.task_text else None
+
+
+def _stored_task(job: Row[Any]) -> Task:
+    return parse_task(job.task_text, job.task_name or "task", job.task_folder)
 
 
 def _rendered(model: str, request: Request) -> str | None:

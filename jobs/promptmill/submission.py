@@ -282,6 +282,7 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "dataset_name": dataset.name, "dataset_sha256": dataset.sha256, "dataset_format": dataset.format,
         "model": order.model, "model_fingerprint": order.model_fingerprint,
         "task_name": task.name if task else None, "task_text": task.text if task else None,
+        "task_folder": task.folder if task else None,
         "task_sha256": task.sha256 if task else None, "system_prompt": order.system,
         "sampling": json.dumps(order.sampling, ensure_ascii=False),
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,

@@ -47,6 +47,8 @@ jobs = Table(
     Column("model_fingerprint", String(64)),
     Column("task_name", Text),
     Column("task_text", Text),
+    # Where the files are that the task names: those of 'python' scorers.
+    Column("task_folder", Text),
     Column("task_sha256", String(64)),
     Column("system_prompt", Text),
     # JSON: sampling parameters of every row that sets none of its own.
@@ -312,7 +314,13 @@ score_runs = Table(
     Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
     Column("task_sha256", String(64), nullable=False),
     Column("scorer_sha256", String(64)),
+    # The run before it.
     Column("parent_id", String(26)),
+    # Counts from 1 in each job: JOB@s2 is the second.
+    Column("number", Integer),
+    Column("task_text", Text),
+    # The figures that it came to, as JSON.
+    Column("figures", Text),
     Column("created_at", Double, nullable=False),
     Index("ix_score_runs_job_id", "job_id"),
 )
@@ -326,9 +334,15 @@ scores = Table(
     Column("value", Double),
     Column("predicted", Text),
     Column("expected", Text),
-    # 'scored', 'unparsed', 'truncated', 'abstain' or 'infra_error'.
+    # 'scored', 'unparsed', 'truncated', 'scorer_error', 'abstain' or 'infra_error'.
     Column("outcome", String(16), nullable=False),
+    # How sure the answer is of yes, or of the choice it made.
+    Column("confidence", Double),
+    # What the scorer raised.
+    Column("error", Text),
     PrimaryKeyConstraint("score_run_id", "row", "metric"),
+    # The key is most of the row: a tree of rows and one of keys beside it would take twice the time and the space.
+    sqlite_with_rowid=False,
 )
 
 # What ``promptmill verify`` found. ``examples`` and ``sums`` are JSON.

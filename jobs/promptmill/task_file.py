@@ -13,23 +13,38 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from promptmill import score_entries
 from promptmill.errors import TaskFileError
 from promptmill.prompts import Template, TemplateMistake
 from promptmill.registry import suggestion
 from promptmill.sampling import BadParameter, check_parameter
-
-#: Scores that a task may ask for. Names are those of promptmill.scorers.SCORERS.
-#: Each with its options: those it needs are numbers above 0.
-SCORES = {"exact": (), "closeness": ("span",), "within": ("tolerance",)}
+from promptmill.score_entries import figures_of
 
 #: What a gate may demand of a score, of the answers that could be read, and of the latency.
 GATE = re.compile(r"\s*(>=|<=|>|<)\s*(\d+(?:\.\d+)?)\s*")
-SCORE_FIGURES = ("accuracy", "closeness", "macro_f1")
 OTHER_FIGURES = ("parsed", "latency.p50", "latency.p95", "latency.p99")
+
+
+#: A step of an extraction: its name, or its name and its argument.
+ExtractStep = str | dict[str, Any]
+
+#: Steps without an argument, and those with one.
+PLAIN_STEPS = ("whole", "first_line", "last_line")
+STEPS = (*PLAIN_STEPS, "regex", "json", "choice")
+
+#: Most lines of a file of few-shot examples.
+MOST_EXAMPLES = 1_000
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Example(_Part):
+    """One turn that is shown to the model before the question: the fields of the user's template, and the answer."""
+
+    input: dict[str, Any]
+    output: Any
 
 
 class PromptPart(_Part):
@@ -37,18 +52,30 @@ class PromptPart(_Part):
 
     user: str
     system: str | None = None
+    #: ``chat``: messages, to which the model's chat template applies; ``plain``: one text, sent as it is.
+    form: Literal["chat", "plain"] = "chat"
+    #: Few-shot examples, or the file that holds them: JSONL with ``input`` and ``output`` in each line.
+    examples: str | list[Example] = Field(default_factory=list)
 
 
 class OutputPart(_Part):
-    """``output:`` of a task file: the JSON Schema that answers are read by.
+    """``output:`` of a task file: the JSON Schema that answers are read by, or pipelines that find their fields.
 
-    ``constrain``: no answer can leave it; ``free``: nothing makes them obey it.
+    ``constrain``: no answer can leave the schema; ``validate``: one that does counts as unparsed; ``free``: an object
+    with the required keys is enough.
     """
 
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    mode: Literal["constrain", "free"] = "free"
+    mode: Literal["constrain", "validate", "free"] = "free"
+    #: Field -> where in a free text it is, tried in order: whole, first_line, last_line, regex, json, choice.
+    extract: dict[str, ExtractStep | list[ExtractStep]] = Field(default_factory=dict)
     #: Field -> {label as the dataset or an answer writes it: label of the schema}.
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @property
+    def pipelines(self) -> dict[str, list[ExtractStep]]:
+        """``extract`` with a list of steps for each field."""
+        return {name: steps if isinstance(steps, list) else [steps] for name, steps in self.extract.items()}
 
 
 class GateDemand(_Part):
@@ -85,6 +112,8 @@ class Task:
     text: str
     model: TaskModel
     template: Template = field(repr=False)
+    #: Folder of the task file: where the files that it names are. None for a task without a file.
+    folder: str | None = None
 
     @property
     def name(self) -> str:
@@ -135,18 +164,60 @@ class Task:
 
 
 def load_task(path: str | Path) -> Task:
-    """Raises :class:`TaskFileError` with file, line and column of what is wrong."""
+    """Raises :class:`TaskFileError` with file, line and column of what is wrong.
+
+    Few-shot examples that lie in a file become part of the task's text, so that a worker elsewhere has them too.
+    """
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise TaskFileError(f"there is no task file {path}", hint="Check the path.") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise TaskFileError(f"cannot read the task file {path}: {problem}") from None
-    return parse_task(text, str(path))
+    folder = str(Path(path).resolve().parent)
+    task = parse_task(text, str(path), folder)
+    if not isinstance(task.model.prompt.examples, str):
+        return task
+    shown = _read_examples(Path(folder) / task.model.prompt.examples)
+    behind = yaml.safe_dump({"examples": shown}, allow_unicode=True, default_style='"', width=2**30)
+    return parse_task(f"{text.rstrip()}\n{BEHIND}\n{behind}", str(path), folder)
 
 
-def parse_task(text: str, name: str) -> Task:
-    """The task in ``text``; ``name`` stands for it in messages. Raises :class:`TaskFileError`."""
+#: Between a task as it was written and the examples that were read from its file.
+BEHIND = "---"
+
+
+def _read_examples(path: Path) -> list[dict[str, Any]]:
+    """Raises :class:`TaskFileError` for a file that is missing or has a line that is no example."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise TaskFileError(
+            f"cannot read the examples {path}: {problem}", hint="The path is relative to the task file."
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(Example.model_validate_json(line).model_dump())
+        except ValidationError as problem:
+            what = problem.errors()[0]
+            place = ".".join(map(str, what["loc"]))
+            raise TaskFileError(
+                f"{path}:{number}: no example: {place + ': ' if place else ''}{what['msg']}",
+                hint='A line is {"input": {...}, "output": ...}.',
+            ) from None
+    if not 0 < len(found) <= MOST_EXAMPLES:
+        raise TaskFileError(f"{path} has {len(found):,} examples; there must be 1 to {MOST_EXAMPLES:,}")
+    return found
+
+
+def parse_task(text: str, name: str, folder: str | None = None) -> Task:
+    """The task in ``text``; ``name`` stands for it in messages, ``folder`` is where files it names are.
+
+    Raises :class:`TaskFileError`.
+    """
     tree, content = _loaded(text, name)
     try:
         model = TaskModel.model_validate(content)
@@ -155,8 +226,10 @@ def parse_task(text: str, name: str) -> Task:
     problems = [f"{_at(name, tree, place)}: {what}" for place, what in _mistakes(model)]
     if problems:
         raise TaskFileError("\n".join(problems))
+    prompt = model.prompt
+    examples = [] if isinstance(prompt.examples, str) else [(each.input, each.output) for each in prompt.examples]
     try:
-        return Task(text, model, Template(model.prompt.user, model.prompt.system))
+        return Task(text, model, Template(prompt.user, prompt.system, examples, prompt.form == "plain"), folder)
     except TemplateMistake as problem:
         place = _at(name, tree, ("prompt", problem.part), inside=problem.line)
         raise TaskFileError(f"{place}: {problem.message}", hint=problem.hint) from None
@@ -169,50 +242,69 @@ def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
             check_parameter(parameter, model.generate[parameter])
         except BadParameter as problem:
             yield ("generate", parameter), f"{problem.message}. {problem.hint or ''}".rstrip(". ")
-    if model.output.mode == "constrain":
-        if model.output.schema_ is None:
-            yield ("output", "mode"), "'constrain' needs a schema"
-        else:
-            try:
-                check_parameter("json_schema", model.output.schema_)
-            except BadParameter as problem:
-                yield ("output", "schema"), problem.message
+    if model.output.mode != "free" and model.output.schema_ is None:
+        yield ("output", "mode"), f"'{model.output.mode}' needs a schema"
+    elif model.output.mode != "free" and model.output.extract:
+        yield ("output", "extract"), f"with mode '{model.output.mode}' the answer is the object itself"
+    elif model.output.schema_ is not None:
+        yield from _schema_mistakes(model.output)
+    yield from _extract_mistakes(model.output)
     for part in ("input", "meta"):
         for name, path in getattr(model, part).items():
             if path in model.expected.values():
                 yield (part, name), f"the field '{path}' is an expected value: no prompt may see it"
-    for index, score in enumerate(model.scores):
-        yield from _score_mistakes(index, score, model)
+    yield from score_entries.mistakes(model.scores, model.expected)
     yield from _gate_mistakes(model)
 
 
-def _score_mistakes(index: int, score: Mapping[str, Any], model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
-    kinds = [key for key in score if key not in ("as", *_OPTIONS)]
-    if len(kinds) != 1 or next(iter(score)) != kinds[0] or not isinstance(score[kinds[0]], str):
-        yield ("scores", index), "a score is one name and one field, such as exact: is_ad"
-        return
-    scorer, field_ = kinds[0], score[kinds[0]]
-    place = ("scores", index, scorer)
-    if scorer not in SCORES:
-        yield place, f"unknown score '{scorer}'. {suggestion(scorer, SCORES)}"
-        return
-    for option in SCORES[scorer]:
-        value = score.get(option)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            yield place, f"{scorer} needs '{option}', a number above 0"
-    for option in score.keys() - {scorer, "as", *SCORES[scorer]}:
-        yield ("scores", index, option), f"{scorer} has no option '{option}'"
-    if model.expected and field_ not in model.expected:
-        yield place, f"'{field_}' is not among the expected values. {suggestion(field_, model.expected)}"
+def _schema_mistakes(output: OutputPart) -> Iterator[tuple[tuple[Any, ...], str]]:
+    if output.mode == "constrain":
+        try:
+            check_parameter("json_schema", output.schema_)
+        except BadParameter as problem:
+            yield ("output", "schema"), problem.message
+    elif output.mode == "validate":
+        from jsonschema import Draft202012Validator, SchemaError
+
+        try:
+            Draft202012Validator.check_schema(output.schema_ or {})
+        except SchemaError as problem:
+            yield ("output", "schema", *problem.absolute_path), f"no JSON Schema: {problem.message[:200]}"
 
 
-#: Options of all scores.
-_OPTIONS = tuple(option for options in SCORES.values() for option in options)
+def _extract_mistakes(output: OutputPart) -> Iterator[tuple[tuple[Any, ...], str]]:
+    for name, steps in output.pipelines.items():
+        for step in steps:
+            problem = _step_problem(step)
+            if problem:
+                yield ("output", "extract", name), problem
+
+
+def _step_problem(step: ExtractStep) -> str | None:
+    if isinstance(step, str):
+        return None if step in PLAIN_STEPS else f"unknown step '{step}'. {suggestion(step, STEPS)}"
+    if len(step) != 1 or next(iter(step)) not in STEPS[len(PLAIN_STEPS) :]:
+        return f"a step is one name and its argument. {suggestion(str(next(iter(step), '')), STEPS)}"
+    ((kind, argument),) = step.items()
+    if kind == "choice":
+        fits = isinstance(argument, list) and bool(argument)
+        return None if fits else "choice needs the list of labels"
+    if not isinstance(argument, str) or not argument:
+        return f"{kind} needs a text"
+    try:
+        re.compile(argument if kind == "regex" else "")
+    except (re.error, RecursionError, OverflowError) as problem:
+        return f"no regular expression: {problem}"
+    return None
 
 
 def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
-    names = {str(score.get("as", next(iter(score.values()), ""))) for score in model.scores}
-    figures = [*OTHER_FIGURES, *(f"{name}.{figure}" for name in sorted(names) for figure in SCORE_FIGURES)]
+    named = zip(score_entries.names_of(model.scores), model.scores, strict=True)
+    figures = list(OTHER_FIGURES)
+    for score, entry in named:
+        figures += [f"{score}.{figure}" for figure in figures_of(entry)]
+        # The second score of a field is called after its figure already.
+        figures += [score] if score.endswith(f".{figures_of(entry)[0]}") else []
     for name, asked in model.gates.items():
         demand = asked if isinstance(asked, str) else asked.demand
         if name not in figures:
@@ -224,19 +316,44 @@ def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
 def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:
     """The YAML tree, with its positions, and what it says. Raises TaskFileError for what is no YAML."""
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        trees = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        tree = trees[0] if trees else None
         if not isinstance(tree, yaml.MappingNode):
             raise TaskFileError(
                 f"{name}: a task file has keys: task, prompt, ...", hint="See datasets/ad_comments.task.yaml."
             )
         _refuse_repeated_keys(tree, name)
-        return tree, yaml.safe_load(text)
+        content, *behind = yaml.safe_load_all(text)
+        if behind:
+            _put_examples(content, behind, _place(name, trees[1].start_mark))
+        return tree, content
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise TaskFileError(f"{place}: not YAML: {problem.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
         raise TaskFileError(f"{name}: not YAML: {str(problem)[:200]}") from None
+
+
+def _place(name: str, mark: yaml.Mark) -> str:
+    return f"{name}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _put_examples(content: dict[str, Any], behind: list[Any], place: str) -> None:
+    """The examples that :func:`load_task` wrote behind the task take the place of their file's name."""
+    prompt = content.get("prompt")
+    fits = isinstance(prompt, dict) and isinstance(prompt.get("examples"), str)
+    if (
+        not isinstance(prompt, dict)
+        or not fits
+        or len(behind) > 1
+        or not isinstance(behind[0], dict)
+        or behind[0].keys() != {"examples"}
+    ):
+        raise TaskFileError(
+            f"{place}: a task file is one YAML document; a second one begins here", hint="Remove '---'."
+        )
+    content["prompt"] = prompt | behind[0]
 
 
 def _refuse_repeated_keys(tree: yaml.Node, name: str) -> None:

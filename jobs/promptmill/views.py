@@ -66,9 +66,9 @@ JOIN results r ON r.job_id = e.job_id AND r."row" = e.first_row
 
 _SCORES = """
 SELECT s.score_run_id, u.job_id, u.created_at, s."row", q.custom_id AS id, s.metric, s.value, s.predicted, s.expected,
-    s.outcome
+    s.outcome, u.number AS score_run, s.confidence, s.error
 FROM scores s
-JOIN score_runs u ON u.id = s.score_run_id
+JOIN score_runs u ON u.id = s.score_run_id AND u.figures IS NOT NULL
 JOIN requests q ON q.job_id = u.job_id AND q."row" = s."row"
 """
 

@@ -5,6 +5,15 @@ from alembic import op
 
 from promptmill.views import VIEWS
 
+#: ``v_scores`` as it was before 0004.
+V_SCORES = """
+SELECT s.score_run_id, u.job_id, u.created_at, s."row", q.custom_id AS id, s.metric, s.value, s.predicted, s.expected,
+    s.outcome
+FROM scores s
+JOIN score_runs u ON u.id = s.score_run_id
+JOIN requests q ON q.job_id = u.job_id AND q."row" = s."row"
+"""
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -323,7 +332,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("score_run_id", "row", "metric", name=op.f("pk_scores")),
     )
     op.execute(V_RESULTS.format(prompt=PROMPT[op.get_bind().dialect.name]))
-    for name, query in VIEWS.items():
+    for name, query in (VIEWS | {"v_scores": V_SCORES}).items():
         op.execute(f"CREATE VIEW {name} AS {query}")
 
 

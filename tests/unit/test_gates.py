@@ -9,18 +9,26 @@ import pytest
 
 from promptmill.errors import TaskFileError
 from promptmill.gates import judge
-from promptmill.scorers.scoring import build, score_rows
+from promptmill.scorers.scoring import Answer, Judge, build
+from promptmill.scorers.scoring import score_rows as score_answers
+from promptmill.scorers.tally import Score
 from promptmill.task_file import parse_task
 
 
-def row(answer: Any, expected: Any, state: str = "ok") -> tuple[str, str | None, str | None, str | None]:
-    return state, json.dumps({"x": answer}) if answer is not None else "no idea", "stop", json.dumps({"x": expected})
+def row(answer: Any, expected: Any, state: str = "ok") -> Answer:
+    text = json.dumps({"x": answer}) if answer is not None else "no idea"
+    return Answer(state, text, "stop", json.dumps({"x": expected}))
+
+
+def score_rows(rows: list[Answer], entries: list[dict[str, Any]], aliases: Any = None) -> dict[str, Score]:
+    said = {"task": "t", "prompt": {"user": "hi"}, "scores": entries, "output": {"aliases": aliases or {}}}
+    return score_answers(rows, Judge(parse_task(json.dumps(said), "t")))
 
 
 def test_closeness_is_one_less_the_distance_over_the_span() -> None:
     """Answers off by 0, 1, 9 and one that is unparsed, with a span of 5: 1, 0.8, 0 and 0."""
     rows = [row(5, 5), row(4, 5), row(-4, 5), row(None, 5), row(5, 5, state="error")]
-    score = score_rows(rows, build([{"closeness": "x", "span": 5}]), ("x",))["x"]
+    score = score_rows(rows, [{"closeness": "x", "span": 5}])["x"]
     assert (score.n, score.correct, score.unparsed, score.infra_error) == (4, 1, 1, 1)
     assert score.value == pytest.approx(0.45)
     assert score.confusion == {}
@@ -33,7 +41,7 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
     values = [1 - off / 10 for off in (0, 1, 2, 3, 4, 2, 2, 1, 3, 2)]
     rows = [row(off, 0) for off in (0, 1, 2, 3, 4, 2, 2, 1, 3, 2)]
-    score = score_rows(rows, build([{"closeness": "x", "span": 10}]), ("x",))["x"]
+    score = score_rows(rows, [{"closeness": "x", "span": 10}])["x"]
     mean = sum(values) / 10
     error = (sum((value - mean) ** 2 for value in values) / 9 / 10) ** 0.5
     assert score.ci95 == pytest.approx(t.interval(0.95, 9, loc=mean, scale=error))
@@ -41,12 +49,12 @@ def test_the_interval_of_a_mean_is_students() -> None:
 
 @pytest.mark.parametrize(("answer", "right"), [(4, 1), ("4.5", 1), (3, 0), ("four", 0), (True, 0), (None, 0)])
 def test_within_takes_numbers_and_nothing_else(answer: Any, right: int) -> None:
-    assert score_rows([row(answer, 5)], build([{"within": "x", "tolerance": 1}]), ("x",))["x"].correct == right
+    assert score_rows([row(answer, 5)], [{"within": "x", "tolerance": 1}])["x"].correct == right
 
 
 def test_f17_an_unparsed_answer_is_wrong_in_every_figure() -> None:
     rows = [row("a", "a"), row("a", "a"), row("b", "b"), row("a", "b"), row(None, "b")]
-    score = score_rows(rows, build([{"exact": "x"}]), ("x",))["x"]
+    score = score_rows(rows, [{"exact": "x"}])["x"]
     assert (score.value, score.n) == (3 / 5, 5)
     # a: 2 TP, 1 FP, 0 FN: 4/5. b: 1 TP, 0 FP, 2 FN: 2/4.
     assert score.macro_f1 == pytest.approx((0.8 + 0.5) / 2)
@@ -55,7 +63,7 @@ def test_f17_an_unparsed_answer_is_wrong_in_every_figure() -> None:
 
 def test_aliases_count_for_answers_and_for_labels() -> None:
     rows = [row("contact", "QQ"), row("QQ", "contact"), row("spam", "QQ")]
-    score = score_rows(rows, build([{"exact": "x"}]), ("x",), {"x": {"QQ": "contact"}})["x"]
+    score = score_rows(rows, [{"exact": "x"}], {"x": {"QQ": "contact"}})["x"]
     assert (score.correct, score.n, dict(score.classes)) == (2, 3, {'"contact"': 3})
 
 
@@ -65,7 +73,7 @@ def test_two_kinds_of_score_may_look_at_one_field() -> None:
 
 def summary() -> dict[str, Any]:
     rows = [row(5, 5), row(4, 5), row(None, 5)]
-    scores = score_rows(rows, build([{"exact": "x"}, {"closeness": "x", "span": 5}]), ("x",))
+    scores = score_rows(rows, [{"exact": "x"}, {"closeness": "x", "span": 5}])
     latency = {"p50": 0.5, "p95": 2.0}
     return {"scores": {name: each.to_json() for name, each in scores.items()}, "latency_s": latency}
 
@@ -90,7 +98,7 @@ def test_a_gate_is_judged_by_its_figure(name: str, demand: str, passed: bool) ->
         ("gates: {y.accuracy: '>=1'}", "a.yaml:4:9: there is no figure 'y.accuracy' to judge"),
         ("gates: {x.accuracy: much}", "a.yaml:4:9: 'much' is no demand"),
         ("scores: [{closeness: x}]", "closeness needs 'span', a number above 0"),
-        ("scores: [{within: x, tolerance: -1}]", "within needs 'tolerance'"),
+        ("scores: [{within: x, tolerance: -1}]", "'tolerance' must be a number above 0"),
         ("scores: [{exact: x, span: 5}]", "exact has no option 'span'"),
     ],
 )
@@ -108,8 +116,8 @@ def test_two_rows_do_not_pass_a_gate_by_luck() -> None:
         "gates: {x.accuracy: {demand: '>=0.85', ci: lower}}\n",
         "a.yaml",
     )
-    scores = {"x": score_rows([row("a", "a")] * 2, build([{"exact": "x"}]), ("x",))["x"].to_json()}
-    many = {"x": score_rows([row("a", "a")] * 200, build([{"exact": "x"}]), ("x",))["x"].to_json()}
+    scores = {"x": score_rows([row("a", "a")] * 2, [{"exact": "x"}])["x"].to_json()}
+    many = {"x": score_rows([row("a", "a")] * 200, [{"exact": "x"}])["x"].to_json()}
 
     [few_verdict] = judge(task.model.gates, {"scores": scores})
     [many_verdict] = judge(task.model.gates, {"scores": many})

@@ -7,25 +7,30 @@ from typing import Any
 
 import pytest
 
-from promptmill.errors import TaskFileError, UnknownName
+from promptmill.score_entries import KINDS
 from promptmill.scorers import SCORERS, Outcome
 from promptmill.scorers.exact import Exact, same
-from promptmill.scorers.extraction import classify, extract, without_thinking
+from promptmill.scorers.extraction import Extractor, extract, without_thinking
 from promptmill.scorers.intervals import wilson
-from promptmill.scorers.scoring import Score, build, required_keys, score_rows
-from promptmill.task_file import SCORES, parse_task
+from promptmill.scorers.scoring import Answer, Judge, build, required_keys, score_rows
+from promptmill.scorers.tally import Score
+from promptmill.task_file import parse_task
 
 REQUIRED = ("is_ad",)
 
-Row = tuple[str, str | None, str | None, str | None]
+TASK = 'task: t\nprompt: {user: "{{ input.comment }}"}\nscores: [{exact: is_ad}]\n'
 
 
-def row(answer: str | None, expected: Any = True, finish_reason: str | None = "stop", state: str = "ok") -> Row:
-    return state, answer, finish_reason, json.dumps({"is_ad": expected})
+def row(answer: str | None, expected: Any = True, finish_reason: str | None = "stop", state: str = "ok") -> Answer:
+    return Answer(state, answer, finish_reason, json.dumps({"is_ad": expected}))
 
 
-def score(*rows: Row, required: tuple[str, ...] = REQUIRED) -> Score:
-    return score_rows(rows, {"is_ad": Exact("is_ad")}, required)["is_ad"]
+def score(*rows: Answer, task: str = TASK) -> Score:
+    return score_rows(rows, Judge(parse_task(task, "t")))["is_ad"]
+
+
+def classify(text: str | None, finish_reason: str, required: tuple[str, ...]) -> tuple[Outcome, Any]:
+    return Extractor(required)(text, finish_reason)
 
 
 YES, NO = '{"is_ad": true}', '{"is_ad": false}'
@@ -124,7 +129,7 @@ def test_a_request_without_an_answer_is_not_a_wrong_answer() -> None:
 
 
 def test_rows_that_expect_nothing_are_counted_apart() -> None:
-    result = score(row(YES), ("ok", YES, "stop", None), ("ok", YES, "stop", "7"), ("ok", YES, "stop", '{"score": 1}'))
+    result = score(row(YES), *(Answer("ok", YES, "stop", each) for each in (None, "7", '{"score": 1}')))
     assert (result.n, result.unlabelled) == (1, 3)
 
 
@@ -138,14 +143,21 @@ def test_f9_a_rate_comes_with_its_interval_and_what_the_commonest_label_would_re
 
 
 def test_an_answer_without_the_scored_field_is_unparsed() -> None:
-    result = score(row('{"score": 5}'), required=("score",))
+    result = score(row('{"score": 5}'), task=TASK + "output: {schema: {required: [score]}}\n")
     assert (result.n, result.unparsed) == (1, 1)
 
 
 def test_too_many_different_labels_are_not_listed_as_classes() -> None:
+    result = score(*(row(YES, f"label {number}") for number in range(300)))
+    assert (result.classes, result.confusion, result.macro_f1) == ({}, {}, None)
+    assert result.n == 300
+    assert "more than 200 different labels" in str(result.note)
+
+
+def test_labels_that_are_too_many_for_a_table_still_have_their_figures() -> None:
     result = score(*(row(YES, f"label {number}") for number in range(30)))
-    assert result.classes == {}
-    assert result.n == 30
+    assert result.confusion == {}
+    assert (result.macro_f1, len(result.classes)) == (0.0, 30)
 
 
 def test_a_score_of_no_row_is_no_number() -> None:
@@ -175,7 +187,7 @@ def test_an_entry_names_its_scorer_and_its_field_and_may_name_its_figure() -> No
 
 
 def test_a_task_file_may_ask_for_every_scorer_and_for_no_other() -> None:
-    assert set(SCORES) == set(SCORERS)
+    assert set(KINDS) == set(SCORERS)
 
 
 def test_an_answer_must_have_the_keys_that_the_schema_requires_or_else_the_scored_fields() -> None:
@@ -186,23 +198,13 @@ def test_an_answer_must_have_the_keys_that_the_schema_requires_or_else_the_score
     assert required_keys(parse_task(with_schema, "t"), scorers) == ("b",)
 
 
-def test_an_unknown_scorer_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UnknownName, match="exact"):
-        build([{"exakt": "is_ad"}])
-
-
-def test_an_unknown_option_and_a_name_given_twice_are_errors() -> None:
-    with pytest.raises(TaskFileError, match="span"):
-        build([{"exact": "is_ad", "span": 5}])
-    with pytest.raises(TaskFileError, match="two scores"):
-        build([{"exact": "is_ad"}, {"exact": "is_ad"}])
-
-
-@pytest.mark.parametrize("kind", sorted(SCORERS))
+@pytest.mark.parametrize("kind", sorted(SCORERS.keys() - {"python"}))
 def test_every_scorer_says_its_field_and_its_figure(kind: str) -> None:
     from promptmill.metrics import METRICS
 
-    (scorer,) = build([{kind: "label"} | dict.fromkeys(SCORES[kind], 1)]).values()
+    options = {name: 1 for name, option in KINDS[kind].options.items() if option.required or name in KINDS[kind].one_of}
+    (scorer,) = build([{kind: "label"} | options]).values()
     assert scorer.field == "label"
     assert scorer.metric in METRICS
-    assert scorer({"label": 1}, {"label": 1}) in (True, None)
+    assert KINDS[kind].figures[0] == scorer.metric
+    assert set(KINDS[kind].figures) <= METRICS.keys()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from promptmill import score_entries
 from promptmill.cli import init
 from promptmill.cli.init import KINDS
 from promptmill.errors import TaskFileError
 from promptmill.scorers import SCORERS
-from promptmill.task_file import SCORES, Task, load_task, parse_task
+from promptmill.task_file import Task, load_task, parse_task
 from promptmill.types import Message
 
 WHOLE = """\
@@ -81,7 +82,7 @@ def test_a_wrong_template_of_the_command_line_names_no_file() -> None:
 
 
 def test_the_scores_of_a_task_are_those_that_exist() -> None:
-    assert set(SCORES) == set(SCORERS)
+    assert set(score_entries.KINDS) == set(SCORERS)
 
 
 def test_the_bundled_task_is_valid() -> None:
@@ -95,7 +96,7 @@ def test_the_bundled_task_is_valid() -> None:
         ("", "a.yaml: a task file has keys"),
         ("- a\n", "a.yaml: a task file has keys"),
         ("task: [a\n", "a.yaml:2:1: not YAML: "),
-        ("task: a\n---\ntask: b\n", "a.yaml:2:1: not YAML: "),
+        ("task: a\n---\ntask: b\n", "a.yaml:3:1: a task file is one YAML document"),
         ("task: !!python/object:os.system {}\nprompt: {user: hi}", "a.yaml:1:7: not YAML: "),
         ("task: 2024-99-99\nprompt: {user: hi}", "a.yaml: not YAML: "),
         ("task: a\nprompt: {user: hi}\ntask: b\n", "a.yaml:3:1: the key 'task' is there twice"),
@@ -117,9 +118,9 @@ def test_the_bundled_task_is_valid() -> None:
         ),
         (
             "task: a\nprompt: {user: hi}\nscores:\n  - exakt: b\n",
-            "a.yaml:4:5: unknown score 'exakt'. Did you mean exact? Known: closeness, exact, within.",
+            "a.yaml:4:5: unknown score 'exakt'. Did you mean exact? Known: abs_error,",
         ),
-        ("task: a\nprompt: {user: hi}\nscores:\n  - {}\n", "a.yaml:4:5: a score is one name and one field"),
+        ("task: a\nprompt: {user: hi}\nscores:\n  - {}\n", "a.yaml:4:5: a score begins with its name and one field"),
         (
             "task: a\nprompt: {user: hi}\nexpected: {is_ad: label}\nscores:\n  - exact: label\n",
             "a.yaml:5:5: 'label' is not among the expected values. Known: is_ad.",
@@ -127,7 +128,7 @@ def test_the_bundled_task_is_valid() -> None:
         ("task: a\nprompt: {user: hi}\nexpected: {is_ad: 5}\n", "a.yaml:3:12: expected.is_ad: Input should be a valid"),
         (
             "task: a\nprompt: {user: hi}\noutput: {mode: strict}\n",
-            "a.yaml:3:10: output.mode: Input should be 'constrain' or 'free'",
+            "a.yaml:3:10: output.mode: Input should be 'constrain', 'validate' or 'free'",
         ),
         ("task: a\nprompt: {user: hi}\noutput: {mode: constrain}\n", "a.yaml:3:10: 'constrain' needs a schema"),
         (

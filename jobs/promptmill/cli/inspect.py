@@ -121,11 +121,35 @@ class _Patience:
 
 
 @click.command(epilog="Example: promptmill show @last 0")
-@click.argument("job")
-@click.argument("row", type=int)
+@click.argument("job", default="@last")
+@click.argument("row", type=int, required=False)
+@click.option("--wrong", is_flag=True, help="List the rows whose answers are wrong by the task's scores.")
+@click.option("--unparsed", is_flag=True, help="List the rows in whose answers nothing could be read.")
+@click.option("--flipped", nargs=2, metavar="A B", help="List the rows that A has right and B wrong, or the other way.")
+@click.option("--score", help="Only by this score.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Most rows listed.")
 @json_option
-def show(job: str, row: int, as_json: bool) -> None:
-    """Show ROW of JOB: the prompt as the model saw it, the answer, tokens, timings and attempts. Rows count from 0."""
+def show(
+    job: str, row: int | None, wrong: bool, unparsed: bool, flipped: tuple[str, str] | None, score: str | None,
+    limit: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Show ROW of JOB: the prompt as the model saw it, the answer, tokens, timings and attempts. Rows count from 0.
+
+    Or list rows by what their scores say. There JOB, A and B may name a score run, as JOB@s2.
+    """
+    from promptmill.cli.judged import show_flipped, show_wrong
+
+    if (row is not None) + wrong + unparsed + (flipped is not None) != 1:
+        raise click.UsageError("give a row, --wrong, --unparsed or --flipped A B")
+    if flipped is not None:
+        show_flipped(*flipped, score, limit, as_json)
+    elif row is None:
+        show_wrong(job, score, unparsed, limit, as_json)
+    else:
+        _show_row(job, row, as_json)
+
+
+def _show_row(job: str, row: int, as_json: bool) -> None:
     from promptmill import service
 
     _, db = open_all()

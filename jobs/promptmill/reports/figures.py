@@ -44,15 +44,20 @@ def value_of(summary: Summary, name: str) -> float | None:
     if stem in DISTRIBUTIONS and part in (*PERCENTILES, "mean"):
         return _number(getattr(getattr(summary, stem), part))
     for field, score in summary.scores.items():
-        if name == score_name(field, score.metric):
-            return score.value
+        for figure, value in score.all_figures.items():
+            if name == score_name(field, figure):
+                return value
     raise KeyError(name)
 
 
 def names_of(summary: Summary) -> list[str]:
     """Every name that :func:`value_of` knows."""
     points = [f"{name}.{part}" for name in DISTRIBUTIONS for part in (*PERCENTILES, "mean")]
-    return [*SINGLE, *points, *(score_name(name, score.metric) for name, score in summary.scores.items())]
+    return [*SINGLE, *points, *_score_names(summary)]
+
+
+def _score_names(summary: Summary) -> list[str]:
+    return [score_name(name, figure) for name, score in summary.scores.items() for figure in score.all_figures]
 
 
 def metric_of(name: str) -> Metric:

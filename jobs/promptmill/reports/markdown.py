@@ -93,7 +93,12 @@ def _scores(summary: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, score in summary.scores.items():
         metric = METRICS[score.metric]
-        interval = "[{:.1f}, {:.1f}]".format(*(100 * each for each in score.ci95)) if score.ci95 else "–"
-        value = f"{metric.text(score.value)} {metric.shown_unit}"
-        rows.append((f"{name} {metric.label}", value, interval, f"{score.n:,}", f"{score.unparsed:,}"))
+        value = metric.shown(score.value)
+        rows.append(
+            (f"{name} {metric.label}", value, metric.interval(score.ci95), f"{score.n:,}", f"{score.unparsed:,}")
+        )
+        for figure, each in score.figures.values.items():
+            made = METRICS[figure]
+            interval = made.interval(score.figures.intervals.get(figure))
+            rows.append((f"{name} {made.label}", made.shown(each), interval, f"{score.n:,}", ""))
     return rows

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
 from promptmill.reports.scan import Floats, Ints, Truths
-from promptmill.scorers import JsonObject, Outcome, Scorer
-from promptmill.scorers.scoring import build, read_answer, required_keys
+from promptmill.scorers import Outcome
+from promptmill.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.tables import jobs, requests, results, scores
 
 #: Rows fetched at a time.
@@ -123,41 +123,22 @@ def _batches(chunk: Ints, chunks: int, admitted: Floats) -> Ints:
 
 
 def _right(db: Connection, job_id: str) -> dict[str, Floats]:
-    """Whether each row is right, by each score of the job's task."""
-    from promptmill.task_file import parse_task
-
-    job = db.execute(sa.select(jobs.c.task_text, jobs.c.task_name).where(jobs.c.id == job_id)).one()
-    task = parse_task(job.task_text, job.task_name or "task") if job.task_text else None
-    scorers = build(task.scores) if task else {}
-    if task is None or not scorers:
+    """Whether each row is right (1 or 0), by each score of the job's task; NaN for rows that are not counted."""
+    job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
+    judge = judge_of(job)
+    if judge is None:
         return {}
-    required, aliases = required_keys(task, scorers), task.output.aliases
-    verdicts = [
-        np.array([_points(scorer, *read_answer(answer, required, aliases)) for scorer in scorers.values()])
-        for answer in _answers(db, job_id)
-    ]
-    block = np.array(verdicts, dtype=np.float64).reshape(-1, len(scorers))
-    return {name: block[:, index] for index, name in enumerate(scorers)}
-
-
-def _answers(db: Connection, job_id: str) -> Iterator[tuple[str, str | None, str | None, str | None]]:
-    query = (
-        sa.select(results.c.state, results.c.text, results.c.finish_reason, requests.c.expected)
-        .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
-        .where(results.c.job_id == job_id)
-        .order_by(results.c.row)
-    )
-    yield from (tuple(row) for row in db.execute(query, execution_options={"yield_per": FETCH_ROWS}))
-
-
-def _points(scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonObject) -> float:
-    """1 right, 0 wrong, NaN not counted."""
-    if scorer.field not in expected or outcome is Outcome.INFRA_ERROR:
-        return np.nan
-    if outcome is not Outcome.SCORED or scorer.field not in output:
-        return 0.0
-    found = scorer(output, expected)
-    return np.nan if found is None else float(found == 1.0)
+    query = answers_query(job_id, whole=judge.needs_item).order_by(results.c.row)
+    known: dict[Any, list[float]] = {}
+    verdicts = []
+    for row in db.execute(query, execution_options={"yield_per": FETCH_ROWS}):
+        answer = Answer(*row)
+        if answer not in known:
+            worth = [each.value if each is not None else None for each in judge(answer)]
+            known[answer] = [np.nan if value is None else float(value == 1.0) for value in worth]
+        verdicts.append(known[answer])
+    block = np.array(verdicts, dtype=np.float64).reshape(-1, len(judge.scorers))
+    return {name: block[:, index] for index, name in enumerate(judge.scorers)}
 
 
 def _stored(db: Connection, score_run: str, row: Ints) -> dict[str, Floats]:

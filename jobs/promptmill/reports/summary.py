@@ -21,7 +21,8 @@ from promptmill.reports.fold import Group, Plots
 from promptmill.reports.rows import ErrorExample, Facts, consistent, read_facts
 from promptmill.reports.times import Distribution
 from promptmill.scorers.intervals import wilson
-from promptmill.scorers.scoring import Score, score_job
+from promptmill.scorers.scoring import score_job
+from promptmill.scorers.tally import Score
 from promptmill.types import ErrorClass, FinishReason, JobState
 
 #: Of the JSON report: goes up when a key leaves or changes its meaning.

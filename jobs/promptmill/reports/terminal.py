@@ -15,7 +15,7 @@ from promptmill.reports.checks import Check
 from promptmill.reports.distributions import Curve
 from promptmill.reports.summary import Summary, WorkerShare
 from promptmill.reports.times import Distribution
-from promptmill.scorers.scoring import Score
+from promptmill.scorers.tally import Score
 from promptmill.types import JobState
 
 #: Columns of the page: wider terminals get no wider lines, which would be harder to read.
@@ -268,10 +268,22 @@ def _scores(scores: Mapping[str, Score]) -> Table:
         metric = METRICS[score.metric]
         value = Text(f"{metric.label} {_with_unit(score.metric, score.value)}", style="bold")
         if score.ci95:
-            value.append(f"  95 % CI {_interval(score.ci95)}", style="not bold dim")
+            value.append(f"  95 % CI {metric.interval(score.ci95)}", style="not bold dim")
         grid.add_row(name, value)
+        figures = _figures(score)
+        if figures:
+            grid.add_row("", Text(figures))
         grid.add_row("", Text(_counted(score), style="dim"))
     return grid
+
+
+def _figures(score: Score) -> str:
+    """The further figures of a score, with the interval of each that has one."""
+    parts = []
+    for name, value in score.figures.values.items():
+        metric, interval = METRICS[name], score.figures.intervals.get(name)
+        parts.append(f"{metric.label} {metric.shown(value)}" + (f" {metric.interval(interval)}" if interval else ""))
+    return ", ".join(parts)
 
 
 def _counted(score: Score) -> str:
@@ -288,8 +300,12 @@ def _counted(score: Score) -> str:
         parts.append(f"{score.infra_error:,} without an answer")
     if score.unlabelled:
         parts.append(f"{score.unlabelled:,} unlabelled")
-    if score.macro_f1 is not None:
-        parts.append(f"macro F1 {score.macro_f1:.3f}")
+    if score.left_out:
+        parts.append(f"{score.left_out:,} left out")
+    if score.scorer_errors:
+        parts.append(f"{score.scorer_errors:,} the scorer failed on ({score.scorer_error})")
+    if score.note:
+        parts.append(score.note)
     if score.n and is_rate:
         parts.append(f"majority {_with_unit('majority_baseline', score.majority_baseline)}")
     return ", ".join(parts)

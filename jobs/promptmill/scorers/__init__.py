@@ -6,6 +6,7 @@ A scorer is built once per entry of a task's ``scores`` from the field it looks 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -14,30 +15,69 @@ from promptmill.types import JsonValue
 #: A JSON object.
 JsonObject = Mapping[str, JsonValue]
 
-#: Name in a task file -> the class that makes the scorer.
+#: Name in a task file -> what makes the scorer of its field and options.
 SCORERS = {
     "exact": "promptmill.scorers.exact:Exact",
+    "json_match": "promptmill.scorers.exact:JsonMatch",
     "closeness": "promptmill.scorers.closeness:Closeness",
     "within": "promptmill.scorers.closeness:Within",
+    "abs_error": "promptmill.scorers.closeness:AbsError",
+    "numeric": "promptmill.scorers.closeness:Numeric",
+    "binary": "promptmill.scorers.binary:Binary",
+    "choice_probability": "promptmill.scorers.binary:ChoiceProbability",
+    "contains": "promptmill.scorers.texts:Contains",
+    "regex": "promptmill.scorers.texts:Regex",
+    "set_f1": "promptmill.scorers.texts:SetF1",
+    "python": "promptmill.scorers.python_scorer:PythonScorer",
 }
 
 
 class Outcome(StrEnum):
-    """What became of one labelled row. ``unparsed`` and ``truncated`` count as wrong; the last two are not counted."""
+    """What became of one labelled row. All but ``abstain`` and ``infra_error`` are counted, the unread as wrong."""
 
     SCORED = "scored"
     #: An answer came, and holds nothing that can be scored.
     UNPARSED = "unparsed"
     #: The same, and the answer was cut off at ``max_tokens``.
     TRUNCATED = "truncated"
+    #: The scorer raised an error on this row.
+    SCORER_ERROR = "scorer_error"
     #: The scorer has no opinion.
     ABSTAIN = "abstain"
     #: No answer came: that is the success rate's matter.
     INFRA_ERROR = "infra_error"
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One row beside its answer and its expected object. Of ``id`` to ``meta`` only what a scorer asked for is set."""
+
+    #: The answer as it was written.
+    text: str
+    #: Probability of each of the request's choices.
+    choice_probs: Mapping[str, float] | None = None
+    id: str | None = None
+    row: int | None = None
+    input: JsonValue = None
+    meta: JsonValue = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a scorer has to say where right or wrong is not all. ``value`` None abstains."""
+
+    value: bool | float | None
+    #: The class that was given and the one that was expected, where they are not the fields themselves.
+    predicted: JsonValue = None
+    expected: JsonValue = None
+    #: For yes or no: how sure the answer is of yes. Of ``choice_probability``: of the choice it made.
+    confidence: float | None = None
+    #: Whether ``confidence`` is a probability, and not only something that grows with it.
+    is_probability: bool = False
+
+
 class Scorer(Protocol):
-    """Deterministic and pure. Says whether ``output`` is right, or how right it is from 0 to 1; None abstains."""
+    """Deterministic and pure. Says whether ``output`` is right, or how right it is; None abstains."""
 
     @property
     def metric(self) -> str:
@@ -45,8 +85,8 @@ class Scorer(Protocol):
         ...
 
     @property
-    def field(self) -> str:
-        """The field of the answer and of the expected object that is looked at."""
+    def field(self) -> str | None:
+        """The field of the answer that is looked at; None for one that looks at the answer as a whole."""
         ...
 
-    def __call__(self, output: JsonObject, expected: JsonObject) -> bool | float | None: ...
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | bool | float | None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from promptmill.scorers import JsonObject
+from promptmill.scorers import Item, JsonObject
 from promptmill.types import JsonValue
 
 
@@ -19,7 +19,7 @@ class Closeness:
     def metric(self) -> str:
         return "closeness"
 
-    def __call__(self, output: JsonObject, expected: JsonObject) -> float | None:
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> float | None:
         off = distance(output[self.field], expected[self.field])
         if off is None:
             return None if number(expected[self.field]) is None else 0.0
@@ -37,11 +37,58 @@ class Within:
     def metric(self) -> str:
         return "accuracy"
 
-    def __call__(self, output: JsonObject, expected: JsonObject) -> bool | None:
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool | None:
         off = distance(output[self.field], expected[self.field])
         if off is None:
             return None if number(expected[self.field]) is None else False
         return off <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Numeric:
+    """``{numeric: FIELD, tolerance: T, relative: R}``: right when |answer - expected| <= max(T, R * |expected|)."""
+
+    field: str
+    tolerance: float = 0.0
+    relative: float = 0.0
+
+    @property
+    def metric(self) -> str:
+        return "accuracy"
+
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool | None:
+        wanted = number(expected[self.field])
+        if wanted is None:
+            return None
+        off = distance(output[self.field], wanted)
+        return off is not None and off <= max(self.tolerance, self.relative * abs(wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class AbsError:
+    """``{abs_error: FIELD, worst: W}``: |answer - expected|, in the field's unit.
+
+    An answer without a number has no error that could be measured: it counts as ``worst``, and where no worst error
+    is named, its row is left out and shown as such.
+    """
+
+    field: str
+    worst: float | None = None
+
+    @property
+    def metric(self) -> str:
+        return "abs_error"
+
+    @property
+    def unread(self) -> float | None:
+        """What an answer that cannot be read counts as."""
+        return self.worst
+
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> float | None:
+        off = distance(output[self.field], expected[self.field])
+        if off is None:
+            return None if number(expected[self.field]) is None else self.worst
+        return off
 
 
 def distance(one: JsonValue, other: JsonValue) -> float | None:

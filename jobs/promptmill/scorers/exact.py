@@ -1,10 +1,10 @@
-"""Equality of one field."""
+"""Equality of one field, and of the parts of an object that are expected."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from promptmill.scorers import JsonObject
+from promptmill.scorers import Item, JsonObject
 from promptmill.types import JsonValue
 
 
@@ -18,8 +18,33 @@ class Exact:
     def metric(self) -> str:
         return "accuracy"
 
-    def __call__(self, output: JsonObject, expected: JsonObject) -> bool:
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool:
         return same(output[self.field], expected[self.field])
+
+
+@dataclass(frozen=True, slots=True)
+class JsonMatch:
+    """``{json_match: FIELD}``: all that is expected of an object is in the answer's; it may hold more."""
+
+    field: str
+
+    @property
+    def metric(self) -> str:
+        return "accuracy"
+
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool:
+        return holds(output[self.field], expected[self.field])
+
+
+def holds(given: JsonValue, wanted: JsonValue) -> bool:
+    """Whether ``given`` has every key of the object ``wanted``, and under each what it holds; lists must be as long."""
+    if isinstance(wanted, dict):
+        return isinstance(given, dict) and all(
+            key in given and holds(given[key], value) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return isinstance(given, list) and len(given) == len(wanted) and all(map(holds, given, wanted))
+    return same(given, wanted)
 
 
 def same(one: JsonValue, other: JsonValue) -> bool:

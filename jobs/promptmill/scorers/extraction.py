@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptmill.scorers import JsonObject, Outcome
-from promptmill.types import FinishReason
+from promptmill.types import FinishReason, JsonValue
+
+if TYPE_CHECKING:
+    from promptmill.task_file import OutputPart
 
 #: Different answers whose objects are remembered: classifiers give the same few answers over and over.
 REMEMBERED = 4096
@@ -18,12 +22,124 @@ _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"```[\w-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
 
-def classify(text: str | None, finish_reason: str | None, required: tuple[str, ...]) -> tuple[Outcome, JsonObject]:
-    """What became of the answer ``text``, and the object it holds (empty unless scored)."""
-    found = extract(text or "", required)
-    if found is not None:
-        return Outcome.SCORED, found
-    return (Outcome.TRUNCATED if finish_reason == FinishReason.LENGTH else Outcome.UNPARSED), {}
+@dataclass(frozen=True, slots=True)
+class Extractor:
+    """Reads answers as a task's ``output`` says: by its pipelines, else the JSON object with the keys ``required``."""
+
+    required: tuple[str, ...]
+    #: Field -> the steps that may give it; the first that finds something does.
+    pipelines: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
+    is_valid: Callable[[JsonValue], bool] | None = None
+    _known: dict[str, JsonObject | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: OutputPart, required: tuple[str, ...], generate: Mapping[str, Any]) -> Extractor:
+        """Without schema and pipelines, an answer out of ``choices`` is the field itself."""
+        pipelines = {name: tuple(_step(each) for each in steps) for name, steps in output.pipelines.items()}
+        if not pipelines and output.schema_ is None and generate.get("choices") and not _are_objects(generate):
+            pipelines = dict.fromkeys(required, (_whole,))
+        is_valid = None
+        if output.mode == "validate":
+            from jsonschema import Draft202012Validator
+
+            is_valid = Draft202012Validator(output.schema_ or {}).is_valid
+        return cls(required, pipelines, is_valid)
+
+    def __call__(self, text: str | None, finish_reason: str | None) -> tuple[Outcome, JsonObject]:
+        """What became of the answer ``text``, and the object it holds (empty unless scored)."""
+        found = self._read(text or "")
+        if found is not None:
+            return Outcome.SCORED, found
+        return (Outcome.TRUNCATED if finish_reason == FinishReason.LENGTH else Outcome.UNPARSED), {}
+
+    def _read(self, text: str) -> JsonObject | None:
+        if text not in self._known:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[text] = self._fresh(text)
+        return self._known[text]
+
+    def _fresh(self, text: str) -> JsonObject | None:
+        found = self._by_pipelines(without_thinking(text)) if self.pipelines else extract(text, self.required)
+        if found is None or (self.is_valid is not None and not self.is_valid(found)):
+            return None
+        return found
+
+    def _by_pipelines(self, answer: str) -> JsonObject | None:
+        found = {}
+        for name, steps in self.pipelines.items():
+            value = next((each for step in steps if (each := step(answer)) is not None), None)
+            if value is not None:
+                found[name] = value
+        return found or None
+
+
+#: Takes an answer without its thinking; gives the field's value, or None where it finds none.
+Step = Callable[[str], JsonValue]
+
+
+def _step(entry: str | Mapping[str, Any]) -> Step:
+    """A step as a task file writes it: a name, or a name with its argument."""
+    if isinstance(entry, str):
+        return PLAIN_STEPS[entry]
+    ((name, argument),) = entry.items()
+    if name == "regex":
+        return _by_regex(argument)
+    return _by_key(argument) if name == "json" else _by_choice(argument)
+
+
+def _by_regex(pattern: str) -> Step:
+    compiled = re.compile(pattern)
+
+    def step(answer: str) -> JsonValue:
+        found = compiled.search(answer)
+        if found is None:
+            return None
+        return (found[1] if compiled.groups else found[0] or "").strip()
+
+    return step
+
+
+def _by_key(key: str) -> Step:
+    def step(answer: str) -> JsonValue:
+        found = extract(answer, (key,))
+        return None if found is None else found[key]
+
+    return step
+
+
+def _by_choice(labels: Sequence[str]) -> Step:
+    """The answer is one of the labels, but for quotes and a full stop around it. A label inside a text is none."""
+    known = {str(label).casefold(): label for label in labels}
+
+    def step(answer: str) -> JsonValue:
+        return known.get(answer.strip(_AROUND).casefold())
+
+    return step
+
+
+#: What may stand around a label that is the whole answer.
+_AROUND = " \t\r\n\"'`*.。．“”‘’「」"
+
+
+def _whole(answer: str) -> JsonValue:
+    return answer or None
+
+
+def _first_line(answer: str) -> JsonValue:
+    return next((line.strip() for line in answer.splitlines() if line.strip()), None)
+
+
+def _last_line(answer: str) -> JsonValue:
+    return next((line.strip() for line in reversed(answer.splitlines()) if line.strip()), None)
+
+
+#: Steps without an argument; the others are ``regex``, ``json`` and ``choice``.
+PLAIN_STEPS: dict[str, Step] = {"whole": _whole, "first_line": _first_line, "last_line": _last_line}
+
+
+def _are_objects(generate: Mapping[str, Any]) -> bool:
+    return all(_object(str(each), ()) is not None for each in generate["choices"])
 
 
 @lru_cache(maxsize=REMEMBERED)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from statistics import NormalDist
 
 
-def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] | None:
-    """The 95 % interval of Student's t of a mean of values from 0 to 1; None of fewer than two, and of equal ones.
+def mean_interval(total: float, squares: float, n: int, most: float | None = 1.0) -> tuple[float, float] | None:
+    """The 95 % interval of Student's t of a mean of values from 0 to ``most``; None of fewer than two, or equal ones.
 
-    ``total`` and ``squares`` are the sums of the ``n`` values and of their squares.
+    ``total`` and ``squares`` are the sums of the ``n`` values and of their squares; ``most`` None: of any values.
     """
     if n < 2:
         return None
@@ -17,10 +17,12 @@ def mean_interval(total: float, squares: float, n: int) -> tuple[float, float] |
     mean = total / n
     # Equal values say nothing of how far the next one may be: no interval rather than one without width.
     deviation = (max(0.0, squares - n * mean * mean) / (n - 1)) ** 0.5
-    if deviation == 0.0:
+    if deviation <= 1e-9 * abs(mean):
         return None
     half = float(stdtrit(n - 1, 0.975)) * deviation / n**0.5
-    return max(0.0, mean - half), min(1.0, mean + half)
+    if most is None:
+        return mean - half, mean + half
+    return max(0.0, mean - half), min(most, mean + half)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float] | None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from promptmill.errors import TaskFileError
 from promptmill.registry import resolve
-from promptmill.scorers import SCORERS, JsonObject, Outcome, Scorer
-from promptmill.scorers.extraction import classify
-from promptmill.scorers.intervals import mean_interval, wilson
+from promptmill.score_entries import KINDS, entry_kind, names_of, offered
+from promptmill.scorers import SCORERS, Item, JsonObject, Outcome, Scorer
+from promptmill.scorers.extraction import Extractor
+from promptmill.scorers.tally import Judgement, Score, Tally, judge
 from promptmill.tables import requests, results
 
 if TYPE_CHECKING:
@@ -26,212 +26,118 @@ if TYPE_CHECKING:
 #: Rows fetched and counted at a time.
 BATCH_ROWS = 10_000
 
-#: State, text, finish reason and expected object (as JSON) of one result.
-AnswerRow = tuple[str, str | None, str | None, str | None]
-
-#: Most different expected labels that are listed: more are not classes.
-MOST_CLASSES = 20
-
 #: Different expected objects that are remembered.
 REMEMBERED = 4096
 
-#: Outcomes in the denominator: an answer that cannot be read is a wrong answer.
-COUNTED = (Outcome.SCORED, Outcome.UNPARSED, Outcome.TRUNCATED)
+
+class Answer(NamedTuple):
+    """One result with what its row expects; objects are JSON text. The last four are there for scorers that ask."""
+
+    state: str
+    text: str | None
+    finish_reason: str | None
+    expected: str | None
+    choice_probs: str | None = None
+    id: str | None = None
+    row: int | None = None
+    input: str | None = None
+    meta: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One figure of quality. ``n`` = scored + unparsed + truncated; ``value`` = points / n, None of nothing."""
+class Judge:
+    """The scorers of a task, ready for answers. Equal answers are judged once while they are remembered."""
 
-    name: str
-    metric: str
-    n: int
-    correct: int
-    unparsed: int
-    truncated: int
-    abstain: int
-    infra_error: int
-    #: Rows that expect nothing of this field.
-    unlabelled: int
-    #: Expected label, as JSON -> rows of ``n``; empty where there are more than MOST_CLASSES.
-    classes: Mapping[str, int]
-    #: Rows of ``n`` with the commonest expected label.
-    majority: int
-    ci95: tuple[float, float] | None
-    #: Sum of what the rows were worth, from 0 to 1 each: ``correct`` where an answer is right or wrong.
-    points: float = 0.0
-    #: Expected label, as JSON -> predicted label -> rows; an answer that could not be read was predicted ''.
-    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    def __init__(self, task: Task, scorers: Mapping[str, Scorer] | None = None) -> None:
+        """Raises :class:`TaskFileError` for scores that cannot be built."""
+        self.scorers = dict(scorers if scorers is not None else build(task.scores, task.folder))
+        self._extract = Extractor.of(task.output, required_keys(task, self.scorers), task.generate)
+        self._aliases = task.output.aliases
+        #: Whether a scorer looks at more of a row than its answer and what it expects.
+        self.needs_item = any(getattr(scorer, "needs_item", False) for scorer in self.scorers.values())
 
     @property
-    def value(self) -> float | None:
-        return self.points / self.n if self.n else None
+    def sha256(self) -> str | None:
+        """Of the code of scorers that are not part of promptmill."""
+        found = sorted(each for scorer in self.scorers.values() if (each := getattr(scorer, "sha256", None)))
+        return ",".join(found)[:64] or None
 
-    @property
-    def macro_f1(self) -> float | None:
-        """The mean over all labels, expected or predicted, of 2 TP / (2 TP + FP + FN)."""
-        predicted: Counter[str] = Counter()
-        for row in self.confusion.values():
-            predicted.update(row)
-        labels = (self.confusion.keys() | predicted.keys()) - {""}
-        if not self.confusion or not labels:
-            return None
-        each = [
-            2
-            * self.confusion.get(label, {}).get(label, 0)
-            / (sum(self.confusion.get(label, {}).values()) + predicted[label])
-            for label in sorted(labels)
-        ]
-        return sum(each) / len(each)
+    def __call__(self, answer: Answer) -> tuple[Judgement | None, ...]:
+        """A judgement by each scorer."""
+        outcome, output, expected = self.read(answer)
+        item = self._item(answer)
+        return tuple(judge(scorer, outcome, output, expected, item) for scorer in self.scorers.values())
 
-    @property
-    def majority_baseline(self) -> float | None:
-        """What always giving the commonest label would reach."""
-        return self.majority / self.n if self.n else None
+    def read(self, answer: Answer) -> tuple[Outcome, JsonObject, JsonObject]:
+        """What became of one answer, the object it holds, and the expected one, both in the labels that are meant."""
+        wanted = _meant(_object(answer.expected), self._aliases)
+        if answer.state != "ok":
+            return Outcome.INFRA_ERROR, {}, wanted
+        outcome, output = self._extract(answer.text, answer.finish_reason)
+        return outcome, _meant(output, self._aliases), wanted
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric, "value": self.value, "ci95": list(self.ci95) if self.ci95 else None, "n": self.n,
-            "correct": self.correct, "unparsed": self.unparsed, "truncated": self.truncated, "abstain": self.abstain,
-            "infra_error": self.infra_error, "unlabelled": self.unlabelled,
-            "majority_baseline": self.majority_baseline, "classes": dict(self.classes),
-            "macro_f1": self.macro_f1, "confusion": {label: dict(row) for label, row in self.confusion.items()},
-        }  # fmt: skip
+    def _item(self, answer: Answer) -> Item:
+        probs = _object(answer.choice_probs) if answer.choice_probs else None
+        if not self.needs_item:
+            return Item(answer.text or "", probs)
+        parts = (json.loads(each) if each else None for each in (answer.input, answer.meta))
+        return Item(answer.text or "", probs, answer.id, answer.row, *parts)
 
 
-@dataclass(slots=True)
-class Tally:
-    """Counts of one scorer over the rows so far."""
-
-    scorer: Scorer
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-    labels: Counter[str] = field(default_factory=Counter)
-    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
-    correct: int = 0
-    points: float = 0.0
-    squares: float = 0.0
-    unlabelled: int = 0
-
-    def add(self, outcome: Outcome, output: JsonObject, expected: JsonObject, times: int) -> None:
-        """Count ``times`` equal rows. ``output`` is read only when ``outcome`` is scored."""
-        if self.scorer.field not in expected:
-            self.unlabelled += times
-            return
-        if outcome is Outcome.SCORED and self.scorer.field not in output:
-            outcome = Outcome.UNPARSED
-        if outcome is Outcome.SCORED:
-            right = self.scorer(output, expected)
-            outcome = Outcome.ABSTAIN if right is None else outcome
-            self.correct += times * (right is True or right == 1.0)
-            self.points += times * float(right or 0.0)
-            self.squares += times * float(right or 0.0) ** 2
-        self.outcomes[outcome] += times
-        if outcome in COUNTED:
-            label = _label(expected[self.scorer.field])
-            self.labels[label] += times
-            if len(self.pairs) <= MOST_CLASSES**2:
-                given = _label(output[self.scorer.field]) if outcome is Outcome.SCORED else ""
-                self.pairs[label, given] += times
-
-    def score(self, name: str) -> Score:
-        n = sum(self.outcomes[outcome] for outcome in COUNTED)
-        is_rate = self.scorer.metric == "accuracy"
-        return Score(
-            name=name,
-            metric=self.scorer.metric,
-            n=n,
-            correct=self.correct,
-            unparsed=self.outcomes[Outcome.UNPARSED],
-            truncated=self.outcomes[Outcome.TRUNCATED],
-            abstain=self.outcomes[Outcome.ABSTAIN],
-            infra_error=self.outcomes[Outcome.INFRA_ERROR],
-            unlabelled=self.unlabelled,
-            classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
-            majority=max(self.labels.values(), default=0),
-            ci95=wilson(self.correct, n) if is_rate else mean_interval(self.points, self.squares, n),
-            points=self.points,
-            confusion=self._confusion() if is_rate else {},
-        )
-
-    def _confusion(self) -> dict[str, dict[str, int]]:
-        """Empty where the labels are too many to be classes."""
-        if len(self.labels) > MOST_CLASSES or len({given for _, given in self.pairs}) > MOST_CLASSES + 1:
-            return {}
-        found: dict[str, dict[str, int]] = {label: {} for label in sorted(self.labels)}
-        for (label, given), times in sorted(self.pairs.items()):
-            found[label][given] = times
-        return found
-
-
-def _label(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def build(entries: Sequence[Mapping[str, Any]]) -> dict[str, Scorer]:
-    """Scorers by the name their figure gets: the entry's ``as``, else its field.
+def build(entries: Sequence[Mapping[str, Any]], folder: str | None = None) -> dict[str, Scorer]:
+    """Scorers by the names of their figures. ``folder``: where files of ``python`` scorers are looked for.
 
     ``entries``: ``{scorer: FIELD, option: value, ...}`` each. Raises :class:`TaskFileError`.
     """
-    built: dict[str, Scorer] = {}
-    for entry in entries:
-        kind, target, options = _parts(entry)
-        scorer = _make(kind, target, {key: value for key, value in options.items() if key != "as"})
-        name = str(options.get("as", target))
-        if name in built and "as" not in options and built[name].metric != scorer.metric:
-            name = f"{name}.{scorer.metric}"
-        if name in built:
-            raise TaskFileError(f"two scores are called '{name}'", hint="Give one of them another name with 'as'.")
-        built[name] = scorer
-    return built
+    return {name: _make(entry, folder) for name, entry in zip(names_of(entries), entries, strict=True)}
 
 
-def _parts(entry: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """Kind, field and options of an entry. The kind is its first key."""
-    (kind, target), *options = entry.items()
-    return kind, str(target), dict(options)
+def _make(entry: Mapping[str, Any], folder: str | None) -> Scorer:
+    kind = entry_kind(entry)
+    target, options = entry[kind], {key: value for key, value in entry.items() if key not in (kind, "as")}
+    if kind not in KINDS:
+        return _offered(kind, target, options)
+    if kind == "python":
+        from dataclasses import replace
 
+        from promptmill.scorers.python_scorer import load
 
-def _make(kind: str, target: str, options: dict[str, Any]) -> Scorer:
-    make = resolve("scorer", kind, SCORERS)
-    try:
-        scorer: Scorer = make(target, **options)
-    except TypeError as problem:
-        raise TaskFileError(f"scorer '{kind}' of '{target}' does not know {', '.join(options)}") from problem
+        return replace(load(target, folder), field=options.get("field"))
+    scorer: Scorer = resolve("scorer", kind, SCORERS)(target, **options)
     return scorer
 
 
-def score_rows(
-    rows: Iterable[AnswerRow],
-    scorers: Mapping[str, Scorer],
-    required: tuple[str, ...],
-    aliases: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Score]:
-    """Scores of ``rows``, whose answers are objects with the keys ``required``.
+def _offered(kind: str, target: Any, options: Mapping[str, Any]) -> Scorer:
+    """A function that an installed package offers; ``target`` is the field it is given, or true for none."""
+    from promptmill.scorers.python_scorer import PythonScorer
 
-    ``aliases``: field -> {label as it is written: label that is meant}, for answers and expected values alike.
+    entry = offered()[kind]
+    try:
+        function = entry.load()
+    except Exception as problem:
+        raise TaskFileError(f"the scorer '{kind}' cannot be loaded: {type(problem).__name__}: {problem}") from None
+    version = f"{entry.dist.name} {entry.dist.version}" if entry.dist else kind
+    field = target if isinstance(target, str) else None
+    return PythonScorer(function, version, field, options)
 
-    Equal rows among BATCH_ROWS neighbours are looked at once: classifiers have few answers.
-    """
-    tallies = {name: Tally(scorer) for name, scorer in scorers.items()}
-    source = iter(rows)
-    while batch := Counter(islice(source, BATCH_ROWS)):
-        for (state, text, finish_reason, expected), times in batch.items():
-            outcome, output, wanted = read_answer((state, text, finish_reason, expected), required, aliases)
-            for tally in tallies.values():
-                tally.add(outcome, output, wanted, times)
+
+def score_rows(answers: Iterable[Answer], judge_: Judge) -> dict[str, Score]:
+    """Scores of ``answers``, whatever their order."""
+    tallies = {name: Tally(scorer) for name, scorer in judge_.scorers.items()}
+    for judged, times in judged_rows(answers, judge_):
+        for tally, judgement in zip(tallies.values(), judged, strict=True):
+            tally.add(judgement, times)
     return {name: tally.score(name) for name, tally in tallies.items()}
 
 
-def read_answer(
-    row: AnswerRow, required: tuple[str, ...], aliases: Mapping[str, Mapping[str, Any]] | None
-) -> tuple[Outcome, JsonObject, JsonObject]:
-    """What became of one answer, the object it holds, and the expected one, both in the labels that are meant."""
-    state, text, finish_reason, expected = row
-    outcome, output = _judged(state, text, finish_reason, required)
-    return outcome, _meant(output, aliases), _meant(_expected(expected), aliases)
+def judged_rows(answers: Iterable[Answer], judge_: Judge) -> Iterator[tuple[tuple[Judgement | None, ...], int]]:
+    """Judgements with how many rows they are of: classifiers have few answers, so equal neighbours are one."""
+    source = iter(answers)
+    while batch := Counter(islice(source, BATCH_ROWS)):
+        for answer, times in batch.items():
+            yield judge_(answer), times
 
 
-def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]] | None) -> JsonObject:
+def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]]) -> JsonObject:
     if not aliases or not found:
         return found
     return {
@@ -240,14 +146,8 @@ def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]] | None) -
     }
 
 
-def _judged(
-    state: str, text: str | None, finish_reason: str | None, required: tuple[str, ...]
-) -> tuple[Outcome, JsonObject]:
-    return classify(text, finish_reason, required) if state == "ok" else (Outcome.INFRA_ERROR, {})
-
-
 @lru_cache(maxsize=REMEMBERED)
-def _expected(text: str | None) -> JsonObject:
+def _object(text: str | None) -> JsonObject:
     """The expected object; of anything else no field can be scored."""
     value = json.loads(text) if text else None
     return value if isinstance(value, dict) else {}
@@ -256,7 +156,28 @@ def _expected(text: str | None) -> JsonObject:
 def required_keys(task: Task, scorers: Mapping[str, Scorer]) -> tuple[str, ...]:
     """What an object must have to be the answer: the schema's required keys, else the fields that are scored."""
     by_schema = (task.output.schema_ or {}).get("required", ())
-    return tuple(by_schema) or tuple(sorted({scorer.field for scorer in scorers.values()}))
+    return tuple(by_schema) or tuple(sorted({scorer.field for scorer in scorers.values() if scorer.field}))
+
+
+def answers_query(job_id: str, *, whole: bool) -> sa.Select[Any]:
+    """The job's results as columns of :class:`Answer`; ``whole``: with input and meta, which can be long."""
+    result, request = results.c, requests.c
+    columns: list[Any] = [result.state, result.text, result.finish_reason, request.expected, result.choice_probs]
+    if whole:
+        columns += [request.custom_id.label("id"), result.row, request.input, request.meta]
+    joined = sa.and_(request.job_id == result.job_id, request.row == result.row)
+    return sa.select(*columns).join_from(results, requests, joined).where(result.job_id == job_id)
+
+
+def judge_of(job: sa.Row[Any]) -> Judge | None:
+    """The judge of the job's own task; None without a task or without scores. Raises :class:`TaskFileError`."""
+    if job.task_text is None:
+        return None
+    # Parsing a task needs pydantic and a template engine: jobs without one do not wait for them.
+    from promptmill.task_file import parse_task
+
+    task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
+    return Judge(task) if task.scores else None
 
 
 def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
@@ -264,19 +185,8 @@ def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
 
     Raises :class:`TaskFileError` for a task whose scores cannot be computed.
     """
-    if job.task_text is None:
+    judge_ = judge_of(job)
+    if judge_ is None:
         return {}
-    # Parsing a task needs pydantic and a template engine: jobs without one do not wait for them.
-    from promptmill.task_file import parse_task
-
-    task = parse_task(job.task_text, job.task_name or "task")
-    scorers = build(task.scores)
-    if not scorers:
-        return {}
-    query = (
-        sa.select(results.c.state, results.c.text, results.c.finish_reason, requests.c.expected)
-        .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
-        .where(results.c.job_id == job.id)
-    )
-    streamed = db.execute(query, execution_options={"yield_per": BATCH_ROWS})
-    return score_rows(streamed, scorers, required_keys(task, scorers), task.output.aliases)
+    streamed = db.execute(answers_query(job.id, whole=judge_.needs_item), execution_options={"yield_per": BATCH_ROWS})
+    return score_rows((Answer(*row) for row in streamed), judge_)
