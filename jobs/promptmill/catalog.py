@@ -54,13 +54,15 @@ def find_scored(db: Engine, reference: str) -> tuple[Row[Any], str | None]:
     if not (mark and name and number.isdigit()):
         return find_job(db, reference), None
     job = find_job(db, name)
-    query = sa.select(score_runs.c.id).where(score_runs.c.job_id == job.id).order_by(score_runs.c.id)
+    # A run without figures did not end.
+    each = score_runs.c
+    query = sa.select(each.number, each.id).where(each.job_id == job.id, each.figures.is_not(None))
     with reading(db) as connection:
-        known = list(connection.execute(query).scalars())
-    if not 0 < int(number) <= len(known):
-        count = f"score runs s1 to s{len(known)}" if known else "no score runs"
-        raise UnknownName(f"job {job.id} has {count}", hint="'promptmill score JOB' appends one.")
-    return job, str(known[int(number) - 1])
+        known = {found.number: str(found.id) for found in connection.execute(query.order_by(each.number))}
+    if int(number) not in known:
+        there = ", ".join(f"@s{each}" for each in known) or "none; 'promptmill score JOB' appends one"
+        raise UnknownName(f"job {job.id} has no score run @s{number}", hint=f"Its runs: {there}.")
+    return job, known[int(number)]
 
 
 def list_jobs(db: Engine, limit: int) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,9 @@ from promptmill import catalog
 from promptmill.database import reading
 from promptmill.errors import JobError, UnknownName
 from promptmill.registry import suggestion
-from promptmill.score_runs import find_run
 from promptmill.scorers import Outcome
 from promptmill.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.tables import requests, results, scores
-
-#: ``JOB@s2``: the second score run of a job.
-_RUN = re.compile(r"(?P<job>.*)@s(?P<number>\d+)")
 
 #: Rows fetched at a time.
 FETCH_ROWS = 2_000
@@ -65,12 +60,9 @@ def judged_rows(db: Engine, reference: str, score: str | None = None) -> Iterato
 
     Raises :class:`UnknownName` for an unknown run or score, :class:`JobError` for a job without scores.
     """
-    found = _RUN.fullmatch(reference)
-    job = catalog.find_job(db, (found["job"] or "@last") if found else reference)
-    if found is not None:
-        run = find_run(db, job.id, int(found["number"]))
-        assert run is not None
-        yield from _of_run(db, job.id, run.id, score)
+    job, run_id = catalog.find_scored(db, reference)
+    if run_id is not None:
+        yield from _of_run(db, job.id, run_id, score)
     else:
         yield from _of_task(db, job, score)
 

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 from ulid import ULID
 
 from promptmill.database import copy_rows, epoch, reading, writing
-from promptmill.errors import JobError, UnknownName
+from promptmill.errors import JobError
 from promptmill.scorers.scoring import Answer, Judge, answers_query
 from promptmill.scorers.tally import Judgement, Score, Tally
 from promptmill.tables import results, score_runs, scores
@@ -255,20 +255,3 @@ def _open_run(db: Engine, job_id: str, task: Task, judge: Judge) -> tuple[str, i
         }  # fmt: skip
         connection.execute(sa.insert(score_runs).values(**made))
     return run_id, number
-
-
-def find_run(db: Engine, job_id: str, number: int | None) -> sa.Row[Any] | None:
-    """The finished run ``number`` of the job, or its newest; None of a job that has none.
-
-    Raises :class:`UnknownName` for a number that the job does not have.
-    """
-    query = sa.select(score_runs).where(score_runs.c.job_id == job_id, score_runs.c.figures.is_not(None))
-    with reading(db) as connection:
-        found = connection.execute(query.order_by(score_runs.c.number.desc())).all()
-    if number is None:
-        return found[0] if found else None
-    for each in found:
-        if each.number == number:
-            return each
-    known = ", ".join(f"@s{each.number}" for each in reversed(found)) or "none"
-    raise UnknownName(f"job {job_id} has no score run @s{number}", hint=f"Its runs: {known}.")
