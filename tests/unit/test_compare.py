@@ -123,15 +123,16 @@ def test_runs_of_a_setting_tell_the_noise_between_runs(db: sa.Engine) -> None:
 def test_score_runs_of_one_job_differ_in_scores_only(db: sa.Engine) -> None:
     store(db, [answer(row) for row in range(30)], job_id="01A")
     with db.begin() as connection:
-        for run, right in (("R1", 10), ("R2", 22)):
-            values = {"id": run, "job_id": "01A", "task_sha256": "x", "created_at": START}
+        for number, (run, right) in enumerate((("R1", 10), ("R2", 22)), start=1):
+            values = {"id": run, "job_id": "01A", "task_sha256": "x", "created_at": START, "number": number,
+                      "figures": "{}"}  # fmt: skip
             connection.execute(sa.insert(score_runs).values(values))
             connection.execute(sa.insert(scores), [
                 {"score_run_id": run, "row": row, "metric": "is_ad", "value": float(row < right), "outcome": "scored"}
                 for row in range(30)
             ])  # fmt: skip
     assert find_scored(db, "01A@s2")[1] == "R2"
-    with pytest.raises(UnknownName, match="score runs s1 to s2"):
+    with pytest.raises(UnknownName, match="no score run @s3"):
         find_scored(db, "01A@s3")
     found = compare(db, Side("01A", "R1"), Side("01A", "R2"))
     assert [(line.name, line.word) for line in found.lines] == [("is_ad.accuracy", "better")]
