@@ -105,8 +105,8 @@ def ledger_of(db: Engine, settings: Settings) -> Ledger:
 def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prepared]:
     """Find the model, the task and the dataset. Raises PromptmillError for what cannot be used."""
     task = _task(options)
-    _check_max_errors(options.max_errors)
-    _check_name(options.name)
+    check_max_errors(options.max_errors)
+    check_name(options.name)
     checkpoint, gauge = _model(options, settings, must_be_here=mode == "embedded")
     model = checkpoint.name if checkpoint else _canonical(_model_name(options, settings))
     sampling = (dict(task.generate) if task else {}) | options.sampling
@@ -201,14 +201,14 @@ def _task(options: RunOptions) -> Task | None:
     return Task.from_template(text, options.system)
 
 
-def _check_max_errors(spec: str | None) -> None:
+def check_max_errors(spec: str | None) -> None:
     if spec is not None and not (
         re.fullmatch(r"\d+", spec) or (re.fullmatch(r"\d+(\.\d+)?%", spec) and float(spec[:-1]) <= 100)
     ):
         raise JobError(f"--max-errors {spec} is neither a number nor a share", hint="Examples: 10, 2.5%.")
 
 
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
     """A name must never be taken for an id or for a reference such as @last. Two jobs may share one."""
     if name is None:
         return

@@ -7,24 +7,24 @@ import signal
 import pytest
 
 from promptmill.errors import JobError
-from promptmill.service import _check_max_errors, _check_name, _interrupts_later
+from promptmill.service import _interrupts_later, check_max_errors, check_name
 
 
 @pytest.mark.parametrize("name", ["@last", "", " a", "a\n", "a" * 101, "01M7XXYM4ZEBJ1DDGAVYZ7GYA9"])
 def test_a_name_that_could_be_something_else_is_refused(name: str) -> None:
     with pytest.raises(JobError, match="cannot name a job"):
-        _check_name(name)
+        check_name(name)
 
 
 @pytest.mark.parametrize("name", [None, "nightly", "每晚", "ads 2026-11-21", "7"])
 def test_other_names_are_fine(name: str | None) -> None:
-    _check_name(name)
+    check_name(name)
 
 
 @pytest.mark.parametrize("spec", ["200%", "-1", "ten", "100.1%"])
 def test_a_limit_of_errors_that_cannot_be_is_refused(spec: str) -> None:
     with pytest.raises(JobError, match="--max-errors"):
-        _check_max_errors(spec)
+        check_max_errors(spec)
 
 
 def test_ctrl_c_counts_after_a_library_has_returned() -> None:

@@ -154,3 +154,23 @@ GENERATE = body(
         temperature={"type": "number", "minimum": 0, "maximum": 2},
     )
 )  # fmt: skip
+
+JOB = body(
+    _object(
+        ["model"], model=TEXT, file_id=TEXT,
+        lines={"type": "array", "items": {"type": ["object", "string"]}, "description": "Lines of a JSONL dataset."},
+        format={"type": "string", "enum": ["jsonl", "openai_batch", "csv", "tsv", "text", "json"]},
+        task={"type": "string", "description": "A task file (YAML)."}, template=TEXT, system=TEXT,
+        sampling={"type": "object", "description": "Sampling parameters of lines that set none of their own."},
+        name=TEXT, priority={"type": "integer", "minimum": 0, "maximum": 9},
+        max_errors={"type": "string", "description": "A number, or a share such as 5%."},
+        skip_invalid={"type": "boolean"}, deadline={"type": "string", "description": "A span such as 2h, or a time."},
+    )
+)  # fmt: skip
+
+JOB_LIST = query(
+    number("limit", 1, 100, 20), words("after"),
+    words("state", "queued", "running", "paused", "completed", "failed", "cancelled", "expired"),
+)  # fmt: skip
+RESULTS = query(number("after", -1, 2**31 - 1, -1), words("failed", "true", "false"))
+REPORT = query(words("format", "json", "html"))

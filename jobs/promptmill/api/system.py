@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.metadata import version
 from typing import Any
 
+import psutil
 import sqlalchemy as sa
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from promptmill.api import documents
 from promptmill.api.bodies import json_response
-from promptmill.api.services import Parts, Services, in_thread
+from promptmill.api.model_directory import models_of
+from promptmill.api.services import Parts, Reader, Services, in_thread
 from promptmill.broker import Broker
 from promptmill.database import current_revision, head_revision_fast, reading
 from promptmill.errors import PromptmillError
+from promptmill.ledger import waiting_requests
+from promptmill.tables import jobs
 
 router = APIRouter(tags=["System"])
 
@@ -87,3 +92,37 @@ async def health(parts: Parts) -> Response:
         "model": loaded[0] if loaded else None, "models": loaded,
     }  # fmt: skip
     return json_response(body, 200 if ready else 503)
+
+
+@router.get("/v1/system/status", summary="Devices, models, queue, memory", responses=documents.responses())
+async def status(parts: Parts, principal: Reader) -> Response:
+    """What every worker has and does, what waits, and what this server uses."""
+    await in_thread(parts.models.refresh)
+    return json_response(await in_thread(_status, parts))
+
+
+def _status(parts: Services) -> dict[str, Any]:
+    with reading(parts.db) as connection:
+        waiting = waiting_requests(connection, "queue")
+        by_state = connection.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
+    memory = psutil.virtual_memory()
+    return {
+        "version": version("promptmill"),
+        "devices": [
+            {
+                "worker": each["id"], "host": each["host"], "device": each["device_got"] or each["device_asked"],
+                "state": each["state"], "model": each["model"], "models": models_of(each), "engine": each["engine"],
+                "slots": each["slots"], "active_sequences": each["active_sequences"],
+                "output_tokens_per_second": each["output_tps"], "memory_bytes": each["memory_bytes"],
+                "versions": each["versions"],
+            }
+            for each in parts.models.workers
+        ],
+        "models": [each.name for each in parts.models.models],
+        "queue": {"waiting_requests": waiting, "live_requests": parts.live.waiting},
+        "jobs": {row[0]: row[1] for row in by_state},
+        "memory": {
+            "server_bytes": psutil.Process().memory_info().rss, "available_bytes": memory.available,
+            "total_bytes": memory.total,
+        },
+    }  # fmt: skip

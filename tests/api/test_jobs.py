@@ -1,0 +1,170 @@
+"""Jobs over HTTP, health, metrics: a real server with a real worker."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from typing import Any
+
+import openai
+import pytest
+
+from tests.api.conftest import ECHO, Server
+from tests.conftest import wait_until
+
+TASK = """task: tiny
+prompt: {user: "{{ input.text }}"}
+expected: {label: label}
+output: {schema: {type: object, properties: {label: {type: string}}}}
+scores: [{exact: label}]
+"""
+
+
+def call(server: Server, path: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"} | headers)
+    asked.method = method or ("POST" if body is not None else "GET")
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        text = answer.read().decode()
+        return json.loads(text) if answer.headers.get_content_type() == "application/json" else text
+
+
+def refused(server: Server, path: str, body: Any = None, method: str | None = None, **headers: str) -> tuple[int, Any]:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        call(server, path, body, method, **headers)
+    return caught.value.code, json.loads(caught.value.read())["error"]
+
+
+def ended(server: Server, job_id: str) -> dict[str, Any]:
+    states = ("completed", "failed", "cancelled", "expired")
+    wait_until(lambda: call(server, f"/v1/jobs/{job_id}")["state"] in states, "the job ends", 60)
+    found: dict[str, Any] = call(server, f"/v1/jobs/{job_id}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(served: Server) -> dict[str, Any]:
+    """A job of thirty lines that completed."""
+    lines = [{"id": f"id-{row}", "prompt": f"say {row}"} for row in range(30)]
+    job = call(served, "/v1/jobs", {"model": ECHO, "lines": lines, "name": "thirty"})
+    return ended(served, job["id"])
+
+
+def test_a_job_of_lines_completes(done: dict[str, Any]) -> None:
+    assert (done["object"], done["state"], done["rows"], done["ok"], done["name"]) == (
+        "job", "completed", 30, 30, "thirty",
+    )  # fmt: skip
+
+
+def test_results_stream_and_go_on_behind_a_row(served: Server, done: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in call(served, f"/v1/jobs/{done['id']}/results").splitlines()]
+    assert [line["row"] for line in lines] == list(range(30))
+    assert lines[7]["text"] == "say 7"
+    rest = call(served, f"/v1/jobs/{done['id']}/results?after=27").splitlines()
+    assert [json.loads(line)["row"] for line in rest] == [28, 29]
+    assert call(served, f"/v1/jobs/{done['id']}/results?failed=true") == ""
+
+
+def test_reports_and_comparisons_are_json_and_pages(served: Server, done: dict[str, Any]) -> None:
+    assert call(served, f"/v1/jobs/{done['id']}/report")["job_id"] == done["id"]
+    assert call(served, f"/v1/jobs/{done['id']}/report?format=html").startswith("<!")
+    other = ended(served, call(served, "/v1/jobs", {"model": ECHO, "lines": ["say 1", "say 2"]})["id"])
+    lines = [{"id": f"id-{row}", "prompt": f"say {row}"} for row in range(30)]
+    twin = ended(served, call(served, "/v1/jobs", {"model": ECHO, "lines": lines})["id"])
+    assert call(served, f"/v1/jobs/{done['id']}/compare/{twin['id']}")
+    assert call(served, f"/v1/jobs/{done['id']}/compare/{twin['id']}?format=html").startswith("<!")
+    assert refused(served, f"/v1/jobs/{done['id']}/compare/{other['id']}")[0] == 409
+    assert refused(served, f"/v1/jobs/{done['id']}/report?format=pdf")[1]["param"] == "format"
+
+
+def test_a_file_with_a_task_is_scored(served: Server, client: openai.OpenAI) -> None:
+    rows = [{"id": str(n), "input": {"text": json.dumps({"label": "a"})}, "label": "ab"[n % 2]} for n in range(10)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = client.files.create(file=("data.jsonl", content), purpose="user_data")
+    job = ended(served, call(served, "/v1/jobs", {"model": ECHO, "file_id": file.id, "task": TASK})["id"])
+    assert (job["state"], job["ok"]) == ("completed", 10)
+    assert call(served, f"/v1/jobs/{job['id']}/report")["scores"]["label"]["value"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({}, 400, "model"),
+        ({"model": "none", "lines": ["x"]}, 404, "model"),
+        ({"model": ECHO}, 400, "file_id"),
+        ({"model": ECHO, "lines": []}, 400, "lines"),
+        ({"model": ECHO, "lines": [1]}, 400, "lines"),
+        ({"model": ECHO, "file_id": "file-none"}, 404, None),
+        ({"model": ECHO, "lines": [{"prompt": 1}]}, 400, None),
+        ({"model": ECHO, "lines": ["x"], "nonsense": 1}, 400, "nonsense"),
+        ({"model": ECHO, "lines": ["x"], "sampling": {"temperature": "hot"}}, 400, None),
+        ({"model": ECHO, "lines": ["x"], "name": "@last"}, 409, None),
+        ({"model": ECHO, "lines": [{"input": {"a": 1}}], "template": "{{ b }}"}, 400, None),
+        ({"model": ECHO, "lines": [{"input": {"a": 1}}], "template": "{{ b"}, 400, None),
+    ],
+)  # fmt: skip
+def test_a_job_that_makes_no_sense_is_refused(served: Server, body: Any, status: int, param: str | None) -> None:
+    code, problem = refused(served, "/v1/jobs", body)
+    assert (code, problem["param"]) == (status, param)
+
+
+def test_a_template_is_text_and_names_no_file(served: Server) -> None:
+    job = call(served, "/v1/jobs", {"model": ECHO, "lines": [{"input": {"a": 1}}], "template": "@/etc/passwd"})
+    ended(served, job["id"])
+    (line,) = call(served, f"/v1/jobs/{job['id']}/results").splitlines()
+    assert json.loads(line)["text"] == "@/etc/passwd"
+
+
+def test_verbs_answer_by_state(served: Server, done: dict[str, Any]) -> None:
+    assert refused(served, f"/v1/jobs/{done['id']}/cancel", {})[0] == 409
+    assert refused(served, f"/v1/jobs/{done['id']}/pause", {})[0] == 409
+    assert refused(served, f"/v1/jobs/{done['id']}/resume", {})[0] == 409
+    assert call(served, f"/v1/jobs/{done['id']}/retry", {})["state"] == "completed"
+    assert refused(served, "/v1/jobs/none")[0] == 404
+
+
+def test_jobs_are_listed_in_pages(served: Server, done: dict[str, Any]) -> None:
+    first = call(served, "/v1/jobs?limit=1")
+    assert first["has_more"] in (True, False)
+    everything = call(served, "/v1/jobs?limit=100&state=completed")["data"]
+    assert done["id"] in [each["id"] for each in everything]
+    assert refused(served, "/v1/jobs?state=none")[1]["param"] == "state"
+
+
+def test_a_job_is_followed_by_events(served: Server) -> None:
+    job = call(served, "/v1/jobs", {"model": ECHO, "lines": [f"say {row}" for row in range(50)]})
+    text = call(served, f"/v1/jobs/{job['id']}/events")
+    events = [dict(re.findall(r"(\w+): (.*)", part)) for part in text.strip().split("\n\n")]
+    assert events[-1]["event"] == "end"
+    assert json.loads(events[-1]["data"])["ok"] == 50
+
+
+def test_metrics_count_what_is_stored(served: Server, done: dict[str, Any]) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = {family.name: family for family in text_string_to_metric_families(call(served, "/metrics"))}
+    ok = [s.value for s in found["promptmill_items"].samples if s.labels == {"model": ECHO, "status": "ok"}]
+    assert ok[0] >= 30
+    assert {"promptmill_jobs", "promptmill_worker_up", "promptmill_queue_items"} <= set(found)
+    buckets = [s for s in found["promptmill_item_latency_seconds"].samples if s.name.endswith("_bucket")]
+    counts = [s.value for s in buckets if s.labels["model"] == ECHO]
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+
+
+def test_the_status_names_devices_and_the_queue(served: Server) -> None:
+    found = call(served, "/v1/system/status")
+    assert found["devices"][0]["model"] == ECHO
+    assert found["queue"]["live_requests"] == 0
+    assert found["memory"]["server_bytes"] > 0
+
+
+def test_errors_of_the_server_itself_have_the_shape(served: Server) -> None:
+    code, problem = refused(served, "/v1/nothing")
+    assert (code, problem["message"]) == (404, "Unknown request URL: GET /v1/nothing.")
+    assert set(problem) == {"message", "type", "param", "code"}
+    assert refused(served, "/v1/models", method="DELETE")[0] == 405
+    assert refused(served, "/v1/jobs", [1])[0] == 400
+    assert call(served, "/openapi.json")["info"]["title"] == "promptmill"

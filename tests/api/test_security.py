@@ -1,0 +1,185 @@
+"""Keys, owners, limits, and clients that mean no good."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.api.conftest import ECHO, Server, batch_lines, end_all, finished, starter_of
+from tests.api.test_jobs import call, refused
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory, redis_server: str) -> Iterator[Server]:
+    """A server that asks for keys."""
+    folder = tmp_path_factory.mktemp("locked")
+    starter = starter_of(folder, f"sqlite:///{folder / 'jobs.sqlite'}", redis_server)
+    try:
+        starter.worker(ECHO)
+        yield starter.server("--require-key", JOBS_API_MAX_FILE_BYTES="100000")
+    finally:
+        end_all(starter.started)
+
+
+def key(server: Server, name: str, *options: str) -> str:
+    return str(json.loads(server.command("keys", "create", "--name", name, "--json", *options).out)["key"])
+
+
+def test_without_a_key_nothing_is_told(locked: Server) -> None:
+    for path in ("/v1/models", "/v1/jobs", "/v1/files", "/metrics", "/v1/system/status"):
+        assert refused(locked, path)[0] == 401
+    with pytest.raises(openai.AuthenticationError) as caught:
+        locked.client("wrong").models.list()
+    assert caught.value.code == "invalid_api_key"
+    assert locked.get("/healthz") == {"status": "ok"}
+
+
+def test_a_key_is_shown_once_and_stored_as_a_hash(locked: Server) -> None:
+    secret = key(locked, "once")
+    assert secret not in locked.command("keys", "list", "--json").out
+    database = (locked.command.folder / "jobs.sqlite").read_bytes()
+    assert secret.encode() not in database
+    assert len(list(locked.client(secret).models.list())) == 1
+
+
+def test_a_revoked_key_is_refused(locked: Server) -> None:
+    client = locked.client(key(locked, "short"))
+    client.models.list()
+    assert locked.command("keys", "revoke", "short").code == 0
+    time.sleep(2.5)
+    with pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def test_scopes_are_kept(locked: Server) -> None:
+    client = locked.client(key(locked, "reader", "--scope", "read"))
+    client.models.list()
+    with pytest.raises(openai.PermissionDeniedError) as caught:
+        client.files.create(file=("a.jsonl", batch_lines(1)), purpose="batch")
+    assert caught.value.code == "missing_scope"
+
+
+def test_no_other_key_sees_that_an_object_exists(locked: Server) -> None:
+    mine, theirs = locked.client(key(locked, "mine")), locked.client(key(locked, "theirs"))
+    boss = locked.client(key(locked, "boss", "--scope", "admin"))
+    file = mine.files.create(file=("a.jsonl", batch_lines(2)), purpose="batch")
+    batch = mine.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    done = finished(mine, batch.id)
+    for attempt in (
+        lambda: theirs.files.retrieve(file.id), lambda: theirs.files.content(done.output_file_id),
+        lambda: theirs.files.delete(file.id), lambda: theirs.batches.retrieve(batch.id),
+        lambda: theirs.batches.cancel(batch.id), lambda: theirs.get(f"/jobs/{done.job_id}", cast_to=object),
+        lambda: theirs.get(f"/jobs/{done.job_id}/results", cast_to=object),
+    ):  # fmt: skip
+        with pytest.raises(openai.NotFoundError):
+            attempt()
+    assert list(theirs.files.list()) == []
+    assert list(theirs.batches.list()) == []
+    # Their batch of my file finds no such file.
+    stolen = theirs.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    assert finished(theirs, stolen.id).errors.data[0].param == "file_id"
+    assert boss.batches.retrieve(batch.id).id == batch.id
+
+
+def test_limits_answer_429_with_a_time(locked: Server) -> None:
+    client = locked.client(key(locked, "slow", "--requests-per-s", "1"))
+    with pytest.raises(openai.RateLimitError) as caught:
+        assert [client.models.list() for _ in range(10)] == []
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    small = locked.client(key(locked, "small", "--stored-bytes", "600"))
+    small.files.create(file=("a.jsonl", batch_lines(1)), purpose="batch")
+    with pytest.raises((openai.RateLimitError, openai.APIStatusError)):
+        small.files.create(file=("a.jsonl", batch_lines(20)), purpose="batch")
+    few = key(locked, "few", "--queued-requests", "5")
+    body = {"model": ECHO, "lines": [f"say {row}" for row in range(50)]}
+    assert refused(locked, "/v1/jobs", body, Authorization=f"Bearer {few}")[0] == 429
+
+
+def test_a_file_beyond_the_limit_leaves_nothing(locked: Server) -> None:
+    client = locked.client(key(locked, "large"))
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.files.create(file=("a.jsonl", batch_lines(2000)), purpose="batch")
+    assert caught.value.status_code == 413
+    assert list(client.files.list()) == []
+    assert list((locked.command.folder / "files" / "parts").iterdir()) == []
+
+
+def test_a_name_never_becomes_a_path(locked: Server) -> None:
+    client = locked.client(key(locked, "path"))
+    file = client.files.create(file=("../../../tmp/evil.jsonl", batch_lines(1)), purpose="batch")
+    assert file.filename == "evil.jsonl"
+    stored = {path.name for path in (locked.command.folder / "files").rglob("*") if path.is_file()}
+    assert file.id in stored
+    assert "evil.jsonl" not in stored
+
+
+def test_bombs_are_refused(locked: Server) -> None:
+    secret = key(locked, "bomb")
+    body = gzip.compress(b"x" * 1000)
+    request = urllib.request.Request(
+        f"{locked.url}/v1/chat/completions", body,
+        {"Content-Encoding": "gzip", "Content-Type": "application/json", "Authorization": f"Bearer {secret}"},
+    )  # fmt: skip
+    with pytest.raises(urllib.request.HTTPError) as caught:  # type: ignore[attr-defined]
+        urllib.request.urlopen(request, timeout=10)
+    assert caught.value.code == 415
+    caught.value.close()
+    client = locked.client(secret)
+    bomb = gzip.compress(b'{"prompt": "' + b"x" * 80_000_000 + b'"}')
+    file = client.files.create(file=("b.jsonl.gz", bomb), purpose="user_data")
+    code, problem = refused(locked, "/v1/jobs", {"model": ECHO, "file_id": file.id}, Authorization=f"Bearer {secret}")
+    assert code == 400
+    assert "bytes inside" in problem["message"]
+
+
+def test_a_server_without_keys_is_for_this_machine_and_its_own_pages(served: Server) -> None:
+    assert refused(served, "/v1/models", Host="evil.example")[1]["code"] == "wrong_host"
+    assert refused(served, "/v1/jobs", {}, Origin="https://evil.example")[1]["code"] == "cross_origin"
+    with urllib.request.urlopen(f"{served.url}/v1/models", timeout=10) as answer:
+        assert "access-control-allow-origin" not in answer.headers
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_endless_headers_and_lines_are_cut_off(served: Server) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as wire:
+        wire.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
+        answer = b""
+        try:
+            for _ in range(2000):
+                wire.sendall(b"X-Long: " + b"a" * 1000 + b"\r\n")
+            answer = wire.recv(1000)
+        except OSError:
+            return
+    assert not answer.startswith(b"HTTP/1.1 200")
+
+
+def test_an_upload_that_is_cut_off_leaves_nothing(served: Server) -> None:
+    before = len(list(served.client().files.list()))
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.putheader("Content-Length", "100000")
+    connection.endheaders(b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"a": 1}')
+    connection.close()
+    time.sleep(0.5)
+    assert len(list(served.client().files.list())) == before
+    assert list((served.command.folder / "files" / "parts").iterdir()) == []
+    assert call(served, "/healthz") == {"status": "ok"}
+
+
+def test_no_prompt_is_in_any_log(served: Server, client: openai.OpenAI) -> None:
+    secret = "unrepeatable-words-of-a-client"
+    client.chat.completions.create(model=ECHO, messages=[{"role": "user", "content": secret}])
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=ECHO, messages=[{"role": "user", "content": secret}], temperature=9)
+    logs = "".join(path.read_text() for path in served.command.folder.glob("*.log"))
+    assert "POST /v1/chat/completions 200" in logs
+    assert secret not in logs
