@@ -1,19 +1,26 @@
-"""promptmill: batch inference for local language models. ``run`` and ``submit`` are what the command line calls too."""
+"""promptmill: batch inference for local language models.
+
+``run``, ``submit`` and ``job`` give a :class:`promptmill.python_api.Job`; docs/python.md shows what it can do.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from promptmill.service import Outcome, RunOptions, resume, run, submit
+    from promptmill.errors import PromptmillError
+    from promptmill.python_api import Job, job, run, submit
+    from promptmill.selection import Selection
 
-__all__ = ["Outcome", "RunOptions", "resume", "run", "submit"]
+__all__ = ["Job", "PromptmillError", "Selection", "job", "run", "submit"]
+
+_HOME = {"PromptmillError": "promptmill.errors", "Selection": "promptmill.selection"}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on use: `promptmill --help` must not pay for the database.
     if name in __all__:
-        from promptmill import service
+        import importlib
 
-        return getattr(service, name)
+        return getattr(importlib.import_module(_HOME.get(name, "promptmill.python_api")), name)
     raise AttributeError(f"module 'promptmill' has no attribute '{name}'")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,11 +38,22 @@ class Finding:
         return {"count": self.count, "ids": self.ids}
 
 
+#: Shortest expected text that is looked for in prompts: one letter is in all of them.
+SHORTEST_MENTION = 2
+
+#: Tokens of a text, as the model counts them.
+CountTokens = Callable[[str], int]
+
+
 class Lint:
     """Looks at stored rows one after another. Memory grows by a hash for each row."""
 
-    def __init__(self, task: Task | None) -> None:
+    def __init__(self, task: Task | None, max_tokens: int = 0, count: CountTokens | None = None) -> None:
+        """``count`` measures expected answers, which must fit into ``max_tokens``; without it none is measured."""
         self._task = task
+        self._max_tokens, self._count = max_tokens, count
+        self._answer_tokens: dict[str, int] = {}
+        self._mentions, self._too_long = Finding(), Finding()
         self._numbers = task is not None and task.model.duplicate_ids == "number"
         self._inputs: dict[bytes, bytes] = {}
         self._histograms: dict[str, Counter[str]] = {name: Counter() for name in (task.expected if task else ())}
@@ -57,12 +68,31 @@ class Lint:
             self._duplicate_ids.add(custom_id)
         self._compare(custom_id, body or "", expected or "")
         values = json.loads(expected) if expected else {}
+        self._measure(custom_id, values, expected)
+        self._look_for_mentions(custom_id, body or "", values)
         if not isinstance(values, dict):
             return
         for name in self._missing.keys() - values.keys():
             self._missing[name].add(custom_id)
         for name, value in values.items():
             self._histograms.setdefault(name, Counter())[_label(value)] += 1
+
+    def _measure(self, custom_id: str, values: Any, expected: str | None) -> None:
+        """Whether the expected answer, written as the object that the task asks for, fits into ``max_tokens``."""
+        if self._count is None or not expected:
+            return
+        if expected not in self._answer_tokens:
+            text = values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
+            self._answer_tokens[expected] = self._count(text)
+        if self._answer_tokens[expected] > self._max_tokens:
+            self._too_long.add(custom_id)
+
+    def _look_for_mentions(self, custom_id: str, body: str, values: Any) -> None:
+        """Whether the row's own input holds what is expected of it: then the model need not know anything."""
+        given = values.values() if isinstance(values, dict) else [values]
+        texts = [value for value in given if isinstance(value, str) and len(value) >= SHORTEST_MENTION]
+        if any(json.dumps(text, ensure_ascii=False)[1:-1] in body for text in texts):
+            self._mentions.add(custom_id)
 
     def _compare(self, custom_id: str, body: str, expected: str) -> None:
         key, answer = _digest(body), _digest(expected)
@@ -77,6 +107,8 @@ class Lint:
             "duplicate_ids": self._duplicate_ids.to_json(),
             "duplicate_inputs": self._duplicates.to_json(),
             "contradictions": self._contradictions.to_json(),
+            "mentions": self._mentions.to_json(),
+            "answers_too_long": self._too_long.to_json(),
             "missing_labels": {name: found.to_json() for name, found in self._missing.items() if found.count},
             "labels": {
                 name: dict(counts.most_common()) for name, counts in self._histograms.items()

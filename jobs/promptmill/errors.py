@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: Exit codes of the command line. 130 is what shells give a program ended by Ctrl-C.
@@ -44,9 +44,17 @@ class BadLines(DatasetError):
     #: Lines listed in the message.
     SHOWN = 20
 
-    def __init__(self, name: str, shown: Sequence[tuple[int, str]], total: int, *, submitting: bool = True) -> None:
-        """``submitting``: the lines were to become a job, and not only to be looked at."""
-        lines = [f"{name}:{line}: {problem}" for line, problem in shown]
+    def __init__(
+        self,
+        name: str,
+        shown: Sequence[tuple[int, str]],
+        total: int,
+        *,
+        submitting: bool = True,
+        place: Callable[[int], str] | None = None,
+    ) -> None:
+        """``submitting``: the lines were to become a job, and not only to be looked at. ``place``: where a line is."""
+        lines = [f"{place(line) if place else f'{name}:{line}'}: {problem}" for line, problem in shown]
         if total > len(shown):
             lines.append(f"... and {total - len(shown)} more")
         self.total = total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -39,11 +40,30 @@ WITH_PROMPTS = {"input": ("string", "q.input"), "expected": ("string", "q.expect
 
 def write(db: Engine, job_id: str, path: str, failed_only: bool = False, prompts: bool = False) -> int:
     """Write the job's results to ``path`` in the order of its rows; returns how many."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    count = 0
+    with pq.ParquetWriter(path, schema_of(prompts), compression="zstd") as writer:
+        for batch in record_batches(db, job_id, failed_only, prompts):
+            writer.write_batch(batch)
+            count += batch.num_rows
+    return count
+
+
+def schema_of(prompts: bool) -> Any:
+    """The Arrow schema of the results; ``prompts``: with the columns WITH_PROMPTS."""
+    import pyarrow as pa
+
     chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
-    schema = pa.schema([(name, getattr(pa, kind)()) for name, (kind, _) in chosen.items()])
+    return pa.schema([(name, getattr(pa, kind)()) for name, (kind, _) in chosen.items()])
+
+
+def record_batches(db: Engine, job_id: str, failed_only: bool = False, prompts: bool = False) -> Iterator[Any]:
+    """The job's results in the order of its rows as Arrow record batches of up to GROUP_ROWS."""
+    import pyarrow as pa
+
+    schema = schema_of(prompts)
+    chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
     selected = ", ".join(source for _, source in chosen.values())
     only = " AND r.state = 'error'" if failed_only else ""
     query = sa.text(
@@ -51,13 +71,10 @@ def write(db: Engine, job_id: str, path: str, failed_only: bool = False, prompts
         'ON q.job_id = r.job_id AND q."row" = r."row" '
         f'WHERE r.job_id = :job{only} ORDER BY r."row"'
     )
-    count = 0
-    with reading(db) as connection, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with reading(db) as connection:
         streamed: Any = connection.execution_options(yield_per=GROUP_ROWS).execute(query, {"job": job_id})
         for rows in streamed.partitions():
             columns = [
                 pa.array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)
             ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            count += len(rows)
-    return count
+            yield pa.record_batch(columns, schema=schema)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from promptmill.errors import RequestError
-from promptmill.types import ErrorClass, Request
+from promptmill.types import ErrorClass, Request, SamplingParams
 
 #: Rows whose prompts are all tokenised; of later ones every SAMPLE_EVERY-th is. Tokenising a million prompts would
 #: take longer than storing them.
@@ -90,6 +90,10 @@ class Gauge:
         """Tokens that a context needs for the longest of the requests, at most the model's."""
         rounded = -(-self._need // CONTEXT_STEP) * CONTEXT_STEP
         return min(max(rounded, SMALLEST_CONTEXT), self._context)
+
+    def tokens_of(self, text: str) -> int:
+        """Tokens of a text as it is, without a chat template."""
+        return self._count(Request(0, "", SamplingParams(), prompt=text))
 
     def findings(self) -> Preflight:
         """Percentiles are of the measured lengths, sampled rows counting for those they stand for."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import PromptmillError
 from promptmill.prompts import payload, resolve_sampling, to_request
-from promptmill.readers import checked, open_dataset
+from promptmill.readers import open_dataset
 from promptmill.selection import Selection
 from promptmill.task_file import load_task
 from promptmill.types import Request
@@ -36,7 +36,7 @@ def preview(
     counter = _counter(model) if model else None
     found = []
     with open_dataset(path, format=format_, has_template=task is not None, **(task.mapping if task else {})) as dataset:
-        for line in selection.apply(checked(dataset.lines(), dataset.number_duplicates)):
+        for line in selection.apply(dataset.checked()):
             if line.error:
                 found.append(Preview(line.line, line.custom_id, None, None, None, line.error))
                 continue

@@ -29,7 +29,7 @@ from promptmill.errors import (
 )
 from promptmill.ledger import Ledger, Progress
 from promptmill.preflight import Gauge, Preflight
-from promptmill.prompts import Template, to_request
+from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.readers import Dataset, open_dataset
 from promptmill.registry import suggestion
 from promptmill.selection import Selection
@@ -127,7 +127,7 @@ def dry_run(options: RunOptions, settings: Settings, mode: str) -> Preflight | N
     with prepare(options, settings, mode) as prepared:
         preparer = Preparer(prepared.order, prepared.gauge)
         rows = sum(1 for _ in prepared_rows(prepared.dataset, prepared.order, preparer))
-        refuse_bad(prepared.dataset.name, preparer.tally, options.skip_invalid, rows)
+        refuse_bad(prepared.dataset, preparer.tally, options.skip_invalid, rows)
         return prepared.gauge.findings() if prepared.gauge else None
 
 
@@ -145,12 +145,13 @@ def validate_dataset(
     order = JobOrder(model="none", mode="embedded", task=task, sampling=dict(task.generate) if task else {})
     mapping = task.mapping if task else {}
     with open_dataset(path, format=format_, has_template=task is not None, **mapping) as dataset:
-        preparer, lint = Preparer(order, gauge), Lint(task)
+        preparer = Preparer(order, gauge)
+        lint = Lint(task, resolve_sampling(order.sampling, {}).max_tokens, gauge.tokens_of if gauge else None)
         rows = 0
         for row in prepared_rows(dataset, order, preparer):
             lint.add(row.custom_id, row.input, row.expected)
             rows += 1
-        refuse_bad(dataset.name, preparer.tally, False, rows, submitting=False)
+        refuse_bad(dataset, preparer.tally, False, rows, submitting=False)
         return {
             "name": dataset.name, "format": dataset.format, "sha256": dataset.sha256, "rows": rows,
             **lint.findings(), "tokens": gauge.findings().to_json() if gauge else None,
@@ -172,7 +173,7 @@ def score_again(
     job = catalog.find_job(db, reference)
     if task_path is None and job.task_text is None:
         raise JobError(f"job {job.id} has no task", hint="Give --task FILE.")
-    task = load_task(task_path) if task_path else _stored_task(job)
+    task = load_task(task_path) if task_path else stored_task(job)
     run = append_score_run(db, job, task, by, on_rows)
     scores = run.figures
     gates = task.model.gates
@@ -616,10 +617,11 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
 
 
 def _stored_template(job: Row[Any]) -> Template | None:
-    return _stored_task(job).template if job.task_text else None
+    return stored_task(job).template if job.task_text else None
 
 
-def _stored_task(job: Row[Any]) -> Task:
+def stored_task(job: Row[Any]) -> Task:
+    """The task of a job that has one, as it was stored."""
     return parse_task(job.task_text, job.task_name or "task", job.task_folder)
 
 

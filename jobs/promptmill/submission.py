@@ -23,7 +23,7 @@ from promptmill.errors import BadLines, DatasetError, JobExists, PromptmillError
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
-from promptmill.readers import Dataset, checked
+from promptmill.readers import Dataset
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
@@ -182,7 +182,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         assert now is not None
         connection.execute(sa.insert(jobs).values(_job_row(job_id, dataset, order, now)))
         rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now)
-        refuse_bad(dataset.name, preparer.tally, order.skip_invalid, rows)
+        refuse_bad(dataset, preparer.tally, order.skip_invalid, rows)
         key = _key(dataset, order)
         twin = None if order.if_exists == "new" else _twin(connection, key)
         if twin is not None:
@@ -248,18 +248,18 @@ def _refuse_full_queue(db: Connection, order: JobOrder, rows: int) -> None:
             )
 
 
-def refuse_bad(name: str, tally: Tally, skip_invalid: bool, rows: int, submitting: bool = True) -> None:
+def refuse_bad(dataset: Dataset, tally: Tally, skip_invalid: bool, rows: int, submitting: bool = True) -> None:
     """Raise for bad lines that were not to be skipped, and for a dataset in which nothing is left."""
     if tally.bad_total and not skip_invalid:
-        raise BadLines(name, tally.bad, tally.bad_total, submitting=submitting)
+        raise BadLines(dataset.name, tally.bad, tally.bad_total, submitting=submitting, place=dataset.place)
     if rows == 0:
-        raise DatasetError(f"{name} holds no rows", hint="Check --limit, --where and the file.")
+        raise DatasetError(f"{dataset.name} holds no rows", hint="Check --limit, --where and the file.")
 
 
 def prepared_rows(dataset: Dataset, order: JobOrder, preparer: Preparer) -> Iterator[PreparedRow]:
     """The dataset's rows, checked and in order; bad lines are left out and noted in the preparer's tally."""
     row = 0
-    for line in order.selection.apply(checked(dataset.lines(), dataset.number_duplicates)):
+    for line in order.selection.apply(dataset.checked()):
         prepared = preparer.prepare(line, row)
         if prepared is not None:
             preparer.tally.costs.append(min(prepared.cost, 2**32 - 1))

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from promptmill.errors import DatasetError
-from promptmill.readers import ENDINGS, READERS, checked, open_dataset
+from promptmill.readers import ENDINGS, FILE_READERS, FORMATS, READERS, checked, open_dataset
 from promptmill.readers.ids import IdTable
 from promptmill.readers.source import LONGEST_LINE
 from promptmill.registry import resolve
@@ -68,18 +68,13 @@ def batch_line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]
 
 
 def test_every_format_that_is_listed_can_be_resolved() -> None:
-    assert all(callable(resolve("dataset format", name, READERS)) for name in READERS)
-    assert set(ENDINGS.values()) <= set(READERS)
+    assert all(callable(resolve("dataset format", name, READERS | FILE_READERS)) for name in FORMATS)
+    assert set(ENDINGS.values()) <= set(FORMATS)
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="there is no file"):
         open_dataset(tmp_path / "none.jsonl")
-
-
-def test_a_folder_is_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is a folder"):
-        open_dataset(tmp_path)
 
 
 def test_a_prompt_given_in_place_of_a_path_is_a_clear_error() -> None:
@@ -101,7 +96,7 @@ def test_a_file_of_blank_lines_is_an_error(write: Write, format_: str | None) ->
 
 def test_an_unknown_ending_lists_the_known_ones(write: Write) -> None:
     with pytest.raises(DatasetError, match=r"\.jsonl.*\.csv.*\.gz"):
-        open_dataset(write("a.parquet", "x"))
+        open_dataset(write("a.xlsx", "x"))
 
 
 def test_an_unknown_format_lists_the_known_ones(write: Write) -> None:

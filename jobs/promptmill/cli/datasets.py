@@ -49,6 +49,8 @@ def _print(found: dict[str, Any]) -> None:
         "duplicate_ids": "ids used before, numbered",
         "duplicate_inputs": "inputs that were there before, with the same labels",
         "contradictions": "inputs that were there before, with other labels",
+        "mentions": "prompts that hold the value expected of them",
+        "answers_too_long": "expected answers with more tokens than max_tokens",
     }
     for key, text in told.items():
         _print_finding(text, found[key])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from promptmill.errors import DatasetError
+from promptmill.readers import hub
 from promptmill.readers.ids import IdTable
 from promptmill.readers.source import Source, TextLine
 from promptmill.registry import resolve, suggestion
@@ -23,11 +25,20 @@ READERS = {
     "json": "promptmill.readers.json_list:read",
 }
 
+#: Formats that are no text: the function reads the file itself.
+FILE_READERS = {"parquet": "promptmill.readers.parquet:read"}
+
+FORMATS = (*READERS, *FILE_READERS)
+
 #: Beside ``body``, any of these makes a line one of OpenAI's batch format.
 NAMES_A_CALL = {"custom_id", "method", "url"}
 
 #: File name ending -> format.
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".json": "json"}
+ENDINGS[".parquet"] = "parquet"
+
+#: What makes a path a pattern.
+_PATTERN = frozenset("*?[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,9 @@ class Reader(Protocol):
 class Dataset:
     """A file of lines. It may be read any number of times; standard input is kept in a temporary file for that."""
 
+    #: Files that it consists of.
+    files = 1
+
     def __init__(self, source: Source, format_: str, layout: Layout) -> None:
         self._source = source
         self._layout = layout
@@ -76,8 +90,24 @@ class Dataset:
 
     def lines(self) -> Iterator[DatasetLine]:
         """Every line, in order. Raises :class:`DatasetError` for what concerns the file as a whole."""
+        if self.format in FILE_READERS:
+            found: Iterator[DatasetLine] = resolve("dataset format", self.format, FILE_READERS)(
+                self._source.path, self._layout
+            )
+            return found
         reader: Reader = resolve("dataset format", self.format, READERS)
         return reader(self._source.lines(), self._layout)
+
+    def checked(self) -> Iterator[DatasetLine]:
+        """Every line with an id, and those that share one with an error or a number."""
+        return checked(self.lines(), self.number_duplicates, self._place_in_text)
+
+    def _place_in_text(self, line: int) -> str:
+        return f"line {line}"
+
+    def place(self, line: int) -> str:
+        """Where a line is, for people: ``file:line``."""
+        return f"{self.name}:{line}"
 
     def close(self) -> None:
         self._source.close()
@@ -102,25 +132,42 @@ def open_dataset(
 ) -> Dataset:
     """Open a dataset; ``-`` is standard input.
 
+    A folder or a pattern such as ``day-*.jsonl`` is all of its files, one after the other; ``hf:OWNER/NAME`` is a
+    dataset of the Hugging Face hub.
+
     ``expected``, ``input`` and ``meta`` map names to fields of the lines, and ``id`` is the field that names a line.
     A field may be a path such as ``context.title``. Raises :class:`DatasetError` for a file that is
-    missing, empty, a folder, or of an unknown format.
+    missing, empty, or of an unknown format.
     """
-    source = Source.open(str(path))
+    layout = Layout("", dict(expected or {}), has_template, id, dict(input or {}), dict(meta or {}), number_duplicates)
+    name = str(path)
+    if name.startswith(hub.PREFIX):
+        return _opened(Source.spooled(hub.records(name), name), format or "jsonl", layout)
+    if _is_many(name):
+        from promptmill.readers.many import open_many
+
+        return open_many(name, lambda each: _opened(Source.open(str(each)), format, layout))
+    return _opened(Source.open(name), format, layout)
+
+
+def _is_many(name: str) -> bool:
+    # What is no path at all, such as a whole prompt, is neither.
+    return os.path.isdir(name) or (not _PATTERN.isdisjoint(name) and not os.path.exists(name))
+
+
+def _opened(source: Source, format_: str | None, layout: Layout) -> Dataset:
     try:
-        chosen = _format(source, format)
-        layout = Layout(
-            source.name, dict(expected or {}), has_template, id, dict(input or {}), dict(meta or {}), number_duplicates
-        )
-        return Dataset(source, chosen, layout)
+        return Dataset(source, _format(source, format_), replace(layout, source=source.name))
     except BaseException:
         source.close()
         raise
 
 
 def _format(source: Source, asked: str | None) -> str:
-    if asked is not None and asked not in READERS:
-        raise DatasetError(f"unknown dataset format '{asked}'", hint=suggestion(asked, READERS))
+    if asked is not None and asked not in FORMATS:
+        raise DatasetError(f"unknown dataset format '{asked}'", hint=suggestion(asked, FORMATS))
+    if "parquet" in (asked, ENDINGS.get(source.ending)) and asked in (None, "parquet"):
+        return "parquet"
     first = source.first_line()
     if asked is not None:
         return asked
@@ -146,36 +193,41 @@ def _is_openai_batch(first_line: str) -> bool:
     return isinstance(line, dict) and isinstance(line.get("body"), dict) and not line.keys().isdisjoint(NAMES_A_CALL)
 
 
-def checked(lines: Iterable[DatasetLine], number_duplicates: bool = False) -> Iterator[DatasetLine]:
+def checked(
+    lines: Iterable[DatasetLine], number_duplicates: bool = False, place: Callable[[int], str] = "line {}".format
+) -> Iterator[DatasetLine]:
     """The same lines, each with an id: ``row-N`` (N counts from 0) where the file gives none.
 
     The second and later ones with the same id carry an error that names the first, or, with ``number_duplicates``,
     get ``#2``, ``#3`` behind it. Generated ids are compared with given ones, so that no two rows can share one.
+    ``place`` says where a line is.
     """
     seen = IdTable()
     for row, line in enumerate(lines):
         if line.custom_id is None:
-            line = _with_generated_id(line, row, seen)
+            line = _with_generated_id(line, row, seen, place)
         elif line.error is None:
-            line = _with_own_id(line, line.custom_id, seen, number_duplicates)
+            line = _with_own_id(line, line.custom_id, seen, number_duplicates, place)
         yield line
 
 
-def _with_generated_id(line: DatasetLine, row: int, seen: IdTable) -> DatasetLine:
+def _with_generated_id(line: DatasetLine, row: int, seen: IdTable, place: Callable[[int], str]) -> DatasetLine:
     custom_id = f"row-{row}"
     first = seen.first_line(custom_id, line.line)
     line = replace(line, custom_id=custom_id)
     if first == line.line or line.error is not None:
         return line
-    return replace(line, error=f"the line has no id and would be called '{custom_id}', the id of line {first}")
+    return replace(line, error=f"the line has no id and would be called '{custom_id}', the id of {place(first)}")
 
 
-def _with_own_id(line: DatasetLine, custom_id: str, seen: IdTable, number_duplicates: bool) -> DatasetLine:
+def _with_own_id(
+    line: DatasetLine, custom_id: str, seen: IdTable, number_duplicates: bool, place: Callable[[int], str]
+) -> DatasetLine:
     first = seen.first_line(custom_id, line.line)
     if first == line.line:
         return line
     if not number_duplicates:
-        return replace(line, error=f"duplicate id '{custom_id[:40]}', first in line {first}")
+        return replace(line, error=f"duplicate id '{custom_id[:40]}', first in {place(first)}")
     count = 2
     while seen.first_line(f"{custom_id}#{count}", line.line) != line.line:
         count += 1

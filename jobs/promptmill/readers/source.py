@@ -8,7 +8,7 @@ import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Protocol
@@ -59,6 +59,11 @@ class Source:
         self.name = name
 
     @property
+    def path(self) -> Path:
+        """Where it can be read; a temporary file for what came through a pipe."""
+        return self._path
+
+    @property
     def is_stream(self) -> bool:
         """It came through a pipe, so that its name tells nothing."""
         return self._spooled is not None
@@ -88,9 +93,14 @@ class Source:
     @classmethod
     def _spool(cls, stream: IO[bytes], name: str) -> Source:
         """Keep what can be read only once: standard input, a named pipe, a shell's ``<(command)``."""
+        return cls.spooled(iter(lambda: stream.read(BLOCK), b""), name)
+
+    @classmethod
+    def spooled(cls, blocks: Iterable[bytes], name: str) -> Source:
+        """Keep ``blocks`` in a temporary file. Raises :class:`DatasetError` where there are none."""
         spooled = tempfile.NamedTemporaryFile(prefix="promptmill-")  # noqa: SIM115 - closed by close()
         try:
-            while block := stream.read(BLOCK):
+            for block in blocks:
                 spooled.write(block)
             spooled.flush()
             if not spooled.tell():

@@ -81,6 +81,10 @@ class Vocabulary:
         end = end if end >= 0 else int(llama_cpp.llama_vocab_eos(self._vocab))
         #: What ends a turn; None where the model has no such token.
         self.end = end if end >= 0 else None
+        bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+        eos = int(llama_cpp.llama_vocab_eos(self._vocab))
+        #: The token that a text begins after: BOS, else EOS, which ended the text before it in training.
+        self.start = [each for each in (bos, eos) if each >= 0][:1]
         self.bos = self._text(llama_cpp.llama_vocab_bos(self._vocab))
         self.eos = self._text(llama_cpp.llama_vocab_eos(self._vocab))
         self._buffer = (llama_cpp.llama_token * 4096)()

@@ -82,6 +82,10 @@ class MlxTokenizer:
         text = self.render(request).encode("utf-8", errors="replace").decode()
         raw = request.messages is None
         found = self._tokenizer.encode(text, add_special_tokens=raw, split_special_tokens=raw, verbose=False)
+        if not found and not text:
+            # Nothing but what every text begins with (BOS, else EOS): a text is scored from there.
+            starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+            found = [each for each in starts if each is not None][:1]
         if not found:
             raise RequestError("the prompt has no tokens")
         return np.array(found, dtype=np.int32)
