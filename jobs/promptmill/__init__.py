@@ -1,6 +1,6 @@
 """promptmill: batch inference for local language models.
 
-``run``, ``submit`` and ``job`` give a :class:`promptmill.python_api.Job`; docs/python.md shows what it can do.
+`X
 """
 
 from __future__ import annotations
