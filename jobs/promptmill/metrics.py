@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from promptmill.figure_sql import FIGURE_SQL
+
 
 class Unit(StrEnum):
     """What a number counts. Part of the figure itself, not of its label."""
@@ -95,6 +97,11 @@ class Metric:
     def shown(self, value: float | None) -> str:
         """``value`` for people, with its unit."""
         return f"{self.text(value)} {self.shown_unit}".rstrip()
+
+    @property
+    def sql(self) -> str | None:
+        """The query behind it, with JOB for the job's id; None where SQL is not enough and ``formula`` says what is."""
+        return FIGURE_SQL.get(self.name)
 
     @property
     def shown_unit(self) -> str:

@@ -12,7 +12,11 @@ import sqlalchemy as sa
 
 from promptmill import parquet_form
 from promptmill.database import connect, upgrade
+from promptmill.figure_sql import FIGURE_SQL
+from promptmill.metrics import METRICS
+from promptmill.queries import querying
 from promptmill.reports import times
+from promptmill.reports.figures import DISTRIBUTIONS, SINGLE
 from promptmill.reports.html import text as page
 from promptmill.reports.summary import summarise
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
@@ -116,3 +120,25 @@ def test_html_of_counted_rows(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) ->
     text = page(db, JOB)
     assert text.count("<svg") >= 6
     assert len(text.encode()) < 1_000_000
+
+
+def test_the_query_behind_each_figure_gives_it(db: sa.Engine) -> None:
+    fill(db)
+    found = summarise(db, JOB)
+    for name, text_ in FIGURE_SQL.items():
+        if "'RUN'" in text_ or "'WORKER'" in text_:
+            continue
+        with querying(db, text_.replace("JOB", JOB), 60) as (columns, rows):
+            (row,) = list(rows)
+        value = getattr(found, name)
+        if len(columns) == 1:
+            assert float(row[0]) == pytest.approx(value, rel=1e-9), name
+        else:
+            for column, own in zip(columns, row, strict=True):
+                assert float(own) == pytest.approx(getattr(value, column), rel=1e-9), f"{name}.{column}"
+
+
+def test_every_figure_that_is_printed_has_its_query() -> None:
+    # Slots at one time need the order of events: no SQL.
+    assert {name for name in (*SINGLE, *DISTRIBUTIONS) if name not in FIGURE_SQL} == {"slots"}
+    assert set(FIGURE_SQL) <= set(METRICS)

@@ -6,9 +6,13 @@ import csv
 import io
 import json
 
+import numpy as np
+import pytest
 import sqlalchemy as sa
 
 from promptmill.reports import csv_form, html, json_form, markdown
+from promptmill.reports.details import calibrated
+from promptmill.reports.plots import merged
 from promptmill.reports.summary import summarise
 from tests.unit.test_reports import JOB, START, answer, counters, db, failure, store
 
@@ -65,3 +69,30 @@ def test_html_of_one_row_and_of_rows_that_all_failed(db: sa.Engine) -> None:
     store(db, [failure(0), failure(1)], job_id="01BAD")
     assert "<svg" in html.text(db, "01ONE")
     assert "failed: no request was answered" in html.text(db, "01BAD")
+
+
+def test_html_of_a_scored_job_shows_its_confusion_in_any_script(db: sa.Engine) -> None:
+    names = ["正常评论", "诈骗类广告"]
+    task = "task: t\nprompt: {user: '{{ input.c }}'}\nexpected: {category: category}\nscores: [{exact: category}]\n"
+    rows = [
+        answer(row, text=json.dumps({"category": names[row % 2]}), finished_at=START + 3 + row) for row in range(12)
+    ]
+    store(db, rows, expected={row: {"category": names[row % 3 == 0]} for row in range(12)}, task_text=task)
+    text = html.text(db, JOB)
+    assert "Confusion matrix of category" in text
+    assert "诈骗类广告" in text
+    assert "<image" not in text
+
+
+def test_calibration_takes_groups_of_equal_mass() -> None:
+    sure = np.linspace(0.5, 1.0, 1000)
+    right = (np.arange(1000) % 10 < 7).astype(float)
+    found = calibrated("is_ad", sure, right)
+    assert (len(found.confidence), found.n) == (10, 1000)
+    assert found.accuracy == pytest.approx([0.7] * 10)
+    assert found.ece == pytest.approx(np.mean(np.abs(np.array(found.confidence) - 0.7)))
+    assert found.brier == pytest.approx(((sure - right) ** 2).mean())
+
+
+def test_spans_that_cannot_be_seen_apart_are_one() -> None:
+    assert merged([(0, 1), (1.01, 2), (5, 6)], 0.1) == [(0, 2), (5, 6)]

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.reports.pairs import read_rows
 from promptmill.reports.scan import Floats
-from promptmill.tables import attempts, jobs, requests, results, worker_samples
+from promptmill.tables import attempts, job_tags, jobs, requests, results, worker_samples
 
 #: Slowest rows that are listed.
 SLOWEST = 10
+
+#: Seconds before the first admission that the timeline may show, and the longest time one sample speaks for.
+BEFORE_S = 600.0
+GAP_S = 30.0
+
+#: Groups of the calibration curve.
+CALIBRATION_GROUPS = 10
 
 #: Points of each worker's samples.
 SAMPLES = 400
@@ -32,12 +41,45 @@ class SlowRow:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseUse:
+    """What a worker used while it was loading, idle or busy. None: not measured."""
+
+    worker_id: str
+    state: str
+    samples: int
+    memory_bytes: int | None
+    device_memory_bytes: int | None
+    cpu_ratio: float | None
+    device_use_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Means of groups of equally many answers, from the least sure to the surest; ``name`` is a score."""
+
+    name: str
+    n: int
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    #: Expected calibration error over these groups, and Brier's score of the answer's probability.
+    ece: float
+    brier: float
+
+
+@dataclass(frozen=True, slots=True)
 class Details:
     """Seconds count from the first admission."""
 
     slow: tuple[SlowRow, ...]
     #: (worker, start, end, outcome) of each attempt.
     spans: tuple[tuple[str, float, float, str], ...]
+    #: (worker, start, end, state) of the time between two samples.
+    phases: tuple[tuple[str, float, float, str], ...]
+    #: Worker -> state -> most memory, most device memory, mean CPU, mean device use of its samples.
+    resources: tuple[PhaseUse, ...]
+    calibration: Calibration | None
+    note: str | None
+    tags: tuple[str, ...]
     #: Worker -> its samples, as columns by name.
     samples: dict[str, dict[str, Floats]]
     config: dict[str, Any]
@@ -50,6 +92,13 @@ def read_details(db: Connection, job_id: str, begin: float, end: float) -> Detai
     return Details(
         slow=_slow(db, job_id),
         spans=_spans(db, job_id, begin, end),
+        phases=_phases(db, job_id, begin, end),
+        resources=_resources(db, job_id, end),
+        calibration=_calibration(db, job_id),
+        note=job.note,
+        tags=tuple(
+            db.execute(sa.select(job_tags.c.tag).where(job_tags.c.job_id == job_id).order_by(job_tags.c.tag)).scalars()
+        ),
         samples=_samples(db, job_id, begin, end),
         config=_config(job),
         env=json.loads(job.env or "{}"),
@@ -88,8 +137,65 @@ def _spans(db: Connection, job_id: str, begin: float, end: float) -> tuple[tuple
     query = sa.select(each.worker_id, each.started_at, each.ended_at, each.outcome).where(each.job_id == job_id)
     return tuple(
         (worker, started - begin, (ended or end) - begin, outcome or "running")
-        for worker, started, ended, outcome in db.execute(query.order_by(each.worker_id, each.started_at).limit(2000))
+        for worker, started, ended, outcome in db.execute(query.order_by(each.worker_id, each.started_at))
     )
+
+
+def _phases(db: Connection, job_id: str, begin: float, end: float) -> tuple[tuple[str, float, float, str], ...]:
+    """What workers were at, from one sample to the next; before the first admission too, where they loaded."""
+    each = worker_samples.c
+    own = sa.select(attempts.c.worker_id).where(attempts.c.job_id == job_id)
+    query = sa.select(each.worker_id, each.at, each.state).where(
+        each.worker_id.in_(own), each.state.is_not(None), each.at.between(begin - BEFORE_S, end + 10)
+    )
+    rows = list(db.execute(query.order_by(each.worker_id, each.at)))
+    return tuple(
+        (worker, max(at - begin, -BEFORE_S), later - begin, state)
+        for (worker, at, state), (following, later, _) in pairwise(rows)
+        if worker == following and later - at <= GAP_S
+    )
+
+
+def _resources(db: Connection, job_id: str, end: float) -> tuple[PhaseUse, ...]:
+    """Of each worker of the job, from its start to the job's end."""
+    each = worker_samples.c
+    own = sa.select(attempts.c.worker_id).where(attempts.c.job_id == job_id)
+    query = (
+        sa.select(
+            each.worker_id, each.state, sa.func.count(), sa.func.max(each.memory_bytes),
+            sa.func.max(each.device_memory_bytes), sa.func.avg(each.cpu_ratio), sa.func.avg(each.device_use_ratio),
+        )
+        .where(each.worker_id.in_(own), each.at <= end + 10, each.state.is_not(None))
+        .group_by(each.worker_id, each.state)
+        .order_by(each.worker_id, each.state)
+    )  # fmt: skip
+    return tuple(PhaseUse(*row) for row in db.execute(query))
+
+
+def _calibration(db: Connection, job_id: str) -> Calibration | None:
+    """Of the first score that is right or wrong, where answers came with probabilities; None where there are none."""
+    each = results.c
+    query = sa.select(each.row, each.choice_probs).where(each.job_id == job_id, each.choice_probs.is_not(None))
+    sure = {row: max(json.loads(text).values(), default=0.0) for row, text in db.execute(query)}
+    if len(sure) < CALIBRATION_GROUPS:
+        return None
+    rows = read_rows(db, job_id)
+    for name, right in rows.right.items():
+        pairs = [(sure[int(row)], value) for row, value in zip(rows.row, right, strict=True) if int(row) in sure]
+        block = np.array([pair for pair in pairs if np.isfinite(pair[1])]).reshape(-1, 2)
+        if len(block) >= CALIBRATION_GROUPS:
+            return calibrated(name, block[:, 0], block[:, 1])
+    return None
+
+
+def calibrated(name: str, confidence: Floats, right: Floats) -> Calibration:
+    """Groups of equal mass: as many answers in each, so that none rests on a few."""
+    order = np.argsort(confidence, kind="stable")
+    groups = np.array_split(order, min(CALIBRATION_GROUPS, len(order)))
+    means = [(float(confidence[group].mean()), float(right[group].mean()), len(group)) for group in groups]
+    ece = sum(size * abs(sure - share) for sure, share, size in means) / len(order)
+    brier = float(((confidence - right) ** 2).mean())
+    return Calibration(name, len(order), tuple(m[0] for m in means), tuple(m[1] for m in means), ece, brier)
 
 
 def _samples(db: Connection, job_id: str, begin: float, end: float) -> dict[str, dict[str, Floats]]:

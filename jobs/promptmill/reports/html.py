@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.metrics import METRICS, PERCENTILES, digits
+from promptmill.metrics import METRICS, PERCENTILES, Metric, digits
 from promptmill.reports import plots
 from promptmill.reports.details import Details, read_details
 from promptmill.reports.figures import DISTRIBUTIONS, singles
@@ -20,6 +20,7 @@ from promptmill.reports.rows import consistent
 from promptmill.reports.scan import Floats
 from promptmill.reports.summary import Summary, summarise_with_plots
 from promptmill.reports.terminal import MESSAGE_CHARACTERS
+from promptmill.scorers.scoring import Score
 
 #: Bundled beside this file.
 STYLE = Path(__file__).with_name("report.css")
@@ -35,8 +36,9 @@ def text(db: Engine | Connection, job_id: str) -> str:
         details = read_details(connection, job_id, summary.began_at or 0.0, summary.ended_at or 0.0)
     title = f"promptmill: {summary.name or summary.job_id}"
     sections = [
-        _head(summary), _keys(summary), _plots(summary, details, shapes), _scores(summary), _times(summary),
-        _errors(summary), _slow(details), _workers(summary), _checks(summary), _config(details), _definitions(summary),
+        _head(summary, details), _keys(summary), _plots(summary, details, shapes), _scores(summary, details),
+        _times(summary), _errors(summary), _slow(details), _workers(summary, details), _checks(summary),
+        _config(details), _definitions(summary),
     ]  # fmt: skip
     return document(title, "".join(sections))
 
@@ -75,7 +77,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Ite
     return f"<table><tr>{cells('th', columns)}</tr>{body}</table>" if body else ""
 
 
-def _head(summary: Summary) -> str:
+def _head(summary: Summary, details: Details) -> str:
     good = "good" if summary.verdict == "passed" else "bad" if summary.state.is_final else ""
     began = (
         "not yet"
@@ -89,9 +91,11 @@ def _head(summary: Summary) -> str:
         ("config", summary.config_sha256[:12]),
         ("device", summary.device_got or "unknown"),
         ("began", began),
+        ("tags", ", ".join(details.tags)),
+        ("note", details.note or ""),
         ("rows", f"{summary.attempted:,} of {summary.rows:,}, {summary.completeness}"),
     ]
-    rows = "".join(f"<tr><th>{label}</th><td>{safe(value)}</td></tr>" for label, value in lines)
+    rows = "".join(f"<tr><th>{label}</th><td>{safe(value)}</td></tr>" for label, value in lines if value)
     stop = f"<p class=bad>{safe(summary.stop_reason)}</p>" if summary.stop_reason else ""
     return (
         f"<h1>{safe(summary.name or 'Job')} <span class=dim>{safe(summary.job_id)}</span></h1>"
@@ -127,12 +131,22 @@ def _plots(summary: Summary, details: Details, shapes: Plots | None) -> str:
         (plots.scatter(shapes), f"{len(shapes.scatter_tokens):,} of {shapes.rows:,} rows"),
     ]
     if details.spans:
-        shown.append((plots.timeline(details), "green: done; orange: given back; red: lost or failed; blue: running"))
+        shown.append(
+            (
+                plots.timeline(details),
+                "wide: chunks, green done, orange given back, red lost or failed, blue running; narrow: violet "
+                "loading, grey idle, blue busy",
+            )
+        )
     shown += [(svg, caption) for svg, caption in _resources(details)]
-    figures = "".join(
-        f"<figure>{svg}<figcaption>{safe(caption)}</figcaption></figure>" for svg, caption in shown if svg
-    )
+    figures = "".join(_figure(svg, caption) for svg, caption in shown if svg)
     return section("Plots", f"<div class=plots>{figures}</div>")
+
+
+def _figure(svg: str, caption: str, kind: str = "") -> str:
+    """A plot under its name, which is what is read out instead of it."""
+    name = svg.partition('aria-label="')[2].partition('"')[0]
+    return f"<figure class='{kind}'><figcaption><b>{name}</b> {safe(caption)}</figcaption>{svg}</figure>"
 
 
 def _moments(shapes: Plots) -> Floats:
@@ -193,25 +207,42 @@ def _times(summary: Summary) -> str:
     return section("Time", table(("", *PERCENTILES, "mean", "n"), rows, range(1, 7)))
 
 
-def _scores(summary: Summary) -> str:
+def _scores(summary: Summary, details: Details) -> str:
     rows: list[tuple[str, ...]] = []
+    if not summary.scores:
+        return ""
     for name, score in summary.scores.items():
         metric = METRICS[score.metric]
-        rows.append(
-            (
-                f"{name} {metric.label}",
-                metric.shown(score.value),
-                metric.interval(score.ci95),
-                f"{score.n:,}",
-                f"{score.unparsed:,}",
-                f"{score.truncated:,}",
-            )
-        )
+        rows.append((
+            f"{name} {metric.label}", metric.shown(score.value), metric.interval(score.ci95), f"{score.n:,}",
+            f"{score.unparsed:,}", f"{score.truncated:,}", METRICS["majority_baseline"].text(score.majority_baseline),
+        ))  # fmt: skip
         for figure, each in score.figures.values.items():
             made = METRICS[figure]
             interval = made.interval(score.figures.intervals.get(figure))
-            rows.append((f"{name} {made.label}", made.shown(each), interval, f"{score.n:,}", "", ""))
-    return section("Scores", table(("score", "value", "95 % CI", "n", "unparsed", "truncated"), rows, range(1, 6)))
+            rows.append((f"{name} {made.label}", made.shown(each), interval, f"{score.n:,}", "", "", ""))
+    figures = [
+        _figure(
+            plots.confusion(*_matrix(score), name),
+            f"macro F1 {'–' if score.macro_f1 is None else f'{score.macro_f1:.3f}'}",
+            "square",
+        )
+        for name, score in summary.scores.items()
+        if score.confusion
+    ]
+    if details.calibration is not None:
+        found = details.calibration
+        caption = f"{found.n:,} answers; expected calibration error {found.ece:.3f}, Brier score {found.brier:.3f}"
+        figures.append(_figure(plots.calibration(found), caption, "square"))
+    columns = ("score", "value", "95 % CI", "n", "unparsed", "truncated", "majority")
+    return section("Scores", table(columns, rows, range(1, 7)) + f"<div class=plots>{''.join(figures)}</div>")
+
+
+def _matrix(score: Score) -> tuple[list[str], list[list[int]]]:
+    """Labels, and rows by expected and given label."""
+    given = {label for row in score.confusion.values() for label in row}
+    labels = [*score.confusion, *sorted(given - score.confusion.keys())]
+    return labels, [[score.confusion.get(one, {}).get(other, 0) for other in labels] for one in labels]
 
 
 def _errors(summary: Summary) -> str:
@@ -232,17 +263,22 @@ def _slow(details: Details) -> str:
     return section("Slowest rows", table(("row", "id", "latency s", "tokens", "answer"), rows, (0, 2, 3)))
 
 
-def _workers(summary: Summary) -> str:
+def _workers(summary: Summary, details: Details) -> str:
     memory = METRICS["memory_bytes"]
     rows = [
         (each.id, each.device_got or "unknown", each.slots or "?", f"{each.ok:,}", f"{each.errors:,}",
-         memory.text(each.memory_bytes), memory.text(each.device_memory_bytes))
+         "–" if each.model_load_s is None else digits(each.model_load_s), each.host_restarts or 0)
         for each in summary.workers
     ]  # fmt: skip
-    return section(
-        "Workers",
-        table(("worker", "device got", "slots", "ok", "errors", "memory MiB", "device MiB"), rows, range(2, 7)),
-    )
+    used = [
+        (each.worker_id, each.state, f"{each.samples:,}", memory.text(each.memory_bytes),
+         memory.text(each.device_memory_bytes), "–" if each.cpu_ratio is None else digits(each.cpu_ratio),
+         "–" if each.device_use_ratio is None else f"{100 * each.device_use_ratio:.0f}")
+        for each in details.resources
+    ]  # fmt: skip
+    who = table(("worker", "device got", "slots", "ok", "errors", "model load s", "restarts"), rows, range(2, 7))
+    columns = ("worker", "phase", "samples", "most memory MiB", "most device MiB", "mean CPU cores", "mean device %")
+    return section("Workers", who) + section("Resources by phase", table(columns, used, range(2, 7)))
 
 
 def _checks(summary: Summary) -> str:
@@ -265,14 +301,19 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _definitions(summary: Summary) -> str:
+    """The definition of every figure, and the query that gives it."""
     rows = [
-        (metric.name, "not measured" if value is None else metric.text(value), metric.shown_unit, metric.formula)
+        (metric.name, "not measured" if value is None else metric.text(value), metric.shown_unit, metric.formula,
+         _query(metric, summary))
         for metric, value in singles(summary)
-    ]
+    ]  # fmt: skip
     rows += [
-        (METRICS[name].name, "see above", METRICS[name].shown_unit, METRICS[name].formula) for name in DISTRIBUTIONS
+        (name, "see above", METRICS[name].shown_unit, METRICS[name].formula, _query(METRICS[name], summary))
+        for name in DISTRIBUTIONS
     ]
-    return section(
-        "Every figure and its definition",
-        table(("figure", "value", "unit", "from the rows of v_results and attempts"), rows, (1,)),
-    )
+    columns = ("figure", "value", "unit", "definition", "promptmill query …")
+    return section("Every figure, its definition and its query", f"<div class=small>{table(columns, rows, (1,))}</div>")
+
+
+def _query(metric: Metric, summary: Summary) -> str:
+    return (metric.sql or "").replace("'JOB'", f"'{summary.job_id}'")

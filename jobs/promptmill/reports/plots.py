@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from promptmill.metrics import digits
-from promptmill.reports.details import Details
+from promptmill.reports.details import Calibration, Details
 from promptmill.reports.fold import Plots
 from promptmill.reports.scan import Floats
 
@@ -21,6 +22,11 @@ INK = "#010203"
 BLUE, ORANGE, GREEN, RED = "#4c8bd6", "#d9822b", "#3f9c6b", "#cf4a4a"
 
 _OUTCOMES = {"done": GREEN, "released": ORANGE, "failed": RED, "lost": RED, "running": BLUE}
+
+_PHASES = {"loading": "#9b7fc4", "idle": "#b8bec4", "busy": BLUE}
+
+#: Widths of a bar that fit into a plot: what lies closer is one bar.
+WIDTH = 600
 
 #: Inches of a plot.
 SIZE = (6.4, 2.7)
@@ -38,7 +44,7 @@ def draw(paint: Callable[[Any], None], label: str, size: tuple[float, float] = S
         "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK,
         "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
     }  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
@@ -46,6 +52,8 @@ def draw(paint: Callable[[Any], None], label: str, size: tuple[float, float] = S
         axes.patch.set_alpha(0)
         paint(axes)
         stream = io.StringIO()
+        # Text stays text: the browser has fonts for labels that matplotlib's own cannot show.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(stream.getvalue(), label)
 
@@ -54,7 +62,7 @@ def _inline(svg: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Ids are of one document: two plots on a page must not share them.
-    prefix = re.sub(r"\W+", "-", label)
+    prefix, label = re.sub(r"\W+", "-", label), html.escape(label)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     svg = svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
     return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
@@ -106,22 +114,51 @@ def scatter(shapes: Plots) -> str:
 
 
 def timeline(details: Details) -> str:
-    """Attempts of each worker: green ended in order, orange was given back, red was lost or failed."""
-    workers = sorted({worker for worker, *_ in details.spans})
+    """What each worker did: below, what its samples say it was at; above, its attempts by how they ended."""
+    workers = sorted({span[0] for span in (*details.spans, *details.phases)})
+    width = max((span[2] for span in (*details.spans, *details.phases)), default=1.0) / WIDTH
 
     def paint(axes: Any) -> None:
         for index, name in enumerate(workers):
-            for outcome, colour in _OUTCOMES.items():
-                own = [
-                    (start, end - start)
-                    for worker, start, end, how in details.spans
-                    if (worker, how) == (name, outcome)
-                ]
-                axes.broken_barh(own, (index - 0.35, 0.7), facecolor=colour, edgecolor=INK, linewidth=0.3, alpha=0.8)
+            for spans, colours, low, high in (
+                (details.phases, _PHASES, index - 0.36, 0.16), (details.spans, _OUTCOMES, index - 0.16, 0.52)
+            ):  # fmt: skip
+                for kind, colour in colours.items():
+                    own = [(begin, end) for worker, begin, end, how in spans if (worker, how) == (name, kind)]
+                    bars = [(begin, end - begin) for begin, end in merged(own, width)]
+                    axes.broken_barh(bars, (low, high), facecolor=colour, alpha=0.8)
         axes.set_yticks(range(len(workers)), [name[-28:] for name in workers])
         axes.set(xlabel="s since the first admission")
 
-    return draw(paint, "Chunks of each worker over time", (6.4, 1.0 + 0.3 * len(workers)))
+    return draw(paint, "Workers over time", (6.4, 1.0 + 0.35 * len(workers)))
+
+
+def merged(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
+    """Spans with no more than ``gap`` between them as one: what is too close to be seen apart."""
+    found: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if found and begin - found[-1][1] <= gap:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((begin, end))
+    return found
+
+
+def calibration(found: Calibration) -> str:
+    """How often answers are right against how sure the model was, in groups of equally many answers."""
+
+    def paint(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
+        axes.plot(found.confidence, found.accuracy, color=BLUE, marker="o")
+        axes.set(xlabel="probability of the answer", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
+
+    return draw(paint, f"Calibration of {found.name}", (3.6, 3.2))
+
+
+def short(label: str) -> str:
+    """A label as it fits beside a matrix; an answer that could not be read has none."""
+    text = label.strip('"') or "(unreadable)"
+    return text if len(text) <= 18 else text[:17] + "…"
 
 
 def confusion(labels: list[str], counts: list[list[int]], name: str) -> str:
@@ -130,16 +167,20 @@ def confusion(labels: list[str], counts: list[list[int]], name: str) -> str:
     def paint(axes: Any) -> None:
         block = np.array(counts, dtype=float)
         shares = block / np.maximum(block.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4, alpha=0.6)
+        # Cells as shapes: an image inside the page would be blurred, and barred by its own security policy.
+        edges = np.arange(len(labels) + 1) - 0.5
+        axes.pcolormesh(edges, edges, shares, cmap="Blues", vmin=0, vmax=1.4, alpha=0.6, edgecolor=INK, linewidth=0.3)
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
         for row, line in enumerate(counts):
             for column, count in enumerate(line):
-                axes.text(column, row, digits(count), ha="center", va="center")
-        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-        axes.set_yticks(range(len(labels)), labels)
+                axes.text(column, row, f"{count:,}" if count else "", ha="center", va="center")
+        axes.set_xticks(range(len(labels)), [short(label) for label in labels], rotation=30, ha="right")
+        axes.set_yticks(range(len(labels)), [short(label) for label in labels])
         axes.set(xlabel="predicted", ylabel="expected")
 
-    size = 1.6 + 0.55 * len(labels)
-    return draw(paint, f"Confusion matrix of {name}", (min(size + 1, 9.0), min(size, 8.0)))
+    size = min(1.8 + 0.5 * len(labels), 9.0)
+    return draw(paint, f"Confusion matrix of {name}", (size + 0.8, size))
 
 
 def bars(values: Sequence[tuple[str, float, float]], label: str) -> str:

@@ -46,6 +46,8 @@ class WorkerShare:
     output_tokens: int
     memory_bytes: int | None
     device_memory_bytes: int | None
+    model_load_s: float | None
+    host_restarts: int | None
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -337,7 +339,9 @@ def _worker(
     slots: int | None,
     memory: tuple[int | None, int | None],
 ) -> WorkerShare:
-    names = ("host", "engine", "device_asked", "device_got", "layers", "layers_offloaded")
+    names = (
+        "host", "engine", "device_asked", "device_got", "layers", "layers_offloaded", "model_load_s", "host_restarts",
+    )  # fmt: skip
     known = {name: getattr(row, name, None) for name in names}
     answered = [group for group in groups if group.state == "ok"]
     return WorkerShare(
