@@ -14,7 +14,7 @@ _SLOT = f"{_ROWS} AND admitted_at IS NOT NULL AND finished_at IS NOT NULL"
 _WALL = f"(SELECT NULLIF(MAX(finished_at) - MIN(admitted_at), 0) {_SLOT})"
 _TRIED = "FROM attempts WHERE job_id = 'JOB'"
 _ENGINE_S = "NULLIF(SUM(prefill_s) + SUM(decode_s) + SUM(overhead_s) + SUM(idle_s), 0)"
-_SCORED = "outcome IN ('scored', 'unparsed', 'truncated')"
+_SCORED = "outcome IN ('scored', 'unparsed', 'truncated', 'scorer_error')"
 _RUN = "FROM scores WHERE score_run_id = 'RUN' AND metric = 'SCORE'"
 
 

@@ -20,7 +20,7 @@ from promptmill.reports.rows import consistent
 from promptmill.reports.scan import Floats
 from promptmill.reports.summary import Summary, summarise_with_plots
 from promptmill.reports.terminal import MESSAGE_CHARACTERS
-from promptmill.scorers.scoring import Score
+from promptmill.scorers.tally import Score
 
 #: Bundled beside this file.
 STYLE = Path(__file__).with_name("report.css")
