@@ -13,8 +13,9 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from sqlalchemy.engine import Engine
+from starlette.staticfiles import StaticFiles
 
-from promptmill.api import batches, chat, errors, exposition, files, jobs, models, system
+from promptmill.api import batches, chat, errors, exposition, files, jobs, models, pages, system
 from promptmill.api.file_store import FileStore
 from promptmill.api.limits import Limits
 from promptmill.api.live import Live
@@ -71,8 +72,9 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     app.state.services = parts
     app.state.timings = timings
     errors.install(app)
-    for module in (chat, files, batches, jobs, models, system, exposition):
+    for module in (chat, files, batches, jobs, models, system, exposition, pages):
         app.include_router(module.router)
+    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     app.add_middleware(
         Gate, timings=timings, largest_body=settings.api_max_body_bytes, largest_upload=settings.api_max_file_bytes,
         locked=locked,

@@ -32,7 +32,8 @@ class Upload:
 class _Form:
     """Takes what the parser finds: fields into memory, the part named ``file`` into the draft."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: Draft, largest_field: int) -> None:
+        self._largest_field = largest_field
         self.upload = Upload()
         self._draft = draft
         self._parts = 0
@@ -91,7 +92,7 @@ class _Form:
             self._draft.write(data[start:end])
             return
         self._text += data[start:end]
-        if len(self._text) > LARGEST_FIELD:
+        if len(self._text) > self._largest_field:
             raise bad(f"The field '{self._field[:40]}' is too long.", self._field[:40])
 
     def _part_end(self) -> None:
@@ -102,13 +103,13 @@ class _Form:
         self.ended = True
 
 
-async def receive(request: Request, draft: Draft) -> Upload:
+async def receive(request: Request, draft: Draft, largest_field: int = LARGEST_FIELD) -> Upload:
     """Read the form; its file goes into the draft. Raises ApiError for what is no such form."""
     kind, options = parse_options_header(request.headers.get("content-type", "").encode("latin-1", "replace"))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise ApiError(415, "Expected a file as multipart/form-data.", param="file", code="unsupported_content_type")
-    form = _Form(draft)
+    form = _Form(draft, largest_field)
     try:
         parser = MultipartParser(boundary, form.callbacks())
         async for block in request.stream():

@@ -1,0 +1,224 @@
+"""The live page: rendered here, kept fresh by htmx, usable without a mouse. Every foreign text is escaped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from sqlalchemy.engine import Row
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from promptmill.api import job_creation, jobs, keys, login, page_data
+from promptmill.api.bodies import json_response
+from promptmill.api.errors import ApiError
+from promptmill.api.errors import of as error_of
+from promptmill.api.keys import Principal
+from promptmill.api.services import Parts, Services, identify, in_thread
+from promptmill.api.uploads import receive
+from promptmill.errors import PromptmillError
+from promptmill.tables import api_keys
+
+router = APIRouter(include_in_schema=False)
+
+STATIC = Path(__file__).parent / "static"
+
+#: Largest field of the form: a task file.
+LARGEST_FIELD = 1_000_000
+
+_pages = Environment(
+    loader=PackageLoader("promptmill.api"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
+
+
+def _span(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
+
+
+_pages.filters |= {
+    "span": _span, "number": _number, "gib": lambda size: "–" if size is None else f"{size / 2**30:.1f} GiB",
+}  # fmt: skip
+
+
+def _page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
+    return HTMLResponse(_pages.get_template(name).render(**values), status, headers={"cache-control": "no-store"})
+
+
+async def _who(request: Request, scope: str = "read") -> Principal:
+    """Who looks. A page that needs a login leads there."""
+    try:
+        found = await identify(request)
+    except ApiError:
+        raise _Login(request) from None
+    if not found.may(scope):
+        raise ApiError(403, f"This key may not do that: it lacks the scope '{scope}'.")
+    return found
+
+
+class _Login(ApiError):
+    """Not logged in: to the login, and back again."""
+
+    def __init__(self, request: Request) -> None:
+        target = f"/login?next={quote(request.url.path)}"
+        is_part = request.headers.get("hx-request") == "true"
+        super().__init__(401 if is_part else 303, "Log in first.", headers={"hx-redirect": target, "location": target})
+
+
+def _frame(parts: Services, principal: Principal) -> dict[str, Any]:
+    return {"locked": parts.locked and principal.key_id is not None, "may_submit": principal.may("submit")}
+
+
+@router.get("/")
+async def index(request: Request, parts: Parts) -> Response:
+    principal = await _who(request)
+    return _page(
+        "index.html", jobs=await in_thread(page_data.job_views, parts, principal),
+        workers=await in_thread(page_data.worker_views, parts), models=parts.models.models, problem=None, values={},
+        **_frame(parts, principal),
+    )  # fmt: skip
+
+
+@router.get("/pages/jobs")
+async def jobs_part(request: Request, parts: Parts) -> Response:
+    principal = await _who(request)
+    return _page("_jobs.html", jobs=await in_thread(page_data.job_views, parts, principal))
+
+
+@router.get("/pages/workers")
+async def workers_part(request: Request, parts: Parts) -> Response:
+    await _who(request)
+    return _page("_workers.html", workers=await in_thread(page_data.worker_views, parts))
+
+
+@router.post("/jobs")
+async def submit(request: Request, parts: Parts) -> Response:
+    """The form: a dataset, a model, a task. What is wrong with it is said beside it, and what was typed stays."""
+    principal = await _who(request, "submit")
+    values: dict[str, str] = {}
+    try:
+        with parts.store.draft(parts.settings.api_max_file_bytes) as draft:
+            form = await receive(request, draft, LARGEST_FIELD)
+            values = form.fields
+            draft.flush()
+            if not draft.bytes:
+                raise ApiError(400, "Choose a dataset with at least one line.")
+            body: dict[str, Any] = {name: text for name, text in values.items() if text.strip()}
+            body["priority"] = int(body.get("priority", "5")) if body.get("priority", "5").isdigit() else -1
+            wanted = await in_thread(jobs.order_of, parts, principal, body)
+            wanted |= {"path": str(draft.path.absolute()), "name_of_file": form.filename or "dataset.jsonl"}
+            job_id = await job_creation.create(parts.settings, parts.db, wanted)
+        return RedirectResponse(f"/jobs/{job_id}", 303)
+    except (ApiError, PromptmillError) as problem:
+        found = problem if isinstance(problem, ApiError) else error_of(problem)
+    return _page(
+        "index.html", found.status, jobs=await in_thread(page_data.job_views, parts, principal),
+        workers=await in_thread(page_data.worker_views, parts), models=parts.models.models, problem=found.message,
+        values=values, **_frame(parts, principal),
+    )  # fmt: skip
+
+
+async def _job(name: str, parts: Services, principal: Principal, job: Row[Any], problem: str | None = None) -> Response:
+    found = await in_thread(page_data.detail, parts, job)
+    return _page(name, job=found, problem=problem, **_frame(parts, principal))
+
+
+@router.get("/jobs/{job_id}")
+async def job_page(job_id: str, request: Request, parts: Parts) -> Response:
+    principal = await _who(request)
+    try:
+        job = await in_thread(jobs.find, parts, job_id, principal)
+    except ApiError as problem:
+        return _page("error.html", problem.status, title="No such job", message=problem.message)
+    return _page(
+        "job.html", job=await in_thread(page_data.detail, parts, job), problem=None, **_frame(parts, principal)
+    )
+
+
+@router.get("/pages/jobs/{job_id}")
+async def job_part(job_id: str, request: Request, parts: Parts) -> Response:
+    principal = await _who(request)
+    job = await in_thread(jobs.find, parts, job_id, principal)
+    return _page(
+        "_job.html", job=await in_thread(page_data.detail, parts, job), problem=None, **_frame(parts, principal)
+    )
+
+
+@router.get("/pages/jobs/{job_id}/answers")
+async def job_answers(job_id: str, request: Request, parts: Parts) -> Response:
+    principal = await _who(request)
+    job = await in_thread(jobs.find, parts, job_id, principal)
+    return await _job("_answers.html", parts, principal, job)
+
+
+@router.get("/pages/jobs/{job_id}/series")
+async def job_series(job_id: str, request: Request, parts: Parts) -> Response:
+    principal = await _who(request)
+    job = await in_thread(jobs.find, parts, job_id, principal)
+    return json_response(await in_thread(page_data.series, parts, job))
+
+
+@router.post("/pages/jobs/{job_id}/{verb}")
+async def change(job_id: str, verb: str, request: Request, parts: Parts) -> Response:
+    """A button of a job's page: the page's part comes back, with what went wrong if anything did."""
+    principal = await _who(request, "submit")
+    if verb not in ("cancel", "pause", "resume", "retry"):
+        raise ApiError(404, "There is no such button.")
+    problem = None
+    try:
+        await in_thread(jobs.change, parts, job_id, principal, verb)
+    except (ApiError, PromptmillError) as found:
+        problem = found.message
+    job = await in_thread(jobs.find, parts, job_id, principal)
+    return _page(
+        "_job.html", job=await in_thread(page_data.detail, parts, job), problem=problem, **_frame(parts, principal)
+    )
+
+
+# --- login -----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/login")
+async def login_page(request: Request) -> Response:
+    return _page("login.html", next=_inside(request.query_params.get("next", "/")), problem=None)
+
+
+@router.post("/login")
+async def log_in(request: Request, parts: Parts) -> Response:
+    form = await request.form(max_files=0, max_fields=4, max_part_size=4096)
+    target, key = _inside(str(form.get("next", "/"))), str(form.get("key", "")).strip()
+    found = await in_thread(keys.find, parts.db, api_keys.c.key_sha256, keys.digest(key))
+    if found is None or found[0].key_id is None:
+        return _page("login.html", 401, next=target, problem="This key is unknown or was revoked.")
+    answer = RedirectResponse(target, 303)
+    answer.set_cookie(
+        login.COOKIE, login.cookie_of(found[0].key_id, found[1]), max_age=login.LASTS_S, httponly=True,
+        samesite="strict", secure=request.url.scheme == "https", path="/",
+    )  # fmt: skip
+    return answer
+
+
+@router.post("/logout")
+async def log_out() -> Response:
+    answer = RedirectResponse("/login", 303)
+    answer.delete_cookie(login.COOKIE, path="/")
+    return answer
+
+
+def _inside(target: str) -> str:
+    """A place on this server, and nowhere else."""
+    return target if target.startswith("/") and not target.startswith(("//", "/\\")) else "/"
