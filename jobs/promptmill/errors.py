@@ -56,13 +56,15 @@ class BadLines(DatasetError):
         """``submitting``: the lines were to become a job, and not only to be looked at. ``place``: where a line is."""
         lines = [f"{place(line) if place else f'{name}:{line}'}: {problem}" for line, problem in shown]
         if total > len(shown):
-            lines.append(f"... and {total - len(shown)} more")
+            how = "--skip-invalid records each with its reason" if submitting else "shown when these are mended"
+            lines.append(f"... and {total - len(shown)} more; {how}")
         self.total = total
         self.shown = list(shown)
         plural = "line" if total == 1 else "lines"
         super().__init__(
             "\n".join([*lines, f"{total} bad {plural} in {name}{': nothing was enqueued' if submitting else ''}"]),
-            hint="Mend them, or give --skip-invalid to record them as errors and run the rest."
+            hint="Mend them, or give --skip-invalid to record them as errors ('promptmill results --failed') and run "
+            "the rest."
             if submitting
             else "Mend them; a job would refuse them.",
         )

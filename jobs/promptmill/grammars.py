@@ -62,4 +62,12 @@ def grammar_problem(kind: str, source: str) -> str | None:
     matcher = LLMatcher(LLTokenizer("byte"), grammar)
     if not matcher.is_error():
         matcher.compute_bitmask()
-    return " ".join(matcher.get_error().split())[:200] if matcher.is_error() else None
+    return _reason(matcher.get_error()) if matcher.is_error() else None
+
+
+def _reason(error: str) -> str:
+    """The sentence of an error, without the state of the parser that llguidance appends to it."""
+    text = " ".join(error.split())
+    if text.startswith("NoExtensionBias"):
+        return "no text matches it"
+    return text.partition(" <state>")[0][:200]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from promptmill.errors import RequestError
+from promptmill.sampling import refuse_unknown_tokens
 from promptmill.types import ErrorClass, Request, SamplingParams
 
 #: Rows whose prompts are all tokenised; of later ones every SAMPLE_EVERY-th is. Tokenising a million prompts would
@@ -44,6 +45,8 @@ class Preflight:
     #: Sum of what the rows may generate at most.
     max_output_tokens: int
     too_long: int
+    #: Rows whose answer the context may cut before it has ``max_tokens``.
+    cut: int
     context_tokens: int
 
     def to_json(self) -> dict[str, Any]:
@@ -53,18 +56,25 @@ class Preflight:
 class Gauge:
     """Sees every request of a submission; refuses those that cannot fit, and remembers lengths in little memory."""
 
-    def __init__(self, count: Callable[[Request], int], context_tokens: int) -> None:
-        """``count`` gives the tokens of a request's prompt; ``context_tokens`` is the most a request may hold."""
+    def __init__(self, count: Callable[[Request], int], context_tokens: int, vocabulary: int | None = None) -> None:
+        """``count`` gives the tokens of a request's prompt; ``context_tokens`` is the most a request may hold.
+
+        ``vocabulary``: tokens of the model, None when it has none of its own.
+        """
         self._count = count
+        self._vocabulary = vocabulary
         self._context = context_tokens
         self._lengths = array("I")
         self._weights = array("I")
-        self._rows = self._too_long = self._output = 0
+        self._rows = self._too_long = self._cut = self._output = 0
         self._need = 0
 
     def __call__(self, request: Request) -> None:
-        """Raises :class:`PromptTooLong` for a prompt that leaves no room for one token."""
+        """Raises :class:`PromptTooLong` for a prompt that leaves no room for one token, BadParameter for a bias on a
+        token that the model does not have."""
         self._rows += 1
+        if self._vocabulary is not None:
+            refuse_unknown_tokens(request.sampling, self._vocabulary)
         bound = _bytes(request) + TEMPLATE_TOKENS
         if self._rows <= MEASURED_ROWS or bound >= self._context:
             self._measure(request, 1)
@@ -83,6 +93,7 @@ class Gauge:
             raise PromptTooLong(f"the prompt has {tokens:,} tokens, the model's context {self._context:,}")
         self._lengths.append(tokens)
         self._weights.append(stands_for)
+        self._cut += stands_for if tokens + _answer_tokens(request) > self._context else 0
         self._need = max(self._need, tokens + _answer_tokens(request))
 
     @property
@@ -108,7 +119,8 @@ class Gauge:
         return Preflight(
             rows=self._rows, measured=len(self._lengths), tokens_min=int(lengths.min()), tokens_p50=int(p50),
             tokens_p99=int(p99), tokens_max=int(lengths.max()), prompt_tokens=round(total),
-            max_output_tokens=self._output, too_long=self._too_long, context_tokens=self._context,
+            max_output_tokens=self._output, too_long=self._too_long, cut=self._cut,
+            context_tokens=self._context,
         )  # fmt: skip
 
 

@@ -69,11 +69,10 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _different_texts(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        raise ValueError("a list of texts")
-    texts = _texts(value)
-    if len(set(texts)) < len(texts) or not 0 < len(texts) <= MOST_TEXTS:
-        raise ValueError(f"a list of 1 to {MOST_TEXTS:,} different texts")
+    texts = tuple(value) if isinstance(value, list | tuple) else ()
+    is_good = 0 < len(texts) <= MOST_TEXTS and all(isinstance(text, str) and text for text in texts)
+    if not is_good or len(set(texts)) < len(texts):
+        raise ValueError(f"a list of 1 to {MOST_TEXTS:,} different texts, none of them empty")
     return texts
 
 
@@ -113,8 +112,10 @@ def _schema(value: Any) -> str:
 
 
 def _regex(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a regular expression")
+    if not isinstance(value, str):
+        raise ValueError("a regular expression, as a text")
+    if not value:
+        raise ValueError("a regular expression; an empty one would only let an empty answer through")
     if problem := grammar_problem("regex", value):
         raise ValueError(f"a regular expression that can be enforced; of this one: {problem}")
     return value
@@ -196,8 +197,36 @@ def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> Samplin
     given = [name for name in CONSTRAINTS if getattr(found, name) not in (None, (), False)]
     if len(given) > 1:
         raise BadParameter(f"both '{given[0]}' and '{given[1]}' are given: an answer is bound by one of them")
-    if found.top_logprobs and not found.logprobs:
-        raise BadParameter("'top_logprobs' is given without 'logprobs'", hint='Add "logprobs": true.')
-    if found.n > 1 and (found.choices or found.continuations or found.embedding):
-        raise BadParameter(f"'n' above 1 makes no sense with '{given[0]}'")
+    if problem := _contradiction(found, given):
+        raise BadParameter(problem)
     return found
+
+
+def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
+    """What was asked for and would be ignored, or spoil something else; ``given``: what the answer is bound by."""
+    thinks = found.thinking not in (None, "off")
+    # Choices are scored, and nothing is drawn, unless a reasoning comes before them.
+    is_scored = bool(found.continuations or found.embedding or (found.choices and not thinks))
+    if found.top_logprobs and not found.logprobs:
+        return """'top_logprobs' is given without 'logprobs': add "logprobs": true"""
+    if found.n > 1 and (found.choices or found.continuations or found.embedding):
+        return f"'n' above 1 makes no sense with '{given[0]}'"
+    if found.logprobs and is_scored:
+        return f"'logprobs' makes no sense with '{given[0]}': no token is drawn"
+    if thinks and (found.continuations or found.embedding):
+        return f"'thinking' makes no sense with '{given[0]}': nothing is generated"
+    if found.stop and found.is_constrained:
+        return f"'stop' is given with '{given[0]}': it would cut an answer that is bound, so give one of them"
+    return None
+
+
+def refuse_repeats(sampling: SamplingParams) -> None:
+    """Raises :class:`BadParameter` for several answers that would all be the same."""
+    if sampling.n > 1 and sampling.is_greedy:
+        raise BadParameter("'n' above 1 needs a 'temperature' above 0: greedy answers are all the same")
+
+
+def refuse_unknown_tokens(sampling: SamplingParams, vocabulary: int) -> None:
+    """Raises :class:`BadParameter` for a bias on a token that a model of so many tokens does not have."""
+    if sampling.logit_bias and (token := sampling.logit_bias[-1][0]) >= vocabulary:
+        raise BadParameter(f"'logit_bias' names token {token:,}: the model's tokens are 0 to {vocabulary - 1:,}")

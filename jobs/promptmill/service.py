@@ -108,6 +108,8 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
     check_max_errors(options.max_errors)
     check_name(options.name)
     checkpoint, gauge = _model(options, settings, must_be_here=mode == "embedded")
+    if checkpoint is not None:
+        _check_engine(checkpoint, options, settings, mode)
     model = checkpoint.name if checkpoint else _canonical(_model_name(options, settings))
     sampling = (dict(task.generate) if task else {}) | options.sampling
     order = JobOrder(
@@ -256,7 +258,17 @@ def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple
     def count(request: Request) -> int:
         return counter.count(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
 
-    return checkpoint, Gauge(count, min(limit, counter.context_tokens))
+    return checkpoint, Gauge(count, min(limit, counter.context_tokens), counter.vocabulary)
+
+
+def _check_engine(checkpoint: Checkpoint, options: RunOptions, settings: Settings, mode: str) -> None:
+    """Raises ModelError for what the model's engine would refuse when it loads: nothing is stored then."""
+    from promptmill_workers.checkpoints import check_options
+    from promptmill_workers.engines.contract import EngineOptions
+
+    # The workers of a queue keep their KV cache by settings of their own.
+    kv_type = settings.kv_type if mode == "embedded" else EngineOptions().kv_type
+    check_options(checkpoint, EngineOptions(slots=options.slots or settings.slots, kv_type=kv_type))
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
 from promptmill.readers import Dataset
+from promptmill.sampling import refuse_repeats
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
@@ -150,6 +151,7 @@ class Preparer:
 
     def _valid(self, line: DatasetLine, row: int) -> PreparedRow:
         sampling = resolve_sampling(self._sampling, line.sampling) if line.sampling else self._defaults
+        refuse_repeats(sampling)
         body = payload(line)
         custom_id = line.custom_id if line.custom_id is not None else f"row-{row}"
         if self._template is not None or self._gauge is not None:

@@ -147,7 +147,14 @@ def test_choices_come_with_probabilities(command: Command, tmp_path: Path) -> No
         (["--schema", "missing.json"], "--schema missing.json"),
         (["--choice", "a", "--regex", "b"], "an answer is bound by one of them"),
         (["--param", "top_logprobs=3"], "without 'logprobs'"),
-        (["--timeout", "-1"], "'timeout_s' must be a number above 0"),
+        (["--timeout", "-1"], "--timeout must be a number above 0"),
+        (["--schema", "/dev/null"], "--schema must be a JSON schema"),
+        (["--temperature", "0", "--param", "temperature=1"], "--param temperature says again what --temperature says"),
+        (["--stop", "a", "--choice", "a"], "--stop is given with --choice"),
+        (["-n", "2"], "needs a 'temperature' above 0"),
+        (["--model", "echo:foo=1"], "echo has no option 'foo'"),
+        (["--model", "demo", "--slots", "100000"], "at most 248 slots, not 100,000"),
+        (["--model", "demo:mlx", "--slots", "100000"], "at most 248 slots, not 100,000"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_before_anything_is_stored(
@@ -158,6 +165,21 @@ def test_what_cannot_be_asked_for_is_refused_before_anything_is_stored(
     assert found.code == 2
     assert problem in found.err
     assert command("status", "@last").code == 2
+
+
+def test_a_kv_cache_that_an_engine_lacks_is_refused_before_anything_is_stored(command: Command) -> None:
+    command.environment["JOBS_KV_TYPE"] = "q8_0"
+
+    found = command("run", "-p", "hello", "--model", "demo:mlx")
+
+    assert (found.code, "Unset JOBS_KV_TYPE" in found.err) == (2, True)
+    assert command("status", "@last").code == 2
+
+
+def test_all_answers_to_one_prompt_are_printed(command: Command) -> None:
+    found = ok(command("run", "-p", "say this", "--model", "echo", "-n", "2", "--temperature", "1"))
+
+    assert found.out == "--- answer 1 of 2\nsay this\n--- answer 2 of 2\nsay this\n"
 
 
 def test_lines_are_shown_as_the_model_will_see_them(command: Command, tmp_path: Path) -> None:

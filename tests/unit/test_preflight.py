@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from promptmill.preflight import (
     Gauge,
     PromptTooLong,
 )
+from promptmill.sampling import BadParameter
 from promptmill.types import ErrorClass, Message, Request, SamplingParams
 
 
@@ -131,3 +133,18 @@ def test_a_row_that_is_not_tokenised_fits_by_its_bytes(text: str) -> None:
     gauge(Request(0, "r", SamplingParams(max_tokens=2000), prompt=text))
     assert gauge.findings().measured == 0
     assert gauge.context_needed >= len(text.encode()) + TEMPLATE_TOKENS + 2000
+
+
+def test_answers_that_the_context_may_cut_are_counted() -> None:
+    found = gauge_of([asked(10, max_tokens=6), asked(10, max_tokens=7), asked(3)], context=16).findings()
+
+    assert (found.cut, found.too_long) == (1, 0)
+
+
+def test_a_bias_on_a_token_that_the_model_lacks_is_refused() -> None:
+    gauge = Gauge(words, 64, vocabulary=400)
+    request = asked(3)
+    gauge(replace(request, sampling=SamplingParams(logit_bias=((1, 2.0), (399, 1.0)))))
+
+    with pytest.raises(BadParameter, match="'logit_bias' names token 400: the model's tokens are 0 to 399"):
+        gauge(replace(request, sampling=SamplingParams(logit_bias=((1, 2.0), (400, 1.0)))))

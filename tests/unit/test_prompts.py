@@ -9,7 +9,7 @@ import pytest
 
 from promptmill.errors import PromptmillError, TaskFileError
 from promptmill.prompts import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
-from promptmill.sampling import PARAMETERS, BadParameter
+from promptmill.sampling import PARAMETERS, BadParameter, refuse_repeats
 from promptmill.types import DatasetLine, Message, SamplingParams
 
 
@@ -222,6 +222,19 @@ def test_the_parameters_are_those_of_sampling_params() -> None:
         ({"stop": ["a", ""]}, "'stop' must be a text or a list of texts, none of them empty"),
         ({"stop": {"a": 1}}, "'stop' must be"),
         ({"max_tokens": None}, "'max_tokens' must be"),
+        ({"choices": ["a", ""]}, "'choices' must be a list of 1 to 1,024 different texts, none of them empty"),
+        ({"continuations": [1]}, "'continuations' must be a list of 1 to 1,024 different texts, none of them empty"),
+        ({"choices": "a"}, "'choices' must be a list of 1 to"),
+        ({"regex": ""}, "an empty one would only let an empty answer through"),
+        ({"regex": r"[^\s\S]"}, "of this one: no text matches it"),
+        ({"stop": "a", "json_schema": {}}, "'stop' is given with 'json_schema'"),
+        ({"stop": "a", "regex": "a+"}, "'stop' is given with 'regex'"),
+        ({"stop": "a", "choices": ["a", "b"]}, "'stop' is given with 'choices'"),
+        ({"embedding": True, "logprobs": True}, "'logprobs' makes no sense with 'embedding'"),
+        ({"embedding": True, "thinking": "on"}, "'thinking' makes no sense with 'embedding'"),
+        ({"choices": ["a", "b"], "logprobs": True}, "'logprobs' makes no sense with 'choices'"),
+        ({"continuations": ["a"], "logprobs": True}, "'logprobs' makes no sense with 'continuations'"),
+        ({"continuations": ["a"], "thinking": 5}, "'thinking' makes no sense with 'continuations'"),
         ({"max_token": 5}, "unknown parameter 'max_token'\nDid you mean max_tokens?"),
     ],
 )
@@ -229,3 +242,22 @@ def test_a_wrong_parameter_says_what_it_should_be(given: dict[str, Any], problem
     with pytest.raises(BadParameter) as caught:
         resolve_sampling(given, {})
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"choices": ["a", "b"], "logprobs": True, "thinking": "on"},
+        {"embedding": True, "thinking": "off"},
+        {"stop": [], "json_schema": {}},
+    ],
+    ids=str,
+)
+def test_what_only_seems_to_contradict_is_taken(given: dict[str, Any]) -> None:
+    assert resolve_sampling(given, {}).max_tokens
+
+
+def test_several_greedy_answers_are_refused() -> None:
+    with pytest.raises(BadParameter, match="'n' above 1 needs a 'temperature' above 0"):
+        refuse_repeats(SamplingParams(n=2))
+    refuse_repeats(SamplingParams(n=2, temperature=0.1))

@@ -328,6 +328,8 @@ def test_a_label_may_stand_beside_a_prompt(write: Write) -> None:
         ('{"prompt": "a', "broken JSON at column 12: Unterminated string starting at"),
         ("[1]", "the line is a list, not a JSON object"),
         ("null", "the line is null, not a JSON object"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "meta": {"k": 1, "k": 2}}', "the key 'k' is there twice"),
         ('{"prompt": "a", "seed": NaN}', "broken JSON: NaN is no JSON number"),
         ('{"prompt": "a", "expected": 1e999}', "the number 1e999 is out of range"),
         ('{"prompt": "a", "expected": ' + "9" * 5000 + "}", "broken JSON: a number with too many digits"),

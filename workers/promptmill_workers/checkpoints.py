@@ -130,6 +130,13 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     return engine
 
 
+def check_options(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    """Raises ModelError for options that the model's engine cannot have; loads nothing."""
+    _require_mlx(checkpoint)
+    kind: Any = resolve("engine", checkpoint.engine, ENGINES)
+    kind.check(replace(options, model_options=checkpoint.options))
+
+
 def token_counter(checkpoint: Checkpoint) -> TokenCounter:
     """The model's tokeniser without its weights. Raises ModelError."""
     _require_mlx(checkpoint)

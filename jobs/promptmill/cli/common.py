@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -26,6 +27,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos", "regex", "thinking", "n",
 )  # fmt: skip
+
+
+#: Options that are not named as the parameter that they set.
+OPTIONS = {"json_schema": "--schema", "choices": "--choice", "timeout_s": "--timeout", "n": "-n"}
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,14 +93,7 @@ def run_options(values: dict[str, Any]) -> RunOptions:
     """The options of :func:`job_options` as the service takes them."""
     from promptmill.service import RunOptions
 
-    sampling = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
-    if values["stop"]:
-        sampling["stop"] = list(values["stop"])
-    if values["choice"]:
-        sampling["choices"] = list(values["choice"])
-    if values["schema"]:
-        sampling["json_schema"] = _schema_text(values["schema"])
-    sampling |= dict(map(_parameter, values["param"]))
+    sampling = _sampling(values)
     return RunOptions(
         dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
         template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
@@ -104,6 +102,33 @@ def run_options(values: dict[str, Any]) -> RunOptions:
         skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
         time_limit=values["time_limit"], if_exists=values["if_exists"], use_cache=values["cache"],
     )  # fmt: skip
+
+
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters of the options, checked. Raises PromptmillError that names the option."""
+    from promptmill.sampling import BadParameter, check_parameter, resolve_sampling
+
+    found = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
+    if values["stop"]:
+        found["stop"] = list(values["stop"])
+    if values["choice"]:
+        found["choices"] = list(values["choice"])
+    if values["schema"]:
+        found["json_schema"] = _schema_text(values["schema"])
+    options = {name: OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in found}
+    for name, value in map(_parameter, values["param"]):
+        if name in options:
+            raise BadParameter(f"--param {name} says again what {options[name]} says: give one of them")
+        found[name], options[name] = value, f"'{name}'"
+    try:
+        for name, value in found.items():
+            check_parameter(name, value)
+        resolve_sampling(found, {})
+    except BadParameter as problem:
+        # A person knows the options, and not what the parameters behind them are called.
+        message = re.sub(r"'(\w+)'", lambda quoted: options.get(quoted[1], quoted[0]), problem.message)
+        raise BadParameter(message, hint=problem.hint) from None
+    return found
 
 
 def _selection(values: dict[str, Any]) -> Selection:

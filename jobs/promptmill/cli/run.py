@@ -159,12 +159,22 @@ def _print_answer(db: Engine, job_id: str) -> None:
 
     for line in result_lines(db, job_id):
         if line["state"] == "ok":
-            extras = {name: line[name] for name in (*EXTRAS, "reasoning") if name in line}
-            if line["text"] or not extras:
-                click.echo(line["text"])
+            _print_texts(line)
+            extras = {name: line[name] for name in (*EXTRAS, "reasoning") if name in line and name != "choices"}
             if extras:
                 print_json(extras)
             took = "copied" if line["latency_s"] is None else f"in {line['latency_s']:.2f} s"
             stderr_console().print(f"{line['output_tokens']} tokens {took}")
         else:
             stderr_console().print(f"{line['error']['class']}: {line['error']['message']}", soft_wrap=True)
+
+
+def _print_texts(line: dict[str, Any]) -> None:
+    """The answer, or all of them; of what only has figures none."""
+    answers = [line["text"], *(each["text"] for each in line.get("choices", ()))]
+    if len(answers) == 1 and not line["text"] and ("continuations" in line or "embedding" in line):
+        return
+    for number, text in enumerate(answers, start=1):
+        if len(answers) > 1:
+            click.echo(f"--- answer {number} of {len(answers)}")
+        click.echo(text)

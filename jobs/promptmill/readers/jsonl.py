@@ -45,8 +45,8 @@ def read_objects(lines: Iterator[TextLine], convert: Convert) -> Iterator[Datase
 
 
 def decoder() -> json.JSONDecoder:
-    """JSON as its standard has it: no NaN, no Infinity. Raises BadLine for them."""
-    return json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+    """JSON as its standard has it: no NaN, no Infinity, no key twice. Raises BadLine for them."""
+    return json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 
 def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
@@ -81,6 +81,16 @@ def converted(number: int, record: Any, text: str, convert: Convert) -> DatasetL
     except BadLine as problem:
         error = str(problem)
     return DatasetLine(number, peek_id(record), error=error)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that is there twice nobody knows which value was meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadLine(f"the key '{twice[:40]}' is there twice")
+    return found
 
 
 def _no_constant(name: str) -> None:

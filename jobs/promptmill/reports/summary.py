@@ -304,7 +304,10 @@ def _slots(facts: Facts) -> int | None:
         if begins and ends:
             spans.append((min(begins), max(ends), by_worker.get(worker_id)))
     known = [(begin, end, slots) for begin, end, slots in spans if slots is not None]
-    return most_at_once(known) if known and len(known) == len(spans) else facts.job.slots
+    asked: int | None = facts.job.slots
+    # An echo may answer everything in no time, which overlaps nothing.
+    most = max([most_at_once(known), *(slots for _, _, slots in known)])
+    return most if known and len(known) == len(spans) else asked
 
 
 def _slots_by_worker(facts: Facts) -> dict[str, int]:

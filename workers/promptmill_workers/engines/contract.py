@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from promptmill.errors import ModelError
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Message, SamplingParams, Usage
 
 #: Names one request inside one engine; whoever adds the request chooses it.
@@ -170,12 +171,29 @@ def enqueue(waiting: deque[EngineRequest], requests: Sequence[EngineRequest]) ->
         waiting.rotate(at)
 
 
+#: Most sequences decoded together: the 256 that llama.cpp was built for, less 8 that hold shared prefixes.
+MOST_SLOTS = 248
+
+
+def refuse_slots(slots: int | None) -> None:
+    """Raises ModelError for more sequences than an engine decodes together."""
+    if slots is not None and slots > MOST_SLOTS:
+        raise ModelError(
+            f"at most {MOST_SLOTS} slots, not {slots:,}", hint="16 keep a CPU busy; a GPU is seldom faster above 128."
+        )
+
+
 class TokenCounter(Protocol):
     """The tokeniser of a model without its weights, for preflight before any device is used."""
 
     @property
     def context_tokens(self) -> int:
         """What the model was trained for."""
+        ...
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has; None where a token is whatever a prompt holds."""
         ...
 
     def count(self, request: EngineRequest) -> int:

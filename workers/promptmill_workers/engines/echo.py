@@ -1,14 +1,16 @@
 """The echo engine: answers with its prompt, at a scripted speed. For tests and for measuring everything but a model.
 
-Options in the model's name, ``echo:token_s=0.01,slots...``: ``prefill_s`` and ``token_s`` are seconds of real time per
-prompt and per output token of a sequence; a prompt that contains the text of ``error_on``, ``crash_on``, ``oom_on`` or
-``stall_on`` ends as an error, ends the process by an abort or as the kernel does it for memory, or never ends.
+Options in the model's name, ``echo:token_s=0.01,crash_on=WORD``: ``prefill_s`` and ``token_s`` are seconds of real
+time per prompt and per output token of a sequence; a prompt that contains the text of ``error_on``, ``crash_on``,
+``oom_on`` or ``stall_on`` ends as an error, ends the process by an abort or as the kernel does it for memory, or never
+ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -62,16 +64,23 @@ class Script:
 
     @classmethod
     def from_options(cls, options: dict[str, str]) -> Self:
-        """Raises :class:`ModelError` for an unknown option or a time that is no number."""
+        """Raises :class:`ModelError` for an unknown option or a time that is no number of seconds."""
         values: dict[str, str | float] = {}
         for name, text in options.items():
             if name not in cls.__dataclass_fields__:
                 raise ModelError(f"echo has no option '{name}'", hint=suggestion(name, cls.__dataclass_fields__))
-            try:
-                values[name] = float(text) if name.endswith("_s") else text
-            except ValueError:
-                raise ModelError(f"echo: {name}={text} is no number", hint="Give seconds, such as 0.01.") from None
+            values[name] = _seconds(name, text) if name.endswith("_s") else text
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise ModelError(f"echo: {name}={text[:40]} is no time", hint="Give seconds, such as 0.01.")
+    return found
 
 
 @dataclass(slots=True)
@@ -114,6 +123,11 @@ class EchoEngine:
     @classmethod
     def load(cls, path: Path | None, model_name: str, options: EngineOptions) -> Self:
         return cls(model_name, options)
+
+    @staticmethod
+    def check(options: EngineOptions) -> None:
+        """Raises ModelError for options that it does not have."""
+        Script.from_options(options.model_options)
 
     @staticmethod
     def token_counter(path: Path | None) -> EchoTokenCounter:
@@ -305,6 +319,10 @@ class EchoTokenCounter:
     @property
     def context_tokens(self) -> int:
         return CONTEXT_TOKENS
+
+    @property
+    def vocabulary(self) -> int | None:
+        return None
 
     def count(self, request: EngineRequest) -> int:
         return max(1, len(_render(request).split()))

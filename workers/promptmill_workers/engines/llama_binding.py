@@ -26,9 +26,6 @@ log = logging.getLogger("promptmill.llamacpp")
 #: What llama_decode returns when the KV cache has no room for the batch.
 NO_ROOM = 1
 
-#: Sequences that llama.cpp was built for.
-MOST_SEQUENCES = 256
-
 #: Outputs of a step beside one of each sequence: of continuations that are scored.
 SCORED_OUTPUTS = 32
 

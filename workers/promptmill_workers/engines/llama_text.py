@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from promptmill.errors import RequestError
+from promptmill.sampling import refuse_unknown_tokens
 from promptmill.types import ErrorClass
 from promptmill_workers.answering import opened
 from promptmill_workers.engines.chat_template import ANSWERED, ChatTemplate, after_answer
@@ -76,6 +77,7 @@ class PromptReader:
 
     def prompt(self, request: EngineRequest, context_tokens: int) -> Prompt:
         """The prompt, with room for one token of an answer. Raises RequestError."""
+        refuse_unknown_tokens(request.sampling, self._vocabulary.size)
         text, thinks = self._opened(request)
         if len(text) > context_tokens * MOST_BYTES_PER_TOKEN:
             raise PromptTooLong(f"the prompt has {len(text):,} characters, the context {context_tokens:,} tokens")
@@ -166,6 +168,10 @@ class LlamaTokenCounter:
     @property
     def context_tokens(self) -> int:
         return self._model.context_trained
+
+    @property
+    def vocabulary(self) -> int:
+        return self._model.vocabulary.size
 
     def count(self, request: EngineRequest) -> int:
         return len(self._prompts.tokens(request))

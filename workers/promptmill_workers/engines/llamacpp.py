@@ -16,7 +16,7 @@ from typing import Self
 
 import llama_cpp
 
-from promptmill.errors import ModelError, RequestError
+from promptmill.errors import RequestError
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason
 from promptmill_workers.answering import Answer, Tools, needs_logits
 from promptmill_workers.constraint import GrammarError, Grammars
@@ -30,10 +30,10 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
     enqueue,
+    refuse_slots,
 )
 from promptmill_workers.engines.llama_batch import Tokens
 from promptmill_workers.engines.llama_binding import (
-    MOST_SEQUENCES,
     NO_ROOM,
     Context,
     Model,
@@ -65,8 +65,7 @@ class LlamaCppEngine:
     """The engine of the contract over llama.cpp's low-level bindings."""
 
     def __init__(self, model: Model, name: str, options: EngineOptions) -> None:
-        if (options.slots or 0) + PREFIXES > MOST_SEQUENCES:
-            raise ModelError(f"llama.cpp runs at most {MOST_SEQUENCES - PREFIXES} slots, not {options.slots}")
+        self.check(options)
         self._model = model
         self._vocabulary = model.vocabulary
         self._prompts = PromptReader(model)
@@ -114,6 +113,11 @@ class LlamaCppEngine:
         assert path is not None
         model = Model(path, gpu=options.device != "cpu", plain_kernels=options.plain_kernels)
         return cls(model, model_name, options)
+
+    @staticmethod
+    def check(options: EngineOptions) -> None:
+        """Raises ModelError for options that cannot be had, whatever the model."""
+        refuse_slots(options.slots)
 
     @staticmethod
     def token_counter(path: Path | None) -> LlamaTokenCounter:

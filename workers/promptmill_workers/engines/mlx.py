@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from promptmill.errors import ModelError, RequestError
+from promptmill.sampling import refuse_unknown_tokens
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Usage
 from promptmill_workers.answering import Answer, Tools
 from promptmill_workers.constraint import GrammarError, Grammars
@@ -29,11 +30,13 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
     enqueue,
+    refuse_slots,
 )
 from promptmill_workers.engines.mlx_prefixes import Prefixes
+from promptmill_workers.engines.mlx_slots import Running, Waiting
 from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenCounter, MlxTokenizer
 from promptmill_workers.kv_budget import fit
-from promptmill_workers.prefix_plan import Tokens, plan
+from promptmill_workers.prefix_plan import plan
 
 if TYPE_CHECKING:
     from promptmill_workers.engines.mlx_batch import Batcher, HostedSampler, MlxModel, SequenceId, Token
@@ -43,57 +46,6 @@ CONTEXT_TOKENS = 4096
 
 #: Requests that are turned into tokens in one step while sequences run: they must not wait for a long list.
 TOKENISED_PER_STEP = 64
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """A request that is tokenised and has no slot. ``shared`` tokens of its prompt are planned to be computed once."""
-
-    request: EngineRequest
-    prompt: Tokens
-    limit: int
-    thinks: bool = False
-    #: The last tokens of the prompt are a continuation to be scored.
-    scored: int = 0
-    shared: int = 0
-
-    @property
-    def question(self) -> Tokens:
-        """The prompt without a continuation."""
-        return self.prompt[: len(self.prompt) - self.scored]
-
-    @property
-    def slotless(self) -> bool:
-        """It is computed in one go: nothing is generated."""
-        return self.scored > 0 or self.request.sampling.embedding
-
-    @property
-    def cells(self) -> int:
-        """KV cells that are set aside for it. A shared prefix saves time and no memory: each row has its copy."""
-        return len(self.prompt) + self.limit
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A request in a slot."""
-
-    waiting: Waiting
-    answer: Answer
-    #: Draws its tokens, and has seen them before they arrive here.
-    hosted: HostedSampler | None
-    cached: int
-    admitted_at: float
-    first_token_at: float | None = None
-    #: Tokens that have arrived.
-    count: int = 0
-
-    @property
-    def request(self) -> EngineRequest:
-        return self.waiting.request
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(len(self.waiting.prompt), self.cached, self.count, min(self.count, self.answer.reasoning_tokens))
 
 
 class MlxEngine:
@@ -125,14 +77,20 @@ class MlxEngine:
         from promptmill_workers.engines.mlx_batch import Batcher, MlxModel, open_device
 
         assert path is not None
-        if options.kv_type != "f16":
-            raise ModelError("MLX's continuous batcher keeps no quantised KV cache", hint="Unset JOBS_KV_TYPE.")
+        cls.check(options)
         device, device_got = open_device(options.device)
         tokenizer = MlxTokenizer(path)
         model = MlxModel(path)
         info = _info(model, tokenizer, model_name, options, device_got)
         batcher = Batcher(model, sorted(tokenizer.eos_ids), device, info.slots, options.batch_tokens)
         return cls(batcher, tokenizer, info)
+
+    @staticmethod
+    def check(options: EngineOptions) -> None:
+        """Raises ModelError for options that cannot be had, whatever the model."""
+        refuse_slots(options.slots)
+        if options.kv_type != "f16":
+            raise ModelError("MLX's continuous batcher keeps no quantised KV cache", hint="Unset JOBS_KV_TYPE.")
 
     @staticmethod
     def token_counter(path: Path | None) -> MlxTokenCounter:
@@ -230,6 +188,7 @@ class MlxEngine:
 
     def _prepared(self, request: EngineRequest) -> Waiting:
         """Raises RequestError or _TooLong."""
+        refuse_unknown_tokens(request.sampling, self._tokenizer.size)
         prompt, scored = self._tokenizer.tokens(request), 0
         if request.continuation is not None:
             more = self._tokenizer.continuation(request.continuation, closed=request.closed)

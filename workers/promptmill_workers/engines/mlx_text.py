@@ -33,6 +33,8 @@ class MlxTokenizer:
         config = read_json(folder, "config.json")
         self._tokenizer = _load(folder)
         self.context_tokens = _context(config)
+        #: Tokens that it has; the rows of logits may be longer.
+        self.size = len(self._tokenizer)
         self.eos_ids = _eos_ids(config, folder, self._tokenizer.eos_token_id)
 
     def render(self, request: EngineRequest) -> str:
@@ -129,6 +131,10 @@ class MlxTokenCounter:
     @property
     def context_tokens(self) -> int:
         return self._tokenizer.context_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        return self._tokenizer.size
 
     def count(self, request: EngineRequest) -> int:
         return len(self._tokenizer.tokens(request))
