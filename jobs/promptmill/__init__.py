@@ -1,6 +1,6 @@
 """promptmill: batch inference for local language models.
 
-`X
+``run``, ``submit`` and ``job`` give a :class:`promptmill.python_api.Job`; docs/evaluation.md shows what it can do.
 """
 
 from __future__ import annotations

@@ -130,3 +130,62 @@ def test_examples_from_a_file_are_shown_to_the_model_and_stored_with_the_job(com
     wanted = 'Judge.\n\nbuy now\n\n{"label": "ad"}\n\nhello\n\nnormal\n\n{"label": "ad"}'
     assert shown["prompt"] == wanted
     assert shown["result"]["text"] == wanted
+
+
+def test_accuracy_f1_and_percentiles_are_those_that_pandas_gets_from_the_exported_rows(
+    command: Command, tmp_path: Path
+) -> None:
+    import random
+
+    import pandas as pd
+
+    rng = random.Random(4)
+    labels = ["ad", "normal", "spam"]
+    lines = []
+    for row in range(400):
+        label, given = rng.choice(labels), rng.choice([*labels, None])
+        text = "no idea" if given is None else json.dumps({"label": rng.choice([label, given])})
+        lines.append({"id": f"r{row}", "answer": text, "label": label, "group": "g"})
+    ran(command, tmp_path, lines)
+    report = json.loads(command("report", "@last", "--format", "json").out)
+    assert command("results", "@last", "-o", "rows.parquet", "--prompts").code == 0
+
+    frame = pd.read_parquet(tmp_path / "rows.parquet")
+    wanted = frame["expected"].map(lambda text: json.loads(text)["label"])
+    given = frame["text"].map(lambda text: json.loads(text)["label"] if text.startswith("{") else "")
+    right = wanted == given
+    assert report["scores"]["label"]["value"] == right.mean()
+    f1 = [2 * (right & (wanted == each)).sum() / ((wanted == each).sum() + (given == each).sum()) for each in labels]
+    assert report["scores"]["label"]["macro_f1"] == pytest.approx(sum(f1) / 3, rel=1e-12)
+    latency = frame["finished_at"] - frame["admitted_at"]
+    for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+        assert report["latency_s"][name] == pytest.approx(latency.quantile(share), rel=1e-9)
+
+
+def test_a_table_of_five_columns_with_chinese_headers_needs_no_code(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "评论.csv").write_text(
+        "编号,评论,标签,作者,日期\n7,加微信领红包,广告,甲,周一\n8,今天更新真快,正常,乙,周一\n9,画得好,正常,丙,周二\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "任务.yaml").write_text(
+        "task: 广告\nid: 编号\ninput: {text: 评论}\nexpected: {label: 标签}\nmeta: {day: 日期}\n"
+        'prompt: {system: "判断评论是广告还是正常。", user: "{{ input.text }}"}\n'
+        "generate: {choices: [广告, 正常], max_tokens: 8}\n"
+        "scores: [{exact: label}, {binary: label, positive: 广告, as: 是广告}, {choice_probability: label, as: p}]\n"
+        'gates: {label.accuracy: ">=0", parsed: ">=1"}\n',
+        encoding="utf-8",
+    )
+    checked = json.loads(
+        command("datasets", "validate", "评论.csv", "--task", "任务.yaml", "--model", "demo", "--json").out
+    )
+    assert (checked["rows"], checked["labels"], checked["problems"]) == (3, {"label": {'"正常"': 2, '"广告"': 1}}, [])
+    done = command("run", "评论.csv", "--task", "任务.yaml", "--model", "demo", "--json")
+    assert done.code == 0, done.err
+    scores = json.loads(done.out)["scores"]
+    assert {name: (each["n"], each["unparsed"]) for name, each in scores.items()} == {
+        "label": (3, 0), "是广告": (3, 0), "p": (3, 0)
+    }  # fmt: skip
+    assert {"auc", "brier", "ece", "precision", "recall"} <= scores["是广告"]["figures"].keys()
+    assert 0.0 < scores["p"]["value"] < 1.0
+    groups = json.loads(command("score", "@last", "--by", "meta.day", "--json").out)["groups"]
+    assert {name: each["label"]["n"] for name, each in groups.items()} == {"周一": 2, "周二": 1}

@@ -74,7 +74,7 @@ def two_jobs(db: sa.Engine, factor: float = 1.0, **other: object) -> None:
         store(db, rows, tried=[counters()], job_id=job_id, name=name, **(other if name == "b" else {}))  # type: ignore[arg-type]
 
 
-def test_a_slower_job_is_called_worse_and_by_how_much(db: sa.Engine) -> None:
+def test_f6_a_slower_job_is_called_worse_with_a_signed_change(db: sa.Engine) -> None:
     two_jobs(db, 1.2)
     found = compare(db, "01A", "01B")
     line = next(each for each in found.lines if each.name == "latency_s.mean")
@@ -148,7 +148,7 @@ def test_the_page_of_a_comparison_escapes_names(db: sa.Engine) -> None:
     assert "latency_s.mean +19" in text
 
 
-def test_one_run_of_each_gives_no_verdict_on_throughput(db: sa.Engine) -> None:
+def test_f8_one_run_of_each_gives_no_verdict_on_throughput(db: sa.Engine) -> None:
     two_jobs(db, 1.2)
     line = next(each for each in compare(db, "01A", "01B").lines if each.name == "output_tps")
     assert line.ci95 is not None

@@ -37,7 +37,7 @@ def swept(db: sa.Engine) -> Sweep:
     return Sweep("night", tuple(settings))
 
 
-def test_the_knee_is_the_smallest_setting_within_5_percent(db: sa.Engine) -> None:
+def test_f14_capacity_is_what_a_sweep_measured_at_its_knee(db: sa.Engine) -> None:
     found = swept(db)
     assert found.best is found.settings[2]
     (knee,) = found.knees().values()
