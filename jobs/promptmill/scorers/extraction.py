@@ -13,7 +13,7 @@ from promptmill.scorers import JsonObject, Outcome
 from promptmill.types import FinishReason, JsonValue
 
 if TYPE_CHECKING:
-    from promptmill.task_file import OutputPart
+    from promptmill.task_model import OutputPart
 
 #: Different answers whose objects are remembered: classifiers give the same few answers over and over.
 REMEMBERED = 4096
