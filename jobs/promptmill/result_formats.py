@@ -7,17 +7,23 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
-from promptmill.catalog import result_line, result_rows
+from promptmill.catalog import EXTRAS, result_line, result_rows
+from promptmill.database import reading
+from promptmill.tables import results
 
 FORMATS = ("jsonl", "csv", "openai")
 
-#: Columns of CSV: the keys of a result line, the error spread over two.
+#: Columns of every CSV: the keys of a result line, the error spread over two.
 CSV_COLUMNS = (
     "row", "id", "state", "text", "finish_reason", "prompt_tokens", "cached_tokens", "output_tokens", "latency_s",
     "ttft_s", "queue_s", "attempt", "worker", "error_class", "error_message",
 )  # fmt: skip
+
+#: Columns that a CSV has after these where a row of the job has them. What is no text or number is JSON.
+CSV_EXTRAS = ("reasoning", "reasoning_tokens", *EXTRAS, "deduplicated")
 
 #: Our error classes as the HTTP statuses that a server would have answered with; others are 500.
 HTTP_STATUS = {"context_overflow": 400, "invalid_request": 400, "tokenize": 400, "grammar": 400, "model_not_found": 404}
@@ -28,15 +34,31 @@ NEVER_EXECUTED = {"timeout": "request_timeout", "cancelled": "batch_cancelled"}
 
 def write(db: Engine, job_id: str, model: str, format_: str, stream: IO[str], failed_only: bool = False) -> int:
     """Write the job's results to ``stream``, one line each; returns how many."""
-    lines = {"jsonl": _jsonl, "csv": _csv, "openai": _openai}[format_]
+    rows = result_rows(db, job_id, failed_only)
+    if format_ == "csv":
+        lines = _csv(rows, csv_extras(db, job_id))
+    else:
+        lines = _jsonl(rows) if format_ == "jsonl" else _openai(rows, model)
     count = 0
-    for text in lines(result_rows(db, job_id, failed_only), model):
+    for text in lines:
         stream.write(text)
         count += 1
     return count - 1 if format_ == "csv" else count
 
 
-def _jsonl(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:
+def csv_extras(db: Engine, job_id: str) -> tuple[str, ...]:
+    """The columns of :data:`CSV_EXTRAS` that a row of the job has."""
+    # NULL is not counted, and neither is what is false.
+    known = [sa.func.count(sa.func.nullif(results.c[name], False) if name == "deduplicated" else results.c[name])
+             for name in CSV_EXTRAS if name != "reasoning_tokens"]  # fmt: skip
+    with reading(db) as connection:
+        counts = connection.execute(sa.select(*known).where(results.c.job_id == job_id)).one()
+    # Every answer has a number of them; it is of use beside a reasoning.
+    reasoning, *others = counts
+    return tuple(name for name, count in zip(CSV_EXTRAS, (reasoning, reasoning, *others), strict=True) if count)
+
+
+def _jsonl(rows: Iterator[Row[Any]]) -> Iterator[str]:
     for row in rows:
         yield json.dumps(result_line(row), ensure_ascii=False) + "\n"
 
@@ -48,12 +70,16 @@ class _Line:
         return text
 
 
-def _csv(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:
+def _csv(rows: Iterator[Row[Any]], extras: tuple[str, ...]) -> Iterator[str]:
     writer: Any = csv.writer(_Line())
-    yield writer.writerow(CSV_COLUMNS)
+    yield writer.writerow((*CSV_COLUMNS, *extras))
     for row in rows:
         line = result_line(row) | {"error_class": row.error_class, "error_message": row.error_message}
-        yield writer.writerow([line[name] for name in CSV_COLUMNS])
+        yield writer.writerow([line[name] for name in CSV_COLUMNS] + [_cell(line.get(name)) for name in extras])
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
 
 
 def _openai(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:

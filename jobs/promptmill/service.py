@@ -38,7 +38,7 @@ from promptmill.submission import JobOrder, Preparer, prepared_rows, refuse_bad
 from promptmill.submission import submit as store
 from promptmill.task_file import Task, load_task, parse_task
 from promptmill.times import moment, span_s
-from promptmill.types import ErrorClass, JobState, Request, SamplingParams
+from promptmill.types import ErrorClass, JobState, Request
 
 if TYPE_CHECKING:
     from promptmill_workers.checkpoints import Checkpoint
@@ -622,7 +622,8 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
     if shown["input"] is None:
         return shown | {"prompt": None, "messages": None}
     template = _stored_template(job)
-    sampling = SamplingParams()
+    # With its parameters: a reasoning that is asked for is opened in the prompt.
+    sampling = resolve_sampling(json.loads(job.sampling), shown["sampling"])
     request = to_request(row, shown["id"], shown["input"], shown["meta"], sampling, template, job.system_prompt)
     messages = [{"role": each.role, "content": each.content} for each in request.messages or ()] or None
     return shown | {"prompt": _rendered(job.model, request), "messages": messages}

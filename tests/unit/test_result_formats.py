@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from promptmill.cli.inspect import answer_parts
 from promptmill.database import connect, writing
 from promptmill.result_formats import CSV_COLUMNS, FORMATS, write
 from promptmill.tables import jobs, metadata, requests, results
@@ -75,6 +76,18 @@ def test_jsonl_has_a_line_for_each_result_in_the_order_of_rows(db: sa.Engine) ->
     assert [line["id"] for line in json_lines(text)] == ["q0", "q1", "q2"]
     first = json_lines(text)[0]
     assert (first["text"], first["latency_s"], first["ttft_s"], first["queue_s"]) == (TEXT, 1.5, 0.25, 1.0)
+
+
+def test_csv_has_a_column_for_what_a_row_of_the_job_asked_for(db: sa.Engine) -> None:
+    add(db, 0, reasoning="so", reasoning_tokens=1, choices='[{"text": "b"}]', deduplicated=True)
+    add(db, 1, embedding="[0.5, 1.0]")
+
+    first, second = csv.DictReader(io.StringIO(written(db, "csv")[1], newline=""))
+
+    assert tuple(first) == (*CSV_COLUMNS, "reasoning", "reasoning_tokens", "choices", "embedding", "deduplicated")
+    assert (first["reasoning"], first["reasoning_tokens"], first["deduplicated"]) == ("so", "1", "true")
+    assert json.loads(first["choices"]) == [{"text": "b"}]
+    assert (second["choices"], json.loads(second["embedding"])) == ("", [0.5, 1.0])
 
 
 def test_csv_carries_every_text_and_both_parts_of_an_error(db: sa.Engine) -> None:
@@ -171,3 +184,20 @@ def test_what_only_some_requests_ask_for_is_in_their_responses(db: sa.Engine) ->
     }  # fmt: skip
     assert vector["data"] == [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}]
     assert copy["created"] == 102
+
+
+def test_show_has_all_that_a_row_was_answered_with() -> None:
+    line = {"text": "yes", "reasoning": "so", "reasoning_tokens": 1, "choices": [{"text": "no", "reasoning": None}],
+            "choice_probs": {"no": 0.25, "yes": 0.75}, "logprobs": [{"token": "yes", "logprob": -0.5}]}  # fmt: skip
+
+    assert answer_parts(line) == [
+        ("reasoning, 1 tokens", "so"), ("answer 1 of 2", "yes"), ("answer 2 of 2", "no"),
+        ("choice probs", "0.7500  yes\n0.2500  no"), ("logprobs", "'yes' -0.500"),
+    ]  # fmt: skip
+    scored = [{"text": " a", "logprob": -1.5, "tokens": 2, "greedy": True}]
+    assert answer_parts({"text": "", "continuations": scored}) == [
+        ("continuations", "-1.5000 nats (2 tokens, what the model would say)   a")
+    ]
+    assert answer_parts({"text": "", "embedding": [0.5] * 9}) == [
+        ("embedding", f"9 dimensions: {', '.join(['0.500000'] * 8)}, ...")
+    ]

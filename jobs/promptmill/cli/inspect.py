@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: Seconds between two looks at a job that is followed.
 FOLLOW_S = 0.5
 
+#: Values of a vector that are shown.
+SHOWN_VALUES = 8
+
 
 @click.command("list", epilog="Example: promptmill list --limit 5")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many.")
@@ -189,12 +192,58 @@ def _show_result(result: dict[str, Any] | None) -> None:
     if result["state"] == "error":
         _section("error", f"{result['error']['class']}: {result['error']['message']}")
         return
-    _section("answer", result["text"])
+    for title, text in answer_parts(result):
+        _section(title, text or "(empty)")
+    took = (
+        "copied from an identical request"
+        if result["latency_s"] is None
+        else f"latency {result['latency_s']:.3f} s, first token after {result['ttft_s']:.3f} s"
+    )
+    queued = "" if result["queue_s"] is None else f", {result['queue_s']:.3f} s in the queue"
     click.echo(
         f"--- {result['finish_reason']}; {result['prompt_tokens']} prompt tokens ({result['cached_tokens']} cached), "
-        f"{result['output_tokens']} output tokens; latency {result['latency_s']:.3f} s, first token after "
-        f"{result['ttft_s']:.3f} s, {result['queue_s']:.3f} s in the queue"
+        f"{result['output_tokens']} output tokens; {took}{queued}"
     )
+
+
+def answer_parts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Everything that a row was answered with, as titles and texts."""
+    parts = []
+    if "reasoning" in result:
+        parts.append((f"reasoning, {result['reasoning_tokens']} tokens", result["reasoning"]))
+    others = result.get("choices", [])
+    if "continuations" not in result and "embedding" not in result:
+        parts.append((f"answer 1 of {len(others) + 1}" if others else "answer", result["text"]))
+    for number, each in enumerate(others, start=2):
+        thought = f"({each['reasoning']})\n" if each.get("reasoning") else ""
+        parts.append((f"answer {number} of {len(others) + 1}", thought + each["text"]))
+    for name, show in (
+        ("choice_probs", _probabilities), ("continuations", _continuations), ("embedding", _vector),
+        ("logprobs", _logprobs),
+    ):  # fmt: skip
+        if name in result:
+            parts.append((name.replace("_", " "), show(result[name])))
+    return parts
+
+
+def _probabilities(found: dict[str, float]) -> str:
+    likeliest = sorted(found.items(), key=lambda each: -each[1])
+    return "\n".join(f"{chance:.4f}  {label}" for label, chance in likeliest)
+
+
+def _continuations(found: list[dict[str, Any]]) -> str:
+    greedy = {True: ", what the model would say", False: ""}
+    return "\n".join(f"{each['logprob']:.4f} nats ({each['tokens']} tokens{greedy[each['greedy']]})  {each['text']}"
+                     for each in found)  # fmt: skip
+
+
+def _vector(found: list[float]) -> str:
+    first = ", ".join(f"{value:.6f}" for value in found[:SHOWN_VALUES])
+    return f"{len(found)} dimensions: {first}{', ...' if len(found) > SHOWN_VALUES else ''}"
+
+
+def _logprobs(found: list[dict[str, Any]]) -> str:
+    return " ".join(f"{each['token']!r} {each['logprob']:.3f}" for each in found)
 
 
 @click.command(epilog="Example: promptmill workers --json")

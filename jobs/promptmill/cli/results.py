@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 @click.option("--prompts", is_flag=True, help="Parquet: inputs, expected answers and meta too.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
 def results(job: str, failed: bool, format_: str | None, output: str, prompts: bool, as_json: bool) -> None:
-    """Write the results of JOB, one line each, in the order of its rows."""
+    """Write the results of JOB, one line each, in the order of its rows.
+
+    CSV has further columns (reasoning, choices, logprobs, choice_probs, continuations, embedding, deduplicated) where a
+    row of the job has them, lists and objects as JSON.
+    """
     from promptmill.catalog import find_job
 
     if output != "-":
