@@ -89,9 +89,19 @@ WORKLOADS = {
 }
 
 
+#: Seconds below which a run says more of its beginning and its end than of its speed.
+SHORTEST_S = 5.0
+
+#: Where the seconds of an engine go, in the order of the report.
+PARTS = ("prefill", "decode", "sampling", "grammar", "Python", "waiting")
+
+
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One way through the workload. ``budget_s``: where the seconds of an engine went, as far as they are known."""
+    """One way through the workload. ``budget_s``: where the seconds of an engine went, by :data:`PARTS`.
+
+    A whole job knows its sampling, its grammar and the rest of its Python together only: as Python.
+    """
 
     name: str
     seconds: float
@@ -112,6 +122,35 @@ class Figures:
         return asdict(self) | {"output_tps": self.output_tps, "requests_per_s": self.requests_per_s}
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The runs of one way. Its figures are those of the run with the median rate."""
+
+    runs: tuple[Figures, ...]
+
+    @property
+    def median(self) -> Figures:
+        """Of an even number the slower one of the two in the middle."""
+        return sorted(self.runs, key=lambda run: run.output_tps)[(len(self.runs) - 1) // 2]
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The lowest and the highest output tokens per second."""
+        found = [run.output_tps for run in self.runs]
+        return min(found), max(found)
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = self.rates
+        return self.median.to_json() | {
+            "runs": [run.to_json() for run in self.runs], "output_tps_min": low, "output_tps_max": high,
+            "too_short": self.is_short,
+        }  # fmt: skip
+
+    @property
+    def is_short(self) -> bool:
+        return any(run.seconds < SHORTEST_S for run in self.runs)
+
+
 def bench(
     workload: str,
     model: str,
@@ -121,18 +160,45 @@ def bench(
     *,
     device: str = "auto",
     peer: str | None = None,
+    repeat: int = 1,
     on_start: Callable[[str], None] = lambda name: None,
-) -> list[Figures]:
-    """Measure the workload, the bare engine first. Raises PromptmillError for a model or server that cannot be used."""
-    bodies = WORKLOADS[workload].bodies(requests)
-    on_start("bare engine")
-    found = [bare_engine(bodies, model, slots, settings, device)]
-    on_start("whole job")
-    found.append(whole_job(bodies, model, slots, settings, device))
+) -> list[Way]:
+    """Measure the workload ``repeat`` times in turns, the bare engine first.
+
+    Raises PromptmillError for a model or server that cannot be used; a server is asked before anything runs.
+    """
     if peer is not None:
-        on_start(peer)
-        found.append(server(bodies, peer, slots or settings.slots or CLIENTS, model))
-    return found
+        reach(peer)
+    bodies = WORKLOADS[workload].bodies(requests)
+    ways: dict[str, Callable[[], Figures]] = {
+        "bare engine": lambda: bare_engine(bodies, model, slots, settings, device),
+        "whole job": lambda: whole_job(bodies, model, slots, settings, device),
+    }
+    if peer is not None:
+        ways[peer] = lambda: server(bodies, peer, slots or settings.slots or CLIENTS, model)
+    runs: dict[str, list[Figures]] = {name: [] for name in ways}
+    # In turns, so that what else the machine does meets all of them alike.
+    for turn in range(repeat):
+        for name, measure in ways.items():
+            on_start(name if repeat == 1 else f"{name}, {turn + 1} of {repeat}")
+            runs[name].append(measure())
+    return [Way(tuple(found)) for found in runs.values()]
+
+
+def reach(url: str) -> str:
+    """The address of a server that answers, without its ``/v1``. Raises PromptmillError."""
+    base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise PromptmillError(f"--peer {url}: not an address that begins with http:// or https://")
+    try:
+        urllib.request.urlopen(f"{base}/v1/models", timeout=10).close()  # noqa: S310 - the user's own address
+    except urllib.error.HTTPError:
+        pass  # Somebody is there; not every server lists its models.
+    except (urllib.error.URLError, OSError, ValueError) as problem:
+        raise PromptmillError(
+            f"--peer {url}: nobody answers there: {str(problem)[:160]}", hint="Start the server first; nothing was run."
+        ) from None
+    return base
 
 
 def bare_engine(
@@ -190,7 +256,7 @@ def whole_job(
 
 def _engine_seconds(db: Engine, job_id: str) -> dict[str, float]:
     """Where the engine's seconds went, by the counters of its attempts; ``waiting`` for requests or the database."""
-    parts = {"prefill": "prefill_s", "decode": "decode_s", "overhead": "overhead_s", "waiting": "idle_s"}
+    parts = {"prefill": "prefill_s", "decode": "decode_s", "Python": "overhead_s", "waiting": "idle_s"}
     query = sa.select(*(sa.func.sum(attempts.c[column]) for column in parts.values()))
     with reading(db) as connection:
         sums = connection.execute(query.where(attempts.c.job_id == job_id)).one()
@@ -199,7 +265,7 @@ def _engine_seconds(db: Engine, job_id: str) -> dict[str, float]:
 
 def server(bodies: Sequence[Mapping[str, Any]], url: str, clients: int, model: str) -> Figures:
     """An OpenAI-compatible server at ``url`` (which may end in ``/v1``), ``clients`` requests at a time."""
-    base = url.rstrip("/").removesuffix("/v1")
+    base = reach(url)
 
     def ask(body: Mapping[str, Any]) -> int:
         payload = json.dumps({**body, "model": model}).encode()
@@ -209,8 +275,6 @@ def server(bodies: Sequence[Mapping[str, Any]], url: str, clients: int, model: s
         with urllib.request.urlopen(request, timeout=3600) as reply:  # noqa: S310
             return int(json.load(reply)["usage"]["completion_tokens"])
 
-    if not base.startswith(("http://", "https://")):
-        raise PromptmillError(f"--peer {url}: not an address that begins with http:// or https://")
     started = time.monotonic()
     try:
         with ThreadPoolExecutor(clients) as threads:

@@ -5,9 +5,12 @@ Other batch servers have shipped answers that held a neighbour's text. This meas
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,13 +26,16 @@ from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.settings import Settings
 from promptmill.tables import chunks, requests, results, verifications
 from promptmill.task_file import parse_task
-from promptmill.types import Ok, Request, Result
+from promptmill.types import Failed, Ok, Request, Result
 
 #: Characters of both texts that a mismatch shows, from where they part.
 SHOWN = 40
 
 #: Mismatches that are listed.
 LISTED = 20
+
+#: Gives whether an engine is exact, and what answers a request by it.
+Alone = AbstractContextManager[tuple[bool, Callable[[Request], Result]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +46,33 @@ class Mismatch:
     at: int
     stored: str
     alone: str
+    #: Drawn at random, with a seed.
+    sampled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that was not compared, and why."""
+
+    row: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found. ``sums`` are laws of the ledger that do not hold."""
+    """What was found. ``sums`` are laws of the ledger that do not hold; ``sampled_...`` are parts of the counts."""
 
     job_id: str
     asked: int
     compared: int
-    #: Rows that could not be compared: drawn without a seed, or without an answer this time.
     left_out: int
     mismatches: int
+    sampled_compared: int
+    sampled_mismatches: int
+    #: The model computes alike whatever the size of the batch: float32 on a CPU.
+    exact: bool
     examples: tuple[Mismatch, ...]
+    left_out_rows: tuple[LeftOut, ...]
     sums: tuple[str, ...]
 
     @property
@@ -61,7 +81,9 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        return not self.mismatches and not self.sums
+        """A draw turns the smallest difference of two sums into another text: it proves nothing of a rounded model."""
+        proven = self.mismatches if self.exact else self.mismatches - self.sampled_mismatches
+        return not proven and not self.sums
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"mismatch_rate": self.rate, "ok": self.ok}
@@ -88,20 +110,38 @@ def verify(
     if not chosen:
         raise JobError(f"job {job.id} has no answers to verify")
     rows = list(_stored(db, ledger.job_spec(job.id), chosen))
-    comparable = [(request, text) for request, text in rows if _repeats(request)]
-    found: list[Mismatch] = []
-    compared = 0
-    for result, text in _alone(job, comparable, settings, device):
-        on_row(compared, len(comparable))
-        if isinstance(result, Ok):
-            compared += 1
-            if result.text != text:
-                found.append(_mismatch(result, text))
-    made = Verification(
-        job.id, sample, compared, len(rows) - compared, len(found), tuple(found[:LISTED]), tuple(wrong_sums(db, job.id))
-    )
+    made = _compared(job, sample, rows, tuple(wrong_sums(db, job.id)), _alone(job, settings, device), on_row)
     _store(db, made)
     return made
+
+
+def _compared(
+    job: Row[Any],
+    sample: int,
+    rows: Sequence[tuple[Request, str]],
+    sums: tuple[str, ...],
+    alone: Alone,
+    on_row: Callable[[int, int], None],
+) -> Verification:
+    left_out = [LeftOut(request.row, reason) for request, _ in rows if (reason := _why_not(request))]
+    found: list[Mismatch] = []
+    compared: Counter[bool] = Counter()
+    with alone as (exact, answer):
+        for request, text in rows:
+            if _why_not(request):
+                continue
+            on_row(compared.total(), len(rows))
+            result, sampled = answer(request), not request.sampling.is_greedy
+            if isinstance(result, Failed):
+                left_out.append(LeftOut(request.row, f"no answer this time: {result.error_class}: {result.message}"))
+                continue
+            compared[sampled] += 1
+            if result.text != text:
+                found.append(_mismatch(result, text, sampled))
+    return Verification(
+        job.id, sample, compared.total(), len(left_out), len(found), compared[True],
+        sum(each.sampled for each in found), exact, tuple(found[:LISTED]), tuple(left_out), sums,
+    )  # fmt: skip
 
 
 def _sample(db: Engine, job_id: str, sample: int, seed: int) -> list[int]:
@@ -134,16 +174,17 @@ def _stored(db: Engine, spec: JobSpec, chosen: Sequence[int]) -> Iterator[tuple[
         yield to_request(each.row, each.custom_id, body, meta, sampling, template, spec.system_prompt), each.text
 
 
-def _repeats(request: Request) -> bool:
-    """Whether the same prompt has the same answer again."""
+def _why_not(request: Request) -> str | None:
+    """Why the same prompt may have another answer, or none that is a text."""
     sampling = request.sampling
-    return (sampling.is_greedy or sampling.seed is not None) and not sampling.embedding and not sampling.continuations
+    if sampling.embedding or sampling.continuations:
+        return "its answer is a vector" if sampling.embedding else "its answer is scores"
+    return None if sampling.is_greedy or sampling.seed is not None else "drawn without a seed"
 
 
-def _alone(
-    job: Row[Any], rows: Sequence[tuple[Request, str]], settings: Settings, device: str
-) -> Iterator[tuple[Result, str]]:
-    """Each request by an engine that holds no other one, and shares nothing."""
+@contextlib.contextmanager
+def _alone(job: Row[Any], settings: Settings, device: str) -> Iterator[tuple[bool, Callable[[Request], Result]]]:
+    """Answers a request by an engine that holds no other one, and shares nothing; and whether that engine is exact."""
     from promptmill_workers.checkpoints import engine_of
     from promptmill_workers.devices import parse_devices, usable
     from promptmill_workers.host import EngineHost, HostConfig, HostDied
@@ -153,24 +194,24 @@ def _alone(
         settings, job.model, where, slots=1, context_tokens=settings.context_tokens or job.context_tokens
     )
     host = EngineHost(replace(config, deduplicate=False))
+
+    def answer(request: Request) -> Result:
+        # A session ends before the next one begins: the engine is empty in between.
+        with host.session() as session:
+            return next(result for batch in session.answer([request]) for result in batch)
+
     try:
-        host.wait_ready()
-        for request, text in rows:
-            # A session ends before the next one begins: the engine is empty in between.
-            with host.session() as session:
-                for batch in session.answer([request]):
-                    for result in batch:
-                        yield result, text
+        yield host.wait_ready().exact, answer
     except HostDied as death:
         raise PromptmillError(f"the engine ended while rows were verified: {death}") from death
     finally:
         host.kill()
 
 
-def _mismatch(result: Ok, stored: str) -> Mismatch:
+def _mismatch(result: Ok, stored: str, sampled: bool) -> Mismatch:
     at = next((index for index, (a, b) in enumerate(zip(stored, result.text, strict=False)) if a != b), -1)
     at = at if at >= 0 else min(len(stored), len(result.text))
-    return Mismatch(result.row, at, stored[at : at + SHOWN], result.text[at : at + SHOWN])
+    return Mismatch(result.row, at, stored[at : at + SHOWN], result.text[at : at + SHOWN], sampled)
 
 
 def wrong_sums(db: Engine, job_id: str) -> list[str]:

@@ -64,6 +64,7 @@ def test_verify_finds_no_difference_and_says_so(command: Command, tmp_path: Path
 
     assert (found["compared"], found["left_out"], found["mismatches"]) == (12, 1, 0)
     assert found["sums"] == []
+    assert found["left_out_rows"] == [{"row": 12, "reason": "drawn without a seed"}]
 
 
 def test_verify_shows_a_changed_answer_and_a_wrong_sum(command: Command, tmp_path: Path) -> None:

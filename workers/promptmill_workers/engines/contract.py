@@ -53,6 +53,8 @@ class EngineInfo:
     device_got: str
     layers: int
     layers_offloaded: int
+    #: A batch computes (nearly) what each of its sequences does alone: float32 on a CPU.
+    exact: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -118,6 +118,7 @@ class EchoEngine:
         self._info = EngineInfo(
             engine="echo", version="1", model_name=model_name, slots=self._slots, context_tokens=self._context,
             kv_cells=self._context, device_got="cpu", layers=0, layers_offloaded=0,
+            exact=True,
         )  # fmt: skip
 
     @classmethod

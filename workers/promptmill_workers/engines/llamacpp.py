@@ -105,6 +105,7 @@ class LlamaCppEngine:
             engine="llamacpp", version=str(llama_cpp.__version__), model_name=name, slots=room.slots,
             context_tokens=self._context_tokens, kv_cells=self._context.cells, device_got=model.device_name(),
             layers=model.layers, layers_offloaded=model.offloaded,
+            exact=model.is_float32 and not model.offloaded,
         )  # fmt: skip
 
     @classmethod

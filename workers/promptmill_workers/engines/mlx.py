@@ -402,4 +402,5 @@ def _info(model: MlxModel, tokenizer: MlxTokenizer, name: str, options: EngineOp
         engine="mlx", version=model.version, model_name=name, slots=room.slots, context_tokens=context,
         kv_cells=room.cells, device_got=device_got, layers=model.layers,
         layers_offloaded=0 if device_got == "cpu" else model.layers, extra=model.facts,
+        exact=device_got == "cpu" and model.facts["dtypes"] == ["float32"],
     )  # fmt: skip
