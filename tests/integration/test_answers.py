@@ -88,13 +88,17 @@ def test_verify_needs_a_job(command: Command) -> None:
 
 @pytest.mark.slow
 def test_the_bench_measures_three_ways(command: Command) -> None:
-    found = command("bench", "--model", "demo", "--workload", "json", "--requests", "6", "--slots", "2", "--json")
+    asked = ("--workload", "json", "--requests", "6", "--slots", "2", "--repeat", "2")
+    found = command("bench", "--model", "demo", *asked, "--json")
 
     bare, whole = read(found)["json"]
     assert (bare["name"], whole["name"]) == ("bare engine", "whole job")
     assert bare["output_tokens"] == whole["output_tokens"] > 0
     assert set(bare["budget_s"]) == {"prefill", "decode", "sampling", "grammar", "Python"}
     assert whole["budget_s"]["decode"] > 0
+    assert set(whole["budget_s"]) == {"prefill", "decode", "Python", "waiting"}
+    assert len(bare["runs"]) == len(whole["runs"]) == 2
+    assert bare["output_tps_min"] <= bare["output_tps"] <= bare["output_tps_max"]
 
 
 def test_a_peer_that_is_none_is_an_error(command: Command) -> None:
@@ -102,6 +106,12 @@ def test_a_peer_that_is_none_is_an_error(command: Command) -> None:
 
     assert found.code == 2
     assert "not an address" in found.err
+
+    away = command("bench", "--model", "echo", "--peer", "http://127.0.0.1:1")
+
+    assert away.code == 2
+    assert "nobody answers there" in away.err
+    assert "bare engine" not in away.err
 
 
 @pytest.mark.parametrize(

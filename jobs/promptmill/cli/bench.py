@@ -29,7 +29,7 @@ def bench(
 ) -> None:  # fmt: skip
     """Run noise through the bare engine, through a whole job and, with --peer, through a server: side by side.
 
-    The figures are those of the median of --repeat runs, with the lowest and the highest; ratios are to the bare engine.
+    Figures are those of the median of --repeat runs, with the lowest and the highest; ratios are to the bare engine.
     The whole job's figures come from its rows. Weights need not be trained: speed depends on shapes and lengths.
     """
     from promptmill.bench import bench as run
