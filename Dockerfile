@@ -1,4 +1,4 @@
-# One image for migrations and workers. The defaults build the CPU image; for CUDA see docker-compose.yml.
+# One image for migrations, workers and the API. The defaults build the CPU image; for CUDA see docker-compose.yml.
 ARG BUILD_IMAGE=debian:12-slim
 ARG RUN_IMAGE=debian:12-slim
 
@@ -14,16 +14,17 @@ WORKDIR /src
 ARG CMAKE_ARGS="-DGGML_NATIVE=OFF"
 COPY pyproject.toml uv.lock ./
 RUN --mount=type=cache,target=/root/.cache/uv \
-    CMAKE_ARGS="${CMAKE_ARGS}" /opt/uv/bin/uv sync --frozen --no-dev --no-install-project
+    CMAKE_ARGS="${CMAKE_ARGS}" /opt/uv/bin/uv sync --frozen --no-dev --extra api --no-install-project
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/uv \
-    /opt/uv/bin/uv sync --frozen --no-dev --no-editable
+    /opt/uv/bin/uv sync --frozen --no-dev --extra api --no-editable
 
 FROM ${RUN_IMAGE}
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 promptmill
+    && useradd --create-home --uid 10001 promptmill \
+    && install -d -o promptmill -g promptmill /home/promptmill/files
 COPY --from=build /opt/promptmill /opt/promptmill
 # Outside any checkout: its folders must not be importable.
 WORKDIR /home/promptmill
