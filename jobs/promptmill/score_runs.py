@@ -36,7 +36,17 @@ PAGES_AHEAD = 2
 #: The group of rows that have no such value.
 NO_GROUP = "(none)"
 
+#: Different answers whose judgements are remembered from page to page.
+MOST_KNOWN = 50_000
+
+#: One judgement by each scorer.
 Judged = tuple[Judgement | None, ...]
+
+#: The values of one :class:`Answer`, as the database's driver gives them.
+Columns = tuple[Any, ...]
+
+#: Numbers of rows, and the answers in them.
+Page = tuple[list[int], list[Columns]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +105,7 @@ def _filled(
         _count(tallies, judged)
         if group_of is not None:
             for answer, each in zip(answers, judged, strict=True):
-                _count(groups.setdefault(group_of(answer), _tallies(judge)), [each])
+                _count(groups.setdefault(group_of(Answer(*answer)), _tallies(judge)), [each])
         done += len(rows)
         on_rows(done, job.rows)
     if by is not None and groups.keys() <= {NO_GROUP}:
@@ -168,35 +178,40 @@ def _grouping(by: str | None) -> Callable[[Answer], str] | None:
 # --- the rows --------------------------------------------------------------------------------------------------------
 
 
-def _pages(db: Engine, job_id: str, whole: bool) -> Iterator[tuple[list[int], list[Answer]]]:
+def _pages(db: Engine, job_id: str, whole: bool) -> Iterator[Page]:
     """The job's answers in the order of their rows, PAGE_ROWS at a time; no cursor stays open between two."""
     query = answers_query(job_id, whole=whole).add_columns(results.c.row.label("place"))
     query = query.order_by(results.c.row).limit(PAGE_ROWS)
     last = -1
     while True:
         with reading(db) as connection:
-            found = connection.execute(query.where(results.c.row > last)).fetchall()
+            # The driver's own tuples: making a row object of each takes as long as reading it.
+            cursor = connection.execute(query.where(results.c.row > last)).cursor
+            found = cursor.fetchall() if cursor is not None else []
         if not found:
             return
-        yield [each[-1] for each in found], [Answer(*each[:-1]) for each in found]
+        yield [each[-1] for each in found], [each[:-1] for each in found]
         last = found[-1][-1]
 
 
 def _judged(
-    pages: Iterator[tuple[list[int], list[Answer]]], task: Task, judge: Judge, rows: int
-) -> Iterator[tuple[list[int], list[Answer], list[Judged]]]:
+    pages: Iterator[Page], task: Task, judge: Judge, rows: int
+) -> Iterator[tuple[list[int], list[Columns], list[Judged]]]:
     if judge.needs_item and rows >= POOL_ROWS and (os.cpu_count() or 1) > 1:
         yield from _judged_by_many(pages, task)
         return
+    known: dict[Columns, Judged] = {}
     for places, answers in pages:
-        yield places, answers, _judged_page(judge, answers)
+        yield places, answers, _judged_page(judge, answers, known)
 
 
-def _judged_page(judge: Judge, answers: list[Answer]) -> list[Judged]:
+def _judged_page(judge: Judge, answers: list[Columns], known: dict[Columns, Judged]) -> list[Judged]:
+    """``known``: judgements on answers seen before, for scorers that do not care whose answer it is."""
     if judge.needs_item:
-        return [judge(answer) for answer in answers]
-    known: dict[Answer, Judged] = {}
-    return [known[each] if each in known else known.setdefault(each, judge(each)) for each in answers]
+        return [judge(Answer(*each)) for each in answers]
+    if len(known) > MOST_KNOWN:
+        known.clear()
+    return [known[each] if each in known else known.setdefault(each, judge(Answer(*each))) for each in answers]
 
 
 _judge_here: Judge | None = None
@@ -207,17 +222,15 @@ def _begin_process(text: str, name: str, folder: str | None) -> None:
     _judge_here = Judge(parse_task(text, name, folder))
 
 
-def _judge_elsewhere(answers: list[Answer]) -> list[Judged]:
+def _judge_elsewhere(answers: list[Columns]) -> list[Judged]:
     assert _judge_here is not None
-    return _judged_page(_judge_here, answers)
+    return _judged_page(_judge_here, answers, {})
 
 
-def _judged_by_many(
-    pages: Iterator[tuple[list[int], list[Answer]]], task: Task
-) -> Iterator[tuple[list[int], list[Answer], list[Judged]]]:
+def _judged_by_many(pages: Iterator[Page], task: Task) -> Iterator[tuple[list[int], list[Columns], list[Judged]]]:
     """In the order of the pages, a few of which are in memory at a time."""
     count = os.cpu_count() or 1
-    waiting: deque[tuple[list[int], list[Answer], Future[list[Judged]]]] = deque()
+    waiting: deque[tuple[list[int], list[Columns], Future[list[Judged]]]] = deque()
     # Started afresh: a fork of a process that holds connections and threads could hang.
     begin = (task.text, task.name, task.folder)
     with ProcessPoolExecutor(count, get_context("spawn"), _begin_process, begin) as pool:
