@@ -21,6 +21,9 @@ FORGET_S = 120
 BEAT_S = 3.0
 GONE_S = 15
 
+#: Seconds after which a server counts as gone without a sign of life; it gives one every two.
+SERVER_GONE_S = 8
+
 #: Times that a request is tried whose worker or host was lost before it said anything.
 MOST_TRIES = 3
 
@@ -47,6 +50,11 @@ def reply_list(server_id: str) -> str:
 def beat_key(worker_id: str) -> str:
     """JSON with a life of GONE_S: the worker lives, and what it does."""
     return f"live.worker.{worker_id}"
+
+
+def server_key(server_id: str) -> str:
+    """It has a life of SERVER_GONE_S: somebody is there to read the replies."""
+    return f"live.server.{server_id}"
 
 
 @dataclass(frozen=True, slots=True)

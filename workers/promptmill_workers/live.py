@@ -18,6 +18,7 @@ from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.errors import PromptmillError
 from promptmill.live_wire import (
     AGAIN,
+    BEAT_S,
     DONE,
     FAILED,
     FORGET_S,
@@ -29,6 +30,7 @@ from promptmill.live_wire import (
     cancel_list,
     live_queue,
     reply_list,
+    server_key,
 )
 from promptmill.types import ErrorClass, Ok, Result
 from promptmill_workers.host import HostDied, Session
@@ -75,6 +77,7 @@ class LiveLane:
         self._queue, self._cancels = live_queue(model), cancel_list(worker_id, model)
         self._running: dict[int, Running] = {}
         self._row = 0
+        self._missed: set[str] = set()
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name=f"live-{model[-20:]}", daemon=True)
@@ -199,8 +202,12 @@ class LiveLane:
 
     def _read(self, session: Session, ended: threading.Event) -> None:
         """From Redis to the engine: more requests, and those that nobody waits for any more."""
+        looked_at = time.monotonic()
         while not ended.is_set():
             try:
+                if time.monotonic() - looked_at > BEAT_S:
+                    looked_at = time.monotonic()
+                    self._cancel_orphans(session)
                 with self._lock:
                     room = TAKEN_PER_SLOT * self._hosts.slots - len(self._running)
                 lists = [self._cancels, *([self._queue] if room > 0 and self._taking else [])]
@@ -219,6 +226,19 @@ class LiveLane:
                 ended.wait(AWAY_S)
             except OSError:
                 return  # The host is gone; the thread that reads from it knows and reacts.
+
+    def _cancel_orphans(self, session: Session) -> None:
+        """Drop the requests of servers that are gone. Twice missed is gone: Redis itself may have begun anew."""
+        with self._lock:
+            servers = sorted({each.request.server for each in self._running.values()})
+        alive = self._redis.mget([server_key(each) for each in servers]) if servers else []
+        missed = {each for each, found in zip(servers, alive, strict=True) if found is None}
+        gone, self._missed = missed & self._missed, missed
+        with self._lock:
+            ids = {each.request.id for each in self._running.values() if each.request.server in gone}
+        if ids:
+            log.warning("%d requests are dropped: their server is gone", len(ids))
+            self._cancel(session, ids)
 
     def _cancel(self, session: Session, ids: set[str]) -> None:
         with self._lock:

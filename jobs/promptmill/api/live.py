@@ -21,6 +21,7 @@ from promptmill.live_wire import (
     DONE,
     FAILED,
     MOST_TRIES,
+    SERVER_GONE_S,
     TAKEN,
     TEXT,
     LiveRequest,
@@ -28,6 +29,7 @@ from promptmill.live_wire import (
     cancel_list,
     live_queue,
     reply_list,
+    server_key,
 )
 
 log = logging.getLogger("promptmill.api")
@@ -243,14 +245,16 @@ class Live:
     async def _watch(self) -> None:
         """Requests of a worker that is gone are sent again, or fail when somebody has seen a part of the answer."""
         while True:
-            await asyncio.sleep(WATCH_S)
             try:
+                # Workers drop the requests of a server that is gone.
+                await self._redis.set(server_key(self._id), "1", ex=SERVER_GONE_S)
                 held = {each.worker for each in self._calls.values() if each.worker is not None}
                 for worker in held:
                     if not await self._redis.exists(beat_key(worker)):
                         self._worker_gone(worker)
-            except (RedisError, OSError):
-                await asyncio.sleep(AWAY_S)
+            except (RedisError, OSError) as problem:
+                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+            await asyncio.sleep(WATCH_S)
 
     def _worker_gone(self, worker: str) -> None:
         for call in [each for each in self._calls.values() if each.worker == worker]:
