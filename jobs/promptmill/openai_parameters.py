@@ -21,6 +21,12 @@ NOTES = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_t
 
 KNOWN = {*PARAMETERS, *ALIASES, "response_format"}
 
+#: Parameters of embeddings that are not offered, and why.
+NOT_OFFERED = {
+    "encoding_format": "vectors are lists of numbers: give 'float'",
+    "dimensions": "vectors have the model's own size",
+}
+
 #: Highest temperature of that format; lines of our own may go higher.
 HOTTEST = 2
 
@@ -32,6 +38,8 @@ def translate(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     """
     asked: dict[str, Any] = {}
     for name, value in body.items():
+        if name in NOT_OFFERED and value not in (None, *HARMLESS.get(name, ())):
+            raise BadParameter(f"unsupported parameter 'body.{name}': {NOT_OFFERED[name]}")
         if name in HARMLESS:
             if not any(value == each and type(value) is type(each) for each in HARMLESS[name]):
                 raise BadParameter(f"unsupported parameter 'body.{name}': it would change the answer")

@@ -104,7 +104,7 @@ class Gauge:
 
     def tokens_of(self, text: str) -> int:
         """Tokens of a text as it is, without a chat template."""
-        return self._count(Request(0, "", SamplingParams(), prompt=text))
+        return self._count(Request(0, "", SamplingParams(), prompt=text)) if text else 0
 
     def findings(self) -> Preflight:
         """Percentiles are of the measured lengths, sampled rows counting for those they stand for."""

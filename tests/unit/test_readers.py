@@ -451,6 +451,25 @@ def test_a_chat_line_brings_what_binds_and_describes_its_answer(write: Write) ->
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ({"input": ["a", "b"]}, "unsupported 'body.input': give one text, not a list"),
+        (
+            {"input": "a", "encoding_format": "base64"},
+            "'body.encoding_format': vectors are lists of numbers",
+        ),
+        ({"input": "a", "dimensions": 8}, "'body.dimensions': vectors have the model's own size"),
+    ],
+    ids=str,
+)
+def test_what_embeddings_lines_cannot_ask_for_is_refused(write: Write, body: dict[str, Any], problem: str) -> None:
+    error = one(write, batch_line("/v1/embeddings", **body)).error
+
+    assert error is not None
+    assert problem in error
+
+
 def test_an_embeddings_line_asks_for_a_vector(write: Write) -> None:
     line = one(write, batch_line("/v1/embeddings", input="hi", encoding_format="float"))
     assert (line.prompt, line.raw, line.sampling) == ("hi", True, {"embedding": True})

@@ -58,7 +58,9 @@ def _request(number: int, custom_id: str, record: dict[str, Any]) -> DatasetLine
     if isinstance(asked, list) and len(asked) == 1:
         asked = asked[0]
     if isinstance(asked, list):
-        raise BadLine(f"unsupported 'body.{question}': give one text, not a list of texts or token ids")
+        raise BadLine(
+            f"unsupported 'body.{question}': give one text, not a list of texts or token ids; a row has one answer"
+        )
     if asked == "" and sampling.get("continuations"):
         # What is scored from the start of a text follows nothing.
         return DatasetLine(number, custom_id, prompt="", raw=True, expected=expected, meta=meta, sampling=sampling)

@@ -75,6 +75,11 @@ class EngineRequest:
     #: The continuation is followed by the end of the answer.
     closed: bool = False
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether texts after the prompt are scored: then it may be empty."""
+        return self.continuation is not None or bool(self.sampling.continuations)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

@@ -96,7 +96,7 @@ class PromptReader:
 
     def _tokens(self, text: str, request: EngineRequest) -> Tokens:
         found = self._vocabulary.tokens(text, parse_special=request.messages is not None)
-        if not len(found) and not text:
+        if not len(found) and not text and request.is_scored:
             # Nothing but what every text begins with: a text is scored from there.
             found = np.array(self._vocabulary.start, dtype=np.int32)
         if not len(found):

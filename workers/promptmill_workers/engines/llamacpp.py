@@ -17,7 +17,7 @@ from typing import Self
 import llama_cpp
 
 from promptmill.errors import RequestError
-from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason
+from promptmill.types import EngineCounters, ErrorClass, FinishReason
 from promptmill_workers.answering import Answer, Tools, needs_logits
 from promptmill_workers.constraint import GrammarError, Grammars
 from promptmill_workers.engines.contract import (
@@ -39,13 +39,13 @@ from promptmill_workers.engines.llama_binding import (
     Model,
 )
 from promptmill_workers.engines.llama_embedding import Embeddings
+from promptmill_workers.engines.llama_outputs import drawn, score
 from promptmill_workers.engines.llama_pass import Pass, fill
 from promptmill_workers.engines.llama_prefixes import Prefix
 from promptmill_workers.engines.llama_room import Room
 from promptmill_workers.engines.llama_sampling import Shape, shape_of
 from promptmill_workers.engines.llama_slots import Running, Waiting, cells_of
 from promptmill_workers.engines.llama_text import AnswerText, LlamaTokenCounter, PromptReader
-from promptmill_workers.host_sampling import log_sum
 from promptmill_workers.kv_budget import fit
 
 #: Context of a request when nobody asked for another one.
@@ -311,7 +311,7 @@ class LlamaCppEngine:
     def _read(self, running: Running, events: list[Event]) -> Event | None:
         """Take what the pass gave for the sequence; the event when it has ended with it."""
         if running.waiting.scored:
-            return self._score(running)
+            return score(self._context, running)
         if running.output < 0:
             return None
         try:
@@ -325,7 +325,7 @@ class LlamaCppEngine:
     def _sample(self, running: Running) -> FinishReason | None:
         """Draw a token, and take those that must follow it; why the answer has ended with one. Raises GrammarError."""
         answer, output, running.output = running.answer, running.output, -1
-        token = self._drawn(running, output)
+        token = drawn(self._context, running, output)
         if running.first_token_at is None:
             running.first_token_at = time.monotonic()
         running.pending = [token]
@@ -340,40 +340,6 @@ class LlamaCppEngine:
                 if reason is not None:
                     break
         return reason
-
-    def _drawn(self, running: Running, output: int) -> int:
-        """The next token, by the output at this batch index. Raises GrammarError."""
-        if not running.hosted:
-            return self._context.sampled(running.slot, output)
-        answer, logits = running.answer, self._context.logits(output)
-        if answer.draws:
-            return answer.draw(logits)
-        is_greedy = running.request.sampling.is_greedy
-        token = int(logits.argmax()) if is_greedy else self._context.drawn_aside(running.slot, output)
-        answer.observe(logits, token)
-        return token
-
-    def _score(self, running: Running) -> Event | None:
-        """Add up what the pass says of the continuation; the event when all of it was seen."""
-        prompt = running.waiting.prompt
-        # The output after position p is about the token at p + 1.
-        following = running.done - len(running.outputs) + 1
-        for index, output in enumerate(running.outputs):
-            logits, token = self._context.logits(output), int(prompt[following + index])
-            running.logprob += float(logits[token]) - log_sum(logits)
-            running.likeliest &= int(logits.argmax()) == token
-        running.outputs = range(0)
-        if running.in_prefill:
-            return None
-        text = running.request.continuation or ""
-        now = running.first_token_at = time.monotonic()
-        scores = {
-            "text": text, "logprob": running.logprob, "tokens": running.waiting.scored, "greedy": running.likeliest,
-        }  # fmt: skip
-        return Finished(
-            running.request.key, text, FinishReason.STOP, running.usage, running.admitted_at, now, now,
-            Extras(continuations=[scores]),
-        )  # fmt: skip
 
     def _finished(self, running: Running, reason: FinishReason, events: list[Event]) -> Finished:
         assert running.first_token_at is not None

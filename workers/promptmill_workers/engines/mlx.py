@@ -33,7 +33,7 @@ from promptmill_workers.engines.contract import (
     refuse_slots,
 )
 from promptmill_workers.engines.mlx_prefixes import Prefixes
-from promptmill_workers.engines.mlx_slots import Running, Waiting
+from promptmill_workers.engines.mlx_slots import Running, TooLong, Waiting
 from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenCounter, MlxTokenizer
 from promptmill_workers.kv_budget import fit
 from promptmill_workers.prefix_plan import plan
@@ -181,13 +181,13 @@ class MlxEngine:
                 self._waiting.append(self._prepared(request))
             except RequestError as problem:
                 self._reject(request, ErrorClass.INVALID_REQUEST, problem.message)
-            except _TooLong as problem:
+            except TooLong as problem:
                 self._reject(request, ErrorClass.CONTEXT_OVERFLOW, str(problem))
             else:
                 self._planned = False
 
     def _prepared(self, request: EngineRequest) -> Waiting:
-        """Raises RequestError or _TooLong."""
+        """Raises RequestError or TooLong."""
         refuse_unknown_tokens(request.sampling, self._tokenizer.size)
         prompt, scored = self._tokenizer.tokens(request), 0
         if request.continuation is not None:
@@ -195,7 +195,7 @@ class MlxEngine:
             prompt, scored = np.concatenate([prompt, more]), len(more)
         room = self._info.context_tokens - len(prompt)
         if room < 1:
-            raise _TooLong(f"the prompt has {len(prompt):,} tokens, the context {self._info.context_tokens:,}")
+            raise TooLong(f"the prompt has {len(prompt):,} tokens, the context {self._info.context_tokens:,}")
         limit = 0 if scored or request.sampling.embedding else max(1, min(request.sampling.max_tokens, room))
         return Waiting(request, prompt, limit, self._tokenizer.opened(request)[1], scored)
 
@@ -351,7 +351,7 @@ class MlxEngine:
 
     def _time_out(self) -> list[Event]:
         now = time.monotonic()
-        late = [sequence for sequence, running in self._running.items() if _is_late(running, now)]
+        late = [sequence for sequence, running in self._running.items() if running.is_late(now)]
         return [self._timed_out(sequence, now) for sequence in late]
 
     def _timed_out(self, sequence: SequenceId, now: float) -> Rejected:
@@ -381,15 +381,6 @@ class MlxEngine:
         now = {name: getattr(self._counters, name) + value for name, value in more.items() if value}
         if now:
             self._counters = replace(self._counters, **now)
-
-
-class _TooLong(Exception):
-    """A prompt that leaves no room for an answer."""
-
-
-def _is_late(running: Running, now: float) -> bool:
-    limit = running.request.sampling.timeout_s
-    return limit is not None and now - running.admitted_at >= limit
 
 
 def _info(model: MlxModel, tokenizer: MlxTokenizer, name: str, options: EngineOptions, device_got: str) -> EngineInfo:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from promptmill_workers.engines.mlx_batch import HostedSampler
 
 
+class TooLong(Exception):
+    """A prompt that leaves no room for an answer."""
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A request that is tokenised and has no slot. ``shared`` tokens of its prompt are planned to be computed once."""
@@ -63,3 +67,7 @@ class Running:
     @property
     def usage(self) -> Usage:
         return Usage(len(self.waiting.prompt), self.cached, self.count, min(self.count, self.answer.reasoning_tokens))
+
+    def is_late(self, now: float) -> bool:
+        limit = self.request.sampling.timeout_s
+        return limit is not None and now - self.admitted_at >= limit

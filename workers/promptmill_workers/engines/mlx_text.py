@@ -84,7 +84,7 @@ class MlxTokenizer:
         text = self.render(request).encode("utf-8", errors="replace").decode()
         raw = request.messages is None
         found = self._tokenizer.encode(text, add_special_tokens=raw, split_special_tokens=raw, verbose=False)
-        if not found and not text:
+        if not found and not text and request.is_scored:
             # Nothing but what every text begins with (BOS, else EOS): a text is scored from there.
             starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
             found = [each for each in starts if each is not None][:1]
