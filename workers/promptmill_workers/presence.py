@@ -21,6 +21,7 @@ from promptmill.errors import BrokerError
 from promptmill.ledger import Ledger
 from promptmill.tables import chunks, worker_samples, workers
 from promptmill_workers.devices import Device
+from promptmill_workers.gauges import DeviceGauge
 from promptmill_workers.host_keeper import HostKeeper
 from promptmill_workers.patience import PASSING, first_line
 from promptmill_workers.stopping import Stop
@@ -58,6 +59,7 @@ class Presence:
         self._calibrated_at = float("-inf")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
+        self._gauge = DeviceGauge(device)
         self._tokens: tuple[float, int] | None = None
         self._cpu: tuple[float, float] | None = None
 
@@ -65,6 +67,8 @@ class Presence:
         with writing(self._db) as db:
             now = db.execute(sa.select(epoch())).scalar()
             db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
+            # Short jobs too have a sample: one at the start, one at the end.
+            db.execute(sa.insert(worker_samples).values(self._sample(db)))
         self._thread.start()
 
     def changed(self, hosts: HostKeeper) -> None:
@@ -74,6 +78,10 @@ class Presence:
     def stop(self) -> None:
         """Say goodbye: the worker is gone on purpose."""
         self._stopping.set()
+        try:
+            self._add_sample()
+        except PASSING as problem:
+            log.warning("no last sample: %s", first_line(problem))
         self._update({"state": "stopped"})
 
     def _row(self) -> dict[str, Any]:
@@ -136,6 +144,9 @@ class Presence:
 
     def _heartbeat(self) -> None:
         self._update(self._row())
+        self._add_sample()
+
+    def _add_sample(self) -> None:
         with writing(self._db) as db:
             db.execute(sa.insert(worker_samples).values(self._sample(db)))
 
@@ -143,16 +154,27 @@ class Presence:
         active, waiting = self._hosts.load()
         seconds, memory = self._process_use()
         now = time.time()
+        output_tps = self._rate("_tokens", now, self._output_tokens(db))
         return {
             "worker_id": self._worker_id,
             "at": db.execute(sa.select(epoch())).scalar(),
             "cpu_ratio": self._rate("_cpu", now, seconds),
             "memory_bytes": memory,
+            "device_memory_bytes": self._gauge.memory_bytes(self._hosts.pid),
+            "device_use_ratio": self._gauge.use_ratio(),
             "active_sequences": active,
             "waiting_requests": waiting,
             "slots": self._hosts.slots,
-            "output_tps": self._rate("_tokens", now, self._output_tokens(db)),
+            # What was answered since the last sample was work, even where the slots are empty again.
+            "state": self._phase(bool(active or waiting or output_tps)),
+            "output_tps": output_tps,
         }
+
+    def _phase(self, has_work: bool) -> str:
+        """What resources are used for: 'loading', 'busy' or 'idle'."""
+        if self._hosts.state == "loading" or self._hosts.info is None:
+            return "loading"
+        return "busy" if has_work else "idle"
 
     def _rate(self, name: str, now: float, value: float) -> float | None:
         """Change of ``value`` per second since the last sample; None for the first one."""
