@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from promptmill.broker import Broker
 from promptmill.database import epoch, reading
 from promptmill.ledger import Ledger
+from promptmill.privacy import redact_overdue
 from promptmill.tables import workers
 
 #: Chunks of a job that are published and not done, for each worker that runs its model. A worker holds two; the other
@@ -51,6 +52,7 @@ class Dispatcher:
         lost = self._ledger.requeue_expired()
         self._ledger.complete_jobs()
         self._ledger.expire_overdue()
+        redact_overdue(self._ledger.db)
         published = 0
         for job in self._ledger.open_jobs("queue"):
             priority = _aged(job.priority, job.waited_s)

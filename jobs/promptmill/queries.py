@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import pickle
 import re
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy as sa
@@ -32,7 +37,7 @@ class QueryError(PromptmillError):
 def querying(db: Engine, sql: str, seconds: float) -> Iterator[tuple[list[str], Iterator[Sequence[Any]]]]:
     """Column names and rows of ``sql``, a SELECT or the name of a query, streamed. Raises :class:`QueryError`."""
     text = QUERIES[sql.strip()].sql if sql.strip() in QUERIES else sql.strip().rstrip(";")
-    if not re.match(r"(?is)\(*\s*(select|with|values|explain)\b", text):
+    if not re.match(r"(?is)(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|values|explain)\b", text):
         raise QueryError(
             "only queries that read are run: SELECT, WITH, VALUES or EXPLAIN",
             hint=f"Named queries: {', '.join(QUERIES)}.",
@@ -91,31 +96,61 @@ def write_jsonl(columns: list[str], rows: Iterator[Sequence[Any]], stream: IO[st
 
 
 def write_parquet(columns: list[str], rows: Iterator[Sequence[Any]], path: str) -> None:
-    """Types are those of the first batch; a column that is empty there is text."""
+    """The file appears whole or not at all.
+
+    Rows are kept in a file beside it until all types are known: a column may be whole numbers, or empty, for a million
+    rows and then not. Whole numbers beside fractions become fractions, anything beside text becomes text.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    writer: Any = None
-    batch: list[Sequence[Any]] = []
+    partial = Path(f"{path}.part-{os.getpid()}")
+    kinds: list[set[type]] = [set() for _ in columns]
+    with tempfile.TemporaryFile(dir=partial.absolute().parent) as held:
+        for row in rows:
+            cells = [_plain(cell) for cell in row]
+            for kind, cell in zip(kinds, cells, strict=True):
+                kind.add(type(cell))
+            pickle.dump(cells, held, pickle.HIGHEST_PROTOCOL)
+        held.seek(0)
+        types = [_type_of(kind - {type(None)}) for kind in kinds]
+        schema = pa.schema([(name, getattr(pa, kind)()) for name, (kind, _) in zip(columns, types, strict=True)])
+        try:
+            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+                for batch in _batches(held):
+                    block = zip(*batch, strict=True)
+                    arrays = [
+                        pa.array([None if cell is None else make(cell) for cell in column], field.type)
+                        for column, field, (_, make) in zip(block, schema, types, strict=True)
+                    ]
+                    writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
-    def flush() -> None:
-        nonlocal writer
-        block = list(zip(*batch, strict=True)) or [() for _ in columns]
-        if writer is None:
-            arrays = [pa.array(column) for column in block]
-            fields = [
-                (name, pa.string() if pa.types.is_null(each.type) else each.type)
-                for name, each in zip(columns, arrays, strict=True)
-            ]
-            writer = pq.ParquetWriter(path, pa.schema(fields), compression="zstd")
-        arrays = [pa.array(column, field.type) for column, field in zip(block, writer.schema, strict=True)]
-        writer.write_table(pa.Table.from_arrays(arrays, schema=writer.schema))
-        batch.clear()
 
-    for row in rows:
-        batch.append([float(cell) if type(cell).__name__ == "Decimal" else cell for cell in row])
-        if len(batch) == BATCH_ROWS:
-            flush()
-    if batch or writer is None:
-        flush()
-    writer.close()
+def _plain(cell: Any) -> Any:
+    return float(cell) if type(cell).__name__ == "Decimal" else cell
+
+
+def _batches(held: IO[bytes]) -> Iterator[list[list[Any]]]:
+    batch: list[list[Any]] = []
+    with contextlib.suppress(EOFError):
+        while True:
+            batch.append(pickle.load(held))
+            if len(batch) == BATCH_ROWS:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _type_of(kinds: set[type]) -> tuple[str, Callable[[Any], Any]]:
+    """Arrow's name of the type that holds all of ``kinds``, and what makes a value of it."""
+    if kinds and kinds <= {bool}:
+        return "bool_", bool
+    if kinds and kinds <= {bool, int}:
+        return "int64", int
+    if kinds and kinds <= {bool, int, float}:
+        return "float64", float
+    return ("binary", bytes) if kinds == {bytes} else ("string", str)

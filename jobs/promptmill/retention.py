@@ -52,7 +52,7 @@ def old_jobs(db: Engine, older_than: str, now: float | None = None) -> list[sa.R
     limit = (time.time() if now is None else now) - (span_s(older_than, "--older-than") or 0.0)
     ended = [state.value for state in JobState if state.is_final]
     query = (
-        sa.select(jobs.c.id, jobs.c.name, jobs.c.state, jobs.c.rows, jobs.c.finished_at)
+        sa.select(jobs.c.id, jobs.c.name, jobs.c.state, jobs.c.rows, jobs.c.store, jobs.c.finished_at)
         .where(jobs.c.state.in_(ended), sa.func.coalesce(jobs.c.finished_at, jobs.c.submitted_at) < limit)
         .order_by(jobs.c.id)
     )

@@ -73,6 +73,8 @@ class RunOptions:
     context_tokens: int | None = None
     device: str = "auto"
     max_errors: str | None = None
+    #: What stays of prompts and answers once the job has ended: 'full', 'hash' or 'none'.
+    store: str = "full"
     skip_invalid: bool = False
     #: A span such as 2h30m, or a time such as 2026-12-24T18:00.
     deadline: str | None = None
@@ -115,6 +117,7 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
     order = JobOrder(
         model=model, mode=mode, task=task, system=None if task else options.system, sampling=sampling,
         name=options.name, priority=options.priority, selection=options.selection, max_errors=options.max_errors,
+        store=options.store,
         skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
         model_fingerprint=_fingerprint(checkpoint), deadline_at=moment(options.deadline, "--deadline"),
         expires_at=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),
@@ -186,6 +189,22 @@ def score_again(
         "groups": {value: {n: each.to_json() for n, each in found.items()} for value, found in run.groups.items()},
         "gates": [asdict(each) | {"text": str(each)} for each in verdicts],
     }  # fmt: skip
+
+
+def forget(db: Engine, job_id: str, how: str) -> None:
+    """Keep the job's figures and scores, and of its prompts and answers their hashes ('hash') or nothing ('none')."""
+    from promptmill.privacy import DONE, redact
+    from promptmill.score_runs import append_score_run
+    from promptmill.scorers.scoring import Judge
+
+    job = catalog.find_job(db, job_id)
+    if job.store in DONE.values():
+        return
+    if job.task_text is not None:
+        task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
+        if Judge(task).scorers:
+            append_score_run(db, job, task)
+    redact(db, job_id, how)
 
 
 def _task(options: RunOptions) -> Task | None:

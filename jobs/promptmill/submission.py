@@ -68,6 +68,8 @@ class JobOrder:
     priority: int = 5
     selection: Selection = field(default_factory=Selection)
     max_errors: str | None = None
+    #: What stays of prompts and answers in the end: 'full', 'hash' or 'none'.
+    store: str = "full"
     skip_invalid: bool = False
     slots: int | None = None
     model_fingerprint: str | None = None
@@ -288,6 +290,7 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "task_sha256": task.sha256 if task else None, "system_prompt": order.system,
         "sampling": json.dumps(order.sampling, ensure_ascii=False),
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
+        "store": order.store,
         "env": json.dumps(_environment()), "submitted_at": now, "deadline_at": order.deadline_at,
         "expires_at": order.expires_at, "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
         "api_key_id": order.api_key_id,

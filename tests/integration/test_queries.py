@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,26 @@ def test_a_query_becomes_parquet(filled: sa.Engine, tmp_path: Path) -> None:
     read = pq.read_table(path)
     assert read.column_names == ["row", "state", "latency_s"]
     assert read.num_rows == 39
+
+
+def test_types_of_parquet_are_those_of_all_rows(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    rows = [(number, None, number) for number in range(12_000)] + [(0.5, "late", "text")]
+    path = tmp_path / "out.parquet"
+    write_parquet(["number", "late", "mixed"], iter(rows), str(path))
+    found = pq.read_table(path)
+    assert [str(field.type) for field in found.schema] == ["double", "string", "string"]
+    assert found.num_rows == 12_001
+    assert found["late"][12_000].as_py() == "late"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_query_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[int]]:
+        yield (1,)
+        raise QueryError("the query took too long")
+
+    with pytest.raises(QueryError):
+        write_parquet(["n"], rows(), str(tmp_path / "out.parquet"))
+    assert list(tmp_path.iterdir()) == []

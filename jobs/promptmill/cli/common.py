@@ -80,6 +80,13 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--cache", is_flag=True, help="Take greedy answers that other jobs had, and keep those of this one."
         ),
+        click.option(
+            "--store",
+            type=click.Choice(["full", "hash", "none"]),
+            default="full",
+            show_default=True,
+            help="What stays of prompts and answers when the job has ended.",
+        ),
         click.option("--junit", type=click.Path(), help="Write the task's gates there as JUnit XML."),
         click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
         json_option,
@@ -91,14 +98,18 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_options(values: dict[str, Any]) -> RunOptions:
     """The options of :func:`job_options` as the service takes them."""
+    from promptmill.errors import PromptmillError
     from promptmill.service import RunOptions
 
     sampling = _sampling(values)
+    if values["store"] != "full" and values["cache"]:
+        raise PromptmillError("--cache keeps answers", hint=f"Leave it out with --store {values['store']}.")
     return RunOptions(
         dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
         template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
         name=values["name"], priority=values.get("priority", 5), selection=_selection(values), slots=values["slots"],
         context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
+        store=values["store"],
         skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
         time_limit=values["time_limit"], if_exists=values["if_exists"], use_cache=values["cache"],
     )  # fmt: skip

@@ -34,15 +34,23 @@ def _ask(question: str) -> None:
 
 @click.command(epilog="Example: promptmill gc --older-than 30d --dry-run")
 @click.option("--older-than", required=True, help="Jobs that ended longer ago, such as 30d or 12h.")
+@click.option("--keep-scores", is_flag=True, help="Remove prompts and answers only; figures and scores stay.")
 @click.option("--dry-run", is_flag=True, help="Only list them.")
 @json_option
-def gc(older_than: str, dry_run: bool, as_json: bool) -> None:
+def gc(older_than: str, keep_scores: bool, dry_run: bool, as_json: bool) -> None:
     """Remove jobs that ended long ago, with their prompts, results and scores."""
+    from promptmill.privacy import DONE
     from promptmill.retention import collect, old_jobs
+    from promptmill.service import forget
 
     _, db = open_all()
     found = old_jobs(db, older_than)
-    if not dry_run:
+    if keep_scores:
+        found = [job for job in found if job.store not in DONE.values()]
+    if not dry_run and keep_scores:
+        for job in found:
+            forget(db, job.id, "none")
+    elif not dry_run:
         collect(db, older_than)
     if as_json:
         print_json([job.id for job in found])
@@ -51,4 +59,5 @@ def gc(older_than: str, dry_run: bool, as_json: bool) -> None:
         rows = [[job.id, job.name, job.state, job.rows, clock(job.finished_at)] for job in found]
         table(["job", "name", "state", "rows", "finished"], rows, right={"rows"})
     jobs = "job" if len(found) == 1 else "jobs"
-    click.echo(f"{len(found)} {jobs} {'would be removed' if dry_run else 'removed'}")
+    what = "prompts and answers of " if keep_scores else ""
+    click.echo(f"{what}{len(found)} {jobs} {'would be removed' if dry_run else 'removed'}")

@@ -48,7 +48,12 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
         outcome = service.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
     if output:
         write_results(db, outcome.job_id, output)
-    end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None, junit=values["junit"])
+    try:
+        end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None, junit=values["junit"])
+    finally:
+        # After everything that reads the texts; a job that goes on needs them still.
+        if options.store != "full" and outcome.finished and outcome.state.is_final:
+            service.forget(db, outcome.job_id, options.store)
 
 
 @click.command(epilog="Example: promptmill resume @last")

@@ -13,11 +13,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from promptmill.privacy import DONE
 from promptmill.reports import checks
 from promptmill.reports.budget import Budget, budget
 from promptmill.reports.checks import Check, Occupancy
 from promptmill.reports.distributions import Curve, most_at_once
 from promptmill.reports.fold import Group, Plots
+from promptmill.reports.kept import kept_scores
 from promptmill.reports.rows import ErrorExample, Facts, consistent, read_facts
 from promptmill.reports.times import Distribution
 from promptmill.scorers.intervals import wilson
@@ -205,7 +207,9 @@ def summarise_with_plots(db: Engine | Connection, job_id: str) -> tuple[Summary,
 def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[Summary, Plots | None]:
     with consistent(db) as connection:
         facts = read_facts(connection, job_id, detailed)
-        scores = score_job(connection, facts.job)
+        # Of texts that were removed on purpose the scores are those that were stored before.
+        removed = facts.job.store in DONE.values()
+        scores = kept_scores(connection, job_id) if removed else score_job(connection, facts.job)
     return _summary(facts, scores), facts.folded.plots
 
 

@@ -1,0 +1,77 @@
+"""What stays of a job's texts: on either database, hashes or nothing, and the figures in every case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from promptmill.database import connect, upgrade
+from promptmill.privacy import hashed, redact, redact_overdue
+from promptmill.reports.summary import summarise
+from promptmill.service import forget
+from promptmill.tables import jobs, requests, results
+from tests.unit.test_reports import JOB, START, TASK, answer, failure, store
+
+SECRET = '{"is_ad": true}'
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[sa.Engine]:
+    engine = connect(database_url)
+    upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+def fill(db: sa.Engine, **job: Any) -> None:
+    rows = [answer(row, text=SECRET, reasoning="thought") for row in range(8)] + [failure(8, message="about secret")]
+    labels = {row: {"is_ad": row < 6} for row in range(9)}
+    store(db, rows, expected=labels, task_text=TASK, task_name="ads", finished_at=START, **job)
+
+
+def texts(db: sa.Engine) -> list[tuple[Any, ...]]:
+    columns = (requests.c.input, requests.c.expected, results.c.text, results.c.reasoning, results.c.error_message)
+    query = sa.select(*columns).join(
+        results, sa.and_(results.c.job_id == requests.c.job_id, results.c.row == requests.c.row)
+    )
+    with db.connect() as connection:
+        return [tuple(row) for row in connection.execute(query.order_by(requests.c.row))]
+
+
+@pytest.mark.parametrize("how", ["hash", "none"])
+def test_texts_go_and_every_figure_and_score_stays(db: sa.Engine, how: str) -> None:
+    fill(db, store=how)
+    before = summarise(db, JOB).to_json()
+    forget(db, JOB, how)
+    forget(db, JOB, how)
+    kept = texts(db)
+    assert SECRET not in str(kept)
+    assert "secret" not in str(kept)
+    assert "thought" not in str(kept)
+    assert {row[2] for row in kept[:8]} == {hashed(SECRET) if how == "hash" else None}
+    after = summarise(db, JOB).to_json()
+    # Messages of errors may quote a prompt: they are gone too.
+    assert [each.pop("error_examples")[0]["class"] for each in (before, after)] == ["timeout", "timeout"]
+    assert after == before
+    with db.connect() as connection:
+        assert connection.execute(sa.select(jobs.c.store)).scalar() == {"hash": "hashed", "none": "removed"}[how]
+
+
+def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engine) -> None:
+    fill(db)
+    redact(db, JOB, "hash")
+    once = texts(db)
+    redact(db, JOB, "hash")
+    assert texts(db) == once
+
+
+def test_jobs_of_the_queue_are_redacted_an_hour_after_their_end(db: sa.Engine) -> None:
+    fill(db, store="none")
+    store(db, [answer(0)], job_id="01FULL", finished_at=START)
+    assert redact_overdue(db) == [JOB]
+    assert redact_overdue(db) == []
+    with db.connect() as connection:
+        assert connection.execute(sa.select(results.c.text).where(results.c.job_id == "01FULL")).scalar() is not None
