@@ -27,6 +27,9 @@ SERVER_GONE_S = 8
 #: Times that a request is tried whose worker or host was lost before it said anything.
 MOST_TRIES = 3
 
+#: Orders of an operator, on a worker's control list as JSON: [order, model].
+LOAD, UNLOAD = "load", "unload"
+
 #: Of replies, the second part of each; the first is the request's id.
 TAKEN, TEXT, DONE, FAILED, AGAIN = "taken", "text", "done", "failed", "again"
 

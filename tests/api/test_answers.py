@@ -152,7 +152,8 @@ def test_structured_output_and_real_tokens_from_a_real_model(start: Starter) -> 
 def test_who_waits_goes_first_while_a_batch_runs_on(start: Starter) -> None:
     """Four slots of twenty seconds' work each, all taken: a chat is answered at once all the same."""
     start.worker(SLOW, slots=4)
-    client = start.server().client()
+    server = start.server()
+    client = server.client()
     file = client.files.create(file=("b.jsonl", _long(40)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
     wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0, "the batch runs", 90)
@@ -162,6 +163,29 @@ def test_who_waits_goes_first_while_a_batch_runs_on(start: Starter) -> None:
     assert time.monotonic() - began < 1.5
     ended = finished(client, batch.id, 120)
     assert (ended.status, ended.request_counts.completed) == ("completed", 40)
+    checks = verdicts(server, ended.job_id)
+    assert False not in checks.values()
+    assert checks["tokens"] is None
+
+
+def verdicts(server: Server, job_id: str) -> dict[str, bool | None]:
+    """The consistency checks of a job's report."""
+    return {each["name"]: each["ok"] for each in server.get(f"/v1/jobs/{job_id}/report")["checks"]}
+
+
+def test_the_books_of_a_job_hold_nothing_of_chats_before_it(start: Starter) -> None:
+    start.worker(SLOW, slots=4)
+    server = start.server()
+    client = server.client()
+    for number in range(10):
+        chat(client, f"hello there {number}", SLOW)
+    lines = [f"say {row} again" for row in range(40)]
+    job: Any = client.post("/jobs", body={"model": SLOW, "lines": lines}, cast_to=object)
+    wait_until(lambda: server.get(f"/v1/jobs/{job['id']}")["state"] == "completed", "the job ends", 60)
+    checks = verdicts(server, job["id"])
+    assert False not in checks.values()
+    assert checks["tokens"] is True
+    assert checks["time"] is True
 
 
 def _long(count: int) -> bytes:
@@ -206,3 +230,21 @@ def test_a_worker_that_is_killed_loses_no_request(start: Starter) -> None:
     for thread in threads:
         thread.join(90)
     assert found == [text] * 4
+
+
+def test_models_are_loaded_and_unloaded(start: Starter) -> None:
+    start.worker(ECHO, SLOW)
+    client = start.server().client()
+
+    def loaded() -> list[str]:
+        return [each.id for each in client.models.list() if each.workers[0]["loaded"]]  # type: ignore[attr-defined]
+
+    assert loaded() == [ECHO]
+    client.post("/models/load", body={"model": SLOW}, cast_to=object)
+    wait_until(lambda: loaded() == [SLOW], "the other model is loaded", 60)
+    client.post("/models/unload", body={"model": SLOW}, cast_to=object)
+    wait_until(lambda: loaded() == [], "no model is loaded", 60)
+    assert chat(client).choices[0].message.content == "say it again"
+    assert chat(client, model=SLOW).choices[0].message.content == "say it again"
+    with pytest.raises(openai.NotFoundError):
+        client.post("/models/load", body={"model": ECHO, "worker": "none"}, cast_to=object)

@@ -30,6 +30,7 @@ from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.types import ChunkId, Lease
 from promptmill_workers.beat import Beat
+from promptmill_workers.control import Control
 from promptmill_workers.devices import Device
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
@@ -98,6 +99,7 @@ class Worker:
             # A thread of its own: Redis and the database may each hang for a while, and no heartbeat is to wait for it.
             threading.Thread(target=self._reconcile_for_ever, daemon=True).start()
             self._beat.start()
+            Control(self.id, self.config.models, self.settings.redis_url, self.hosts, self.stop).start()
             for lane in self._lanes:
                 lane.start()
             worker_shutting_down.connect(self._shutting_down, weak=False)

@@ -146,6 +146,21 @@ class HostKeeper:
                 self._users -= 1
                 self._changed.notify_all()
 
+    def unload(self, model: str) -> bool:
+        """End the host of a model that nobody uses; False for one that is in use or not loaded."""
+        with self._changed:
+            parked = self._parked.pop(model, None)
+            if parked is not None:
+                parked.kill()
+                return True
+            if self._host is None or self._config.model != model or self._users:
+                return False
+            self._host.kill()
+            self._host = None
+            self.state = "idle"
+            self._on_change(self)
+            return True
+
     def close(self) -> None:
         """End the host at once, and start no other."""
         # Not under the condition: a host that is being loaded must be ended too.

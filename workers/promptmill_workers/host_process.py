@@ -88,7 +88,9 @@ class HostLoop:
         self._origins: dict[RequestKey, Origin] = {}
         self._next_key = 0
         self._reported = EngineCounters()
+        # Requests of the API since counters were last told, and whether any of their work is not set aside yet.
         self._live_seen = 0
+        self._live_pending = False
         self._unheld_s = 0.0
         # One monotonic clock inside this process; its anchor to the wall clock is calibrated to Redis.
         self._anchor = time.time() + clock_offset_s - time.monotonic()
@@ -98,13 +100,13 @@ class HostLoop:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         while True:
             self._take_messages()
-            self._set_live_aside()
             for event in self._engine.step():
                 if isinstance(event, TokenEvent):
                     self._tell(event)
                 else:
                     self._route(event)
             self._send()
+            self._set_live_aside()
 
     # --- threads that only move messages -----------------------------------------------------------------------------
 
@@ -171,15 +173,16 @@ class HostLoop:
         self._unheld_s = unheld_s
 
     def _set_live_aside(self) -> None:
-        """While only requests of the API run, what the engine does is no job's: it is counted as told."""
-        if any(not each.live for each in self._sessions):
+        """While only requests of the API run, what the engine does is no job's: it is counted as told, step by step."""
+        if not self._live_pending or any(not each.live for each in self._sessions):
             return
-        if self._live_seen or any(each.keys for each in self._sessions):
-            now, before = self._engine.counters, self._reported
-            busy_s = sum(getattr(now, name) - getattr(before, name) for name in ("prefill_s", "decode_s", "overhead_s"))
-            # The worker counts all of this time as unheld, idle or not.
-            self._reported = replace(now, idle_s=before.idle_s - busy_s)
-            self._live_seen = 0
+        now, before = self._engine.counters, self._reported
+        busy_s = sum(getattr(now, name) - getattr(before, name) for name in ("prefill_s", "decode_s", "overhead_s"))
+        # The worker counts all of this time as unheld, idle or not.
+        self._reported = replace(now, idle_s=before.idle_s - busy_s)
+        self._live_seen = sum(len(each.keys) for each in self._sessions)
+        # What is cancelled before the next step is still to be set aside after it.
+        self._live_pending = self._live_seen > 0
 
     def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
         received_at = time.monotonic()
@@ -191,8 +194,12 @@ class HostLoop:
             self._origins[key] = Origin(session, row, received_at)
             turns = tuple(Message(role, content) for role, content in messages) if messages is not None else None
             batch.append(EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live))
-        self._live_seen += len(batch) if session.live else 0
-        session.flushed_at = session.beat_at = received_at
+        if session.live:
+            self._live_seen += len(batch)
+            self._live_pending = True
+        session.flushed_at = received_at
+        # The first sign of life soon: a chunk may be over within a second.
+        session.beat_at = received_at - BEAT_S + FLUSH_S
         self._engine.add(batch)
 
     def _drop(self, session: HostSession, keys: Any) -> None:

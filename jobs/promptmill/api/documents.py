@@ -174,3 +174,5 @@ JOB_LIST = query(
 )  # fmt: skip
 RESULTS = query(number("after", -1, 2**31 - 1, -1), words("failed", "true", "false"))
 REPORT = query(words("format", "json", "html"))
+
+MODEL_ORDER = body(_object(["model"], model=TEXT, worker={"type": "string", "description": "Only this worker."}))

@@ -27,6 +27,7 @@ from promptmill.live_wire import (
     LiveRequest,
     beat_key,
     cancel_list,
+    control_list,
     live_queue,
     reply_list,
     server_key,
@@ -132,6 +133,10 @@ class Live:
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    def order(self, worker: str, what: str, model: str) -> None:
+        """Tell a worker to load or unload a model."""
+        self._push(control_list(worker), orjson.dumps([what, model]))
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from promptmill.api import documents
+from promptmill.api import bodies, documents
 from promptmill.api.bodies import json_response
 from promptmill.api.errors import ApiError
 from promptmill.api.model_directory import Model
-from promptmill.api.services import Parts, Reader, Services, in_thread
+from promptmill.api.services import Admin, Parts, Reader, Services, in_thread
+from promptmill.live_wire import LOAD, UNLOAD
 
 router = APIRouter(prefix="/v1/models", tags=["Models"])
 
@@ -41,6 +42,38 @@ async def retrieve(model: str, parts: Parts, principal: Reader) -> Response:
     """One model, by its name or its file's name."""
     await in_thread(parts.models.refresh)
     return json_response(shape(require(parts, model)))
+
+
+@router.post(
+    "/load", summary="Load a model", status_code=202, openapi_extra=documents.MODEL_ORDER,
+    responses=documents.responses(404),
+)  # fmt: skip
+async def load(request: Request, parts: Parts, principal: Admin) -> Response:
+    """On all workers that serve it, or on one. It is done when /v1/models says so."""
+    return await _order(request, parts, LOAD)
+
+
+@router.post(
+    "/unload", summary="Unload a model", status_code=202, openapi_extra=documents.MODEL_ORDER,
+    responses=documents.responses(404),
+)  # fmt: skip
+async def unload(request: Request, parts: Parts, principal: Admin) -> Response:
+    """Frees its memory where nothing of it runs. The next request for it loads it again."""
+    return await _order(request, parts, UNLOAD)
+
+
+async def _order(request: Request, parts: Services, what: str) -> Response:
+    body = await bodies.read_object(request)
+    bodies.known_only(body, ("model", "worker"))
+    name, worker = bodies.text(body, "model", required=True), bodies.text(body, "worker")
+    await in_thread(parts.models.refresh)
+    model = require(parts, name or "")
+    told = [each["id"] for each in model.workers if worker in (None, each["id"])]
+    if not told:
+        raise ApiError(404, f"No worker '{(worker or '')[:100]}' serves this model.", param="worker")
+    for each in told:
+        parts.live.order(each, what, model.name)
+    return json_response({"id": model.name, "object": "model", "order": what, "workers": told}, 202)
 
 
 def require(parts: Services, name: str) -> Model:
