@@ -141,9 +141,12 @@ def _attempt(number: int, rate: float, tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def timed(environment: dict[str, str], *arguments: str, repeat: int = 3) -> tuple[float, float]:
-    """Wall seconds of a command, the best of some, and the most memory of its process in MB."""
-    best, most = float("inf"), 0.0
+def timed(environment: dict[str, str], *arguments: str, repeat: int = 3) -> tuple[float, float, float]:
+    """Wall and CPU seconds of a command, the best of some, and the most memory of its process in MB.
+
+    On a machine with other work the CPU seconds say more; those of PostgreSQL's server are not in them.
+    """
+    best, cpu, most = float("inf"), float("inf"), 0.0
     for _ in range(repeat):
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -152,22 +155,29 @@ def timed(environment: dict[str, str], *arguments: str, repeat: int = 3) -> tupl
         # wait4 gives the memory of this child alone.
         _, status, usage = os.wait4(process.pid, 0)
         best = min(best, time.perf_counter() - begin)
+        cpu = min(cpu, usage.ru_utime + usage.ru_stime)
         most = max(most, usage.ru_maxrss / 1024)
         if status:
             raise SystemExit(f"promptmill {' '.join(arguments)}: {process.stderr and process.stderr.read().decode()}")
-    return best, most
+    return best, cpu, most
 
 
 def measure(environment: dict[str, str], rows: int, where: Path, repeat: int) -> None:
-    page, memory = timed(environment, "report", JOB, repeat=repeat)
-    print(f"  report            {page:7.2f} s  {memory:5.0f} MB", flush=True)
+    page, own, memory = timed(environment, "report", JOB, repeat=repeat)
+    print(f"  report            {page:7.2f} s  (CPU {own:.2f})  {memory:5.0f} MB", flush=True)
     target = str(where / "out.html")
-    html, memory = timed(environment, "report", JOB, "-o", target, "--force", repeat=repeat)
+    html, more, memory = timed(environment, "report", JOB, "-o", target, "--force", repeat=repeat)
     size = Path(target).stat().st_size / 1000
-    print(f"  HTML              {html:7.2f} s  {memory:5.0f} MB  {html - page:+.2f} s, {size:,.0f} kB", flush=True)
+    print(
+        f"  HTML              {html:7.2f} s  (CPU {more:.2f})  {memory:5.0f} MB  {html - page:+.2f} s (CPU {more - own:+.2f}), {size:,.0f} kB",
+        flush=True,
+    )
     target = str(where / "out.parquet")
-    export, memory = timed(environment, "results", JOB, "-o", target, "--prompts", repeat=1)
-    print(f"  Parquet, prompts  {export:7.2f} s  {memory:5.0f} MB  {rows / export:,.0f} rows/s", flush=True)
+    export, own, memory = timed(environment, "results", JOB, "-o", target, "--prompts", repeat=1)
+    print(
+        f"  Parquet, prompts  {export:7.2f} s  (CPU {own:.2f})  {memory:5.0f} MB  {rows / export:,.0f} rows/s, {rows / own:,.0f} by CPU",
+        flush=True,
+    )
     os.unlink(target)
 
 
@@ -180,8 +190,8 @@ def status(environment: dict[str, str], db: sa.Engine) -> None:
         begin = time.perf_counter()
         job_status(db, find_job(db, JOB))
         spent.append(time.perf_counter() - begin)
-    whole, _ = timed(environment, "status", JOB)
-    bare, _ = timed(environment, "list", "--limit", "1")
+    whole, *_ = timed(environment, "status", JOB)
+    bare, *_ = timed(environment, "list", "--limit", "1")
     print(f"  status, running   {1000 * min(spent):7.1f} ms; the command {whole:.2f} s (an empty list {bare:.2f} s)")
 
 

@@ -37,9 +37,10 @@ Examples:
     help="Form of the report.  [default: by the name of -o, else term]",
 )
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
+@click.option("--wide", is_flag=True, help="As wide as the terminal, not at most 100 columns.")
 @click.option("--force", is_flag=True, help="Write over a file that exists.")
 @json_option
-def report(job: str, format_: str | None, output: str, force: bool, as_json: bool) -> None:
+def report(job: str, format_: str | None, output: str, wide: bool, force: bool, as_json: bool) -> None:
     """Report on JOB: throughput, latency, errors, consistency checks and scores, each figure from its rows."""
     from promptmill.catalog import find_job
 
@@ -48,7 +49,7 @@ def report(job: str, format_: str | None, output: str, force: bool, as_json: boo
     _, db = open_all()
     job_id = find_job(db, job).id
     if chosen == "term" and output == "-":
-        print_report(db, job_id, False)
+        print_report(db, job_id, False, wide)
     else:
         write_text(_text(db, job_id, chosen), output)
 
@@ -114,7 +115,7 @@ def write_text(text: str, output: str) -> None:
     stderr_console().print(f"wrote {output}", soft_wrap=True)
 
 
-def print_report(db: Engine, job_id: str, as_json: bool) -> None:
+def print_report(db: Engine, job_id: str, as_json: bool, wide: bool = False) -> None:
     """The report of a job on stdout."""
     from promptmill.reports.summary import summarise
     from promptmill.reports.terminal import render
@@ -123,4 +124,4 @@ def print_report(db: Engine, job_id: str, as_json: bool) -> None:
     if as_json:
         print_json(summary.to_json())
     else:
-        render(summary, stdout_console())
+        render(summary, stdout_console(), wide)

@@ -16,11 +16,14 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.database import reading
 from promptmill.errors import UnknownName
 from promptmill.reports.fold import Folded, Group, fold
-from promptmill.tables import attempts, jobs, results, worker_samples, workers
+from promptmill.tables import attempts, job_tags, jobs, results, worker_samples, workers
 
 #: Seconds by which two clocks may disagree before a row counts as out of order: SQLite's clock ticks in milliseconds,
 #: and clocks of different machines are set by Redis to a few more.
 CLOCK_TOLERANCE_S = 0.010
+
+#: Seconds around a job in which a sample of its workers counts: they are taken every 5 s, at a start and at an end.
+SAMPLED_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Facts:
     folded: Folded
     totals: Totals
     examples: tuple[ErrorExample, ...]
+    tags: tuple[str, ...]
     attempts: tuple[sa.Row[Any], ...]
     #: Attempts of other jobs on the same workers at the same time.
     shared: int
@@ -89,12 +93,14 @@ def read_facts(db: Connection, job_id: str, detailed: bool = False) -> Facts:
     folded = fold(db, job_id, job.rows, detailed)
     groups = folded.groups
     tried = tuple(db.execute(sa.select(attempts).where(attempts.c.job_id == job_id)).all())
+    own_tags = sa.select(job_tags.c.tag).where(job_tags.c.job_id == job_id).order_by(job_tags.c.tag)
     ids = sorted({each.worker_id for each in tried} | {each.worker_id for each in groups if each.worker_id})
     return Facts(
         job=job,
         folded=folded,
         totals=_totals(db, job_id),
         examples=_examples(db, job_id) if any(each.state == "error" for each in groups) else (),
+        tags=tuple(db.execute(own_tags).scalars()),
         attempts=tried,
         shared=_shared(db, job_id, tried),
         workers=tuple(db.execute(sa.select(workers).where(workers.c.id.in_(ids)).order_by(workers.c.id)).all()),
@@ -162,7 +168,7 @@ def _memory(db: Connection, ids: list[str], groups: tuple[Group, ...]) -> dict[s
     each = worker_samples.c
     query = (
         sa.select(each.worker_id, sa.func.max(each.memory_bytes), sa.func.max(each.device_memory_bytes))
-        .where(each.worker_id.in_(ids), each.at.between(min(begins), max(ends)))
+        .where(each.worker_id.in_(ids), each.at.between(min(begins) - SAMPLED_S, max(ends) + SAMPLED_S))
         .group_by(each.worker_id)
     )
     return {worker: (memory, device) for worker, memory, device in db.execute(query)}

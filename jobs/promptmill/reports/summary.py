@@ -63,6 +63,8 @@ class Summary:
     name: str | None
     state: JobState
     stop_reason: str | None
+    note: str | None
+    tags: tuple[str, ...]
     mode: str
     dataset_name: str
     dataset_sha256: str
@@ -178,6 +180,7 @@ class Summary:
 #: Keys of the JSON report, in order. They stay: new ones go to the end of their line.
 JSON_KEYS = (
     "schema_version", "job_id", "name", "state", "verdict", "complete", "completeness", "stop_reason", "mode",
+    "note", "tags",
     "submitted_at", "started_at", "finished_at", "dataset_name", "dataset_sha256", "model", "model_fingerprint",
     "task_name", "task_sha256", "config_sha256", "device_got",
     "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "copied", "success_rate",
@@ -225,6 +228,7 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
     return Summary(
         job_id=job.id,
         state=JobState(job.state),
+        tags=facts.tags,
         config_sha256=_config_sha256(job),
         attempted=ok + errors,
         ok=ok,
@@ -251,7 +255,7 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
 
 #: Fields of the summary that are columns of the job, sums over its answers, and figures of its engines' counters.
 JOB_FIELDS = (
-    "name", "stop_reason", "mode", "dataset_name", "dataset_sha256", "model", "model_fingerprint", "task_name",
+    "name", "stop_reason", "note", "mode", "dataset_name", "dataset_sha256", "model", "model_fingerprint", "task_name",
     "task_sha256", "rows", "submitted_at", "started_at", "finished_at",
 )  # fmt: skip
 TOKEN_FIELDS = ("prompt_tokens", "cached_tokens", "reasoning_tokens")

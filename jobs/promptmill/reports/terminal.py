@@ -47,9 +47,9 @@ _STATE_STYLE = {
 }
 
 
-def render(summary: Summary, console: Console) -> None:
-    """Print the page, at most WIDEST columns wide."""
-    width = min(console.width, WIDEST)
+def render(summary: Summary, console: Console, wide: bool = False) -> None:
+    """Print the page, at most WIDEST columns wide, or as wide as the console."""
+    width = console.width if wide else min(console.width, WIDEST)
     console.print(_page(summary, width), width=width, highlight=False)
 
 
@@ -57,7 +57,7 @@ def _page(summary: Summary, width: int) -> Group:
     sections: list[RenderableType] = [_title(summary), _identity(summary)]
     sections += _section("Work", _work(summary, width))
     if summary.attempted:
-        sections += _section("Time", _times(summary, width))
+        sections += _section("Time", _times(summary, width), *_precision(summary))
         sections += _section("Output over time", *_sparkline(summary.curve, width)) if summary.curve else []
     if summary.errors_by_class:
         sections += _section("Errors", _errors(summary))
@@ -99,6 +99,10 @@ def _identity(summary: Summary) -> Padding:
     grid.add_row("config", Text(_short(summary.config_sha256)))
     grid.add_row("device", Text(summary.device_got or "unknown"))
     grid.add_row("began", Text(f"{_moment(summary.started_at)}, {summary.mode}"))
+    if summary.tags:
+        grid.add_row("tags", Text(", ".join(summary.tags)))
+    if summary.note:
+        grid.add_row("note", Text(_excerpt(summary.note)))
     if summary.stop_reason:
         grid.add_row("stopped", Text(summary.stop_reason))
     return _indented(grid)
@@ -208,6 +212,11 @@ def _times(summary: Summary, width: int) -> Table:
     for name in DISTRIBUTIONS:
         table.add_row(*_time_row(METRICS[name].label, getattr(summary, name)))
     return table
+
+
+def _precision(summary: Summary) -> list[Text]:
+    """Said only where percentiles are not those of every value."""
+    return [] if summary.latency_s.exact else [Text("percentiles within 0.01 %, the peak within a slice", style="dim")]
 
 
 def _time_row(label: str, values: Distribution) -> list[Text]:
