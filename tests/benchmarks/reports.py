@@ -164,21 +164,19 @@ def timed(environment: dict[str, str], *arguments: str, repeat: int = 3) -> tupl
 
 def measure(environment: dict[str, str], rows: int, where: Path, repeat: int) -> None:
     page, own, memory = timed(environment, "report", JOB, repeat=repeat)
-    print(f"  report            {page:7.2f} s  (CPU {own:.2f})  {memory:5.0f} MB", flush=True)
+    _say("report", page, own, memory)
     target = str(where / "out.html")
     html, more, memory = timed(environment, "report", JOB, "-o", target, "--force", repeat=repeat)
     size = Path(target).stat().st_size / 1000
-    print(
-        f"  HTML              {html:7.2f} s  (CPU {more:.2f})  {memory:5.0f} MB  {html - page:+.2f} s (CPU {more - own:+.2f}), {size:,.0f} kB",
-        flush=True,
-    )
+    _say("HTML", html, more, memory, f"{html - page:+.2f} s (CPU {more - own:+.2f}), {size:,.0f} kB")
     target = str(where / "out.parquet")
     export, own, memory = timed(environment, "results", JOB, "-o", target, "--prompts", repeat=1)
-    print(
-        f"  Parquet, prompts  {export:7.2f} s  (CPU {own:.2f})  {memory:5.0f} MB  {rows / export:,.0f} rows/s, {rows / own:,.0f} by CPU",
-        flush=True,
-    )
+    _say("Parquet, prompts", export, own, memory, f"{rows / export:,.0f} rows/s, {rows / own:,.0f} by CPU")
     os.unlink(target)
+
+
+def _say(name: str, wall: float, cpu: float, memory: float, more: str = "") -> None:
+    print(f"  {name:<17} {wall:7.2f} s  (CPU {cpu:.2f})  {memory:5.0f} MB  {more}", flush=True)
 
 
 def status(environment: dict[str, str], db: sa.Engine) -> None:
