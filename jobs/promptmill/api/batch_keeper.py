@@ -44,8 +44,9 @@ from promptmill.types import JobState
 
 log = logging.getLogger("promptmill.api.batches")
 
-#: Seconds between looks at the open batches, and between sweeps of expired files.
+#: Seconds between looks at the open batches, at windows that closed, and between sweeps of expired files.
 TICK_S = 0.25
+EXPIRE_S = 5.0
 SWEEP_S = 600.0
 
 #: Batches worked on at one time.
@@ -81,11 +82,14 @@ class Keeper:
 
     def run(self, stopping: threading.Event) -> None:
         """Look after batches until told to stop."""
-        swept = float("-inf")
+        swept = expired = float("-inf")
         with ThreadPoolExecutor(AT_ONCE) as threads:
             while not stopping.wait(TICK_S):
                 try:
-                    self.ledger.expire_overdue()
+                    if time.monotonic() - expired > EXPIRE_S:
+                        # Workers do so too; a batch expires without one.
+                        self.ledger.expire_overdue()
+                        expired = time.monotonic()
                     for batch_id in self._due():
                         threads.submit(self._keep, batch_id)
                     if time.monotonic() - swept > SWEEP_S:
@@ -224,7 +228,11 @@ class Keeper:
     def _job_of(self, batch: Row[Any]) -> str | None:
         """The job of a batch whose keeper died before it wrote it down."""
         with reading(self.db) as connection:
-            found: str | None = connection.execute(sa.select(jobs.c.id).where(jobs.c.name == batch.id)).scalar()
+            found: str | None = connection.execute(
+                sa.select(jobs.c.id).where(
+                    jobs.c.name == batch.id, jobs.c.api_key_id.is_not_distinct_from(batch.api_key_id)
+                )
+            ).scalar()
         return found
 
     def _submit(self, batch: Row[Any], file: Row[Any], model: str) -> str:
