@@ -187,6 +187,12 @@ def test_a_kv_cache_that_an_engine_lacks_is_refused_before_anything_is_stored(co
     assert command("status", "@last").code == 2
 
 
+def test_an_echo_in_no_time_has_slots_all_the_same(command: Command) -> None:
+    found = read(command("run", "-p", "say this", "--model", "echo", "--slots", "3", "--json"))
+
+    assert found["slots"] == 3
+
+
 def test_all_answers_to_one_prompt_are_printed(command: Command) -> None:
     found = ok(command("run", "-p", "say this", "--model", "echo", "-n", "2", "--temperature", "1"))
 

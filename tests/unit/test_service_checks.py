@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from promptmill.errors import JobError
+from promptmill.errors import BadLines, JobError
 from promptmill.service import _interrupts_later, check_max_errors, check_name
 
 
@@ -38,3 +38,14 @@ def test_ctrl_c_counts_after_a_library_has_returned() -> None:
     with pytest.raises(KeyboardInterrupt):
         load()
     assert reached
+
+
+def test_more_bad_lines_than_are_listed_can_be_seen() -> None:
+    shown = [(line, "broken") for line in range(1, 21)]
+
+    told = str(BadLines("a.jsonl", shown, 87))
+    looked_at = str(BadLines("a.jsonl", shown, 87, submitting=False))
+
+    assert "... and 67 more; --skip-invalid records each with its reason" in told
+    assert "promptmill results --failed" in told
+    assert "... and 67 more; shown when these are mended" in looked_at
