@@ -29,5 +29,5 @@ def expressions() -> list[str]:
 def test_every_metric_that_is_asked_for_is_exposed(expression: str) -> None:
     source = exposed()
     for name in re.findall(r"promptmill_(\w+)", expression):
-        stem = re.sub(r"_(bucket|total)$", "", name)
+        stem = re.sub(r"_(bucket|total|sum|count)$", "", name)
         assert stem in source, name
