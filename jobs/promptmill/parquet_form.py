@@ -83,7 +83,8 @@ def _pages(connection: Connection, query: sa.TextClause, job_id: str) -> Iterato
     """GROUP_ROWS rows at a time. From SQLite as plain tuples: a row object for each of a million costs seconds."""
     if connection.dialect.name != "sqlite":
         streamed: Any = connection.execution_options(yield_per=GROUP_ROWS).execute(query, {"job": job_id})
-        yield from streamed.partitions()
+        # Without a size all rows would be one partition.
+        yield from streamed.partitions(GROUP_ROWS)
         return
     driver: Any = connection.connection.driver_connection
     cursor = driver.cursor()

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
+from promptmill import parquet_form
 from promptmill.parquet_form import write
 from promptmill.reports.summary import summarise
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store
@@ -42,3 +43,9 @@ def test_an_empty_job_is_an_empty_file_with_its_columns(database: sa.Engine, tmp
     path = tmp_path / "out.parquet"
     assert write(database, JOB, str(path)) == 0
     assert "output_tokens" in pq.read_table(path).column_names
+
+
+def test_rows_come_in_pages_on_either_database(database: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(database, [answer(row) for row in range(25)])
+    monkeypatch.setattr("promptmill.parquet_form.GROUP_ROWS", 10)
+    assert [batch.num_rows for batch in parquet_form.record_batches(database, JOB)] == [10, 10, 5]
