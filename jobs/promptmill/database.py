@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,12 @@ from promptmill.resources import resource_dir
 
 #: Milliseconds that a writer of SQLite waits for another one.
 SQLITE_BUSY_MS = 30_000
+
+#: What keeps SQLite from its file, and is no fault of a statement: another writer, a full disk, a lost permission.
+SQLITE_UNUSABLE = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)  # fmt: skip
 
 
 class epoch(FunctionElement[float]):
@@ -129,7 +136,18 @@ def connecting(engine: Engine) -> Iterator[None]:
                 f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
                 hint="Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it).",
             ) from problem
+        if _is_unusable_file(problem):
+            raise DatabaseError(
+                f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
+                hint="Check which other program writes to it, and that its disk has room; then try again.",
+            ) from problem
         raise
+
+
+def _is_unusable_file(problem: sa.exc.OperationalError) -> bool:
+    # The low byte is the kind, what is above it a closer description.
+    code = getattr(problem.orig, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in SQLITE_UNUSABLE
 
 
 def _was_connected(problem: sa.exc.OperationalError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -13,14 +14,18 @@ from types import FrameType
 
 from ulid import ULID
 
+from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger, Progress
+from promptmill.types import Lease
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
-from promptmill_workers.patience import Patience
+from promptmill_workers.patience import PASSING, GaveUp, Patience, first_line, gave_up
 from promptmill_workers.presence import Presence
 from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
 from promptmill_workers.stopping import Stop
+
+log = logging.getLogger("promptmill.worker")
 
 #: Seconds between two looks at the job's progress: at first, at most, and the share of the time since that is added.
 TICK_S = 0.1
@@ -47,6 +52,8 @@ class EmbeddedWorker:
         self._stop = Stop()
         self._signals = 0
         self._reconciled_at = time.monotonic()
+        #: Since when the database has answered none of the looks at the job.
+        self._unseen_since: float | None = None
         self._interrupted_at: float | None = None
         self._hosts = HostKeeper(config)
         self._patiently = Patience(self._stop, limit_s=DATABASE_S)
@@ -73,8 +80,18 @@ class EmbeddedWorker:
         """Run the job's chunks to the end; False when Ctrl-C or SIGTERM stopped it before.
 
         The first signal lets running requests end, the second one does not. Either way the job is left paused.
+        Raises DatabaseError when the database took or answered nothing for a minute.
         """
-        self._presence.start()
+        try:
+            return self._run(job_id, on_progress)
+        except DatabaseError:
+            raise
+        except PASSING as problem:
+            # Of a run that drops everything: nobody waits for the database then.
+            raise DatabaseError(f"the database took no change: {first_line(problem)}") from problem
+
+    def _run(self, job_id: str, on_progress: Callable[[Progress], None]) -> bool:
+        self._patiently(self._presence.start)
         try:
             with self._interruptible():
                 workers = [self._threads.submit(self._work, job_id) for _ in range(CHUNKS_AT_ONCE)]
@@ -84,22 +101,37 @@ class EmbeddedWorker:
             self._presence.stop()
         for worker in workers:
             worker.result()
-        progress = self._ledger.progress(job_id)
+        progress = self._patiently(lambda again: self._ledger.progress(job_id))
         on_progress(progress)
         if not progress.state.is_final:
-            self._ledger.pause(job_id)
+            self._patiently(lambda again: self._ledger.pause(job_id))
         return progress.state.is_final
 
     def _watch(self, job_id: str, workers: list[Future[None]], on_progress: Callable[[Progress], None]) -> None:
         began = time.monotonic()
         while not all(worker.done() for worker in workers):
             self._obey_signals()
-            self._reconcile()
+            self._look(job_id, on_progress)
             if any(worker.done() and worker.exception() for worker in workers):
                 self._stop.draining.set()
-            on_progress(self._ledger.progress(job_id))
             # Looking takes time from an engine that uses all cores: a long job is looked at less often.
             wait(workers, timeout=min(SLOWEST_TICK_S, TICK_S + TICK_SHARE * (time.monotonic() - began)))
+
+    def _look(self, job_id: str, on_progress: Callable[[Progress], None]) -> None:
+        """Tell how far the job is. Without waiting in here for a database that is away: signals are to be obeyed."""
+        began = time.monotonic()
+        try:
+            self._reconcile()
+            progress = self._ledger.progress(job_id)
+        except PASSING as problem:
+            if self._unseen_since is None:
+                self._unseen_since = began
+                log.warning("the database does not answer, trying again: %s", first_line(problem))
+            if time.monotonic() - self._unseen_since > DATABASE_S:
+                raise gave_up(DATABASE_S, problem) from problem
+        else:
+            self._unseen_since = None
+            on_progress(progress)
 
     def _reconcile(self) -> None:
         """What the reconcilers of workers do, for a job that has none."""
@@ -114,13 +146,23 @@ class EmbeddedWorker:
         while not self._stop.draining.is_set():
             lease = self._patiently(lambda again: self._ledger.claim_next(job_id, self._id))
             if lease is not None:
-                self._runner.run(lease)
+                self._run_chunk(lease)
             elif not self._wait_for_chunk(job_id):
                 return
 
+    def _run_chunk(self, lease: Lease) -> None:
+        try:
+            self._runner.run(lease)
+        except GaveUp:
+            raise
+        except PASSING as problem:
+            # The database went away where nothing waits for it: another attempt answers what is not stored.
+            log.warning("chunk %s/%d is given back: %s", lease.chunk.job_id, lease.chunk.number, first_line(problem))
+            self._patiently(lambda again: self._ledger.release(lease))
+
     def _wait_for_chunk(self, job_id: str) -> bool:
         """False when the job has ended. Otherwise a chunk of the other thread may come back: wait a little."""
-        if not self._ledger.is_open(job_id):
+        if not self._patiently(lambda again: self._ledger.is_open(job_id)):
             return False
         self._stop.draining.wait(IDLE_S)
         return True

@@ -26,6 +26,18 @@ PASSING = (sa.exc.OperationalError, sa.exc.InterfaceError, psycopg.OperationalEr
 T = TypeVar("T")
 
 
+class GaveUp(DatabaseError):
+    """The database was away for as long as anybody waits for it."""
+
+
+def gave_up(waited_s: float, problem: Exception) -> GaveUp:
+    """The error of a run whose database took nothing for ``waited_s`` seconds."""
+    return GaveUp(
+        f"the database took no change for {waited_s:g} s: {first_line(problem)}",
+        hint="What is stored is safe. Put the cause right (disk space?), then resume the job.",
+    )
+
+
 class Patience:
     """Repeats a transaction until it is taken. The engine meanwhile fills its host's outbox, a chunk at most."""
 
@@ -37,23 +49,22 @@ class Patience:
     def __call__(self, transaction: Callable[[bool], T]) -> T:
         """``transaction(again)``; ``again`` says that an earlier try may have been committed without our learning it.
 
-        Raises what the database raised when the worker drops everything, or DatabaseError after ``limit_s``.
+        Raises what the database raised when the worker drops everything, or GaveUp after ``limit_s``.
         """
+        # From before the first try: SQLite itself waits half a minute for another writer.
+        began = time.monotonic()
         try:
             return transaction(False)
         except PASSING as problem:
-            return self._insist(transaction, problem)
+            return self._insist(transaction, problem, began)
 
-    def _insist(self, transaction: Callable[[bool], T], problem: Exception) -> T:
-        began, wait_s = time.monotonic(), FIRST_WAIT_S
+    def _insist(self, transaction: Callable[[bool], T], problem: Exception, began: float) -> T:
+        wait_s = FIRST_WAIT_S
         with self._stop.blocked():
             while True:
                 log.warning("the database did not take a change, trying again: %s", first_line(problem))
                 if self._limit_s is not None and time.monotonic() - began > self._limit_s:
-                    raise DatabaseError(
-                        f"the database took no change for {self._limit_s:g} s: {first_line(problem)}",
-                        hint="What is stored is safe. Put the cause right (disk space?), then resume the job.",
-                    ) from problem
+                    raise gave_up(self._limit_s, problem) from problem
                 if self._stop.abandoning.wait(wait_s * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
                     raise problem
                 wait_s = min(LONGEST_WAIT_S, wait_s * 2)

@@ -63,8 +63,11 @@ class Presence:
         self._tokens: tuple[float, int] | None = None
         self._cpu: tuple[float, float] | None = None
 
-    def start(self) -> None:
+    def start(self, again: bool = False) -> None:
+        """Write the row down, and keep it up to date from now on; ``again``: an earlier try may have written it."""
         with writing(self._db) as db:
+            if again:
+                db.execute(sa.delete(workers).where(workers.c.id == self._worker_id))
             now = db.execute(sa.select(epoch())).scalar()
             db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
             # Short jobs too have a sample: one at the start, one at the end.
@@ -76,13 +79,13 @@ class Presence:
         self._update(self._row())
 
     def stop(self) -> None:
-        """Say goodbye: the worker is gone on purpose."""
+        """Say goodbye: the worker is gone on purpose. Without the database its heartbeats just end."""
         self._stopping.set()
         try:
             self._add_sample()
+            self._update({"state": "stopped"})
         except PASSING as problem:
             log.warning("no last sample: %s", first_line(problem))
-        self._update({"state": "stopped"})
 
     def _row(self) -> dict[str, Any]:
         info = self._hosts.info
