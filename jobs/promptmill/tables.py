@@ -65,8 +65,12 @@ jobs = Table(
     # Seconds since the epoch: the end of everything, and the last moment to begin.
     Column("deadline_at", Double),
     Column("expires_at", Double),
-    # Seconds from its start.
+    # Seconds from its start, or from the start of its last retry; while it is paused they do not pass.
     Column("time_limit_s", Double),
+    # When its time limit began to count, put off by the time it was paused since.
+    Column("limit_from", Double),
+    # When it was last paused; NULL once it goes on.
+    Column("paused_at", Double),
     # SHA-256 over dataset, model, task and parameters: two jobs with one key ask the same.
     Column("key_sha256", String(64)),
     # JSON of promptmill.selection.Selection; NULL: every line of the dataset once, in its order.

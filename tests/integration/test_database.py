@@ -13,8 +13,9 @@ from alembic.migration import MigrationContext
 from promptmill.database import connect, current_revision, head_revision, head_revision_fast, open_database, upgrade
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
-from promptmill.tables import attempts, metadata, results
-from promptmill.types import ChunkId, JobState
+from promptmill.tables import attempts, chunks, jobs, metadata, results
+from promptmill.types import ChunkId, ErrorClass, JobState
+from tests.conftest import wait_until
 from tests.unit.test_ledger import JOB, add_job, failed, ok
 
 
@@ -117,3 +118,42 @@ def test_a_sqlite_file_is_made_and_migrated_by_itself(tmp_path: Any) -> None:
     assert current_revision(engine) == head_revision()
     engine.dispose()
     assert connect(f"sqlite:///{tmp_path}/new/folder/jobs.sqlite").dialect.name == "sqlite"
+
+
+def test_last_words_with_a_nul_are_stored(database: sa.Engine) -> None:
+    add_job(database, 1, 1)
+    ledger = Ledger(database, max_attempts=1)
+    lease = ledger.claim_next(JOB, "a")
+    assert lease is not None
+    assert ledger.fail(lease, ErrorClass.ENGINE_CRASH, "exit\x00 code 1")
+    assert _scalar(database, sa.select(results.c.error_message)) == "exit\N{REPLACEMENT CHARACTER} code 1"
+
+
+def test_a_retry_and_the_end_of_a_chunk_do_not_wait_for_each_other(postgres_url: str) -> None:
+    database = connect(postgres_url)
+    upgrade(database)
+    add_job(database, 2, 2)
+    ledger = Ledger(database)
+    lease = ledger.claim_next(JOB, "a")
+    assert lease is not None
+    ledger.finish(lease, last=[failed(0), ok(1)])
+    with database.begin() as connection:
+        # As every end of a chunk does: the chunk first, then its job.
+        connection.execute(sa.select(chunks.c.number).with_for_update())
+        retrying = threading.Thread(target=ledger.retry, args=(JOB,))
+        retrying.start()
+        _wait_for_a_blocked_session(postgres_url)
+        connection.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
+        connection.execute(sa.select(jobs.c.id).with_for_update(key_share=True))
+    retrying.join(timeout=30)
+    assert ledger.progress(JOB).state is JobState.QUEUED
+    database.dispose()
+
+
+def _wait_for_a_blocked_session(url: str) -> None:
+    blocked = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    watcher = connect(url)
+    wait_until(lambda: _scalar(watcher, blocked) > 0, "a session waits for a lock", 30)
+    watcher.dispose()

@@ -273,3 +273,99 @@ def test_an_end_that_is_said_twice_is_counted_once(ledger: Ledger, db: sa.Engine
 
     assert read(db, sa.select(attempts.c.decode_tokens, attempts.c.outcome)) == [(7, "done")]
     assert ledger.progress(JOB).state is JobState.COMPLETED
+
+
+def all_failed(ledger: Ledger) -> None:
+    """Run the job to an end with an error in every row that is left."""
+    while (lease := ledger.claim_next(JOB, "a")) is not None:
+        assert ledger.finish(lease, last=[broken(row) for row in rows_of(ledger, lease)])
+
+
+def test_a_retry_has_a_time_limit_of_its_own(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, time_limit_s=30.0)
+    all_failed(ledger)
+    clock.advance(3600)
+    assert ledger.retry(JOB) == 2
+    clock.advance(3600)
+    # Nobody has begun with it yet.
+    assert ledger.expire_overdue() == []
+    lease = claim(ledger)
+    clock.advance(29)
+    assert ledger.expire_overdue() == []
+    assert ledger.finish(lease, last=[ok(0), ok(1)])
+    assert ledger.progress(JOB).state is JobState.COMPLETED
+
+
+def test_a_retry_ends_at_its_own_time_limit(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, time_limit_s=30.0)
+    all_failed(ledger)
+    clock.advance(3600)
+    ledger.retry(JOB)
+    claim(ledger)
+    clock.advance(31)
+    assert ledger.expire_overdue() == [JOB]
+
+
+def test_nothing_is_retried_past_the_deadline_and_nothing_changed(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, deadline_at=clock() + 60)
+    all_failed(ledger)
+    clock.advance(61)
+    everything = [read(db, sa.select(table)) for table in (jobs, chunks, results, retries)]
+    with pytest.raises(JobError, match="past its deadline"):
+        ledger.retry(JOB)
+    assert [read(db, sa.select(table)) for table in (jobs, chunks, results, retries)] == everything
+
+
+def test_a_failed_job_is_not_resumed_past_its_deadline(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, deadline_at=clock() + 60)
+    ledger.stop(JOB, "no such model")
+    clock.advance(61)
+    with pytest.raises(JobError, match="past its deadline"):
+        ledger.resume(JOB)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_time_limit_stands_still_while_nothing_may_run(
+    ledger: Ledger, db: sa.Engine, clock: Any, stopped: bool
+) -> None:
+    add_job(db, 2, time_limit_s=30.0)
+    ledger.release(claim(ledger))
+    clock.advance(20)
+    assert ledger.stop(JOB, "no model") if stopped else ledger.pause(JOB)
+    clock.advance(3600)
+    assert ledger.expire_overdue() == []
+    ledger.resume(JOB)
+    claim(ledger)
+    clock.advance(9)
+    assert ledger.expire_overdue() == []
+    clock.advance(2)
+    assert ledger.expire_overdue() == [JOB]
+
+
+@pytest.mark.parametrize("how", ["reconciler", "resume"])
+def test_a_paused_job_with_every_row_done_completes(ledger: Ledger, db: sa.Engine, how: str) -> None:
+    add_job(db, 2)
+    lease = claim(ledger)
+    ledger.pause(JOB)
+    ledger.record(lease, [ok(0), ok(1)])
+    # Its last two chunks missed each other: none of them saw that the job was done.
+    with writing(db) as connection:
+        connection.execute(sa.update(chunks).values(state="done", leased_until=None))
+    assert ledger.progress(JOB).state is JobState.PAUSED
+    if how == "resume":
+        ledger.resume(JOB)
+    else:
+        ledger.complete_jobs()
+    assert ledger.progress(JOB).state is JobState.COMPLETED
+
+
+def test_a_paused_job_whose_last_chunk_was_not_closed_can_be_resumed(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2)
+    ledger.record(claim(ledger), [ok(0), ok(1)])
+    ledger.pause(JOB)
+    ledger.resume(JOB)
+    ledger.abandon_leases(JOB)
+    again = claim(ledger)
+    assert rows_of(ledger, again) == []
+    assert ledger.finish(again)
+    assert ledger.progress(JOB).state is JobState.COMPLETED

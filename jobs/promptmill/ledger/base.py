@@ -118,3 +118,8 @@ def _runs(rows: Iterable[int], most: int) -> Iterable[range]:
         end = row + 1
     if start is not None and end is not None:
         yield range(start, end)
+
+
+def storable(text: str) -> str:
+    """PostgreSQL has no room for NUL in a text."""
+    return text.replace("\x00", "\N{REPLACEMENT CHARACTER}") if "\x00" in text else text

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from promptmill.database import writing
-from promptmill.ledger.base import counts_between, held_by, is_chunk, log
+from promptmill.ledger.base import counts_between, held_by, is_chunk, log, storable
 from promptmill.ledger.results import Results, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
 from promptmill.tables import attempts, chunks, jobs, results, retries
@@ -68,7 +68,7 @@ class Endings(Results):
                 )  # fmt: skip
                 return False
             self._end_attempt(db, lease, "failed", None, None)
-            self._requeue(db, lease.chunk, error_class, message)
+            self._requeue(db, lease.chunk, error_class, storable(message))
             self._complete_if_done(db, lease.chunk.job_id)
         return True
 

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from promptmill.database import reading, writing
 from promptmill.errors import JobError
-from promptmill.ledger.base import LedgerBase, counts_of
+from promptmill.ledger.base import LedgerBase, counts_of, storable
 from promptmill.ledger.values import OPEN_STATES, Progress, Standing, guard_verdict
 from promptmill.tables import chunks, jobs
 from promptmill.types import ChunkState, JobState
@@ -48,45 +48,67 @@ class Jobs(LedgerBase):
             changed = db.execute(
                 sa.update(jobs)
                 .where(jobs.c.id == job_id, jobs.c.state.in_(OPEN_STATES))
-                .values(state=JobState.PAUSED.value)
+                .values(state=JobState.PAUSED.value, paused_at=self._now())
             )
         return changed.rowcount == 1
 
     def resume(self, job_id: str) -> JobState:
-        """Open the job again; returns the state it had.
+        """Open the job again; returns the state it had. Its time limit goes on where it was paused or stopped.
 
-        Raises :class:`JobError` when it completed, was cancelled or expired.
+        A job whose rows all have a result is completed instead. Raises :class:`JobError` when it had completed, was
+        cancelled or expired, or has failed and is past its deadline.
         """
         with writing(self.db) as db:
             job = db.execute(
                 sa.select(jobs.c.state, jobs.c.rows).where(jobs.c.id == job_id).with_for_update(key_share=True)
             ).one()
             before = JobState(job.state)
-            ok, errors = counts_of(db, job_id)
-            if ok + errors == job.rows or before in (JobState.COMPLETED, JobState.CANCELLED, JobState.EXPIRED):
+            ended = (JobState.COMPLETED, JobState.CANCELLED, JobState.EXPIRED)
+            if before in ended or (before.is_final and sum(counts_of(db, job_id)) == job.rows):
                 raise JobError(f"job {job_id} is {before.value}: there is nothing to resume")
-            self._reopen(db, job_id)
+            if before.is_final:
+                self._refuse_overdue(db, job_id)
+            stood_still_s = self._now() - sa.func.coalesce(jobs.c.paused_at, jobs.c.finished_at, self._now())
+            self._reopen(db, job_id, jobs.c.limit_from + stood_still_s)
+            self._complete_if_done(db, job_id)
         return before
 
-    def _reopen(self, db: Connection, job_id: str) -> None:
-        db.execute(
-            sa.update(jobs)
-            .where(jobs.c.id == job_id)
-            .values(state=JobState.QUEUED.value, finished_at=None, stop_reason=None)
-        )
+    def _reopen(self, db: Connection, job_id: str, limit_from: Any) -> None:
+        """``limit_from``: when the job's time limit began; None starts it anew when the job does."""
+        values = {"state": JobState.QUEUED.value, "finished_at": None, "stop_reason": None, "paused_at": None}
+        db.execute(sa.update(jobs).where(jobs.c.id == job_id).values(**values, limit_from=limit_from))
+
+    def _refuse_overdue(self, db: Connection, job_id: str) -> None:
+        """Raise JobError for a job that would expire at once."""
+        overdue = sa.select(jobs.c.deadline_at < self._now()).where(jobs.c.id == job_id)
+        if db.execute(overdue).scalar():
+            raise JobError(f"job {job_id} is past its deadline: nothing of it is run again", hint="Submit it anew.")
 
     def _start_job(self, db: Connection, job_id: str) -> None:
         db.execute(
             sa.update(jobs)
             .where(jobs.c.id == job_id, jobs.c.state == JobState.QUEUED.value)
-            .values(state=JobState.RUNNING.value, started_at=sa.func.coalesce(jobs.c.started_at, self._now()))
+            .values(
+                state=JobState.RUNNING.value,
+                started_at=sa.func.coalesce(jobs.c.started_at, self._now()),
+                limit_from=sa.func.coalesce(jobs.c.limit_from, self._now()),
+            )
         )
 
-    def _close(self, db: Connection, job_id: str, state: JobState, allowed: Sequence[str], reason: str | None) -> bool:
+    def _close(
+        self,
+        db: Connection,
+        job_id: str,
+        state: JobState,
+        allowed: Sequence[str],
+        reason: str | None,
+        condition: sa.ColumnElement[bool] | None = None,
+    ) -> bool:
+        """End the job if it is in one of the ``allowed`` states and the ``condition`` holds."""
         changed = db.execute(
             sa.update(jobs)
-            .where(jobs.c.id == job_id, jobs.c.state.in_(allowed))
-            .values(state=state.value, finished_at=self._now(), stop_reason=reason)
+            .where(jobs.c.id == job_id, jobs.c.state.in_(allowed), sa.true() if condition is None else condition)
+            .values(state=state.value, finished_at=self._now(), stop_reason=storable(reason) if reason else reason)
         )
         return changed.rowcount == 1
 
@@ -118,7 +140,7 @@ class Jobs(LedgerBase):
     def complete_jobs(self) -> None:
         """Close jobs whose chunks are all done and whose last one did not notice it."""
         left = sa.exists().where(chunks.c.job_id == jobs.c.id, chunks.c.state != ChunkState.DONE.value)
-        done = sa.select(jobs.c.id).where(jobs.c.state.in_(OPEN_STATES), ~left)
+        done = sa.select(jobs.c.id).where(jobs.c.state.in_(UNENDED), ~left)
         with reading(self.db) as db:
             found = db.execute(done).scalars().all()
         for job_id in found:
@@ -133,14 +155,20 @@ class Jobs(LedgerBase):
         reasons = {
             "past its deadline": jobs.c.deadline_at < now,
             "not begun in time": sa.and_(jobs.c.expires_at < now, jobs.c.started_at.is_(None)),
-            "over its time limit": jobs.c.started_at + jobs.c.time_limit_s < now,
+            # The limit of a paused job stands still.
+            "over its time limit": sa.and_(
+                jobs.c.limit_from + jobs.c.time_limit_s < now, jobs.c.state != JobState.PAUSED.value
+            ),
         }
         ended = []
-        with writing(self.db) as db:
-            for reason, is_due in reasons.items():
-                due = sa.select(jobs.c.id).where(jobs.c.state.in_(UNENDED), is_due)
-                for job_id in db.execute(due).scalars().all():
-                    if self._close(db, job_id, JobState.EXPIRED, UNENDED, reason):
+        for reason, is_due in reasons.items():
+            due = sa.select(jobs.c.id).where(jobs.c.state.in_(UNENDED), is_due)
+            with reading(self.db) as db:
+                found = db.execute(due).scalars().all()
+            for job_id in found:
+                # One job a transaction, judged again: two who look at once would wait for each other's jobs.
+                with writing(self.db) as db:
+                    if self._close(db, job_id, JobState.EXPIRED, UNENDED, reason, is_due):
                         ended.append(job_id)
         return ended
 

@@ -93,6 +93,8 @@ class Recovery(Retrying):
         expired = (
             sa.select(chunks.c.job_id, chunks.c.number, chunks.c.attempt)
             .where(chunks.c.state == ChunkState.LEASED.value, chunks.c.leased_until < self._now())
+            # In one order, so that two who do this at once do not wait for each other's jobs.
+            .order_by(chunks.c.job_id, chunks.c.number)
             .with_for_update(skip_locked=True)
         )
         with writing(self.db) as db:

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from promptmill.database import copy_rows, reading, writing
 from promptmill.errors import JobError
-from promptmill.ledger.base import held_by, in_range, log
+from promptmill.ledger.base import held_by, in_range, log, storable
 from promptmill.ledger.jobs import Jobs
 from promptmill.ledger.values import RETRYABLE, JobSpec, StoredRequest
 from promptmill.tables import attempts, chunks, jobs, requests, results, retries
@@ -213,9 +213,9 @@ def _result_row(lease: Lease, result: Result, max_tokens: int, now: float) -> tu
     usage, timing = result.usage, result.timing
     outcome: tuple[str | None, ...]
     if isinstance(result, Ok):
-        outcome = ("ok", _storable(result.text), result.finish_reason.value, None, None)
+        outcome = ("ok", storable(result.text), result.finish_reason.value, None, None)
     else:
-        outcome = ("error", None, None, result.error_class.value, _storable(result.message))
+        outcome = ("error", None, None, result.error_class.value, storable(result.message))
     tokens = (usage.prompt_tokens, usage.cached_tokens, usage.output_tokens) if usage else (None, None, None)
     extras = result.extras if isinstance(result, Ok) else None
     times = (
@@ -235,7 +235,7 @@ NO_EXTRAS = (None, None, None, None, None, None, False)
 
 
 def _extras_row(extras: Extras) -> tuple[Any, ...]:
-    reasoning = None if extras.reasoning is None else _storable(extras.reasoning)
+    reasoning = None if extras.reasoning is None else storable(extras.reasoning)
     parts = (extras.choices, extras.logprobs, extras.choice_probs, extras.continuations, extras.embedding)
     return (reasoning, *(None if part is None else json.dumps(part, ensure_ascii=False) for part in parts),
             extras.deduplicated)  # fmt: skip
@@ -247,11 +247,6 @@ def _retry_row(lease: Lease, result: Result) -> tuple[Any, ...]:
     usage, timing = result.usage, result.timing
     return (
         lease.chunk.job_id, result.row, lease.chunk.number, lease.attempt, lease.worker_id, result.error_class.value,
-        _storable(result.message), usage.prompt_tokens if usage else None, usage.output_tokens if usage else None,
+        storable(result.message), usage.prompt_tokens if usage else None, usage.output_tokens if usage else None,
         timing.admitted_at if timing else None, timing.finished_at if timing else None,
     )  # fmt: skip
-
-
-def _storable(text: str) -> str:
-    """PostgreSQL has no room for NUL in a text."""
-    return text.replace("\x00", "\N{REPLACEMENT CHARACTER}") if "\x00" in text else text

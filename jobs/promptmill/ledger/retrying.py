@@ -29,16 +29,20 @@ class Retrying(Leases):
     def retry(self, job_id: str, error_class: ErrorClass | None = None) -> int:
         """Run the rows of an ended job again that ended as an error (of ``error_class``); returns how many.
 
-        Raises :class:`JobError` for a job that has not ended, or was cancelled.
+        Their time limit starts with them. Raises :class:`JobError` for a job that has not ended, was cancelled, or is
+        past its deadline.
         """
         with writing(self.db) as db:
+            # Chunks before their job, as everybody locks them: two who do it the other way round wait for each other.
+            every = sa.select(chunks.c.number).where(chunks.c.job_id == job_id).order_by(chunks.c.number)
+            db.execute(every.with_for_update())
             self._require_retryable(db, job_id)
             failed = self._failed_rows(db, job_id, error_class)
             if failed:
                 self._move_to_retries(db, job_id, failed)
                 rows = [each.row for each in failed]
                 self._add_chunks(db, job_id, rows, most=RETRY_CHUNK_ROWS, failures=0, not_before=None)
-                self._reopen(db, job_id)
+                self._reopen(db, job_id, limit_from=None)
         return len(failed)
 
     def _require_retryable(self, db: Connection, job_id: str) -> None:
@@ -51,6 +55,7 @@ class Retrying(Leases):
             )
         if state in (JobState.CANCELLED, JobState.EXPIRED):
             raise JobError(f"job {job_id} is {state.value}: nothing of it is run again", hint="Submit it anew.")
+        self._refuse_overdue(db, job_id)
 
     def _failed_rows(self, db: Connection, job_id: str, error_class: ErrorClass | None) -> list[sa.Row[Any]]:
         """Errors of rows that could be read, in order of the rows."""
