@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
@@ -171,6 +173,22 @@ def result_line(row: Row[Any]) -> dict[str, Any]:
 def _between(start: float | None, end: float | None) -> float | None:
     """Seconds, not negative: clocks of two machines may differ by more than the time between."""
     return None if start is None or end is None else round(max(0.0, end - start), 6)
+
+
+def row_with_id(db: Engine, job_id: str, custom_id: str) -> int | None:
+    """The number of the row with that id."""
+    query = sa.select(requests.c.row).where(requests.c.job_id == job_id, requests.c.custom_id == custom_id)
+    with reading(db) as connection:
+        return connection.execute(query.order_by(requests.c.row).limit(1)).scalar()
+
+
+def numbered_ids(db: Engine, job_id: str, most: int) -> list[str]:
+    """Ids such as ``a#2``, the first ``most`` of them."""
+    query = sa.select(requests.c.custom_id).where(requests.c.job_id == job_id, requests.c.custom_id.like("%#%"))
+    with reading(db) as connection:
+        found = connection.execute(query.order_by(requests.c.row)).scalars()
+        numbered = (each for each in found if re.search(r"#\d+$", each))
+        return list(islice(numbered, most))
 
 
 def read_row(db: Engine, job: Row[Any], row: int) -> dict[str, Any]:

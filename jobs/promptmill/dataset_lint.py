@@ -15,6 +15,9 @@ from promptmill.task_file import Task
 #: Labels listed of each field; a field with more different values is a number or a text, not a class.
 MOST_LABELS = 50
 
+#: Rows from which on a label is a class: an open answer seldom comes twice.
+ROWS_PER_LABEL = 2
+
 #: Ids listed of each finding.
 SHOWN = 10
 
@@ -129,22 +132,42 @@ class Lint:
         """Expected labels that no answer could equal, and labels that the prompt never names."""
         assert self._task is not None
         model = self._task.model
-        rules = _properties(model.output.schema_).get(name, {})
-        allowed = rules.get("enum")
-        aliases = model.output.aliases.get(name, {})
-        prompt = f"{model.prompt.system or ''}\n{model.prompt.user}"
+        rules = _properties(model.output.schema_).get(name)
         values = [json.loads(text) for text in counts]
-        meant = [(value, aliases.get(value, value) if isinstance(value, str) else value) for value in values]
-        found = []
-        if allowed is not None:
-            bad = [str(value) for value, label in meant if label not in allowed]
-            if bad:
-                found.append(f"{name}: expected labels that the schema does not allow: {', '.join(bad)}")
-        elif rules.get("type", "string") == "string" and len(values) <= MOST_LABELS:
-            bad = [label for _, label in meant if isinstance(label, str) and label not in prompt]
-            if bad:
-                found.append(f"{name}: expected labels that the prompt never names: {', '.join(bad)[:300]}")
-        return found
+        meant = [(value, self._task.meant(name, value)) for value in values]
+        bad = [str(value) for value, label in meant if rules is not None and not _allows(rules, label)]
+        if bad:
+            return [f"{name}: expected labels that the schema does not allow: {', '.join(bad)[:300]}"]
+        choices = model.generate.get("choices")
+        if choices and rules is None and self._is_compared(name):
+            bad = [str(label) for _, label in meant if str(label) not in {str(each) for each in choices}]
+            return [f"{name}: expected labels that are not among the choices: {', '.join(bad)[:300]}"] if bad else []
+        if (rules and "enum" in rules) or not self._are_classes(name, counts):
+            return []
+        prompt = f"{model.prompt.system or ''}\n{model.prompt.user}"
+        bad = [label for _, label in meant if isinstance(label, str) and label not in prompt]
+        return [f"{name}: expected labels that the prompt never names: {', '.join(bad)[:300]}"] if bad else []
+
+    def _is_compared(self, name: str) -> bool:
+        """Whether labels of the field are compared as they are; of a field without scores that is taken for granted."""
+        assert self._task is not None
+        kinds = {kind for entry in self._task.scores for kind in list(entry)[:1] if entry[kind] == name}
+        return not kinds or not kinds.isdisjoint(("exact", "choice_probability"))
+
+    def _are_classes(self, name: str, counts: Mapping[str, int]) -> bool:
+        """Whether the field holds one of a few labels, and no open answer, which no prompt could name."""
+        few = len(counts) <= MOST_LABELS and sum(counts.values()) >= ROWS_PER_LABEL * len(counts)
+        return few and self._is_compared(name)
+
+
+def _allows(rules: Mapping[str, Any], value: Any) -> bool:
+    """Whether the schema of a field allows the value; of a schema that is none, validation says so elsewhere."""
+    from jsonschema import Draft202012Validator, SchemaError
+
+    try:
+        return bool(Draft202012Validator(rules).is_valid(value))
+    except SchemaError:
+        return True
 
 
 def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:

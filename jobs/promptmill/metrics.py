@@ -96,7 +96,7 @@ class Metric:
 
     def shown(self, value: float | None) -> str:
         """``value`` for people, with its unit."""
-        return f"{self.text(value)} {self.shown_unit}".rstrip()
+        return self.text(value) if value is None else f"{self.text(value)} {self.shown_unit}".rstrip()
 
     @property
     def sql(self) -> str | None:

@@ -55,6 +55,10 @@ _TRUTH = Option("true or false", lambda value: isinstance(value, bool))
 _PATTERN = Option("a regular expression of Python", _is_pattern)
 _FIELD = Option("a field of the answer", lambda value: isinstance(value, str) and bool(value))
 
+#: Names of scores: what a gate can name.
+_NAME = re.compile(r"[\w./-]+")
+TAKEN = ("parsed", "latency")
+
 #: Figures of labels: one of a few classes was expected and one was given.
 CLASSES = (
     "accuracy", "macro_f1", "weighted_f1", "macro_precision", "macro_recall", "kappa", "quadratic_kappa",
@@ -90,15 +94,15 @@ def figures_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def names_of(entries: Collection[Mapping[str, Any]]) -> list[str]:
-    """What the score of each entry is called: its ``as``; else its field, with the first figure behind it where an
-    earlier entry has the name already.
+    """What the score of each entry is called: its ``as``; else its field, with its kind behind it where an earlier
+    entry has the name already.
     """
     taken: list[str] = []
     for entry in entries:
         kind = entry_kind(entry)
         name = str(entry.get("as") or _default_name(kind, str(entry.get(kind, ""))))
         if name in taken and "as" not in entry:
-            name = f"{name}.{figures_of(entry)[0]}"
+            name = f"{name}.{kind}"
         taken.append(name)
     return taken
 
@@ -141,8 +145,11 @@ def _mistakes(index: int, entry: Mapping[str, Any], expected: Collection[str]) -
             yield ("scores", index, option), f"'{option}' must be {rule.must_be}"
     for option in entry.keys() - {name, "as", *kind.options}:
         yield ("scores", index, option), f"{name} has no option '{option}'"
-    if not isinstance(entry.get("as", ""), str):
-        yield ("scores", index, "as"), "'as' must be a name"
+    given = entry.get("as", "a")
+    if not isinstance(given, str) or not _NAME.fullmatch(given) or given in TAKEN:
+        yield ("scores", index, "as"), f"'as' must be a name without spaces, and none of {', '.join(TAKEN)}"
+    if "threshold" in entry and "positive" in entry:
+        yield place, "give 'threshold' or 'positive', not both"
     if name == "python":
         if ":" not in target:
             yield place, "python needs a file and a function, such as scorers.py:has_contact"

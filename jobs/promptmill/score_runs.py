@@ -108,6 +108,11 @@ def _filled(
                 _count(groups.setdefault(group_of(Answer(*answer)), _tallies(judge)), [each])
         done += len(rows)
         on_rows(done, job.rows)
+    if done and all(tally.unlabelled == done for tally in tallies.values()):
+        fields = ", ".join(sorted({scorer.field for scorer in judge.scorers.values() if scorer.field}))
+        raise JobError(
+            f"no row of job {job.id} expects {fields}", hint="Expected values are stored when a job is made."
+        )
     if by is not None and groups.keys() <= {NO_GROUP}:
         raise JobError(f"no row has a field '{by}'", hint="Write meta.NAME, input.NAME or expected.NAME.")
     run = ScoreRun(run_id, number, _scored(tallies), {name: _scored(each) for name, each in sorted(groups.items())})

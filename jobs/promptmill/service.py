@@ -107,6 +107,7 @@ def ledger_of(db: Engine, settings: Settings) -> Ledger:
 def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prepared]:
     """Find the model, the task and the dataset. Raises PromptmillError for what cannot be used."""
     task = _task(options)
+    _check_scorers(task)
     check_max_errors(options.max_errors)
     check_name(options.name)
     checkpoint, gauge = _model(options, settings, must_be_here=mode == "embedded")
@@ -144,6 +145,7 @@ def validate_dataset(
     With ``model``, prompts are measured with its tokeniser. Raises BadLines and its kin for what a job would refuse.
     """
     task = load_task(task_path) if task_path else None
+    _check_scorers(task)
     gauge = None
     if model is not None:
         gauge = _model(RunOptions(model=model), settings or load_settings(), must_be_here=True)[1]
@@ -205,6 +207,14 @@ def forget(db: Engine, job_id: str, how: str) -> None:
         if Judge(task).scorers:
             append_score_run(db, job, task)
     redact(db, job_id, how)
+
+
+def _check_scorers(task: Task | None) -> None:
+    """Build the scorers, of which some are files of the user's: what is wrong with them must not wait for the end."""
+    if task is not None and task.scores:
+        from promptmill.scorers.scoring import build
+
+        build(task.scores, task.folder)
 
 
 def _task(options: RunOptions) -> Task | None:
@@ -632,6 +642,27 @@ def cancel(reference: str, settings: Settings, db: Engine) -> tuple[str, bool]:
     """End a job. Returns its id, and False when it had ended already."""
     job = catalog.find_job(db, reference)
     return job.id, ledger_of(db, settings).cancel(job.id)
+
+
+def row_of(reference: str, asked: str, db: Engine) -> int:
+    """The number of a row that is named by its id, or by its number. Raises :class:`UnknownName`."""
+    from promptmill.errors import UnknownName
+
+    job = catalog.find_job(db, reference)
+    found = catalog.row_with_id(db, job.id, asked)
+    if found is not None:
+        return found
+    if not asked.isdecimal():
+        raise UnknownName(f"job {job.id} has no row with the id '{asked[:80]}'", hint=f"Its rows: 0 to {job.rows - 1}.")
+    return int(asked)
+
+
+def numbered_ids(reference: str, db: Engine, most: int = 10) -> list[str]:
+    """The first ids that a job gave to lines whose own ids were used before."""
+    job = catalog.find_job(db, reference)
+    if not job.task_text or stored_task(job).model.duplicate_ids != "number":
+        return []
+    return catalog.numbered_ids(db, job.id, most)
 
 
 def show(reference: str, row: int, db: Engine) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -80,6 +81,17 @@ class Task:
     def output(self) -> OutputPart:
         return self.model.output
 
+    def meant(self, name: str, value: Any) -> Any:
+        """A value of the field as the schema has it: another label for an alias, a number for a text that spells one.
+
+        Tables hold texts only; where the schema says that the field is a number, its text means that number.
+        """
+        if not isinstance(value, str):
+            return value
+        label = self.model.output.aliases.get(name, {}).get(value, value)
+        kind = _properties(self.model.output.schema_).get(name, {}).get("type")
+        return _typed(label, kind) if isinstance(label, str) else label
+
     @classmethod
     def from_template(cls, template: str, system: str | None = None) -> Task:
         """The task that ``--template`` and ``--system`` amount to. Raises :class:`TaskFileError`."""
@@ -89,6 +101,20 @@ class Task:
         # In double quotes, the only style of YAML that keeps every character.
         said = {"task": "template", "prompt": prompt}
         return parse_task(yaml.safe_dump(said, allow_unicode=True, default_style='"', width=2**30), "--template")
+
+
+def _typed(text: str, kind: Any) -> Any:
+    if kind == "boolean":
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    if kind in ("integer", "number"):
+        try:
+            found = float(text)
+        except ValueError:
+            return text
+        if not math.isfinite(found):
+            return text
+        return int(found) if found.is_integer() else found
+    return text
 
 
 def load_task(path: str | Path) -> Task:
@@ -177,6 +203,7 @@ def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
     elif model.output.schema_ is not None:
         yield from _schema_mistakes(model.output)
     yield from _extract_mistakes(model.output)
+    yield from _alias_mistakes(model)
     for part in ("input", "meta"):
         for name, path in getattr(model, part).items():
             if path in model.expected.values():
@@ -231,7 +258,7 @@ def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
     figures = list(OTHER_FIGURES)
     for score, entry in named:
         figures += [f"{score}.{figure}" for figure in figures_of(entry)]
-        # The second score of a field is called after its figure already.
+        # The second score of a field may be called after its figure already.
         figures += [score] if score.endswith(f".{figures_of(entry)[0]}") else []
     for name, asked in model.gates.items():
         demand = asked if isinstance(asked, str) else asked.demand
@@ -239,6 +266,30 @@ def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
             yield ("gates", name), f"there is no figure '{name}' to judge. {suggestion(name, figures)}"
         elif not GATE.fullmatch(demand):
             yield ("gates", name), f"'{demand[:40]}' is no demand; write >=0.85, or <, <=, > and a number"
+        elif not name.startswith("latency.") and not name.endswith(NO_SHARES) and float(_bound(demand)) > 1:
+            yield ("gates", name), f"'{demand}' can never be judged: the figure goes from 0 to 1"
+
+
+#: Figures that are not from 0 to 1.
+NO_SHARES = (".abs_error", ".mean")
+
+
+def _bound(demand: str) -> str:
+    found = GATE.fullmatch(demand)
+    assert found is not None
+    return found[2]
+
+
+def _alias_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    known = {*model.expected, *_properties(model.output.schema_), *model.output.extract}
+    for name in model.output.aliases:
+        if known and name not in known:
+            yield ("output", "aliases", name), f"'{name}' is no field of the answer. {suggestion(name, known)}"
+
+
+def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = (schema or {}).get("properties", {})
+    return found if isinstance(found, dict) else {}
 
 
 def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:
@@ -315,7 +366,15 @@ def _message(name: str, tree: yaml.Node, problem: Any) -> str:
         return f"{where}: unknown key '{key}'. {suggestion(str(place[-1]), _siblings(place))}"
     if problem["type"] == "missing":
         return f"{where}: the key '{key}' is missing"
-    return f"{where}: {key}: {problem['msg']}"
+    return f"{where}: {_plainly(key, str(problem['msg']))}"
+
+
+def _plainly(key: str, said: str) -> str:
+    """A message of the library that checks types, without the library's own words."""
+    said = re.sub(r"valid dictionary or (instance of|object).*", "set of keys", said)
+    for kind in (".str", ".GateDemand", ".int", ".float", ".bool", ".list[Example]", ".dict[str,any]"):
+        key = key.removesuffix(kind)
+    return f"{key}: {said}"
 
 
 def _siblings(place: tuple[Any, ...]) -> list[str]:

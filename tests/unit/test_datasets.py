@@ -142,3 +142,45 @@ def test_any_first_rows_of_the_bundled_dataset_hold_both_classes() -> None:
     lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").splitlines()
     assert 8 <= sum(json.loads(line)["is_ad"] for line in lines[:20]) <= 12
     assert len({json.loads(line)["id"] for line in lines}) == 260
+
+
+SCALE = """\
+task: t
+input: {text: 评论}
+expected: {stars: 星级}
+prompt: {user: "{{ input.text }}"}
+output: {mode: constrain, schema: {type: object, required: [stars], properties: {stars: {type: integer, maximum: 5}}}}
+scores: [{exact: stars}]
+"""
+
+
+def validated(tmp_path: Path, data: str, task: str, name: str = "a.csv") -> dict[str, Any]:
+    (tmp_path / name).write_text(data, encoding="utf-8")
+    (tmp_path / "t.yaml").write_text(task, encoding="utf-8")
+    return validate_dataset(str(tmp_path / name), str(tmp_path / "t.yaml"), None)
+
+
+def test_f9_values_that_the_schema_can_never_produce_are_problems(tmp_path: Path) -> None:
+    good = validated(tmp_path, "评论,星级\n好,5\n坏,1\n", SCALE)
+    # A table holds texts only; the schema says that the field is a number.
+    assert good["problems"] == []
+    bad = validated(tmp_path, "评论,星级\n好,7\n坏,many\n", SCALE)
+    assert bad["problems"] == ["stars: expected labels that the schema does not allow: 7, many"]
+
+
+def test_open_answers_are_no_classes_that_a_prompt_must_name(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"q": f"{n} + {n}", "a": str(2 * n)}) + "\n" for n in range(30))
+    task = (
+        "task: t\nexpected: {a: a}\nprompt: {user: '{{ input.q }}'}\noutput: {extract: {a: last_line}}\nscores: [%s]\n"
+    )
+    for score in ("{exact: a}", "{numeric: a, tolerance: 0.1}", "{contains: a}"):
+        assert validated(tmp_path, lines, task % score, "a.jsonl")["problems"] == []
+
+
+def test_labels_that_are_not_among_the_choices_are_problems(tmp_path: Path) -> None:
+    task = (
+        "task: t\nexpected: {a: a}\nprompt: {user: 'ad or not? {{ input.q }}'}\n"
+        "generate: {choices: [ad, fine]}\nscores: [{exact: a}]\n"
+    )
+    found = validated(tmp_path, '{"q": "x", "a": "ad"}\n{"q": "y", "a": "not"}\n', task, "a.jsonl")
+    assert found["problems"] == ["a: expected labels that are not among the choices: not"]

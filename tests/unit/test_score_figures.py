@@ -295,3 +295,47 @@ def test_a_score_comes_without_a_warning_however_few_the_rows_are() -> None:
         for rows in ([], [answer("a", "a")], [answer(None, "a")], [answer(1, 1), answer(2, 2)]):
             for entry in ({"exact": "x"}, {"binary": "x", "threshold": 2}, {"set_f1": "x"}):
                 assert scored(entry, rows).n == len(rows) or entry == {"binary": "x", "threshold": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"), ("return float('nan')", "ValueError: the scorer gave nan"),
+        ("return float('inf')", "ValueError: the scorer gave inf"), ("raise Odd", "Odd: (its message cannot be read)"),
+    ],
+)  # fmt: skip
+def test_whatever_a_function_does_is_its_rows_outcome(tmp_path: Path, body: str, error: str) -> None:
+    code = (
+        "class Odd(Exception):\n    def __str__(self): return 1 / 0\n"
+        + f"def it(output, expected, item):\n    {body}\n"
+    )
+    found = score_rows(rows_of(("a", "a")), python_task(tmp_path, code))["it"]
+    assert (found.n, found.correct, found.scorer_errors, found.scorer_error) == (1, 0, 1, error)
+
+
+def test_what_a_function_prints_is_not_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "print('import')\ndef it(output, expected, item):\n    print('row')\n    return True\n"
+    assert score_rows(rows_of(("a", "a")), python_task(tmp_path, code))["it"].correct == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "import\nrow\n")
+
+
+def test_an_expression_that_takes_for_ever_ends(tmp_path: Path) -> None:
+    text = "a" * 40 + "!"
+    found = scored({"regex": "x", "pattern": "^(a+)+$"}, [answer(text, "-")])
+    assert found.scorer_error is None or found.scorer_error.startswith("TimeoutError")
+    judge = judge_of([{"exact": "x"}], output={"extract": {"x": {"regex": "^(a|aa)+$"}}})
+    (judgement,) = judge(Answer("ok", text, "stop", '{"x": "ad"}'))
+    assert judgement is not None
+    assert judgement.outcome == "unparsed"
+
+
+def test_whole_numbers_beyond_what_floats_hold_are_told_apart() -> None:
+    found = scored({"numeric": "x", "tolerance": 0.1}, [answer(2**53 + 1, 2**53), answer(str(2**53), 2**53)])
+    assert found.correct == 1
+
+
+def test_the_majority_is_only_told_where_giving_a_label_is_right() -> None:
+    rows = [answer(n % 5, 2) for n in range(10)]
+    assert scored({"within": "x", "tolerance": 1}, rows).majority_baseline is None
+    assert scored({"exact": "x"}, rows).majority_baseline == 1.0

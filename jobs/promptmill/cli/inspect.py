@@ -125,7 +125,7 @@ class _Patience:
 
 @click.command(epilog="Example: promptmill show @last 0")
 @click.argument("job", default="@last")
-@click.argument("row", type=int, required=False)
+@click.argument("row", required=False)
 @click.option("--wrong", is_flag=True, help="List the rows whose answers are wrong by the task's scores.")
 @click.option("--unparsed", is_flag=True, help="List the rows in whose answers nothing could be read.")
 @click.option("--flipped", nargs=2, metavar="A B", help="List the rows that A has right and B wrong, or the other way.")
@@ -133,11 +133,12 @@ class _Patience:
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Most rows listed.")
 @json_option
 def show(
-    job: str, row: int | None, wrong: bool, unparsed: bool, flipped: tuple[str, str] | None, score: str | None,
+    job: str, row: str | None, wrong: bool, unparsed: bool, flipped: tuple[str, str] | None, score: str | None,
     limit: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show ROW of JOB: the prompt as the model saw it, the answer, tokens, timings and attempts. Rows count from 0.
+    """Show ROW of JOB: the prompt as the model saw it, the answer, tokens, timings and attempts.
 
+    ROW is a number, counted from 0, or the id of a line.
     Or list rows by what their scores say. There JOB, A and B may name a score run, as JOB@s2.
     """
     from promptmill.cli.judged import show_flipped, show_wrong
@@ -152,10 +153,11 @@ def show(
         _show_row(job, row, as_json)
 
 
-def _show_row(job: str, row: int, as_json: bool) -> None:
+def _show_row(job: str, asked: str, as_json: bool) -> None:
     from promptmill import service
 
     _, db = open_all()
+    row = service.row_of(job, asked, db)
     found = service.show(job, row, db)
     if as_json:
         print_json(found)

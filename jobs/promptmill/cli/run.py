@@ -46,6 +46,7 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
     settings, db = open_all()
     with ProgressView() as view:
         outcome = service.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
+    show_numbered(outcome.job_id, db)
     if output:
         write_results(db, outcome.job_id, output)
     try:
@@ -107,6 +108,15 @@ def show_job(job_id: str) -> None:
     stderr_console().print(f"job {job_id}", soft_wrap=True)
 
 
+def show_numbered(job_id: str, db: Engine) -> None:
+    """Say which lines had an id that an earlier one has."""
+    from promptmill.service import numbered_ids
+
+    found = numbered_ids(job_id, db)
+    if found:
+        stderr_console().print(f"ids used before were numbered: {', '.join(found)}", soft_wrap=True, markup=False)
+
+
 def show_job_engine(text: str) -> None:
     stderr_console().print(text, soft_wrap=True)
 
@@ -134,13 +144,10 @@ def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = Fa
 def _judge_gates(db: Engine, job_id: str, junit: str | None) -> None:
     """Say how each gate of the job's task ended; exit code 3 when one failed."""
     from promptmill.catalog import find_job
-    from promptmill.gates import judge
     from promptmill.reports.summary import summarise
-    from promptmill.task_file import parse_task
 
-    job = find_job(db, job_id)
-    gates = parse_task(job.task_text, job.task_name or "task").model.gates if job.task_text else {}
-    verdicts = judge(gates, summarise(db, job_id).to_json()) if gates else []
+    task_text = find_job(db, job_id).task_text
+    verdicts = list(summarise(db, job_id).gates) if task_text and "gates" in task_text else []
     if junit is not None:
         from promptmill.junit import write
 

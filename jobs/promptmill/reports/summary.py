@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, Row
 
+from promptmill.gates import Verdict, judge
 from promptmill.privacy import DONE
 from promptmill.reports import checks
 from promptmill.reports.budget import Budget, budget
@@ -110,6 +111,8 @@ class Summary:
     checks: tuple[Check, ...]
     scores: Mapping[str, Score]
     workers: tuple[WorkerShare, ...]
+    #: The gates of the job's task, judged once it has ended.
+    gates: tuple[Verdict, ...] = ()
 
     @property
     def schema_version(self) -> int:
@@ -170,7 +173,10 @@ class Summary:
         broken = [check.name for check in self.checks if check.ok is False]
         if self.errors:
             return f"completed with {self.errors:,} errors" if self.errors > 1 else "completed with 1 error"
-        return f"completed, but figures disagree: {', '.join(broken)}" if broken else None
+        if broken:
+            return f"completed, but figures disagree: {', '.join(broken)}"
+        failed = [gate.name for gate in self.gates if not gate.passed]
+        return f"completed, but gates failed: {', '.join(failed)}" if failed else None
 
     def to_json(self) -> dict[str, Any]:
         """The report as one object with stable keys; None was not measured."""
@@ -189,7 +195,7 @@ JSON_KEYS = (
     "prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "wasted_tokens", "cached_share",
     "mean_output_tokens", "mean_active", "peak_active", "slots", "starved_share", "idle_share",
     "latency_s", "ttft_s", "tpot_s", "queue_s", "errors_by_class", "error_examples", "checks", "scores", "workers",
-    "curve",
+    "curve", "gates",
 )  # fmt: skip
 
 
@@ -213,7 +219,18 @@ def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[S
         # Of texts that were removed on purpose the scores are those that were stored before.
         removed = facts.job.store in DONE.values()
         scores = kept_scores(connection, job_id) if removed else score_job(connection, facts.job)
-    return _summary(facts, scores), facts.folded.plots
+    summary = _summary(facts, scores)
+    return replace(summary, gates=_gates(facts.job, summary)), facts.folded.plots
+
+
+def _gates(job: Row[Any], summary: Summary) -> tuple[Verdict, ...]:
+    """A verdict on each gate of the job's task; none before the job has ended."""
+    if job.task_text is None or "gates" not in job.task_text or not summary.state.is_final:
+        return ()
+    from promptmill.task_file import parse_task
+
+    asked = parse_task(job.task_text, job.task_name or "task", job.task_folder).model.gates
+    return tuple(judge(asked, summary.to_json())) if asked else ()
 
 
 def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -62,7 +63,11 @@ def _page(summary: Summary, width: int) -> Group:
     if summary.errors_by_class:
         sections += _section("Errors", _errors(summary))
     if summary.scores:
-        sections += _section("Scores", _scores(summary.scores))
+        sections += _section("Scores", _scores(summary.scores), *_confusions(summary.scores, width))
+    if summary.gates:
+        sections += _section(
+            "Gates", *(Text(str(gate), style="" if gate.passed else "bold red") for gate in summary.gates)
+        )
     if len(summary.workers) > 1 or any(_measured(each) for each in summary.workers):
         sections += _section("Workers", _workers(summary.workers))
     sections += _section("Checks", _checks(summary.checks))
@@ -286,6 +291,35 @@ def _scores(scores: Mapping[str, Score]) -> Table:
     return grid
 
 
+#: Most classes of a confusion matrix on a page.
+MOST_CONFUSED = 10
+
+
+def _confusions(scores: Mapping[str, Score], width: int) -> list[RenderableType]:
+    """Expected labels by predicted ones, where they fit onto the page."""
+    found: list[RenderableType] = []
+    for name, score in scores.items():
+        given = sorted({label for row in score.confusion.values() for label in row})
+        if 1 < len(score.confusion) <= MOST_CONFUSED and len(given) <= MOST_CONFUSED + 1:
+            table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+            table.add_column(f"{name}: expected \\ answered", no_wrap=True)
+            for label in given:
+                table.add_column(_label(label), justify="right")
+            for wanted, row in score.confusion.items():
+                table.add_row(_label(wanted), *(f"{row[label]:,}" if label in row else "·" for label in given))
+            found += ["", table] if _fits(table, width) else []
+    return found
+
+
+def _fits(table: Table, width: int) -> bool:
+    return Console(width=10 * WIDEST).measure(table).maximum <= width
+
+
+def _label(label: str) -> str:
+    """A label as it is written, without the quotes of its JSON; what could not be read has none."""
+    return escape(label.strip('"')) if label else "(unread)"
+
+
 def _figures(score: Score) -> str:
     """The further figures of a score, with the interval of each that has one."""
     parts = []
@@ -315,7 +349,7 @@ def _counted(score: Score) -> str:
         parts.append(f"{score.scorer_errors:,} the scorer failed on ({score.scorer_error})")
     if score.note:
         parts.append(score.note)
-    if score.n and is_rate:
+    if score.n and is_rate and score.majority is not None:
         parts.append(f"majority {_with_unit('majority_baseline', score.majority_baseline)}")
     return ", ".join(parts)
 

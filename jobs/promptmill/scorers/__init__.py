@@ -76,6 +76,10 @@ class Verdict:
     is_probability: bool = False
 
 
+class Unreadable(Exception):
+    """A scorer finds nothing in the answer that it could judge: the answer is unparsed."""
+
+
 class Scorer(Protocol):
     """Deterministic and pure. Says whether ``output`` is right, or how right it is; None abstains."""
 

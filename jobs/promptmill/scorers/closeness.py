@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from promptmill.scorers import Item, JsonObject
+from promptmill.scorers import Item, JsonObject, Unreadable
 from promptmill.types import JsonValue
 
 
@@ -85,9 +85,11 @@ class AbsError:
         return self.worst
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> float | None:
+        if number(expected[self.field]) is None:
+            return None
         off = distance(output[self.field], expected[self.field])
         if off is None:
-            return None if number(expected[self.field]) is None else self.worst
+            raise Unreadable
         return off
 
 
@@ -98,11 +100,21 @@ def distance(one: JsonValue, other: JsonValue) -> float | None:
 
 
 def number(value: JsonValue) -> float | None:
-    """The finite number that ``value`` is or spells, else None."""
+    """The finite number that ``value`` is or spells, else None. Whole numbers stay exact, however large."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         found = float(value)
+        if abs(found) == float("inf") or found != found:
+            return None
+        return int(value) if found.is_integer() and not isinstance(value, float) else found
     except (ValueError, OverflowError):
-        return None
-    return found if abs(found) < float("inf") else None
+        # A text such as 1e3 or 5.0 is a number and no whole one as it is written.
+        return found if isinstance(value, str) and _spells(value) else None
+
+
+def _spells(text: str) -> bool:
+    try:
+        return abs(float(text)) < float("inf")
+    except ValueError:
+        return False

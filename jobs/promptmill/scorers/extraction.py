@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import regex
+
 from promptmill.scorers import JsonObject, Outcome
+from promptmill.scorers.texts import REGEX_S
 from promptmill.types import FinishReason, JsonValue
 
 if TYPE_CHECKING:
@@ -89,13 +92,17 @@ def _step(entry: str | Mapping[str, Any]) -> Step:
 
 
 def _by_regex(pattern: str) -> Step:
-    compiled = re.compile(pattern)
+    compiled = regex.compile(pattern)
 
     def step(answer: str) -> JsonValue:
-        found = compiled.search(answer)
+        try:
+            found = compiled.search(answer, timeout=REGEX_S)
+        except TimeoutError:
+            # Found nothing in its time, as in an answer that holds nothing.
+            return None
         if found is None:
             return None
-        return (found[1] if compiled.groups else found[0] or "").strip()
+        return ((found[1] if compiled.groups else found[0]) or "").strip()
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -46,7 +47,11 @@ class PythonScorer:
         return self.field is not None
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | bool | float | None:
-        found = self.function(dict(output), dict(expected), asdict(item), **self.options)
+        # What it prints must not stand in the middle of a command's own output.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = self.function(dict(output), dict(expected), asdict(item), **self.options)
+        if type(found).__module__ == "numpy" and hasattr(found, "item"):
+            found = found.item()
         if found is None or isinstance(found, bool | int | float):
             return found
         if isinstance(found, str):
@@ -98,7 +103,8 @@ def _imported(path: Path, digest: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except BaseException as problem:
         del sys.modules[module_name]
         if isinstance(problem, KeyboardInterrupt):

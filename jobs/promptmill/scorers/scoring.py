@@ -52,6 +52,8 @@ class Judge:
         self.scorers = dict(scorers if scorers is not None else build(task.scores, task.folder))
         self._extract = Extractor.of(task.output, required_keys(task, self.scorers), task.generate)
         self._aliases = task.output.aliases
+        self._task = task
+        self._expected: dict[str | None, JsonObject] = {}
         #: Whether a scorer looks at more of a row than its answer and what it expects.
         self.needs_item = any(getattr(scorer, "needs_item", False) for scorer in self.scorers.values())
 
@@ -69,11 +71,21 @@ class Judge:
 
     def read(self, answer: Answer) -> tuple[Outcome, JsonObject, JsonObject]:
         """What became of one answer, the object it holds, and the expected one, both in the labels that are meant."""
-        wanted = _meant(_object(answer.expected), self._aliases)
+        wanted = self._wanted(answer.expected)
         if answer.state != "ok":
             return Outcome.INFRA_ERROR, {}, wanted
         outcome, output = self._extract(answer.text, answer.finish_reason)
         return outcome, _meant(output, self._aliases), wanted
+
+    def _wanted(self, text: str | None) -> JsonObject:
+        """The expected object as the task means it; few different ones are many rows."""
+        found = self._expected.get(text)
+        if found is None:
+            if len(self._expected) >= REMEMBERED:
+                self._expected.clear()
+            found = {name: self._task.meant(name, value) for name, value in _object(text).items()}
+            self._expected[text] = found
+        return found
 
     def _item(self, answer: Answer) -> Item:
         probs = _object(answer.choice_probs) if answer.choice_probs else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from promptmill.scorers import Item, JsonObject, Outcome, Scorer, Verdict
+from promptmill.scorers import Item, JsonObject, Outcome, Scorer, Unreadable, Verdict
 from promptmill.scorers.aggregates import MOST_CLASSES, Figures, of_calibration, of_classes, of_ranking, of_yes_or_no
 from promptmill.scorers.intervals import mean_interval, wilson
 
@@ -54,11 +55,12 @@ def judge(scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonOb
     try:
         found = scorer(output, expected, item)
         verdict = found if isinstance(found, Verdict) else Verdict(found)
-        value = None if verdict.value is None else float(verdict.value)
-    except Exception as problem:
-        # The user's own code may raise anything; the other rows are scored all the same.
-        message = f"{type(problem).__name__}: {problem}"[:LONGEST_ERROR]
-        return Judgement(0.0, None, wanted, Outcome.SCORER_ERROR, error=message)
+        value = _number(verdict.value)
+    except Unreadable:
+        return Judgement(getattr(scorer, "unread", 0.0), None, wanted, Outcome.UNPARSED)
+    except (Exception, SystemExit) as problem:
+        # The user's own code may raise anything, and may ask to exit; the other rows are scored all the same.
+        return Judgement(0.0, None, wanted, Outcome.SCORER_ERROR, error=_said(problem))
     if verdict is found and (verdict.expected is not None or verdict.predicted is not None):
         given: str | None = as_label(verdict.predicted)
         wanted = as_label(verdict.expected)
@@ -67,6 +69,22 @@ def judge(scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonOb
     outcome = Outcome.ABSTAIN if value is None else outcome
     is_truth = isinstance(verdict.value, bool)
     return Judgement(value, given, wanted, outcome, verdict.confidence, None, is_truth, verdict.is_probability)
+
+
+def _number(value: bool | float | None) -> float | None:
+    """Raises ValueError for what is no finite number: it would make the sum of all rows none."""
+    found = None if value is None else float(value)
+    if found is not None and not math.isfinite(found):
+        raise ValueError(f"the scorer gave {found}")
+    return found
+
+
+def _said(problem: BaseException) -> str:
+    try:
+        text = str(problem)
+    except Exception:
+        text = "(its message cannot be read)"
+    return f"{type(problem).__name__}: {text}"[:LONGEST_ERROR]
 
 
 def _expected_label(scorer: Scorer, expected: JsonObject, name: str | None) -> str | None:
@@ -102,8 +120,8 @@ class Score:
     left_out: int
     #: Expected label, as JSON -> rows of ``n``; empty where there are too many to be classes.
     classes: Mapping[str, int]
-    #: Rows of ``n`` with the commonest expected label.
-    majority: int
+    #: Rows of ``n`` with the commonest expected label; None where right is not to give the expected label.
+    majority: int | None
     ci95: tuple[float, float] | None
     #: Sum of what the rows were worth: ``correct`` where an answer is right or wrong.
     points: float = 0.0
@@ -128,7 +146,7 @@ class Score:
     @property
     def majority_baseline(self) -> float | None:
         """What always giving the commonest label would reach."""
-        return self.majority / self.n if self.n else None
+        return self.majority / self.n if self.n and self.majority is not None else None
 
     @property
     def all_figures(self) -> dict[str, float | None]:
@@ -220,7 +238,6 @@ class Tally:
         n, metric = self.counted, self.metric
         is_rate = metric == "accuracy"
         few = len(self.labels) <= MOST_CLASSES and len(self.pairs) <= MOST_CLASSES**2
-        most = None if metric in ("abs_error", "mean") else 1.0
         return Score(
             name=name,
             metric=metric,
@@ -235,13 +252,18 @@ class Tally:
             unlabelled=self.unlabelled,
             left_out=self.left_out,
             classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
-            majority=max(self.labels.values(), default=0) if few else 0,
-            ci95=wilson(self.correct, n) if is_rate else mean_interval(self.points, self.squares, n, most),
+            majority=max(self.labels.values(), default=0) if few and self._kind() in ("classes", "binary") else None,
+            ci95=wilson(self.correct, n) if is_rate else self._interval(metric),
             points=self.points,
             confusion=self._confusion() if is_rate and few else {},
             figures=self._figures(is_rate and few),
             note=None if few or not is_rate else f"more than {MOST_CLASSES} different labels: no figures of classes",
         )
+
+    def _interval(self, metric: str) -> tuple[float, float] | None:
+        found = mean_interval(self.points, self.squares, self.counted, None if metric in ("abs_error", "mean") else 1.0)
+        # No distance is below 0.
+        return (max(0.0, found[0]), found[1]) if found and metric == "abs_error" else found
 
     def _figures(self, of_labels: bool) -> Figures:
         found = Figures()
