@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import BrokerError
@@ -29,6 +31,9 @@ VISIBILITY_TIMEOUT_S = 24 * 3600
 #: Seconds a program waits for Redis, to connect and for each answer, before it says that there is none.
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 20
+
+#: Messages read at once when a queue is searched.
+PAGE = 1000
 
 
 def queue_name(model: str) -> str:
@@ -104,16 +109,27 @@ class Broker:
         """Messages that wait in the model's queue, over all priorities."""
         from redis.exceptions import RedisError
 
-        name = queue_name(model)
-        keys = [name if priority == 0 else f"{name}{PRIORITY_SEPARATOR}{priority}" for priority in PRIORITIES]
         try:
             with self._redis() as redis:
                 pipe = redis.pipeline()
-                for key in keys:
+                for key in _lists(model):
                     pipe.llen(key)
                 return sum(pipe.execute())
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
+
+    def waiting_chunks(self, model: str) -> set[ChunkId]:
+        """The chunks whose messages wait in the model's queue, over all priorities. Reads each message."""
+        from redis.exceptions import RedisError
+
+        found: set[ChunkId] = set()
+        try:
+            with self._redis() as redis:
+                for key in _lists(model):
+                    found.update(_chunks(redis, key))
+        except (RedisError, OSError) as problem:
+            raise self._unreachable(problem) from problem
+        return found
 
     def clock_offset_s(self) -> float:
         """Seconds that Redis' clock is ahead of this machine's, by one round trip."""
@@ -141,3 +157,29 @@ class Broker:
             f"cannot reach Redis at {mask(self._url)}: {str(problem).splitlines()[0] if str(problem) else problem!r}",
             hint="Check that it runs and that JOBS_REDIS_URL names it ('promptmill config' shows it).",
         )
+
+
+def _lists(model: str) -> list[str]:
+    """The lists of a model's queue, one a priority."""
+    name = queue_name(model)
+    return [name if priority == 0 else f"{name}{PRIORITY_SEPARATOR}{priority}" for priority in PRIORITIES]
+
+
+def _chunks(redis: Any, key: str) -> Iterator[ChunkId]:
+    # New messages come in at the front: a page that was read may be read again, but none is passed over.
+    begin = 0
+    while messages := redis.lrange(key, begin, begin + PAGE - 1):
+        for message in messages:
+            chunk = _chunk_of(message)
+            if chunk is not None:
+                yield chunk
+        begin += PAGE
+
+
+def _chunk_of(message: bytes) -> ChunkId | None:
+    """What a message is about; None for one that is none of ours."""
+    try:
+        (job_id, number), *_ = json.loads(base64.b64decode(json.loads(message)["body"]))
+        return ChunkId(str(job_id), int(number))
+    except (ValueError, TypeError, KeyError):
+        return None

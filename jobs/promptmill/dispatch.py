@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 
 import sqlalchemy as sa
 
 from promptmill.broker import Broker
 from promptmill.database import epoch, reading
 from promptmill.ledger import Ledger
+from promptmill.ledger.values import OPEN_STATES
 from promptmill.privacy import redact_overdue
-from promptmill.tables import workers
+from promptmill.tables import chunks, jobs, workers
+from promptmill.types import ChunkId, ChunkState
 
 #: Chunks of a job that are published and not done, for each worker that runs its model. A worker holds two; the other
 #: two wait in Redis, so that it never waits for the database.
@@ -19,12 +22,14 @@ WINDOW_PER_WORKER = 4
 #: Seconds without a heartbeat after which a worker counts as gone: six are missed.
 ALIVE_S = 30.0
 
-#: Seconds after which a chunk that waits is published again although the queue is empty: its message was lost.
+#: Seconds after which a chunk that waits, and has no message in the queue, is published again: its message was lost.
 LOST_MESSAGE_S = 5.0
 
-#: The same while the queue holds messages, of which its own may be one.
-STALE_MESSAGE_S = 600.0
+#: Seconds between two searches of a queue that is not empty for such chunks, in leases: it reads every message.
+SEARCH_LEASES = 0.5
 
+#: Seconds after which a chunk that waits is published again whatever the queue holds.
+STALE_MESSAGE_S = 600.0
 
 #: Seconds without a chunk running after which a waiting job moves up by one priority, so that none waits for ever.
 AGE_S = 120.0
@@ -40,12 +45,14 @@ class Dispatcher:
     def __init__(self, ledger: Ledger, broker: Broker) -> None:
         self._ledger = ledger
         self._broker = broker
+        #: Model -> when its queue was last searched.
+        self._searched_at: dict[str, float] = {}
 
     def dispatch(self, job_id: str, model: str, priority: int) -> int:
         """Publish the next chunks of the job; returns how many. Raises BrokerError when Redis is away."""
-        chunks = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(1, self._alive(model)))
-        self._broker.publish(chunks, model, priority)
-        return len(chunks)
+        window = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(1, self._alive(model)))
+        self._broker.publish(window, model, priority)
+        return len(window)
 
     def reconcile(self) -> int:
         """Requeue chunks without a live lease and publish what has no message; returns how many were published."""
@@ -54,16 +61,51 @@ class Dispatcher:
         self._ledger.expire_overdue()
         redact_overdue(self._ledger.db)
         published = 0
-        for job in self._ledger.open_jobs("queue"):
+        open_jobs = self._ledger.open_jobs("queue")
+        self._forget_lost_messages({job.model for job in open_jobs})
+        for job in open_jobs:
             priority = _aged(job.priority, job.waited_s)
-            patience = LOST_MESSAGE_S if self._broker.waiting(job.model) == 0 else STALE_MESSAGE_S
             # A job that has waited moves up: its messages are sent again, to a list that is read earlier.
-            self._ledger.unpublish(job.id, patience if priority == job.priority else min(patience, AGE_S))
+            self._ledger.unpublish(job.id, STALE_MESSAGE_S if priority == job.priority else AGE_S)
             # What a dead worker held has waited for a lease already: it goes before what is new.
             again = self._ledger.mark_published([chunk for chunk in lost if chunk.job_id == job.id])
             self._broker.publish(again, job.model, max(0, priority - 1))
             published += len(again) + self.dispatch(job.id, job.model, priority)
         return published
+
+    def _forget_lost_messages(self, models: set[str]) -> None:
+        """Let chunks that wait without a message be published again, however many messages of others there are.
+
+        A message that a worker has just read is in no queue either: its chunk gets a second one, which finds the chunk
+        leased.
+        """
+        for model in models:
+            some_wait = self._broker.waiting(model) > 0
+            if some_wait and not self._may_search(model):
+                continue
+            lost = self._published_and_waiting(model)
+            if lost and some_wait:
+                lost -= self._broker.waiting_chunks(model)
+            for chunk in lost:
+                self._ledger.unpublish_chunk(chunk)
+
+    def _may_search(self, model: str) -> bool:
+        now = time.monotonic()
+        if now - self._searched_at.get(model, float("-inf")) < SEARCH_LEASES * self._ledger.lease_s:
+            return False
+        self._searched_at[model] = now
+        return True
+
+    def _published_and_waiting(self, model: str) -> set[ChunkId]:
+        """Chunks that nobody runs, whose messages were sent longer ago than LOST_MESSAGE_S."""
+        waiting = (
+            sa.select(chunks.c.job_id, chunks.c.number)
+            .join(jobs, jobs.c.id == chunks.c.job_id)
+            .where(jobs.c.state.in_(OPEN_STATES), jobs.c.mode == "queue", jobs.c.model == model)
+            .where(chunks.c.state == ChunkState.QUEUED.value, chunks.c.published_at < epoch() - LOST_MESSAGE_S)
+        )
+        with reading(self._ledger.db) as db:
+            return {ChunkId(row.job_id, row.number) for row in db.execute(waiting)}
 
     def _alive(self, model: str) -> int:
         """Workers that serve the model, whichever they have loaded."""

@@ -1,10 +1,22 @@
-"""How urgent a job is that has waited."""
+"""How urgent a job is that has waited, and which messages were lost: with a real Redis."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from promptmill.dispatch import AGE_S, _aged
+import pytest
+import sqlalchemy as sa
+from redis import Redis
+
+from promptmill import broker
+from promptmill.broker import Broker, queue_name
+from promptmill.database import connect, epoch, upgrade, writing
+from promptmill.dispatch import AGE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
+from promptmill.ledger import Ledger
+from promptmill.tables import chunks, jobs
+from promptmill.types import ChunkId
+
+MODEL = "echo"
 
 
 @pytest.mark.parametrize(
@@ -13,3 +25,96 @@ from promptmill.dispatch import AGE_S, _aged
 )
 def test_a_waiting_job_moves_up(priority: int, waited_s: float, expected: int) -> None:
     assert _aged(priority, waited_s) == expected
+
+
+# --- lost messages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """With a job of four chunks that is urgent, and one that is not."""
+    db = connect(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    upgrade(db)
+    for job_id, priority in (("urgent", 0), ("busy", 5)):
+        job = {
+            "id": job_id, "state": "queued", "mode": "queue", "dataset_name": "d", "dataset_sha256": "0",
+            "dataset_format": "f", "model": MODEL, "sampling": "{}", "priority": priority, "rows": 4, "env": "{}",
+            "submitted_at": epoch(),
+        }  # fmt: skip
+        with writing(db) as connection:
+            connection.execute(sa.insert(jobs).values(job))
+            for number in range(4):
+                values = {"job_id": job_id, "number": number, "first_row": number, "rows": 1, "state": "queued"}
+                zero = {"attempt": 0, "ok": 0, "errors": 0, "output_tokens": 0}
+                connection.execute(sa.insert(chunks).values(values | zero))
+    return Ledger(db, lease_s=0.2)
+
+
+def pass_time(ledger: Ledger, seconds: float) -> None:
+    with writing(ledger.db) as db:
+        db.execute(sa.update(chunks).values(published_at=chunks.c.published_at - seconds))
+
+
+def all_of(*job_ids: str) -> set[ChunkId]:
+    return {ChunkId(job_id, number) for job_id in job_ids for number in range(4)}
+
+
+def test_a_lost_message_is_found_beside_those_of_a_busy_job(
+    ledger: Ledger, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker, "PAGE", 3)
+    broker_ = Broker(redis_url)
+    dispatcher = Dispatcher(ledger, broker_)
+    assert dispatcher.reconcile() == 8
+    assert broker_.waiting_chunks(MODEL) == all_of("urgent", "busy")
+    with Redis.from_url(redis_url) as redis:
+        redis.delete(queue_name(MODEL))  # the list of priority 0
+    assert broker_.waiting_chunks(MODEL) == all_of("busy")
+
+    assert Dispatcher(ledger, broker_).reconcile() == 0, "it may just have been read by a worker"
+    pass_time(ledger, LOST_MESSAGE_S + 1)
+    assert Dispatcher(ledger, broker_).reconcile() == 4
+    assert broker_.waiting_chunks(MODEL) == all_of("urgent", "busy")
+    assert broker_.waiting(MODEL) == 8, "what waits was not sent again"
+
+
+def test_one_lost_message_of_a_job_is_found(ledger: Ledger, redis_url: str) -> None:
+    broker_ = Broker(redis_url)
+    Dispatcher(ledger, broker_).reconcile()
+    with Redis.from_url(redis_url) as redis:
+        redis.rpop(queue_name(MODEL))
+    pass_time(ledger, LOST_MESSAGE_S + 1)
+    assert Dispatcher(ledger, broker_).reconcile() == 1
+    assert broker_.waiting_chunks(MODEL) == all_of("urgent", "busy")
+
+
+def test_a_chunk_that_runs_lost_nothing(ledger: Ledger, redis_url: str) -> None:
+    broker_ = Broker(redis_url)
+    Dispatcher(ledger, broker_).reconcile()
+    with Redis.from_url(redis_url) as redis:
+        redis.rpop(queue_name(MODEL))
+    lease = Ledger(ledger.db).claim(ChunkId("urgent", 0), "w")
+    assert lease is not None
+    pass_time(ledger, LOST_MESSAGE_S + 1)
+    assert Dispatcher(ledger, broker_).reconcile() == 0
+
+
+def test_a_full_queue_is_searched_now_and_then(ledger: Ledger, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker_ = Broker(redis_url)
+    dispatcher = Dispatcher(ledger, broker_)
+    now = [1000.0]
+    monkeypatch.setattr("promptmill.dispatch.time.monotonic", lambda: now[0])
+    dispatcher.reconcile()
+    dispatcher.reconcile()
+    pass_time(ledger, LOST_MESSAGE_S + 1)
+    with Redis.from_url(redis_url) as redis:
+        redis.rpop(queue_name(MODEL))
+    assert dispatcher.reconcile() == 0, "it has just been searched"
+    now[0] += SEARCH_LEASES * ledger.lease_s
+    assert dispatcher.reconcile() == 1
+
+
+def test_messages_of_others_are_passed_over(redis_url: str) -> None:
+    with Redis.from_url(redis_url) as redis:
+        redis.lpush(queue_name(MODEL), b"no json", b'{"body": "IQ=="}', b"[1]", b'{"body": "e30="}')
+    assert Broker(redis_url).waiting_chunks(MODEL) == set()
