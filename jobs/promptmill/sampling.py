@@ -211,6 +211,8 @@ def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
         return """'top_logprobs' is given without 'logprobs': add "logprobs": true"""
     if found.n > 1 and (found.choices or found.continuations or found.embedding):
         return f"'n' above 1 makes no sense with '{given[0]}'"
+    if found.n * found.max_tokens > LARGEST_WHOLE:
+        return f"'n' times 'max_tokens' must be at most {LARGEST_WHOLE:,} tokens"
     if found.logprobs and is_scored:
         return f"'logprobs' makes no sense with '{given[0]}': no token is drawn"
     if thinks and (found.continuations or found.embedding):

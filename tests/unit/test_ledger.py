@@ -378,3 +378,27 @@ def test_a_chunk_that_failed_after_its_last_result_is_done(ledger: Ledger, db: s
     ledger.record(lease, [ok(0), ok(1)])
     ledger.fail(lease, ErrorClass.ENGINE_CRASH, "died at the very end")
     assert ledger.progress(JOB).state is JobState.COMPLETED
+
+
+@pytest.mark.parametrize("how", ["finish", "release"])
+def test_the_log_says_that_an_attempt_was_overtaken(
+    ledger: Ledger, db: sa.Engine, clock: Any, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    add_job(db, 2, 2)
+    late = ledger.claim(ChunkId(JOB, 0), "a")
+    assert late is not None
+    lose_lease(ledger, clock)
+    assert not getattr(ledger, how)(late)
+    assert "attempt 1 of a" in caplog.text
+    assert "after its lease was lost" in caplog.text
+
+
+def test_a_chunk_given_back_for_rows_that_are_left_is_no_news(
+    ledger: Ledger, db: sa.Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    assert not ledger.finish(lease)
+    assert ledger.release(lease)
+    assert caplog.text == ""

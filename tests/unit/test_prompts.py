@@ -235,6 +235,7 @@ def test_the_parameters_are_those_of_sampling_params() -> None:
         ({"choices": ["a", "b"], "logprobs": True}, "'logprobs' makes no sense with 'choices'"),
         ({"continuations": ["a"], "logprobs": True}, "'logprobs' makes no sense with 'continuations'"),
         ({"continuations": ["a"], "thinking": 5}, "'thinking' makes no sense with 'continuations'"),
+        ({"max_tokens": 2**30, "n": 2}, "'n' times 'max_tokens' must be at most 2,147,483,647 tokens"),
         ({"max_token": 5}, "unknown parameter 'max_token'\nDid you mean max_tokens?"),
     ],
 )

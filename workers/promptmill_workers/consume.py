@@ -150,11 +150,17 @@ class Worker:
         log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)
         try:
             self._runner.run(lease)
-        except Exception:
-            # A bug, or the database went away: let another attempt begin now and not when the lease ends.
-            log.exception("chunk %s/%d is given back", lease.chunk.job_id, lease.chunk.number)
+        except PASSING as problem:
+            # The database went away: let another attempt begin now and not when the lease ends.
+            log.warning("chunk %s/%d is given back: %s", lease.chunk.job_id, lease.chunk.number, first_line(problem))
             with contextlib.suppress(*PASSING):
                 self.ledger.release(lease)
+        except Exception as problem:
+            # Not even its failure could be counted: that is done when its lease has run out, and not for ever at once.
+            log.error(
+                "chunk %s/%d is left to its lease: %s: %s",
+                lease.chunk.job_id, lease.chunk.number, type(problem).__name__, first_line(problem),
+            )  # fmt: skip
 
     def _reconcile_for_ever(self) -> None:
         interval_s = self.ledger.lease_s / RECONCILES

@@ -179,7 +179,8 @@ class EngineHost:
     def _read_log(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            text = line.decode(errors="replace").rstrip()
+            # What an engine writes while it dies may be anything; databases take no NUL.
+            text = line.decode(errors="replace").replace("\0", "").rstrip()
             if text:
                 self._words.append(text)
                 log.debug("host %d: %s", self.pid, text)

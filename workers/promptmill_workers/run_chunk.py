@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from promptmill.answer_cache import keep, key_of, look_up
 from promptmill.errors import DeviceError, ModelError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger, Standing
 from promptmill.prompts import Template, resolve_sampling, to_request
+from promptmill.sampling import LARGEST_WHOLE
 from promptmill.task_file import parse_task
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result
 from promptmill_workers.host import HostDied, Session
@@ -57,6 +60,10 @@ class ChunkRunner:
         with self._hosts.holding():
             try:
                 self._run(lease)
+            except PASSING:
+                raise
+            except Exception as problem:
+                self._broke(lease, problem)
             finally:
                 self._keys.pop(lease.chunk, None)
 
@@ -65,7 +72,7 @@ class ChunkRunner:
         requests, failures = self._patiently(lambda again: self._requests(lease))
         requests, kept = self._from_cache(lease, requests)
         self._record(lease, kept)
-        limits = {request.row: request.sampling.max_tokens * request.sampling.n for request in requests}
+        limits = {request.row: _limit(request) for request in requests}
         self._record(lease, [(failure, 0) for failure in failures])
         # The last results are stored together with the chunk's end, in one transaction.
         last: Outcomes = []
@@ -120,6 +127,19 @@ class ChunkRunner:
         if hosts.deaths >= DEATHS_IN_A_ROW:
             ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
 
+    def _broke(self, lease: Lease, problem: Exception) -> None:
+        """A bug, or a row that the database will never take: a failure that is counted, as that of a host is."""
+        what = f"{type(problem).__name__}: {first_line(problem)}"
+        # Its message holds statements and their values, prompts and answers among them: only where it happened is told.
+        log.error(
+            "chunk %s/%d: internal error: %s\n%s",
+            lease.chunk.job_id, lease.chunk.number, what, "".join(traceback.format_tb(problem.__traceback__)),
+        )  # fmt: skip
+        if self._stop.abandoning.is_set():
+            self._ledger.release(lease)
+            return
+        self._patiently(lambda again: self._ledger.fail(lease, ErrorClass.INTERNAL, f"internal error: {what}"))
+
     def _from_cache(self, lease: Lease, requests: list[Request]) -> tuple[list[Request], Outcomes]:
         """The requests whose answers are not known, and the answers of the others. Remembers the keys of the former."""
         cache = self._spec(lease.chunk.job_id)[0].cache
@@ -127,7 +147,7 @@ class ChunkRunner:
             return requests, []
         keys = {each.row: key for each in requests if (key := key_of(cache, each)) is not None}
         found = self._patiently(lambda again: look_up(self._ledger.db, keys))
-        limits = {each.row: each.sampling.max_tokens * each.sampling.n for each in requests}
+        limits = {each.row: _limit(each) for each in requests}
         known = {each.row for each in found}
         self._keys[lease.chunk] = {row: key for row, key in keys.items() if row not in known}
         return [each for each in requests if each.row not in known], [(each, limits[each.row]) for each in found]
@@ -168,6 +188,11 @@ class ChunkRunner:
         return self._specs[job_id]
 
 
+def _limit(request: Request) -> int:
+    """Tokens that all answers of the request may have together, as ``results.max_tokens`` can hold them."""
+    return min(request.sampling.max_tokens * request.sampling.n, LARGEST_WHOLE)
+
+
 @dataclass(slots=True)
 class Watched:
     """What the watching thread watches; the session is set once the chunk has one."""
@@ -189,12 +214,13 @@ def watching(ledger: Ledger, lease: Lease, stop: Stop) -> Iterator[Watched]:
 
 
 def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: threading.Event) -> None:
-    since_renewal, drained, warned = 0.0, False, False
+    renewed_at, drained, warned = time.monotonic(), False, False
     while not ended.wait(WATCH_S):
         try:
-            since_renewal += WATCH_S
-            if since_renewal >= ledger.lease_s / RENEWALS:
-                standing, since_renewal = ledger.renew(lease), 0.0
+            looked_at = time.monotonic()
+            # By the clock: each look at a slow database takes time too.
+            if looked_at - renewed_at >= ledger.lease_s / RENEWALS:
+                standing, renewed_at = ledger.renew(lease), looked_at
             else:
                 standing = ledger.standing(lease)
             warned = False

@@ -42,6 +42,8 @@ class Endings(Results):
                 .values(state=ChunkState.DONE.value, leased_until=None)
             )
             if changed.rowcount != 1:
+                if not last:
+                    self._tell_overtaken(db, lease, "ended")
                 return False
             self._end_attempt(db, lease, "done", counters, slots)
             self._complete_if_done(db, lease.chunk.job_id)
@@ -56,6 +58,8 @@ class Endings(Results):
                 .values(state=ChunkState.QUEUED.value, leased_until=None, worker_id=None, published_at=None)
             )
             self._end_attempt(db, lease, "released", counters, slots)
+            if changed.rowcount != 1:
+                self._tell_overtaken(db, lease, "was given back")
         return changed.rowcount == 1
 
     def fail(self, lease: Lease, error_class: ErrorClass, message: str) -> bool:
@@ -71,6 +75,14 @@ class Endings(Results):
             self._requeue(db, lease.chunk, error_class, storable(message))
             self._complete_if_done(db, lease.chunk.job_id)
         return True
+
+    def _tell_overtaken(self, db: Connection, lease: Lease, what: str) -> None:
+        """Say in the log that an attempt was taken for lost while it ran. One that ended before is no trouble."""
+        if db.execute(sa.select(attempts.c.outcome).where(is_attempt(lease))).scalar() == "lost":
+            log.warning(
+                "chunk %s/%d: attempt %d of %s %s after its lease was lost",
+                lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.worker_id, what,
+            )  # fmt: skip
 
     def _end_attempt(
         self, db: Connection, lease: Lease, outcome: str, counters: EngineCounters | None, slots: int | None
