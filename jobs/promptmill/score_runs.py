@@ -25,7 +25,7 @@ from promptmill.task_file import Task, parse_task
 COLUMNS = ("score_run_id", "row", "metric", "value", "predicted", "expected", "outcome", "confidence", "error")
 
 #: Rows read, judged and stored at a time.
-PAGE_ROWS = 10_000
+PAGE_ROWS = 20_000
 
 #: Rows from which on scorers of the user's own are called in several processes.
 POOL_ROWS = 20_000
