@@ -181,6 +181,9 @@ def parse_task(text: str, name: str, folder: str | None = None) -> Task:
     if problems:
         raise TaskFileError("\n".join(problems))
     prompt = model.prompt
+    if isinstance(prompt.examples, str) and folder is None:
+        place = _at(name, tree, ("prompt", "examples"))
+        raise TaskFileError(f"{place}: examples can only be read by a task file on this machine; write them as a list")
     examples = [] if isinstance(prompt.examples, str) else [(each.input, each.output) for each in prompt.examples]
     try:
         return Task(text, model, Template(prompt.user, prompt.system, examples, prompt.form == "plain"), folder)

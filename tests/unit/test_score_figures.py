@@ -339,3 +339,25 @@ def test_the_majority_is_only_told_where_giving_a_label_is_right() -> None:
     rows = [answer(n % 5, 2) for n in range(10)]
     assert scored({"within": "x", "tolerance": 1}, rows).majority_baseline is None
     assert scored({"exact": "x"}, rows).majority_baseline == 1.0
+
+
+def test_a_task_that_is_no_file_of_this_machine_runs_no_file_of_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def it(output, expected, item):\n    return True\n", encoding="utf-8")
+    with pytest.raises(TaskFileError, match="only be used by a task file on this machine"):
+        judge_of([{"python": f"{tmp_path}/mine.py:it"}])
+    with pytest.raises(TaskFileError, match="examples can only be read by a task file"):
+        judge_of([], prompt={"user": "hi", "examples": str(tmp_path / "mine.py")})
+
+
+def test_an_installed_package_may_offer_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "offered_scorers.py").write_text(
+        "def longer(output, expected, item, than=1):\n    return len(output['x']) > than\n", encoding="utf-8"
+    )
+    info = tmp_path / "offered_scorers-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: offered-scorers\nVersion: 1.2\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[promptmill.scorers]\nlonger = offered_scorers:longer\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judge = judge_of([{"longer": "x", "than": 2}])
+    found = score_rows([answer("ab", "-"), answer("abc", "-")], judge)["x"]
+    assert (found.metric, found.value, judge.sha256) == ("accuracy", 0.5, "offered-scorers 1.2")

@@ -75,10 +75,13 @@ class PythonScorer:
 def load(target: str, folder: str | None) -> PythonScorer:
     """The function that ``file.py:function`` names; the path is relative to ``folder``, the task file's.
 
-    Raises :class:`TaskFileError` for a file that is missing or fails to import, and for a name it does not have.
+    Raises :class:`TaskFileError` for a file that is missing or fails to import, for a name it does not have, and for a
+    task that came from no file of this machine: who sends one over a network must not choose what is run here.
     """
+    if folder is None:
+        raise TaskFileError(f"the scorer {target} can only be used by a task file on this machine")
     name, _, attribute = target.rpartition(":")
-    path = Path(folder or ".") / name
+    path = Path(folder) / name
     try:
         source = path.read_bytes()
     except OSError as problem:
