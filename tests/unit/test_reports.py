@@ -376,6 +376,31 @@ def test_what_a_killed_worker_did_beyond_the_rows_was_wasted(db: sa.Engine) -> N
     assert check(found, "time").ok is None
 
 
+@pytest.mark.parametrize(
+    ("generated", "wasted", "holds"),
+    [(110, 0, True), (115, 5, True), (111, 0, False), (109, 0, False), (110, 1, False)],
+)
+def test_a_lost_attempt_hides_no_mistake_of_another_worker(
+    db: sa.Engine, generated: int, wasted: int, holds: bool
+) -> None:
+    """What was lost is known by subtraction; a worker that lost nothing must account for each token by itself."""
+    lost = counters(outcome="lost", attempt=1, worker_id="box/gpu/lost", slots=None, decode_tokens=30)
+    tried = [lost, counters(attempt=2, decode_tokens=generated, wasted_tokens=wasted)]
+    rows = [answer(row) for row in range(10)] + [answer(10, worker_id="box/gpu/lost")]
+    store(db, rows, tried=tried)
+    found = check(summarise(db, JOB), "tokens")
+    assert found.ok is holds, found.detail
+    if not holds:
+        assert found.detail == f"worker {WORKER}: 110 in rows + {wasted} wasted ≠ {generated} generated"
+
+
+def test_a_mistake_is_said_even_where_the_books_as_a_whole_cannot_be_closed(db: sa.Engine) -> None:
+    lost = {"outcome": "lost", "slots": None} | dict.fromkeys(("decode_tokens", "prefill_s", "wasted_tokens"))
+    tried = [counters(attempt=1, worker_id="box/gpu/lost", **lost), counters(attempt=2, decode_tokens=100)]
+    store(db, [answer(row, worker_id=WORKER if row < 10 else "box/gpu/lost") for row in range(20)], tried=tried)
+    assert check(summarise(db, JOB), "tokens").ok is False
+
+
 def test_a_lost_workers_last_counters_are_not_made_up(db: sa.Engine) -> None:
     """Rows of a lost attempt whose counters were lost with it: the books cannot be closed, and nothing is claimed."""
     lost = {"outcome": "lost", "slots": None} | dict.fromkeys(("decode_tokens", "prefill_s", "wasted_tokens"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,16 @@ class WorkerBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerTokens:
+    """Output tokens of one worker on this job, as its engine counted them and as its rows have them."""
+
+    worker_id: str
+    in_rows: int
+    wasted: int
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """Counters of all attempts of a job. None: not measured; ``missing`` says why the books cannot be closed."""
 
@@ -45,6 +55,8 @@ class Budget:
     #: Attempts whose worker or host was lost: known up to their last stored results.
     lost_attempts: int
     missing: str | None
+    #: Workers that lost no attempt, and whose engine generated something else than their rows hold and they wasted.
+    unbalanced: tuple[WorkerTokens, ...] = ()
 
     @property
     def prefill_tps(self) -> float | None:
@@ -67,15 +79,19 @@ class Budget:
         return sum(each.accounted_s or 0.0 for each in self.workers)
 
 
-def budget(attempts: Sequence[sa.Row[Any]], shared: int, row_tokens: int) -> Budget:
+def budget(attempts: Sequence[sa.Row[Any]], shared: int, worker_tokens: Mapping[str | None, int]) -> Budget:
     """The sums over a job's attempts. The books close only when every attempt has ended.
 
     ``shared``: attempts of other jobs that ran on the same engines meanwhile; counters are of an engine, not of a job.
-    ``row_tokens``: output tokens of the rows. What lost attempts generated beyond the rows was wasted with them.
+    ``worker_tokens``: output tokens of each worker's rows. What lost attempts generated beyond the rows was wasted with
+    them. The books of a worker that lost no attempt close by themselves, whatever another one lost; those of a single
+    attempt need not, for an engine runs two at once.
     """
     counted = [each for each in attempts if each.decode_tokens is not None]
     lost = sum(_is_lost(each) for each in attempts)
     missing = _missing(attempts, shared)
+    unbalanced = () if missing else tuple(_unbalanced(attempts, worker_tokens))
+    row_tokens = sum(worker_tokens.values())
     generated, wasted = _total(counted, "decode_tokens"), _total(counted, "wasted_tokens")
     if lost and generated is not None and wasted is not None:
         if generated < row_tokens + wasted:
@@ -93,6 +109,7 @@ def budget(attempts: Sequence[sa.Row[Any]], shared: int, row_tokens: int) -> Bud
         wasted_tokens=wasted,
         lost_attempts=lost,
         missing=missing,
+        unbalanced=unbalanced,
     )
 
 
@@ -112,11 +129,29 @@ def _is_lost(attempt: sa.Row[Any]) -> bool:
     return attempt.ended_at is not None and attempt.slots is None
 
 
+def _unbalanced(attempts: Sequence[sa.Row[Any]], worker_tokens: Mapping[str | None, int]) -> Iterator[WorkerTokens]:
+    for worker_id, own in _by_worker(attempts):
+        if any(_is_lost(each) or each.decode_tokens is None for each in own):
+            continue
+        found = WorkerTokens(
+            worker_id,
+            in_rows=worker_tokens.get(worker_id, 0),
+            wasted=sum(each.wasted_tokens or 0 for each in own),
+            generated=sum(each.decode_tokens for each in own),
+        )
+        if found.in_rows + found.wasted != found.generated:
+            yield found
+
+
 def _worker_budgets(attempts: Sequence[sa.Row[Any]]) -> list[WorkerBudget]:
+    return [_worker_budget(worker_id, own) for worker_id, own in _by_worker(attempts)]
+
+
+def _by_worker(attempts: Sequence[sa.Row[Any]]) -> list[tuple[str, list[sa.Row[Any]]]]:
     by_worker: dict[str, list[sa.Row[Any]]] = defaultdict(list)
     for each in attempts:
         by_worker[each.worker_id].append(each)
-    return [_worker_budget(worker_id, own) for worker_id, own in sorted(by_worker.items())]
+    return sorted(by_worker.items())
 
 
 def _worker_budget(worker_id: str, attempts: Sequence[sa.Row[Any]]) -> WorkerBudget:

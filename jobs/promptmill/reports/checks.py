@@ -89,7 +89,12 @@ def slots(occupancy: Occupancy) -> Check:
 
 
 def tokens(in_rows: int, budget: Budget) -> Check:
-    """The engines generated what the rows hold, and what was wasted."""
+    """The engines generated what the rows hold, and what was wasted: all together, and each that lost no attempt."""
+    if budget.unbalanced:
+        worst = budget.unbalanced[0]
+        others = f" (and {len(budget.unbalanced) - 1:,} more workers)" if len(budget.unbalanced) > 1 else ""
+        sums = f"{worst.in_rows:,} in rows + {worst.wasted:,} wasted ≠ {worst.generated:,} generated"
+        return Check("tokens", False, f"worker {worst.worker_id}: {sums}{others}")
     if budget.generated_tokens is None or budget.wasted_tokens is None:
         return Check("tokens", None, budget.missing or NOT_MEASURED)
     total = in_rows + budget.wasted_tokens

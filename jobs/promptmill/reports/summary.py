@@ -223,6 +223,13 @@ def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[S
     return replace(summary, gates=_gates(facts.job, summary)), facts.folded.plots
 
 
+def _tokens_by_worker(answered: Iterable[Group]) -> dict[str | None, int]:
+    found: dict[str | None, int] = {}
+    for group in answered:
+        found[group.worker_id] = found.get(group.worker_id, 0) + group.output_tokens
+    return found
+
+
 def _gates(job: Row[Any], summary: Summary) -> tuple[Verdict, ...]:
     """A verdict on each gate of the job's task; none before the job has ended."""
     if job.task_text is None or "gates" not in job.task_text or not summary.state.is_final:
@@ -240,7 +247,7 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
     ok = _sum(answered, "rows")
     errors = _sum(groups, "rows") - ok
     by_class = _by_class(groups)
-    books = budget(facts.attempts, facts.shared, _sum(answered, "output_tokens"))
+    books = budget(facts.attempts, facts.shared, _tokens_by_worker(answered))
     occupancy = _occupancy(facts)
     return Summary(
         job_id=job.id,
