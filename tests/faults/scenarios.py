@@ -18,7 +18,19 @@ import psutil
 import redis
 import sqlalchemy as sa
 
-from tests.faults.arena import ENDED, LEASE_S, MODEL, PROMPTMILL, Arena, Skipped, Violation, check, prompt_of, until
+from tests.faults.arena import (
+    ENDED,
+    ENDING_S,
+    LEASE_S,
+    MODEL,
+    PROMPTMILL,
+    Arena,
+    Skipped,
+    Violation,
+    check,
+    prompt_of,
+    until,
+)
 from tests.faults.proxy import Proxy
 
 Scenario = Callable[[Arena, random.Random], None]
@@ -39,16 +51,66 @@ def _end(arena: Arena) -> None:
     check(arena)
 
 
+#: Jobs that are begun until a victim is caught while it holds a lease.
+CATCHES = 5
+
+#: Chunks and attempts.
+Held = list[tuple[int, int]]
+
+
+def _catch(
+    arena: Arena, rng: random.Random, of: Callable[[], list[psutil.Process]]
+) -> tuple[psutil.Process, Held] | None:
+    """One of these processes, suspended, and the leases its worker holds now; None when the job ended before."""
+    deadline = time.monotonic() + 60
+    while arena.state not in ENDED:
+        if time.monotonic() > deadline:
+            raise Violation("waited 60 s in vain until a worker holds a lease")
+        victim = rng.choice(of())
+        # A worker or its host: leases are the worker's.
+        worker = victim.pid if victim.pid in {each.pid for each in arena.consumers()} else victim.ppid()
+        victim.suspend()
+        # What it has sent may still be committed.
+        time.sleep(0.2)
+        held = arena.held_by(worker)
+        if held:
+            return victim, held
+        victim.resume()
+        time.sleep(rng.uniform(0, 0.2))
+    return None
+
+
+def _hit(
+    arena: Arena, rng: random.Random, of: Callable[[], list[psutil.Process]], begin: Callable[[], None] | None = None
+) -> tuple[psutil.Process, Held]:
+    """Begin jobs until one of these processes is suspended while its worker holds a lease."""
+    for _ in range(CATCHES):
+        begin() if begin else _begin(arena, rng)
+        caught = _catch(arena, rng, of)
+        if caught is not None:
+            return caught
+    raise Violation(f"missed: nobody held a lease in {CATCHES} jobs")
+
+
+def _require(arena: Arena, held: Held, outcome: str) -> None:
+    """The attempts that were hit ended as attempts that were hit do."""
+    found = arena.outcomes(held)
+    if set(found) != {outcome}:
+        raise Violation(f"the attempts {held} that were hit ended as {found}, expected '{outcome}'")
+
+
 def kill_worker(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
-    rng.choice(arena.consumers()).kill()
+    victim, held = _hit(arena, rng, arena.consumers)
+    victim.kill()
     _end(arena)
+    _require(arena, held, "lost")
 
 
 def kill_host(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
-    rng.choice(arena.hosts()).kill()
+    victim, held = _hit(arena, rng, arena.hosts)
+    victim.kill()
     _end(arena)
+    _require(arena, held, "failed")
 
 
 def kill_everything(arena: Arena, rng: random.Random) -> None:
@@ -59,13 +121,13 @@ def kill_everything(arena: Arena, rng: random.Random) -> None:
 
 
 def suspend_worker(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
-    victim = rng.choice(arena.consumers())
-    victim.suspend()
+    victim, held = _hit(arena, rng, arena.consumers)
     time.sleep(LEASE_S * rng.uniform(1.1, 1.6))
+    until(lambda: None not in arena.outcomes(held), "another worker has found the leases lost", 3 * LEASE_S)
     with contextlib.suppress(psutil.Error):
         victim.resume()
     _end(arena)
+    _require(arena, held, "lost")
 
 
 def redis_killed(arena: Arena, rng: random.Random) -> None:
@@ -125,16 +187,29 @@ def postgres_connections_cut(arena: Arena, rng: random.Random) -> None:
 
 def real_answers(arena: Arena, rng: random.Random) -> None:
     """A real model: what it says must not depend on what was killed meanwhile."""
-    arena.fresh()
-    arena.model = "demo"
     undisturbed = {"JOBS_DATABASE_URL": f"sqlite:///{arena.folder / 'undisturbed.sqlite'}"}
-    arena.start_workers()
-    arena.submit(1500, None, "--max-tokens", "6", "--param", "ignore_eos=true")
-    arena.wait_for_results(rng.randint(100, 800))
-    rng.choice(arena.hosts()).kill()
-    time.sleep(rng.uniform(0.1, 1))
-    rng.choice(arena.consumers()).kill()
+
+    def begin() -> None:
+        arena.fresh()
+        arena.model = "demo"
+        arena.start_workers()
+        arena.submit(1500, None, "--max-tokens", "6", "--param", "ignore_eos=true")
+        arena.wait_for_results(rng.randint(100, 800))
+
+    for _ in range(CATCHES):
+        host, of_host = _hit(arena, rng, arena.hosts, begin)
+        host.kill()
+        time.sleep(rng.uniform(0.1, 1))
+        caught = _catch(arena, rng, arena.consumers)
+        if caught is not None:
+            break
+    else:
+        raise Violation(f"missed: no second victim held a lease in {CATCHES} jobs")
+    caught[0].kill()
     arena.wait_for_end(120)
+    # Of the host's worker some may have been lost with it before it could say that they failed.
+    if not set(arena.outcomes(of_host)) <= {"failed", "lost"} or set(arena.outcomes(caught[1])) != {"lost"}:
+        raise Violation(f"hit attempts ended as {arena.outcomes(of_host)} and {arena.outcomes(caught[1])}")
     environment, arena.environment = arena.environment, arena.environment | undisturbed
     path = str(arena.folder / "prompts.jsonl")
     given = ("--max-tokens", "6", "--param", "ignore_eos=true", "--slots", "4", "--device", "cpu", "--json")
@@ -171,7 +246,10 @@ def race(arena: Arena, rng: random.Random) -> None:
     reconcilers = [
         subprocess.Popen([PROMPTMILL, "reconcile"], env=_env(arena), stdout=subprocess.DEVNULL) for _ in "12"
     ]
+    deadline = time.monotonic() + 120
     while arena.state not in ENDED:
+        if time.monotonic() > deadline:
+            raise Violation("waited 120 s in vain until the job ends")
         _send_again(arena, rng, times=10)
         time.sleep(0.2)
     for each in reconcilers:
@@ -224,7 +302,7 @@ def disk_full(arena: Arena, rng: random.Random) -> None:
         arena.fresh()
         arena.environment["JOBS_DATABASE_URL"] = f"sqlite:///{folder / 'jobs.sqlite'}"
         path = arena.folder / "prompts.jsonl"
-        path.write_text("".join(f'{{"prompt": "{prompt_of(row)}"}}\n' for row in range(200)))
+        path.write_text("".join(json.dumps({"prompt": prompt_of(row)}) + "\n" for row in range(200)))
         said = arena.folder / "run.log"
         with said.open("wb") as log:
             process = subprocess.Popen(
@@ -237,17 +315,41 @@ def disk_full(arena: Arena, rng: random.Random) -> None:
         until(lambda: _results_in(folder / "jobs.sqlite") >= wanted, f"{wanted} results", 60)
         filler = folder / "filler"
         with contextlib.suppress(OSError), filler.open("wb") as file:
-            while True:
+            # More than there is room for, and no more than that should the folder be no small file system after all.
+            for _ in range(256):
                 file.write(b"x" * 65536)
                 file.flush()
+            raise Violation("missed: the file system did not get full")
         time.sleep(rng.uniform(1, 4))
         filler.unlink()
         code = process.wait(timeout=90)
         assert code == 0, f"the run ended with {code} when there was room again: {said.read_text()[-600:]}"
-        found = json.loads(arena("report", "@last", "--json"))
-        assert (found["ok"], found["errors"]) == (200, 0), found["completeness"]
+        check(arena)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def embedded_run(arena: Arena, rng: random.Random) -> None:
+    """PostgreSQL is away for a few seconds during an embedded run, which waits for it as workers do."""
+    arena.fresh()
+    path = arena.folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt_of(row)}) + "\n" for row in range(200)))
+    said = arena.folder / "run.log"
+    with said.open("wb") as log:
+        process = subprocess.Popen(
+            [PROMPTMILL, "run", str(path), "--model", MODEL, "--slots", "4"], env=_env(arena), stdout=log, stderr=log
+        )
+    try:
+        for mode in rng.sample(["fast", "immediate"], 2):
+            arena.wait_for_results(arena.rows("SELECT count(*) FROM results")[0][0] + rng.randint(10, 40))
+            arena.restart_postgres(mode, away_s=rng.uniform(1, 4))
+        code = process.wait(timeout=90)
+    finally:
+        process.kill()
+        process.wait(ENDING_S)
+    if code != 0:
+        raise Violation(f"the run ended with {code}: {said.read_text()[-600:]}")
+    check(arena)
 
 
 def _results_in(path: Path) -> int:
@@ -296,9 +398,10 @@ def commands_at_random(arena: Arena, rng: random.Random) -> None:
         time.sleep(rng.uniform(0.0, 0.5))
     arena("resume", "@last", check=False)
     if rng.random() < 0.3:
-        arena("cancel", "@last")
+        # It may have ended before; then nothing was cancelled, and it stays what it was.
+        cancelled = json.loads(arena("cancel", "@last", "--json"))["cancelled"]
         time.sleep(2)
-        check(arena, bad=bad, state=arena.state)
+        check(arena, bad=bad, state="cancelled" if cancelled else "completed")
         return
     arena.wait_for_end()
     arena("retry", "@last")
@@ -319,7 +422,7 @@ def submission_killed(arena: Arena, rng: random.Random) -> None:
     )  # fmt: skip
     time.sleep(rng.uniform(0.3, 3))
     process.kill()
-    process.wait()
+    process.wait(ENDING_S)
     half = arena.rows("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM requests)")
     assert half in ([(0, 0)], [(1, 200_000)]), f"half of a job is stored: {half}"
     arena("cancel", "@last", check=False)
@@ -337,4 +440,5 @@ SCENARIOS: dict[int, Scenario] = {
     7: redis_flushed, 8: redis_hangs, 9: redis_connections_cut, 10: postgres_restarts, 11: postgres_connections_cut,
     12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
     19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
+    23: embedded_run,
 }  # fmt: skip

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.faults.arena import Arena, check
+from tests.faults.arena import ENDED, Arena, Violation, check
 
 #: Rows of a job; one follows the other.
 ROWS = 400
+
+#: Seconds that one may take.
+JOB_S = 300.0
 
 #: Share of the time that counts as warming up, and the growth after it that is still called flat.
 WARM_SHARE = 0.2
@@ -58,7 +61,10 @@ def soak(minutes: float) -> list[str]:
         arena.start_workers(2)
         while time.monotonic() - began < minutes * 60:
             arena.submit(ROWS)
-            while arena.state not in ("completed", "failed"):
+            deadline = time.monotonic() + JOB_S
+            while arena.state not in ENDED:
+                if time.monotonic() > deadline:
+                    raise Violation(f"a job of {ROWS} rows did not end within {JOB_S:g} s")
                 samples.append(look(arena, began))
                 time.sleep(2)
             check(arena)
