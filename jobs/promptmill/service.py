@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import signal
 import tempfile
@@ -44,8 +45,13 @@ if TYPE_CHECKING:
     from promptmill_workers.checkpoints import Checkpoint
     from promptmill_workers.devices import Device
 
+log = logging.getLogger("promptmill.service")
+
 #: Called while a job runs.
 OnProgress = Callable[[Progress], None]
+
+#: Told in a sentence or two what did not go well and was no error.
+OnWarning = Callable[[str], None]
 
 #: Called once, before any device is used.
 OnPreflight = Callable[[Preflight | None], None]
@@ -395,13 +401,14 @@ def resume(
     db: Engine,
     device: str = "auto",
     on_progress: OnProgress = lambda progress: None,
+    warn: OnWarning = log.warning,
 ) -> Outcome:
     """Go on with an interrupted job. An embedded one is run here; one of the queue is handed to the workers."""
     job = catalog.find_job(db, reference)
     ledger = ledger_of(db, settings)
     if job.mode == "queue":
         ledger.resume(job.id)
-        dispatch(job, settings, db)
+        dispatch(job, settings, db, warn)
         return _handed_over(job.id, ledger)
     chosen = _one_device(device, RunOptions(model=job.model), settings)
     with _holding(chosen):
@@ -437,10 +444,11 @@ def submit(
     settings: Settings,
     db: Engine,
     on_preflight: OnPreflight = lambda findings: None,
+    warn: OnWarning = log.warning,
 ) -> str:
     """Store the job for the workers and publish its first chunks; returns its id.
 
-    Raises BrokerError when Redis is away. The job is stored all the same, and any worker publishes it later.
+    ``warn`` is told when Redis is away. The job is stored all the same, and any worker publishes it later.
     """
     with prepare(options, settings, "queue") as prepared:
         try:
@@ -450,23 +458,23 @@ def submit(
                 raise
             return twin.job_id
     on_preflight(prepared.gauge.findings() if prepared.gauge else None)
-    dispatch(catalog.find_job(db, job_id), settings, db)
+    dispatch(catalog.find_job(db, job_id), settings, db, warn)
     return job_id
 
 
-def dispatch(job: Row[Any], settings: Settings, db: Engine) -> None:
-    """Publish the job's first chunks."""
+def dispatch(job: Row[Any], settings: Settings, db: Engine, warn: OnWarning = log.warning) -> None:
+    """Publish the job's first chunks. ``warn`` is told when Redis is away: the workers publish them later then."""
     from promptmill.broker import Broker
     from promptmill.dispatch import Dispatcher
 
     try:
         Dispatcher(ledger_of(db, settings), Broker(settings.redis_url)).dispatch(job.id, job.model, job.priority)
     except BrokerError as problem:
-        problem.hint = (
-            f"Job {job.id} is stored, and nothing of it is lost: the workers publish it as soon as Redis is back. "
-            f"{problem.hint}"
+        # What was asked for is done: the ledger has the job, and any worker publishes it.
+        warn(
+            f"{problem.message}. Job {job.id} is stored, and nothing of it is lost: the workers publish it as soon as "
+            f"Redis is back. {problem.hint or ''}".rstrip()
         )
-        raise
 
 
 def _store(prepared: Prepared, db: Engine) -> str:
@@ -601,18 +609,21 @@ def retry(
     db: Engine,
     device: str = "auto",
     on_progress: OnProgress = lambda progress: None,
+    warn: OnWarning = log.warning,
 ) -> tuple[int, Outcome]:
     """Run the errors of an ended job again, here or by the workers as it ran before. Returns how many there were."""
     job = catalog.find_job(db, reference)
-    chosen = _one_device(device, RunOptions(model=job.model), settings) if job.mode == "embedded" else None
-    ledger = ledger_of(db, settings)
-    rows = ledger.retry(job.id, _error_class(error_class))
-    if rows == 0:
-        return 0, Outcome(job.id, JobState(job.state))
-    if chosen is None:
-        dispatch(job, settings, db)
+    only, ledger = _error_class(error_class), ledger_of(db, settings)
+    if job.mode == "queue":
+        if (rows := ledger.retry(job.id, only)) == 0:
+            return 0, Outcome(job.id, JobState(job.state))
+        dispatch(job, settings, db, warn)
         return rows, _handed_over(job.id, ledger)
+    chosen = _one_device(device, RunOptions(model=job.model), settings)
+    # The locks first: a job that cannot run now is not opened again either.
     with _holding(chosen), _owning(job.id):
+        if (rows := ledger.retry(job.id, only)) == 0:
+            return 0, Outcome(job.id, JobState(job.state))
         return rows, _run_embedded(job.id, settings, db, chosen, on_progress, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.database import connect
+from promptmill.ledger import Ledger
+from promptmill.types import ErrorClass, Failed
 from tests.conftest import Command, wait_until
 
 
@@ -92,3 +95,79 @@ def test_a_full_queue_refuses_with_the_number(command: Command, tmp_path: Path) 
     assert done.code == 2
     assert "0 requests wait, and 10 more would exceed 9" in done.err
     assert json.loads(command("list", "--json").out) == []
+
+
+@pytest.fixture
+def without_redis(command: Command) -> Command:
+    """The command while nothing listens where Redis should be."""
+    return Command(command.folder, {**command.environment, "JOBS_REDIS_URL": "redis://127.0.0.1:1/0"})
+
+
+def says_that_it_is_stored(err: str, job_id: str) -> bool:
+    return "warning: cannot reach Redis" in err and f"Job {job_id} is stored, and nothing of it is lost" in err
+
+
+def test_a_job_submitted_without_redis_is_accepted(without_redis: Command, tmp_path: Path) -> None:
+    done = without_redis("submit", dataset(tmp_path, "a"), "--model", "echo", "--json")
+    assert done.code == 0, done.err
+    job_id = json.loads(done.out)["job_id"]
+    assert rows_in(without_redis, "SELECT id, state FROM jobs") == [(job_id, "queued")]
+    assert says_that_it_is_stored(done.err, job_id)
+
+
+def test_waiting_begins_although_redis_is_away(without_redis: Command, tmp_path: Path) -> None:
+    with without_redis.start("submit", dataset(tmp_path, "a"), "--model", "echo", "--wait") as process:
+        log = next(path for path in tmp_path.glob("*.log"))
+        wait_until(lambda: "is stored" in log.read_text() or process.poll() is not None, "the warning")
+        assert process.poll() is None
+        assert without_redis("cancel", "@last").code == 0
+        assert process.wait(timeout=60) == 1
+
+
+def test_a_job_is_resumed_and_retried_without_redis(without_redis: Command, tmp_path: Path) -> None:
+    job_id = json.loads(without_redis("submit", dataset(tmp_path, "a"), "--model", "echo", "--json").out)["job_id"]
+    assert without_redis("pause", job_id).code == 0
+    unpublish(without_redis)
+    resumed = without_redis("resume", job_id, "--json")
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"job_id": job_id, "state": "queued"})
+    assert says_that_it_is_stored(resumed.err, job_id)
+    fail_every_row(without_redis)
+    retried = without_redis("retry", job_id, "--json")
+    assert retried.code == 0, retried.err
+    assert json.loads(retried.out) == {"job_id": job_id, "rows": 1, "state": "queued"}
+    assert says_that_it_is_stored(retried.err, job_id)
+
+
+def unpublish(command: Command) -> None:
+    """What a reconciler would do with messages that are lost."""
+    engine = connect(command.environment["JOBS_DATABASE_URL"])
+    (job_id,) = rows_in(command, "SELECT id FROM jobs")[0]
+    assert Ledger(engine).unpublish(str(job_id), -60) == 1
+    engine.dispose()
+
+
+def fail_every_row(command: Command) -> None:
+    """What a worker would do whose requests all fail."""
+    engine = connect(command.environment["JOBS_DATABASE_URL"])
+    ledger = Ledger(engine)
+    (job_id,) = rows_in(command, "SELECT id FROM jobs")[0]
+    lease = ledger.claim_next(str(job_id), "test")
+    assert lease is not None
+    failed = [(Failed(each.row, ErrorClass.INTERNAL, "no"), 1) for each in ledger.pending(lease)]
+    assert ledger.finish(lease, last=failed)
+    engine.dispose()
+
+
+def test_a_job_that_another_process_holds_is_not_opened_for_a_retry(command: Command, tmp_path: Path) -> None:
+    path = dataset(tmp_path, "a b c d e f g h i j k l m n o p q r s t")
+    done = command("run", path, "--model", "echo:token_s=0.05", "--timeout", "0.1", "--json")
+    assert done.code == 1, done.err
+    job_id = json.loads(done.out)["job_id"]
+    before = rows_in(command, "SELECT state, finished_at FROM jobs")
+    with open(tmp_path / "run" / f"job-{job_id}.lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = command("retry", "@last")
+    assert refused.code == 2
+    assert "is being run by process" in refused.err
+    assert rows_in(command, "SELECT state, finished_at FROM jobs") == before
+    assert rows_in(command, "SELECT count(*) FROM retries WHERE by_hand") == [(0,)]

@@ -200,8 +200,8 @@ def test_a_cancelled_job_stops_within_seconds(queue: Command, workers: Any, tmp_
 def test_submitting_without_redis_keeps_the_job(queue: Command, tmp_path: Path) -> None:
     queue.environment["JOBS_REDIS_URL"] = "redis://127.0.0.1:1/0"
     done = queue("submit", dataset(tmp_path, 10), "--model", "echo")
-    assert done.code == 2
-    assert "cannot reach Redis" in done.err
+    assert done.code == 0
+    assert "warning: cannot reach Redis" in done.err
     assert "is stored" in done.err
     assert rows_in(queue, "SELECT state, rows FROM jobs") == [("queued", 10)]
 

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Engine
 from promptmill import errors
 from promptmill.api.errors import ApiError
 from promptmill.database import open_database
-from promptmill.errors import BadLines, BrokerError, DatasetError, PromptmillError
+from promptmill.errors import BadLines, DatasetError, PromptmillError
 from promptmill.readers import READERS, open_dataset
 from promptmill.service import dispatch
 from promptmill.settings import Settings, load_settings
@@ -89,13 +89,9 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
         with open_dataset(path, format=wanted["format"], has_template=task is not None, **mapping) as dataset:
             dataset.name = wanted["name_of_file"]
             job_id = submit(db, dataset, order)
-    try:
-        from promptmill import catalog
+    from promptmill import catalog
 
-        dispatch(catalog.find_job(db, job_id), settings, db)
-    except BrokerError:
-        # It is stored: any worker publishes it when Redis is back.
-        pass
+    dispatch(catalog.find_job(db, job_id), settings, db)
     return job_id
 
 

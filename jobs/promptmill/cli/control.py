@@ -46,11 +46,11 @@ def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None
     """Run the errors of JOB, which has ended, again. Answers stay; the errors are kept in the table 'retries'."""
     from promptmill import service
     from promptmill.cli.progress import ProgressView
-    from promptmill.cli.run import end
+    from promptmill.cli.run import end, show_warning
 
     settings, db = open_all()
     with ProgressView() as view:
-        rows, outcome = service.retry(job, error_class, settings, db, device, view.update)
+        rows, outcome = service.retry(job, error_class, settings, db, device, view.update, show_warning)
     if rows == 0:
         what = f"errors of class {error_class}" if error_class else "errors"
         click.echo(f"job {outcome.job_id} has no {what} to run again")

@@ -68,7 +68,7 @@ def resume(job: str, device: str, as_json: bool) -> None:
 
     settings, db = open_all()
     with ProgressView() as view:
-        outcome = service.resume(job, settings, db, device, view.update)
+        outcome = service.resume(job, settings, db, device, view.update, show_warning)
     if outcome.state.is_final or (not outcome.finished and _is_embedded(db, outcome.job_id)):
         end(outcome, db, as_json, as_json)
     elif as_json:
@@ -102,6 +102,10 @@ def show_preflight(found: Preflight | None) -> None:
 
     text = preflight_line(found) if found else "the model is not on this machine: prompts were not measured"
     stderr_console().print(text, soft_wrap=True)
+
+
+def show_warning(text: str) -> None:
+    stderr_console().print(f"warning: {text}", soft_wrap=True, markup=False)
 
 
 def show_job(job_id: str) -> None:

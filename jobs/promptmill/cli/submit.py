@@ -26,7 +26,7 @@ def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **value
     from promptmill import service
     from promptmill.cli.inspect import follow
     from promptmill.cli.results import check_output, write_results
-    from promptmill.cli.run import end, report_dry_run, show_preflight
+    from promptmill.cli.run import end, report_dry_run, show_preflight, show_warning
 
     if output and not wait:
         raise click.UsageError("-o needs --wait: there are no results yet. Use 'promptmill results JOB -o FILE' later.")
@@ -37,7 +37,7 @@ def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **value
     if output:
         check_output(output)
     settings, db = open_all()
-    job_id = service.submit(options, settings, db, show_preflight)
+    job_id = service.submit(options, settings, db, show_preflight, show_warning)
     if not wait:
         if as_json:
             print_json({"job_id": job_id, "state": "queued"})
