@@ -29,6 +29,10 @@ JOB = "01JOB"
 ROWS = 24
 LEASE_S = 30.0
 
+#: Long enough for most runs to be busy before they end by it.
+DEADLINE_S = 1000.0
+TIME_LIMIT_S = 150.0
+
 
 class LedgerMachine(RuleBasedStateMachine):
     """``answered`` is the model: the rows whose final result was accepted."""
@@ -43,6 +47,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = Ledger(self.db, lease_s=LEASE_S, clock=lambda: self.now)
         self.answered: dict[int, str] = {}
         self.state = JobState.QUEUED
+        self.deadline_at = self.now + DEADLINE_S
+        #: Ended by a person or a limit: nothing is taken and nothing opens it again.
+        self.closed = False
 
     def teardown(self) -> None:
         self._drain()
@@ -53,7 +60,8 @@ class LedgerMachine(RuleBasedStateMachine):
         job = {
             "id": JOB, "state": "queued", "mode": "queue", "dataset_name": "d", "dataset_sha256": "0",
             "dataset_format": "f", "model": "echo", "sampling": "{}", "priority": 5, "rows": ROWS, "env": "{}",
-            "submitted_at": 0.0, "max_errors": str(ROWS),
+            "submitted_at": self.now, "max_errors": str(ROWS), "deadline_at": self.now + DEADLINE_S,
+            "time_limit_s": TIME_LIMIT_S,
         }  # fmt: skip
         with writing(self.db) as db:
             db.execute(sa.insert(jobs).values(job))
@@ -149,23 +157,88 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def resume(self) -> None:
+        self._look()
+        before = self.state
         try:
             self.ledger.resume(JOB)
         except JobError:
+            assert before.is_final
             return
+        assert not self.closed
         self._look()
 
-    @rule(error=st.sampled_from([None, ErrorClass.TIMEOUT, ErrorClass.ENGINE_CRASH]))
-    def retry(self, error: ErrorClass | None) -> None:
+    @rule()
+    def cancel(self) -> None:
+        self._look()
+        before = self.state
+        assert self.ledger.cancel(JOB) == (not before.is_final)
+        self._look()
+        assert self.state is (before if before.is_final else JobState.CANCELLED)
+        self.closed |= not before.is_final
+
+    @rule()
+    def stop(self) -> None:
+        """Its model does not load."""
+        self._look()
+        before = self.state
+        is_open = before in (JobState.QUEUED, JobState.RUNNING)
+        assert self.ledger.stop(JOB, "no model") == is_open
+        self._look()
+        assert self.state is (JobState.FAILED if is_open else before)
+
+    @rule()
+    def expire(self) -> None:
+        self._look()
+        before = self.state
+        ended = self.ledger.expire_overdue()
+        self._look()
+        if ended:
+            assert ended == [JOB]
+            assert not before.is_final
+            assert self.state is JobState.EXPIRED
+            self.closed = True
+        else:
+            assert self.state is before
+            assert before.is_final or self.now <= self.deadline_at
+
+    @rule(
+        error=st.sampled_from([None, None, ErrorClass.TIMEOUT, ErrorClass.ENGINE_CRASH]),
+        later_s=st.sampled_from([0.0, TIME_LIMIT_S + 1]),
+    )
+    def retry(self, error: ErrorClass | None, later_s: float) -> None:
+        self._look()
+        if self.state.is_final:
+            self.now += later_s
+        everything = self._everything()
         try:
-            self.ledger.retry(JOB, error)
+            again = self.ledger.retry(JOB, error)
         except JobError:
+            assert self._everything() == everything
             return
+        assert not self.closed
+        assert self.now <= self.deadline_at
+        self._look()
+        if again:
+            assert self.state is JobState.QUEUED
+            # The limits count from the retry.
+            assert self.ledger.expire_overdue() == []
         for row, state in list(self.answered.items()):
             if state == "error":
                 del self.answered[row]
         self._learn(None)
         self._look()
+
+    @rule()
+    def fail_and_retry_much_later(self) -> None:
+        """Of itself chance comes this far too rarely: a row has failed, its job has ended, its limit is long past."""
+        lease = self.ledger.claim_next(JOB, "d")
+        if lease is None:
+            return
+        self.ledger.record(lease, [_result(each.row, "overflow") for each in self.ledger.pending(lease)])
+        self.ledger.release(lease)
+        self._learn(lease)
+        self.stop()
+        self.retry(None, TIME_LIMIT_S + 1)
 
     # --- what must always hold ---------------------------------------------------------------------------------------
 
@@ -206,6 +279,11 @@ class LedgerMachine(RuleBasedStateMachine):
         leased = self._read(sa.select(chunks.c.number, chunks.c.attempt).where(chunks.c.state == "leased"))
         assert set(open_ones) == set(leased)
 
+    @invariant()
+    def what_is_closed_stays_closed(self) -> None:
+        if self.closed:
+            assert self.ledger.progress(JOB).state in (JobState.CANCELLED, JobState.EXPIRED)
+
     # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _record(self, lease: Lease, data: st.DataObject) -> None:
@@ -232,6 +310,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _learn(self, lease: Lease | None) -> None:
         self.answered |= dict(self._read(sa.select(results.c.row, results.c.state)))
+
+    def _everything(self) -> list[Any]:
+        return [self._read(sa.select(table)) for table in (jobs, chunks, attempts, results, retries)]
 
     def _look(self) -> None:
         self.state = self.ledger.progress(JOB).state
