@@ -21,6 +21,7 @@ from promptmill import catalog
 from promptmill.dataset_lint import Lint
 from promptmill.errors import (
     BrokerError,
+    DatabaseError,
     DatasetError,
     JobError,
     JobExists,
@@ -512,12 +513,16 @@ def _run_embedded(
     except KeyboardInterrupt:
         return Outcome(job_id, JobState.PAUSED, finished=False)
     except PromptmillError as problem:
-        if ledger.pause(job_id):
-            problem.hint = f"The job is paused; go on with: promptmill resume {job_id}. {problem.hint or ''}".rstrip()
+        # Where the database itself is the trouble nothing can be paused, and resume works from 'running' too.
+        paused = None
+        with contextlib.suppress(SQLAlchemyError, DatabaseError):
+            paused = ledger.pause(job_id)
+        if paused is not False:
+            state = "The job is paused" if paused else "What was done is kept"
+            problem.hint = f"{state}; go on with: promptmill resume {job_id}. {problem.hint or ''}".rstrip()
         raise
     finally:
-        # Where the database itself is the trouble there is an error already, and resume works from 'running' too.
-        with contextlib.suppress(SQLAlchemyError):
+        with contextlib.suppress(SQLAlchemyError, DatabaseError):
             ledger.pause(job_id)
 
 

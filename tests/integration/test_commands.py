@@ -215,7 +215,7 @@ def test_a_templates_answer_key_is_out_of_reach(command: Command, tmp_path: Path
     ("arguments", "says"),
     [
         (["run", "missing.jsonl", "--model", "echo"], "there is no file missing.jsonl"),
-        (["run", ".", "--model", "echo"], "is a folder"),
+        (["run", ".", "--model", "echo"], "empty.jsonl is empty"),
         (["run", "empty.jsonl", "--model", "echo"], "is empty"),
         (["run", "p.jsonl", "--model", "demp"], "Did you mean demo?"),
         (["run", "p.jsonl", "--model", "p.jsonl"], "is not a GGUF file"),
