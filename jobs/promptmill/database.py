@@ -26,6 +26,20 @@ SQLITE_UNUSABLE = (
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
 
+#: Seconds that a statement waits for another transaction's lock on PostgreSQL. Whoever held it longer is stuck.
+LOCK_S = 30
+
+#: SQLSTATE lock_not_available of PostgreSQL.
+LOCKED = "55P03"
+
+#: Parameters of libpq. A server that is cut off is noticed within about ten seconds, and not after the two hours that
+#: TCP would wait: first probe after 4 s, two more after 3 s each; the last is milliseconds that sent bytes wait for
+#: their receipt.
+CONNECTION: dict[str, Any] = {
+    "connect_timeout": 10, "application_name": "promptmill", "keepalives": 1, "keepalives_idle": 4,
+    "keepalives_interval": 3, "keepalives_count": 2, "tcp_user_timeout": 10_000,
+}  # fmt: skip
+
 
 class epoch(FunctionElement[float]):
     """Now, by the database's clock, in seconds since the epoch: workers' clocks may be wrong."""
@@ -67,13 +81,23 @@ def connect(url: str) -> Engine:
 
 
 def _postgresql(url: sa.URL) -> Engine:
-    return sa.create_engine(
-        url.set(drivername="postgresql+psycopg"),
-        pool_pre_ping=True,
-        pool_size=4,
-        max_overflow=16,
-        connect_args={"connect_timeout": 10, "application_name": "promptmill"},
-    )
+    # What the URL says itself stays.
+    connect_args = {name: value for name, value in CONNECTION.items() if name not in url.query}
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=4, max_overflow=16,
+        connect_args=connect_args,
+    )  # fmt: skip
+    sa.event.listen(engine, "connect", _prepare_postgresql)
+    return engine
+
+
+def _prepare_postgresql(connection: Any, record: Any) -> None:
+    # By a statement: connection poolers refuse it as a parameter of the connection.
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT set_config('lock_timeout', %s, false) WHERE current_setting('lock_timeout') = '0'", (f"{LOCK_S}s",)
+        )
+    connection.commit()
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -136,6 +160,11 @@ def connecting(engine: Engine) -> Iterator[None]:
                 f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
                 hint="Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it).",
             ) from problem
+        if getattr(problem.orig, "sqlstate", None) == LOCKED:
+            raise DatabaseError(
+                f"another transaction has kept the database from this change for {LOCK_S} s",
+                hint="Nothing was changed. Try again; pg_stat_activity shows who holds locks.",
+            ) from problem
         if _is_unusable_file(problem):
             raise DatabaseError(
                 f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
@@ -175,9 +204,15 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
         connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)  # noqa: S608 - our names
 
 
+def _wait_for_locks(connection: Connection) -> None:
+    """For as long as it takes, to the end of this transaction of PostgreSQL: others may do the same, and at length."""
+    connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
+
+
 def refresh_statistics(connection: Connection, *tables: sa.Table) -> None:
     """Tell PostgreSQL's planner about rows that were just loaded; its own daemon may come a minute late."""
     if connection.dialect.name == "postgresql":
+        _wait_for_locks(connection)
         names = ", ".join(f'"{table.name}"' for table in tables)
         connection.exec_driver_sql(f"ANALYZE {names}")
 
@@ -218,6 +253,7 @@ def upgrade(engine: Engine) -> None:
     with writing(engine) as connection:
         if engine.dialect.name == "postgresql":
             # Two programs that start together must not both migrate.
+            _wait_for_locks(connection)
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('promptmill.migrations'))"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")

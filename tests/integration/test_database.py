@@ -10,11 +10,20 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from promptmill.database import connect, current_revision, head_revision, head_revision_fast, open_database, upgrade
+from promptmill.database import (
+    connect,
+    current_revision,
+    head_revision,
+    head_revision_fast,
+    open_database,
+    upgrade,
+    writing,
+)
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
 from promptmill.tables import attempts, chunks, jobs, metadata, results
 from promptmill.types import ChunkId, ErrorClass, JobState
+from promptmill_workers.patience import PASSING
 from tests.conftest import wait_until
 from tests.unit.test_ledger import JOB, add_job, failed, ok
 
@@ -148,6 +157,31 @@ def test_a_retry_and_the_end_of_a_chunk_do_not_wait_for_each_other(postgres_url:
     retrying.join(timeout=30)
     assert ledger.progress(JOB).state is JobState.QUEUED
     database.dispose()
+
+
+def test_a_server_that_is_cut_off_is_noticed_and_a_lock_not_waited_for_for_ever(postgres_url: str) -> None:
+    engine = connect(postgres_url)
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SHOW lock_timeout")).scalar() == "30s"
+        said = connection.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
+    engine.dispose()
+    assert said["keepalives"] == "1"
+    probes_s = int(said["keepalives_interval"]) * int(said["keepalives_count"])
+    assert int(said["keepalives_idle"]) + probes_s <= 10
+    assert int(said["tcp_user_timeout"]) <= 10_000
+    patient = connect(f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-c%20lock_timeout%3D100ms")
+    with patient.connect() as connection:
+        assert connection.execute(sa.text("SHOW lock_timeout")).scalar() == "100ms"
+    upgrade(patient)
+    add_job(patient, 2, 2)
+    with writing(patient) as other:
+        other.execute(sa.select(jobs.c.id).with_for_update())
+        with pytest.raises(DatabaseError, match="another transaction"):
+            Ledger(patient).cancel(JOB)
+    # What workers wait for and try again.
+    assert issubclass(DatabaseError, PASSING)
+    assert Ledger(patient).cancel(JOB)
+    patient.dispose()
 
 
 def _wait_for_a_blocked_session(url: str) -> None:
