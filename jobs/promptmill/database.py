@@ -100,6 +100,26 @@ def _prepare_postgresql(connection: Any, record: Any) -> None:
     connection.commit()
 
 
+def end_idle_transactions(engine: Engine, seconds: float) -> None:
+    """Let PostgreSQL end a transaction of ``engine`` in which nothing has happened for so long.
+
+    A worker that is suspended in the middle of one would keep its locks, and others from taking its chunks back.
+    """
+    if engine.dialect.name != "postgresql":
+        return
+
+    def limit(connection: Any, record: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT set_config('idle_in_transaction_session_timeout', %s, false)", (f"{round(1000 * seconds)}ms",)
+            )
+        connection.commit()
+
+    sa.event.listen(engine, "connect", limit)
+    # Connections from before know nothing of it.
+    engine.dispose()
+
+
 def _sqlite(url: sa.URL) -> Engine:
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from alembic.migration import MigrationContext
 from promptmill.database import (
     connect,
     current_revision,
+    end_idle_transactions,
     head_revision,
     head_revision_fast,
     open_database,
@@ -191,3 +193,23 @@ def _wait_for_a_blocked_session(url: str) -> None:
     watcher = connect(url)
     wait_until(lambda: _scalar(watcher, blocked) > 0, "a session waits for a lock", 30)
     watcher.dispose()
+
+
+def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engine, database_url: str) -> None:
+    """A worker suspended in the middle of one keeps nobody from its chunks; SQLite has no such transactions."""
+    if database.dialect.name != "postgresql":
+        pytest.skip("SQLite's writers hold no lock while nothing happens in them")
+    other = connect(database_url)
+    end_idle_transactions(other, 0.5)
+    add_job(database, 2, 2, state="running")
+    started = time.monotonic()
+    change = sa.update(chunks).values(failures=3)
+    suspended = other.connect()
+    suspended.execute(change)
+    with writing(database) as free:
+        free.execute(change)
+    assert time.monotonic() - started < 10
+    with pytest.raises(sa.exc.OperationalError):
+        suspended.execute(change)
+    suspended.invalidate()
+    other.dispose()

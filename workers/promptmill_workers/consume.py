@@ -23,7 +23,7 @@ from celery.signals import worker_shutting_down
 from ulid import ULID
 
 from promptmill.broker import TASK_NAME, Broker, make_app, queue_name
-from promptmill.database import open_database
+from promptmill.database import end_idle_transactions, open_database
 from promptmill.dispatch import Dispatcher
 from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError
 from promptmill.ledger import Ledger
@@ -70,6 +70,7 @@ class Worker:
         self.app = make_app(settings.redis_url)
         self.broker = Broker(settings.redis_url, self.app)
         db = open_database(settings.database_url)
+        end_idle_transactions(db, settings.lease_s / 2)
         self.ledger = Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         self.dispatcher = Dispatcher(self.ledger, self.broker)
         host = HostConfig.of(
