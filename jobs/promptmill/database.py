@@ -32,6 +32,9 @@ LOCK_S = 30
 #: SQLSTATE lock_not_available of PostgreSQL.
 LOCKED = "55P03"
 
+#: PostgreSQL's state of an ``idle_in_transaction_session_timeout``.
+STOOD_STILL = "25P03"
+
 #: Parameters of libpq. A server that is cut off is noticed within about ten seconds, and not after the two hours that
 #: TCP would wait: first probe after 4 s, two more after 3 s each; the last is milliseconds that sent bytes wait for
 #: their receipt.
@@ -174,6 +177,12 @@ def connecting(engine: Engine) -> Iterator[None]:
     """Turn "the database is not there" into one clear error."""
     try:
         yield
+    except sa.exc.InternalError as problem:
+        if getattr(problem.orig, "sqlstate", None) != STOOD_STILL:
+            raise
+        raise DatabaseError(
+            "the database ended a transaction in which nothing happened", hint="Nothing of it was stored."
+        ) from problem
     except sa.exc.OperationalError as problem:
         if problem.connection_invalidated or not _was_connected(problem):
             raise DatabaseError(

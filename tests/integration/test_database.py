@@ -204,12 +204,17 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     add_job(database, 2, 2, state="running")
     started = time.monotonic()
     change = sa.update(chunks).values(failures=3)
-    suspended = other.connect()
-    suspended.execute(change)
-    with writing(database) as free:
-        free.execute(change)
-    assert time.monotonic() - started < 10
-    with pytest.raises(sa.exc.OperationalError):
-        suspended.execute(change)
-    suspended.invalidate()
+
+    def suspended() -> None:
+        with writing(other) as connection:
+            connection.execute(change)
+            with writing(database) as free:
+                free.execute(change)
+            assert time.monotonic() - started < 10
+            connection.execute(change)
+
+    with pytest.raises(DatabaseError, match="in which nothing happened"):
+        suspended()
+    with writing(other) as connection:
+        connection.execute(change)
     other.dispose()
