@@ -21,6 +21,9 @@ class Verdict:
     value: float | None
     passed: bool
 
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "demand": self.demand, "value": self.value, "passed": self.passed, "text": str(self)}
+
     def __str__(self) -> str:
         shown = "there is no such figure" if self.value is None else f"{self.value:.4g}"
         return f"gate {self.name} {self.demand}: {shown}, {'passed' if self.passed else 'FAILED'}"

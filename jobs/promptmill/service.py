@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,7 @@ def score_again(
         "job_id": job.id, "score_run_id": run.id, "score_run": run.number, "task_sha256": task.sha256,
         "rows": job.rows, "scores": scores,
         "groups": {value: {n: each.to_json() for n, each in found.items()} for value, found in run.groups.items()},
-        "gates": [asdict(each) | {"text": str(each)} for each in verdicts],
+        "gates": [each.to_json() for each in verdicts],
     }  # fmt: skip
 
 

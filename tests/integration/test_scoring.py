@@ -189,3 +189,16 @@ def test_a_table_of_five_columns_with_chinese_headers_needs_no_code(command: Com
     assert 0.0 < scores["p"]["value"] < 1.0
     groups = json.loads(command("score", "@last", "--by", "meta.day", "--json").out)["groups"]
     assert {name: each["label"]["n"] for name, each in groups.items()} == {"周一": 2, "周二": 1}
+
+
+def test_f3_a_job_whose_gate_failed_never_says_passed(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    (tmp_path / "t.yaml").write_text(TASK + "gates: {label.accuracy: '>=0.9'}\n", encoding="utf-8")
+    done = command("run", "data.jsonl", "--task", "t.yaml", "--model", "echo", "--json")
+    assert done.code == 3
+    report = json.loads(done.out)
+    assert report["verdict"] == "completed, but gates failed: label.accuracy"
+    assert [(each["value"], each["passed"]) for each in report["gates"]] == [(0.5, False)]
+    page = command("report", "@last").out
+    assert page.rstrip().endswith("completed, but gates failed: label.accuracy")
+    assert "gate label.accuracy >=0.9: 0.5, FAILED" in page
