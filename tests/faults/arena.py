@@ -48,6 +48,10 @@ class Violation(AssertionError):
     """An invariant does not hold."""
 
 
+class Missed(Violation):
+    """Nothing was broken: the job was too short for a machine as busy as this one."""
+
+
 class Skipped(Exception):
     """This machine cannot show the fault."""
 
@@ -258,10 +262,10 @@ class Arena:
         return str(state)
 
     def wait_for_results(self, count: int) -> None:
-        """Until so many rows of the last job have a result. Raises Violation when it has ended by then."""
+        """Until so many rows of the last job have a result. Raises :class:`Missed` when it has ended by then."""
         until(lambda: self.rows("SELECT count(*) FROM results")[0][0] >= count, f"{count} results", 60)
         if self.state in ENDED:
-            raise Violation("missed: the job had ended before anything was broken")
+            raise Missed("missed: the job had ended before anything was broken")
 
     def wait_for_end(self, seconds: float = 90) -> str:
         """The state in which the last job ended."""

@@ -25,6 +25,7 @@ from tests.faults.arena import (
     MODEL,
     PROMPTMILL,
     Arena,
+    Missed,
     Skipped,
     Violation,
     check,
@@ -39,11 +40,21 @@ Scenario = Callable[[Arena, random.Random], None]
 def _begin(
     arena: Arena, rng: random.Random, *, rows: int = 160, bad: dict[int, str] | None = None, latest: float = 0.7
 ) -> None:
-    """A job under way, at a random moment of its life: a tenth to ``latest`` of its rows have a result."""
-    arena.fresh()
-    arena.start_workers()
-    arena.submit(rows, bad)
-    arena.wait_for_results(rng.randint(rows // 10, int(rows * latest)))
+    """A job under way, at a random moment of its life: a tenth to ``latest`` of its rows have a result.
+
+    Where a job has ended before that was seen, one of twice its length is begun.
+    """
+    moment = rng.uniform(0.1, latest)
+    for length in (rows, 2 * rows, 4 * rows, 8 * rows):
+        arena.fresh()
+        arena.start_workers()
+        arena.submit(length, bad)
+        try:
+            arena.wait_for_results(int(length * moment))
+        except Missed:
+            continue
+        return
+    raise Missed(f"missed: four jobs of up to {length} rows had ended before anything was broken")
 
 
 def _end(arena: Arena) -> None:
