@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import epoch, reading, writing
 from promptmill.tables import answers
-from promptmill.types import Extras, FinishReason, Ok, Request, Usage
+from promptmill.types import Extras, FinishReason, Message, Ok, Request, Usage
 
 #: Keys of one query: databases take no endless lists.
 KEYS_AT_ONCE = 500
@@ -27,9 +27,16 @@ def key_of(model: str, request: Request) -> str | None:
     if not request.sampling.is_greedy:
         return None
     sampling = asdict(replace(request.sampling, timeout_s=None, seed=None))
-    turns = [[each.role, each.content] for each in request.messages] if request.messages is not None else None
+    if request.sampling.tools is None:
+        # Keys of answers without tools are what they were before there were any.
+        del sampling["tools"], sampling["parallel_tool_calls"]
+    turns = [_turn(each) for each in request.messages] if request.messages is not None else None
     asked = json.dumps([model, turns, request.prompt, sampling], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(asked.encode(errors="replace")).hexdigest()
+
+
+def _turn(message: Message) -> list[str]:
+    return [message.role, message.content, *([message.extra] if message.extra else [])]
 
 
 def look_up(db: Engine, keys: Mapping[int, str]) -> list[Ok]:

@@ -135,7 +135,7 @@ def result_lines(db: Engine, job_id: str, failed_only: bool = False) -> Iterator
 def result_rows(db: Engine, job_id: str, failed_only: bool = False) -> Iterator[Row[Any]]:
     """Rows of ``results`` with the ``custom_id`` and ``input`` of their requests, streamed."""
     query = (
-        sa.select(results, requests.c.custom_id, requests.c.input)
+        sa.select(results, requests.c.custom_id, requests.c.input, requests.c.sampling)
         .join(requests, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
         .where(results.c.job_id == job_id)
         .order_by(results.c.row)

@@ -30,7 +30,8 @@ MOST_TRIES = 3
 #: Orders of an operator, on a worker's control list as JSON: [order, model].
 LOAD, UNLOAD = "load", "unload"
 
-#: Of replies, the second part of each; the first is the request's id.
+#: Of replies, the second part of each; the first is the request's id. A text is followed by the log-probabilities of
+#: its tokens or None, and the number of the answer.
 TAKEN, TEXT, DONE, FAILED, AGAIN = "taken", "text", "done", "failed", "again"
 
 
@@ -62,13 +63,13 @@ def server_key(server_id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LiveRequest:
-    """A request and who waits for it. ``messages`` are (role, content) pairs."""
+    """A request and who waits for it. ``messages`` are (role, content) or (role, content, extra), as in Message."""
 
     id: str
     server: str
     model: str
     sampling: dict[str, Any]
-    messages: list[tuple[str, str]] | None = None
+    messages: list[tuple[str, ...]] | None = None
     prompt: str | None = None
     stream: bool = False
     #: Seconds since the epoch: when it was sent, and until when somebody waits.
@@ -88,7 +89,7 @@ class LiveRequest:
 
     def to_request(self, row: int) -> Request:
         """As an engine takes it. Raises BadParameter."""
-        turns = None if self.messages is None else tuple(Message(role, text) for role, text in self.messages)
+        turns = None if self.messages is None else tuple(Message(*turn) for turn in self.messages)
         return Request(
             row, self.id, resolve_sampling({}, self.sampling), messages=turns, prompt=self.prompt, stream=self.stream
         )

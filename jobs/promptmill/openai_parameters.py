@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from promptmill.registry import suggestion
-from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
+from promptmill.sampling import ALIASES, CONSTRAINTS, PARAMETERS, BadParameter, check_parameter, check_parameters
+from promptmill.tool_calls import names_of, schema_of_calls
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 #: Parameters that change nothing about an answer of ours: with these values they may be given.
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "stream": (False, None), "store": (False, None), "echo": (False, None), "best_of": (1, None),
-    "encoding_format": ("float", None), "tool_choice": ("none", None), "tools": ([], None),
+    "encoding_format": ("float", None),
 }  # fmt: skip
 
 #: Notes of the client to itself.
 NOTES = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"}
 
-KNOWN = {*PARAMETERS, *ALIASES, "response_format"}
+KNOWN = {*PARAMETERS, *ALIASES, "response_format", "tool_choice"}
 
 #: Parameters of embeddings that are not offered, and why.
 NOT_OFFERED = {
@@ -48,6 +49,7 @@ def translate(body: Mapping[str, Any], url: str) -> dict[str, Any]:
                 raise BadParameter(f"unsupported parameter 'body.{name[:40]}'. {suggestion(name, KNOWN)}")
             asked[name] = value
     asked |= _response_format(asked.pop("response_format", None))
+    asked |= _tools(asked.pop("tools", None), asked.pop("tool_choice", None), asked, url)
     if url == COMPLETIONS:
         asked |= _completions_logprobs(asked.pop("logprobs", None))
     found = check_parameters(asked)
@@ -58,6 +60,57 @@ def translate(body: Mapping[str, Any], url: str) -> dict[str, Any]:
             raise BadParameter(f"unsupported parameter 'body.{min(found)}' of an embedding")
         return {"embedding": True}
     return found
+
+
+def _tools(tools: Any, choice: Any, asked: dict[str, Any], url: str) -> dict[str, Any]:
+    """``tools`` and ``tool_choice``. A call that must be is bound by the schema of its function."""
+    if tools is None or tools == []:
+        if choice not in (None, "none"):
+            raise BadParameter("'tool_choice' is only allowed when 'tools' are given")
+        if "parallel_tool_calls" in asked:
+            raise BadParameter("'parallel_tool_calls' is only allowed when 'tools' are given")
+        return {}
+    if url != CHAT:
+        raise BadParameter("unsupported parameter 'body.tools': only chat completions have tools")
+    text = check_parameter("tools", tools)
+    names = names_of(text)
+    forced = _forced(choice, names)
+    if choice == "none":
+        # The model is not told of what it must not call.
+        asked.pop("parallel_tool_calls", None)
+        return {}
+    bound = next((name for name in CONSTRAINTS if asked.get(name) not in (None, False)), None)
+    if bound is not None:
+        raise BadParameter(f"'tools' are given with {_called(bound)}: an answer that is bound to it calls nothing")
+    if not forced:
+        return {"tools": text}
+    if asked.get("stop"):
+        raise BadParameter("'stop' is given with a 'tool_choice' that asks for a call: it would cut the call")
+    try:
+        return {"tools": text, "json_schema": check_parameter("json_schema", schema_of_calls(text, forced))}
+    except BadParameter as problem:
+        raise BadParameter(f"'tools' have parameters that cannot be enforced: {problem.message[:200]}") from None
+
+
+def _called(constraint: str) -> str:
+    return "'response_format'" if constraint == "json_schema" else f"'{constraint}'"
+
+
+def _forced(choice: Any, names: list[str]) -> list[str]:
+    """The functions of which one must be called; none where the model may choose."""
+    if choice in (None, "auto", "none"):
+        return []
+    if choice == "required":
+        return names
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if name is None:
+        raise BadParameter(
+            """'tool_choice' must be none, auto, required, or {"type": "function", "function": {"name": ...}}"""
+        )
+    if name not in names:
+        raise BadParameter("'tool_choice' names a function that is not among the 'tools'")
+    return [name]
 
 
 def _completions_logprobs(value: Any) -> dict[str, Any]:

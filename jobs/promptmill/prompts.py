@@ -191,10 +191,22 @@ def _fill(template: Any, names: Mapping[str, Any], fields: Mapping[str, Any]) ->
 def payload(line: DatasetLine) -> dict[str, Any]:
     """What is stored of a valid line's question, as JSON: ``prompt`` (and ``raw``), ``messages`` or ``fields``."""
     if line.messages is not None:
-        return {"messages": [{"role": each.role, "content": each.content} for each in line.messages]}
+        return {"messages": [turn_of(each) for each in line.messages]}
     if line.fields is not None:
         return {"fields": dict(line.fields)}
     return {"prompt": line.prompt, "raw": True} if line.raw else {"prompt": line.prompt}
+
+
+def turn_of(message: Message) -> dict[str, Any]:
+    """A message as a chat template sees it, and as it is stored."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    return turn if message.extra is None else turn | json.loads(message.extra)
+
+
+def _extra(turn: Mapping[str, Any]) -> str | None:
+    if len(turn) == 2:
+        return None
+    return _as_json({name: value for name, value in turn.items() if name not in ("role", "content")})
 
 
 def to_request(
@@ -219,7 +231,7 @@ def to_request(
     if body.get("raw"):
         return Request(row, custom_id, sampling, prompt=body["prompt"])
     if "messages" in body:
-        turns = tuple(Message(each["role"], each["content"]) for each in body["messages"])
+        turns = tuple(Message(each["role"], each["content"], _extra(each)) for each in body["messages"])
     else:
         turns = (Message("user", body["prompt"]),)
     if system and not any(turn.role in SYSTEM_ROLES for turn in turns):
@@ -227,4 +239,4 @@ def to_request(
     return Request(row, custom_id, sampling, messages=turns)
 
 
-__all__ = ["RenderError", "Template", "payload", "resolve_sampling", "to_request"]
+__all__ = ["RenderError", "Template", "payload", "resolve_sampling", "to_request", "turn_of"]

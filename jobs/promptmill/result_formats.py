@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import IO, Any
 
 import sqlalchemy as sa
@@ -12,7 +13,11 @@ from sqlalchemy.engine import Engine, Row
 
 from promptmill.catalog import EXTRAS, result_line, result_rows
 from promptmill.database import reading
-from promptmill.tables import results
+from promptmill.tables import jobs, results
+from promptmill.tool_calls import Offer, read_calls, shown_calls
+
+#: No parameters.
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 FORMATS = ("jsonl", "csv", "openai")
 
@@ -38,7 +43,7 @@ def write(db: Engine, job_id: str, model: str, format_: str, stream: IO[str], fa
     if format_ == "csv":
         lines = _csv(rows, csv_extras(db, job_id))
     else:
-        lines = _jsonl(rows) if format_ == "jsonl" else _openai(rows, model)
+        lines = _jsonl(rows) if format_ == "jsonl" else _openai(rows, model, common_sampling(db, job_id))
     count = 0
     for text in lines:
         stream.write(text)
@@ -82,17 +87,29 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else value
 
 
-def _openai(rows: Iterator[Row[Any]], model: str) -> Iterator[str]:
+def _openai(rows: Iterator[Row[Any]], model: str, common: Mapping[str, Any]) -> Iterator[str]:
     for row in rows:
-        yield json.dumps(openai_line(row, model), ensure_ascii=False) + "\n"
+        yield json.dumps(openai_line(row, model, common), ensure_ascii=False) + "\n"
 
 
-def openai_line(row: Row[Any], model: str) -> dict[str, Any]:
-    """A line of a batch output file (2xx) or error file (the rest)."""
+def common_sampling(db: Engine, job_id: str) -> dict[str, Any]:
+    """The sampling parameters of a job, which those of a line go before."""
+    with reading(db) as connection:
+        text = connection.execute(sa.select(jobs.c.sampling).where(jobs.c.id == job_id)).scalar()
+    found: dict[str, Any] = json.loads(text or "{}")
+    return found
+
+
+def openai_line(row: Row[Any], model: str, common: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
+    """A line of a batch output file (2xx) or error file (the rest). ``common``: sampling parameters of the job."""
     name = f"{row.job_id}-{row.row}"
     line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": None, "error": None}
     if row.state == "ok":
-        line["response"] = {"status_code": 200, "request_id": f"req_{name}", "body": _completion(row, model, name)}
+        line["response"] = {
+            "status_code": 200,
+            "request_id": f"req_{name}",
+            "body": _completion(row, model, name, common),
+        }
     elif row.error_class in NEVER_EXECUTED:
         line["error"] = {"code": NEVER_EXECUTED[row.error_class], "message": row.error_message}
     else:
@@ -104,7 +121,7 @@ def openai_line(row: Row[Any], model: str) -> dict[str, Any]:
     return line
 
 
-def _completion(row: Row[Any], model: str, name: str) -> dict[str, Any]:
+def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any]) -> dict[str, Any]:
     """The body of a response: a chat completion, a text completion of a raw prompt, or an embedding."""
     if row.embedding is not None:
         return {
@@ -118,13 +135,16 @@ def _completion(row: Row[Any], model: str, name: str) -> dict[str, Any]:
         "text": row.text, "finish_reason": row.finish_reason, "reasoning": row.reasoning,
         "logprobs": json.loads(row.logprobs) if row.logprobs else None,
     }  # fmt: skip
+    # Few lines have tools: the parameters of the others need not be read.
+    own = json.loads(row.sampling) if row.sampling and '"tools"' in row.sampling else NOTHING
+    offer = Offer.of(own, common)
     answers = [first, *(json.loads(row.choices) if row.choices else ())]
     return {
         "id": f"{'cmpl' if raw else 'chatcmpl'}-{name}",
         "object": "text_completion" if raw else "chat.completion",
         "created": int(row.finished_at if row.finished_at is not None else row.committed_at),
         "model": model,
-        "choices": [openai_choice(index, each, raw) for index, each in enumerate(answers)],
+        "choices": [openai_choice(index, each, raw, offer, name) for index, each in enumerate(answers)],
         "usage": openai_usage(row),
     }
 
@@ -140,22 +160,44 @@ def openai_usage(counts: Any) -> dict[str, Any]:
     }
 
 
-def openai_choice(index: int, answer: dict[str, Any], raw: bool) -> dict[str, Any]:
-    """One of a response's choices, of a text completion where ``raw``."""
+def openai_choice(
+    index: int, answer: dict[str, Any], raw: bool, offer: Offer | None = None, name: str = ""
+) -> dict[str, Any]:
+    """One of a response's choices, of a text completion where ``raw``.
+
+    ``offer``: the tools that it may call; ``name``: of the response, from which calls have their ids.
+    """
     choice: dict[str, Any] = {"index": index, "finish_reason": answer["finish_reason"]}
-    tokens = answer.get("logprobs")
+    logprobs = shown_logprobs(answer.get("logprobs"), raw)
     if raw:
-        return choice | {"text": answer["text"], "logprobs": tokens and _text_logprobs(tokens)}
-    message = {"role": "assistant", "content": answer["text"], "refusal": None}
+        return choice | {"text": answer["text"], "logprobs": logprobs}
+    message: dict[str, Any] = {"role": "assistant", "content": answer["text"], "refusal": None}
+    if offer is not None:
+        content, calls = read_calls(answer["text"], offer)
+        if calls:
+            message |= {"content": content or None, "tool_calls": shown_calls(calls, f"{name}/{index}")}
+            choice["finish_reason"] = why_ended(answer["finish_reason"], bool(calls))
     if answer.get("reasoning") is not None:
         # Where servers of reasoning models put it.
         message["reasoning_content"] = answer["reasoning"]
-    return choice | {"message": message, "logprobs": tokens and {"content": tokens, "refusal": None}}
+    return choice | {"message": message, "logprobs": logprobs}
 
 
-def _text_logprobs(tokens: list[dict[str, Any]]) -> dict[str, Any]:
+def shown_logprobs(tokens: list[dict[str, Any]] | None, raw: bool, offset: int = 0) -> dict[str, Any] | None:
+    """Log-probabilities in the shape of a chat, or of a text completion; ``offset``: characters before them."""
+    if not tokens:
+        return None
+    return _text_logprobs(tokens, offset) if raw else {"content": tokens, "refusal": None}
+
+
+def why_ended(finish_reason: str, has_calls: bool) -> str:
+    """An answer that calls something ended to have it called."""
+    return "tool_calls" if has_calls and finish_reason == "stop" else finish_reason
+
+
+def _text_logprobs(tokens: list[dict[str, Any]], offset: int) -> dict[str, Any]:
     """The shape of ``/v1/completions``: lists side by side."""
-    offsets, position = [], 0
+    offsets, position = [], offset
     for each in tokens:
         offsets.append(position)
         position += len(each["token"])

@@ -9,6 +9,7 @@ from typing import Any
 from promptmill.errors import RequestError
 from promptmill.grammars import grammar_problem
 from promptmill.registry import suggestion
+from promptmill.tool_calls import checked_tools
 from promptmill.types import SamplingParams
 
 
@@ -156,6 +157,8 @@ PARAMETERS: Mapping[str, Callable[[Any], Any]] = {
     "thinking": _thinking,
     "continuations": _different_texts,
     "embedding": _flag,
+    "tools": checked_tools,
+    "parallel_tool_calls": _flag,
 }
 
 #: At most one of these.
@@ -165,7 +168,7 @@ CONSTRAINTS = ("json_schema", "regex", "choices", "continuations", "embedding")
 ALIASES = {"max_completion_tokens": "max_tokens"}
 
 #: Parameters for which null means "not set".
-NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking"}
+NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking", "tools"}
 
 
 def check_parameter(name: str, value: Any) -> Any:
@@ -217,6 +220,8 @@ def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
         return f"'logprobs' makes no sense with '{given[0]}': no token is drawn"
     if thinks and (found.continuations or found.embedding):
         return f"'thinking' makes no sense with '{given[0]}': nothing is generated"
+    if found.tools and (found.choices or found.continuations or found.embedding):
+        return f"'tools' make no sense with '{given[0]}'"
     if found.stop and found.is_constrained:
         return f"'stop' is given with '{given[0]}': it would cut an answer that is bound, so give one of them"
     return None

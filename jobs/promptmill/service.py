@@ -31,7 +31,7 @@ from promptmill.errors import (
 )
 from promptmill.ledger import Ledger, Progress
 from promptmill.preflight import Gauge, Preflight
-from promptmill.prompts import Template, resolve_sampling, to_request
+from promptmill.prompts import Template, resolve_sampling, to_request, turn_of
 from promptmill.readers import Dataset, open_dataset
 from promptmill.registry import suggestion
 from promptmill.selection import Selection
@@ -691,7 +691,7 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
     # With its parameters: a reasoning that is asked for is opened in the prompt.
     sampling = resolve_sampling(json.loads(job.sampling), shown["sampling"])
     request = to_request(row, shown["id"], shown["input"], shown["meta"], sampling, template, job.system_prompt)
-    messages = [{"role": each.role, "content": each.content} for each in request.messages or ()] or None
+    messages = [turn_of(each) for each in request.messages or ()] or None
     return shown | {"prompt": _rendered(job.model, request), "messages": messages}
 
 

@@ -105,6 +105,10 @@ class SamplingParams:
     continuations: tuple[str, ...] = ()
     #: A vector for the prompt is wanted. Nothing is generated then.
     embedding: bool = False
+    #: Functions that the model may call, as JSON text: what its chat template is given.
+    tools: str | None = None
+    #: An answer may hold several calls.
+    parallel_tool_calls: bool = True
 
     @property
     def is_constrained(self) -> bool:
@@ -126,6 +130,8 @@ class Message:
 
     role: str
     content: str
+    #: JSON text of what else the chat template sees: ``tool_calls`` of an assistant, a tool's ``tool_call_id``.
+    extra: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

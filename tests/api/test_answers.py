@@ -46,9 +46,12 @@ def test_tokens_come_one_by_one(start: Starter) -> None:
     start.worker(SLOW)
     client = start.server().client()
     began, times = time.monotonic(), []
-    for chunk in chat(client, " ".join(["word"] * 60), SLOW, stream=True):
-        if chunk.choices[0].delta.content:
+    for chunk in chat(client, " ".join(["word"] * 60), SLOW, stream=True, logprobs=True, top_logprobs=1):
+        if text := chunk.choices[0].delta.content:
             times.append(time.monotonic() - began)
+            # Each chunk has the tokens of its own text.
+            assert "".join(each.token for each in chunk.choices[0].logprobs.content) == text
+            assert len(chunk.choices[0].logprobs.content[0].top_logprobs) == 1
     # 60 tokens take 1.2 s: the first is there long before the last.
     assert len(times) > 10
     assert times[-1] - times[0] > 0.5
@@ -75,6 +78,42 @@ def test_texts_are_completed(client: openai.OpenAI) -> None:
     assert "".join(each.choices[0].text for each in streamed) == "one two"
 
 
+def test_several_prompts_with_several_answers_are_streamed(client: openai.OpenAI) -> None:
+    prompts = ["one", "two words", "and three more"]
+    chunks = list(
+        client.completions.create(
+            model=ECHO, prompt=prompts, n=2, logprobs=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens == 2 * (1 + 2 + 3)
+    found = [each.choices[0] for each in chunks[:-1]]
+    for index in range(6):
+        own = [each for each in found if each.index == index]
+        assert "".join(each.text for each in own) == prompts[index // 2]
+        assert own[-1].finish_reason == "stop"
+        told = [each.logprobs for each in own if each.logprobs]
+        assert "".join(token for each in told for token in each.tokens or ()) == prompts[index // 2]
+        assert [place for each in told for place in each.text_offset or ()][:1] == [0]
+    whole = client.completions.create(model=ECHO, prompt=prompts, n=2)
+    assert [each.text for each in whole.choices] == [prompts[index // 2] for index in range(6)]
+    with pytest.raises(openai.APIError, match="the context 131072"):
+        list(client.completions.create(model=ECHO, prompt=["fine", "word " * 140_000], stream=True))
+
+
+def test_several_answers_come_side_by_side(start: Starter) -> None:
+    start.worker(SLOW)
+    client = start.server().client()
+    order = [
+        each.choices[0].index
+        for each in chat(client, " ".join(["word"] * 40), SLOW, n=2, stream=True)
+        if each.choices[0].delta.content
+    ]
+    # The second does not wait for the end of the first.
+    assert order.index(1) < len(order) // 4
+
+
 def test_texts_become_vectors(client: openai.OpenAI) -> None:
     asked = client.embeddings.create(model=ECHO, input=["one", "two"])
     plain = client.embeddings.create(model=ECHO, input=["one", "two"], encoding_format="float")
@@ -91,7 +130,7 @@ def test_texts_become_vectors(client: openai.OpenAI) -> None:
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools", "invalid_value"),
         ({"extra_body": {"nonsense": 1}}, "nonsense", "unsupported_parameter"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
@@ -99,6 +138,7 @@ def test_texts_become_vectors(client: openai.OpenAI) -> None:
         ({"stop": [""]}, "stop", "invalid_value"),
         ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "unsupported_parameter"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_obeyed_is_refused(
@@ -146,6 +186,12 @@ def test_structured_output_and_real_tokens_from_a_real_model(start: Starter) -> 
     whole = client.chat.completions.create(model="demo", messages=messages, max_tokens=12)
     text = "".join(each.choices[0].delta.content or "" for each in streamed)
     assert text == whole.choices[0].message.content
+    options: Any = {"model": "demo", "messages": messages, "max_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    asked = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(stream=True, **options))
+    told = [each.choices[0].logprobs.content for each in chunks if each.choices[0].logprobs]
+    assert len(told) > 1
+    assert [each.token for part in told for each in part] == [each.token for each in asked.choices[0].logprobs.content]
     assert client.embeddings.create(model="demo", input="a text").data[0].embedding
 
 

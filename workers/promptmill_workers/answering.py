@@ -90,8 +90,8 @@ class Answer:
     """Takes the tokens of one answer in order. The engine computes; this decides."""
 
     __slots__ = (
-        "_budget", "_closed", "_closing", "_constraint", "_limit", "_logprobs", "_sampler", "_sampling", "_text",
-        "_thinking", "_thought", "_tools", "count", "reasoning_tokens",
+        "_budget", "_closed", "_closing", "_constraint", "_limit", "_logprobs", "_logprobs_told", "_sampler",
+        "_sampling", "_text", "_thinking", "_thought", "_tools", "count", "reasoning_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -110,6 +110,7 @@ class Answer:
         self._constraint: Constraint | None = tools.grammars.constraint(sampling) if sampling.is_constrained else None
         self._sampler = HostSampler(sampling, prompt) if needs_logits(sampling) else None
         self._logprobs: list[dict[str, Any]] | None = [] if sampling.logprobs else None
+        self._logprobs_told = 0
         self.count = 0
         self.reasoning_tokens = 0
 
@@ -182,6 +183,13 @@ class Answer:
     def fresh(self) -> str:
         """Text for somebody who waits for it; no reasoning."""
         return "" if self._thinking else self._text.fresh()
+
+    def fresh_logprobs(self) -> list[dict[str, Any]] | None:
+        """Those of the tokens since this was last asked; None where they were not asked for."""
+        if self._logprobs is None:
+            return None
+        told, self._logprobs_told = self._logprobs_told, len(self._logprobs)
+        return self._logprobs[told:]
 
     def finish(self, reason: FinishReason) -> tuple[str, FinishReason, Extras | None]:
         """The text, why it ended, and what else was asked for."""

@@ -151,8 +151,7 @@ class Desk:
         key = group.request.key
         match event:
             case TokenEvent():
-                # Somebody who waits is shown the first of several answers.
-                return replace(event, key=key) if event.key == group.parts[0] else None
+                return replace(event, key=key, index=group.parts.index(event.key))
             case Finished():
                 group.finished[event.key] = event
                 if len(group.finished) < len(group.parts):
@@ -244,7 +243,7 @@ class Desk:
 
 def _identity(request: EngineRequest) -> Identity:
     """A digest, so that remembering an answer does not keep its prompt."""
-    turns = None if request.messages is None else [(each.role, each.content) for each in request.messages]
+    turns = None if request.messages is None else [(each.role, each.content, each.extra) for each in request.messages]
     asked = repr((turns, request.prompt, request.continuation, request.closed, _described(request.sampling)))
     return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=24).digest()
 

@@ -34,7 +34,7 @@ from promptmill.types import (
 )
 from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
-from promptmill_workers.host_wire import result_of, wire
+from promptmill_workers.host_wire import LiveText, result_of, wire
 
 log = logging.getLogger("promptmill.host")
 
@@ -317,8 +317,9 @@ class Session:
                     self.dropped += count
                 case ("texts", list() as texts):
                     if on_text is not None:
-                        for row, text in texts:
-                            on_text(row, text)
+                        for row, text, _, index in texts:
+                            if index == 0:
+                                on_text(row, text)
                 case ("beat", active, waiting, _):
                     self.active, self.waiting = active, waiting
 
@@ -350,7 +351,7 @@ class Session:
         """Drop requests of a live session; nothing more is said of them."""
         self._send(("cancel", list(rows)))
 
-    def hear(self, wait_s: float) -> tuple[list[tuple[int, str]], list[Result]] | None:
+    def hear(self, wait_s: float) -> tuple[list[LiveText], list[Result]] | None:
         """What a live session is told next: more text of rows, or results. None when nothing came in time."""
         if not self._connection.poll(wait_s):
             return None

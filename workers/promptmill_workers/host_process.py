@@ -31,6 +31,7 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
 )
+from promptmill_workers.host_wire import LiveText
 
 log = logging.getLogger("promptmill.host")
 
@@ -43,8 +44,8 @@ FLUSH_RESULTS = 256
 #: Seconds between signs of life to a session whose requests run.
 BEAT_S = 1.0
 
-#: A request as it travels: row, messages as (role, content) pairs or None, prompt or None, sampling, if it streams.
-WireRequest = tuple[int, tuple[tuple[str, str], ...] | None, str | None, SamplingParams, bool]
+#: A request as it travels: row, messages as (role, content[, extra]) or None, prompt or None, sampling, if it streams.
+WireRequest = tuple[int, tuple[tuple[str, ...], ...] | None, str | None, SamplingParams, bool]
 
 #: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
 #: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing, the Extras.
@@ -62,8 +63,8 @@ class HostSession:
     live: bool = False
     keys: dict[int, RequestKey] = field(default_factory=dict)
     results: list[WireResult] = field(default_factory=list)
-    #: Text for those who wait for it: pairs of row and text, sent with every step.
-    texts: list[tuple[int, str]] = field(default_factory=list)
+    #: Text for those who wait for it, sent with every step: row, text, log-probabilities, number of the answer.
+    texts: list[LiveText] = field(default_factory=list)
     outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     flushed_at: float = 0.0
     beat_at: float = 0.0
@@ -192,7 +193,7 @@ class HostLoop:
             self._next_key += 1
             session.keys[row] = key
             self._origins[key] = Origin(session, row, received_at)
-            turns = tuple(Message(role, content) for role, content in messages) if messages is not None else None
+            turns = tuple(Message(*turn) for turn in messages) if messages is not None else None
             batch.append(EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live))
         if session.live:
             self._live_seen += len(batch)
@@ -215,7 +216,7 @@ class HostLoop:
     def _tell(self, event: TokenEvent) -> None:
         origin = self._origins.get(event.key)
         if origin is not None:
-            origin.session.texts.append((origin.row, event.text))
+            origin.session.texts.append((origin.row, event.text, event.logprobs, event.index))
 
     def _route(self, event: Finished | Rejected) -> None:
         origin = self._origins.pop(event.key, None)

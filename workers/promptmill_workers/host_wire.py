@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from promptmill.types import ErrorClass, Extras, Failed, FinishReason, Ok, Request, Result, Timing, Usage
+from promptmill.types import ErrorClass, Extras, Failed, FinishReason, Message, Ok, Request, Result, Timing, Usage
+
+#: More text of a live request: row, text, log-probabilities of its tokens or None, number of the answer.
+LiveText = tuple[int, str, list[dict[str, Any]] | None, int]
 
 
 def wire(request: Request) -> Any:
-    turns = None if request.messages is None else tuple((each.role, each.content) for each in request.messages)
+    turns = None if request.messages is None else tuple(map(_turn, request.messages))
     return request.row, turns, request.prompt, request.sampling, request.stream
+
+
+def _turn(message: Message) -> tuple[str, ...]:
+    return (message.role, message.content, message.extra) if message.extra else (message.role, message.content)
 
 
 def result_of(

@@ -35,6 +35,7 @@ from promptmill.live_wire import (
 from promptmill.types import ErrorClass, Ok, Result
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import FAIR_S, HostKeeper
+from promptmill_workers.host_wire import LiveText
 from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
@@ -186,14 +187,14 @@ class LiveLane:
             elif time.monotonic() - heard_at > session.stall_timeout_s:
                 session.stalled()
 
-    def _tell(self, texts: list[tuple[int, str]], results: list[Result]) -> None:
+    def _tell(self, texts: list[LiveText], results: list[Result]) -> None:
         replies: list[tuple[LiveRequest, list[Any]]] = []
         with self._lock:
-            for row, text in texts:
+            for row, text, *more in texts:
                 running = self._running.get(row)
                 if running is not None and text:
                     running.told = True
-                    replies.append((running.request, [TEXT, text]))
+                    replies.append((running.request, [TEXT, text, *more]))
             for result in results:
                 ended = self._running.pop(result.row, None)
                 if ended is not None:

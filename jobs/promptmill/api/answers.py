@@ -6,13 +6,15 @@ import base64
 import time
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from ulid import ULID
 
 from promptmill.api.questions import Question
 from promptmill.live_wire import usage_of
-from promptmill.result_formats import openai_choice, openai_usage
+from promptmill.result_formats import openai_choice, openai_usage, shown_logprobs, why_ended
+from promptmill.tool_calls import Withheld, read_calls, shown_calls
 from promptmill.types import Usage
 
 #: What changes the answers of a model; clients compare it. The engine's versions are in /v1/system/status.
@@ -37,12 +39,13 @@ def whole(question: Question, answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The body of a completion: the choices of all prompts, their tokens added up."""
     raw = question.messages is None
     choices = [each for answer in answers for each in choices_of(answer)]
+    name = new_id(raw)
     return {
-        "id": new_id(raw),
+        "id": name,
         "object": "text_completion" if raw else "chat.completion",
         "created": int(time.time()),
         "model": question.model,
-        "choices": [openai_choice(index, each, raw) for index, each in enumerate(choices)],
+        "choices": [openai_choice(index, each, raw, question.offer, name) for index, each in enumerate(choices)],
         "usage": openai_usage(total_usage(answers)),
         "system_fingerprint": FINGERPRINT,
     }
@@ -76,46 +79,90 @@ def _vector(numbers: list[float], as_base64: bool) -> list[float] | str:
     return base64.b64encode(floats.tobytes()).decode()
 
 
+@dataclass(slots=True)
+class Told:
+    """What of one choice the client has seen."""
+
+    characters: int = 0
+    #: Log-probabilities that came, and those that wait for the next piece of text.
+    tokens: int = 0
+    pending: list[dict[str, Any]] = field(default_factory=list)
+    #: Characters that the log-probabilities before stand for.
+    offset: int = 0
+    #: Where tools may be called: text that may be a call is held back.
+    withheld: Withheld | None = None
+
+
 class Chunks:
-    """The chunks of one streamed completion."""
+    """The chunks of one streamed completion. The choices of prompt ``p`` are ``p * n`` to ``p * n + n - 1``."""
 
     def __init__(self, question: Question) -> None:
         self._raw = question.messages is None
-        self._include_usage = question.include_usage
+        self._question = question
+        self._n = int(question.sampling.get("n", 1))
+        count = max(1, len(question.texts)) * self._n
+        self._told = [Told(withheld=Withheld() if question.offer else None) for _ in range(count)]
         self._frame = {
             "id": new_id(self._raw), "object": "text_completion" if self._raw else "chat.completion.chunk",
             "created": int(time.time()), "model": question.model, "system_fingerprint": FINGERPRINT,
         }  # fmt: skip
-        self._told = 0
 
     def begin(self) -> Iterator[dict[str, Any]]:
         if not self._raw:
-            yield self._chunk(0, delta={"role": "assistant", "content": "", "refusal": None})
+            for index in range(len(self._told)):
+                yield self._chunk(index, delta={"role": "assistant", "content": "", "refusal": None})
 
-    def text(self, text: str) -> dict[str, Any]:
-        self._told += len(text)
-        return self._piece(0, text)
+    def text(self, prompt: int, text: str, logprobs: Any, number: int) -> Iterator[dict[str, Any]]:
+        """More of answer ``number`` to a prompt; nothing while it may be a call."""
+        index = prompt * self._n + number
+        told = self._told[index]
+        if logprobs:
+            told.pending += logprobs
+            told.tokens += len(logprobs)
+        if told.withheld is not None:
+            text = told.withheld.add(text)
+        if text:
+            told.characters += len(text)
+            yield self._piece(index, text)
 
-    def end(self, answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """What has not been told, why each choice ended, and the tokens if they were asked for."""
-        for index, choice in enumerate(choices_of(answer)):
-            rest = choice["text"][self._told :] if index == 0 else choice["text"]
-            if choice.get("reasoning") and not self._raw:
-                yield self._chunk(index, delta={"reasoning_content": choice["reasoning"]})
-            logprobs = openai_choice(index, choice, self._raw)["logprobs"]
-            if rest or logprobs:
-                yield self._piece(index, rest, logprobs)
-            nothing: dict[str, Any] = {"text": ""} if self._raw else {"delta": {}}
-            yield self._chunk(index, finish_reason=choice["finish_reason"], **nothing)
-        if self._include_usage:
-            yield self._frame | {"choices": [], "usage": openai_usage(usage_of(answer))}
+    def end(self, prompt: int, answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What of the answers to a prompt has not been told, and why each ended."""
+        for number, choice in enumerate(choices_of(answer)):
+            yield from self._end_of(prompt * self._n + number, choice)
 
-    def _piece(self, index: int, text: str, logprobs: Any = None) -> dict[str, Any]:
+    def usage(self, answers: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The tokens of all answers, if they were asked for."""
+        if self._question.include_usage:
+            yield self._frame | {"choices": [], "usage": openai_usage(total_usage(answers))}
+
+    def _end_of(self, index: int, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        told, offer = self._told[index], self._question.offer
+        content, calls = read_calls(choice["text"], offer) if offer else (choice["text"], [])
+        told.pending += (choice.get("logprobs") or [])[told.tokens :]
+        if choice.get("reasoning") and not self._raw:
+            yield self._chunk(index, delta={"reasoning_content": choice["reasoning"]})
+        rest = content[told.characters :]
+        if rest or (told.pending and not calls):
+            yield self._piece(index, rest)
+        if calls:
+            shown = shown_calls(calls, f"{self._frame['id']}/{index}")
+            delta = {"tool_calls": [{"index": place} | each for place, each in enumerate(shown)]}
+            yield self._chunk(index, logprobs=self._logprobs(told), delta=delta)
+        nothing: dict[str, Any] = {"text": ""} if self._raw else {"delta": {}}
+        yield self._chunk(index, finish_reason=why_ended(choice["finish_reason"], bool(calls)), **nothing)
+
+    def _piece(self, index: int, text: str) -> dict[str, Any]:
         what: dict[str, Any] = {"text": text} if self._raw else {"delta": {"content": text}}
-        return self._chunk(index, logprobs=logprobs, **what)
+        return self._chunk(index, logprobs=self._logprobs(self._told[index]), **what)
+
+    def _logprobs(self, told: Told) -> dict[str, Any] | None:
+        pending, told.pending = told.pending, []
+        shown = shown_logprobs(pending, self._raw, told.offset)
+        told.offset += sum(len(each["token"]) for each in pending)
+        return shown
 
     def _chunk(
         self, index: int, *, logprobs: Any = None, finish_reason: str | None = None, **what: Any
     ) -> dict[str, Any]:
         choice = {"index": index, **what, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._frame | {"choices": [choice]} | ({"usage": None} if self._include_usage else {})
+        return self._frame | {"choices": [choice]} | ({"usage": None} if self._question.include_usage else {})

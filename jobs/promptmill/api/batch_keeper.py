@@ -319,13 +319,15 @@ class Keeper:
 
 def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]]:
     query = (
-        sa.select(results, requests.c.custom_id, requests.c.input, requests.c.row.label("number"))
+        sa.select(results, requests.c.custom_id, requests.c.input, requests.c.sampling, requests.c.row.label("number"))
         .select_from(requests)
         .outerjoin(results, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
         .where(requests.c.job_id == batch.job_id)
         .order_by(requests.c.row)
     )
     code, message = UNANSWERED[end]
+    text = db.execute(sa.select(jobs.c.sampling).where(jobs.c.id == batch.job_id)).scalar()
+    common = json.loads(text or "{}")
     for row in db.execution_options(yield_per=FETCH_ROWS).execute(query):
         if row.state is None:
             yield {
@@ -333,7 +335,7 @@ def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]
                 "error": {"code": code, "message": message},
             }  # fmt: skip
         else:
-            yield openai_line(row, batch.model or "")
+            yield openai_line(row, batch.model or "", common)
 
 
 def main() -> None:

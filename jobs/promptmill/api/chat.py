@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,13 +16,17 @@ from promptmill.api import answers, bodies, documents, questions
 from promptmill.api.bodies import json_response
 from promptmill.api.errors import ApiError
 from promptmill.api.keys import Principal
+from promptmill.api.live import Call
 from promptmill.api.questions import Question
 from promptmill.api.services import Parts, Services, Submitter, in_thread
 from promptmill.api.streams import ClientGone, EventStream, event, unless_gone
-from promptmill.live_wire import TEXT
+from promptmill.live_wire import DONE, FAILED, TEXT
 from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS
 
 router = APIRouter(tags=["Answers"])
+
+#: Number of the prompt, kind and value of a reply.
+Reply = tuple[int, str, Any]
 
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -117,13 +121,15 @@ async def _streamed(
     request: Request, parts: Services, principal: Principal, question: Question, model: str
 ) -> Response:
     """Begins when the first text is there, so that a request that fails is an error and not a broken stream."""
-    prompt = question.texts[0] if question.texts else None
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(parts.limits.running(principal))
-        call = await stack.enter_async_context(
-            parts.live.call(model, question.sampling, messages=question.messages, prompt=prompt, stream=True)
-        )
-        replies = call.replies()
+        calls = [
+            await stack.enter_async_context(
+                parts.live.call(model, question.sampling, messages=question.messages, prompt=prompt, stream=True)
+            )
+            for prompt in question.texts or (None,)
+        ]
+        replies = await stack.enter_async_context(contextlib.aclosing(_merged(calls)))
         first = await _or_gone(request, anext(replies))
         if first is None:
             return Response(status_code=GONE)
@@ -131,19 +137,54 @@ async def _streamed(
     raise AssertionError
 
 
+async def _merged(calls: list[Call]) -> AsyncGenerator[Reply]:
+    """The replies to all calls as they come. Raises the ApiError of the first that fails."""
+    if len(calls) == 1:
+        async for kind, value in calls[0].replies():
+            yield 0, kind, value
+        return
+    arrived: asyncio.Queue[Reply] = asyncio.Queue()
+
+    async def read(number: int) -> None:
+        try:
+            async for kind, value in calls[number].replies():
+                arrived.put_nowait((number, kind, value))
+        except ApiError as problem:
+            arrived.put_nowait((number, FAILED, problem))
+
+    tasks = [asyncio.create_task(read(number)) for number in range(len(calls))]
+    try:
+        for _ in calls:
+            kind = TEXT
+            while kind == TEXT:
+                number, kind, value = await arrived.get()
+                if kind == FAILED:
+                    raise value
+                yield number, kind, value
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def _events(
-    question: Question, first: tuple[str, Any], replies: AsyncIterator[tuple[str, Any]], held: contextlib.AsyncExitStack
+    question: Question, first: Reply, replies: AsyncIterator[Reply], held: contextlib.AsyncExitStack
 ) -> AsyncIterator[bytes]:
     chunks = answers.Chunks(question)
     async with held:
         for chunk in chunks.begin():
             yield event(chunk)
         try:
-            kind, value = first
-            while kind == TEXT:
-                yield event(chunks.text(value))
-                kind, value = await anext(replies)
-            for chunk in chunks.end(value):
+            found: list[dict[str, Any]] = []
+            number, kind, value = first
+            while True:
+                if kind == DONE:
+                    found.append(value)
+                for chunk in chunks.text(number, *value) if kind == TEXT else chunks.end(number, value):
+                    yield event(chunk)
+                if len(found) == max(1, len(question.texts)):
+                    break
+                number, kind, value = await anext(replies)
+            for chunk in chunks.usage(found):
                 yield event(chunk)
             yield DONE_EVENT
         except ApiError as problem:

@@ -99,10 +99,34 @@ BATCH = body(
     )
 )
 
+_TOOL = _object(
+    ["type", "function"], type={"type": "string", "enum": ["function"]},
+    function=_object(
+        ["name"], name={"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}, description=TEXT,
+        parameters={"type": "object", "description": "A JSON schema."}, strict={"type": ["boolean", "null"]},
+    ),
+)  # fmt: skip
+
+_TOOL_CHOICE: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "enum": ["none", "auto", "required"]},
+        _object(
+            ["type", "function"], type={"type": "string", "enum": ["function"]}, function=_object(["name"], name=TEXT)
+        ),
+    ]
+}
+
+_CALL = _object(
+    ["function"], id=TEXT, type={"type": "string", "enum": ["function"]},
+    function=_object(["name", "arguments"], name=TEXT, arguments={"type": "string", "description": "A JSON object."}),
+)  # fmt: skip
+
 _MESSAGE = _object(
-    ["role", "content"],
+    ["role"],
     role={"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
     content={"anyOf": [TEXT, {"type": "array", "items": _object(["type", "text"], type=TEXT, text=TEXT)}]},
+    tool_calls={"type": "array", "items": _CALL, "minItems": 1},
+    tool_call_id=TEXT,
 )
 
 #: What all completions take; OpenAI's own documents say what each means.
@@ -128,6 +152,8 @@ CHAT = body(
         messages={"type": "array", "minItems": 1, "items": _MESSAGE},
         max_completion_tokens={"type": "integer", "minimum": 1},
         logprobs={"type": "boolean"}, top_logprobs={"type": "integer", "minimum": 0, "maximum": 20},
+        tools={"type": "array", "items": _TOOL, "maxItems": 128}, tool_choice=_TOOL_CHOICE,
+        parallel_tool_calls={"type": "boolean"},
         response_format=_object(["type"], type={"type": "string", "enum": ["text", "json_object", "json_schema"]}),
     )
 )  # fmt: skip

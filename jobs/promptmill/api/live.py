@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -68,6 +69,8 @@ def failure(error_class: str, message: str) -> ApiError:
     """What a client is told of a request that failed."""
     status, code = STATUSES.get(error_class, (502, error_class))
     param = "messages" if code == "context_length_exceeded" else None
+    if code == "invalid_request" and (named := re.match(r"'(tools|messages)'", message)):
+        param, code = named[1], "unsupported_parameter"
     # What broke inside is for the log of the worker.
     shown = message if status < 500 or status == 504 else "The model could not answer this request."
     return ApiError(status, shown, param=param, code=code)
@@ -87,7 +90,10 @@ class Call:
         self._replies.put_nowait((kind, value))
 
     async def replies(self) -> AsyncIterator[tuple[str, Any]]:
-        """Text as it comes (``TEXT``), then the answer (``DONE``). Raises ApiError for a request that fails."""
+        """Text as it comes (``TEXT``: text, log-probabilities, number of the answer), then the answer (``DONE``).
+
+        Raises ApiError for a request that fails.
+        """
         try:
             async with asyncio.timeout(self.request.until - time.time()):
                 while True:
@@ -235,7 +241,7 @@ class Live:
             call.worker = None
         elif kind == TEXT:
             call.told = True
-            call.put(TEXT, rest[0])
+            call.put(TEXT, rest)
         elif kind == DONE:
             call.put(DONE, rest[0])
         else:

@@ -13,6 +13,7 @@ from promptmill.prompts import resolve_sampling
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import messages_of
 from promptmill.sampling import BadParameter
+from promptmill.tool_calls import Offer
 
 #: Most tokens of an answer that somebody waits for and sets no limit to.
 DEFAULT_MAX_TOKENS = 1024
@@ -28,12 +29,14 @@ class Question:
 
     model: str
     sampling: dict[str, Any]
-    messages: list[tuple[str, str]] | None = None
+    messages: list[tuple[str, ...]] | None = None
     texts: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
     #: Of embeddings: numbers as base64 of little-endian float32.
     base64: bool = False
+    #: Tools that the answer may call.
+    offer: Offer | None = None
 
 
 def read(body: dict[str, Any], url: str) -> Question:
@@ -48,9 +51,8 @@ def read(body: dict[str, Any], url: str) -> Question:
         body.pop("encoding_format")
     messages = _messages(body) if url == CHAT else None
     texts = () if url == CHAT else _texts(body, "prompt" if url == COMPLETIONS else "input", url)
-    if stream and len(texts) > 1:
-        raise bad("Streaming of several prompts at a time is not supported.", "stream", "unsupported_value")
-    return Question(model, _sampling(body, url), messages, texts, stream, include_usage, encoding == "base64")
+    sampling = _sampling(body, url)
+    return Question(model, sampling, messages, texts, stream, include_usage, encoding == "base64", Offer.of(sampling))
 
 
 def _streaming(body: dict[str, Any], url: str) -> tuple[bool, bool]:
@@ -69,16 +71,20 @@ def _streaming(body: dict[str, Any], url: str) -> tuple[bool, bool]:
     return stream, bodies.flag(options, "include_usage")
 
 
-def _messages(body: dict[str, Any]) -> list[tuple[str, str]]:
+def _messages(body: dict[str, Any]) -> list[tuple[str, ...]]:
     value = body.pop("messages", None)
     if value is None:
         raise missing("messages")
     try:
-        turns = [(each.role, each.content) for each in messages_of(value)]
+        turns: list[tuple[str, ...]] = [
+            (each.role, each.content, each.extra) if each.extra else (each.role, each.content)
+            for each in messages_of(value)
+        ]
     except BadLine as problem:
         raise _named(str(problem), "messages") from None
-    for number, (_, text) in enumerate(turns):
-        _require_text(text, f"messages[{number}].content")
+    for number, (_, *texts) in enumerate(turns):
+        for text in texts:
+            _require_text(text, f"messages[{number}].content")
     return turns
 
 
@@ -105,8 +111,6 @@ def _require_text(text: str, name: str) -> None:
 
 
 def _sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
-    if body.get("tools") or body.get("functions"):
-        raise bad("Tools are not supported by this server's models.", "tools", "unsupported_parameter")
     try:
         found = translate(body, url)
         if url != EMBEDDINGS:

@@ -12,6 +12,7 @@ from promptmill.readers.fields import BadLine, from_fields, kind, peek_id, take_
 from promptmill.readers.source import TextLine
 from promptmill.registry import suggestion
 from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
+from promptmill.tool_calls import turn_extra
 from promptmill.types import DatasetLine, Message
 
 if TYPE_CHECKING:
@@ -181,9 +182,18 @@ def _message(index: int, value: Any) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise BadLine(f"messages[{index}].role is not one of {', '.join(sorted(ROLES))}")
     extra = value.keys() - {"role", "content", "name"}
-    if extra:
-        raise BadLine(f"unsupported key '{min(extra)[:40]}' in messages[{index}]")
-    return Message(role, _content(index, value.get("content")))
+    if not extra:
+        return Message(role, _content(index, value.get("content")))
+    if unknown := {each for each in extra if value[each] is not None} - {"tool_calls", "tool_call_id"}:
+        raise BadLine(f"unsupported key '{min(unknown)[:40]}' in messages[{index}]")
+    try:
+        more = turn_extra(value)
+    except ValueError as problem:
+        raise BadLine(f"messages[{index}]: {problem}") from None
+    content = value.get("content")
+    # An assistant that calls something need not say anything.
+    said = "" if content is None and value.get("tool_calls") else _content(index, content)
+    return Message(role, said, more)
 
 
 def _content(index: int, value: Any) -> str:

@@ -87,6 +87,10 @@ class TokenEvent:
 
     key: RequestKey
     text: str
+    #: Where log-probabilities are asked for: those of the tokens since the last event.
+    logprobs: list[dict[str, Any]] | None = None
+    #: Which of several answers it belongs to, from 0.
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,9 @@ class EchoEngine:
                     int((now - each.first_token_at) / pace) + 1 if pace and now < each.finished_at else len(each.tokens)
                 )
                 if due > each.told:
-                    events.append(TokenEvent(each.request.key, "".join(each.tokens[each.told : due])))
+                    fresh, asked = each.tokens[each.told : due], each.request.sampling
+                    logprobs = [_sure(token, asked.top_logprobs) for token in fresh] if asked.logprobs else None
+                    events.append(TokenEvent(each.request.key, "".join(fresh), logprobs))
                     each.told = due
         return events
 
@@ -335,7 +337,8 @@ class EchoTokenCounter:
 def _render(request: EngineRequest) -> str:
     if request.messages is None:
         return request.prompt or ""
-    return "".join(f"{message.role}: {message.content}\n" for message in request.messages)
+    tools = f"tools: {request.sampling.tools}\n" if request.sampling.tools else ""
+    return tools + "".join(f"{each.role}: {each.content or each.extra}\n" for each in request.messages)
 
 
 def _spoken(messages: tuple[Message, ...] | None, prompt: str | None) -> str:

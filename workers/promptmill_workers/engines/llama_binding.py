@@ -213,6 +213,12 @@ class Model:
         source = llama_cpp.llama_model_chat_template(self.handle, None)
         return source.decode(errors="replace") if source else None
 
+    @property
+    def tool_template(self) -> str | None:
+        """A template for tools alone, of models that have one beside the other."""
+        source = llama_cpp.llama_model_chat_template(self.handle, b"tool_use")
+        return source.decode(errors="replace") if source else None
+
     def device_name(self) -> str:
         """The device by the engine's own log; ``cpu`` when nothing was offloaded."""
         if not self.offloaded:

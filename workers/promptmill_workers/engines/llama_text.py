@@ -43,7 +43,7 @@ class PromptReader:
 
     def __init__(self, model: Model) -> None:
         self._vocabulary: Vocabulary = model.vocabulary
-        self._source = model.chat_template
+        self._source, self._tool_source = model.chat_template, model.tool_template
 
     def render(self, request: EngineRequest) -> str:
         """Raises RequestError."""
@@ -52,7 +52,9 @@ class PromptReader:
     def _opened(self, request: EngineRequest) -> tuple[str, bool]:
         if request.messages is None:
             return opened(request.prompt or "", request.sampling)
-        return opened(self._template.render(request.messages, request.sampling.thinking), request.sampling)
+        with_tools = request.sampling.tools is not None and self._tool_source is not None
+        template = self._tool_template if with_tools else self._template
+        return opened(template.render(request.messages, request.sampling), request.sampling)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -60,6 +62,11 @@ class PromptReader:
         if self._source is None:
             raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
         return ChatTemplate(self._source, self._vocabulary.bos, self._vocabulary.eos)
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate:
+        """The one that some models have for tools alone. Raises RequestError."""
+        return ChatTemplate(self._tool_source or "", self._vocabulary.bos, self._vocabulary.eos)
 
     @cached_property
     def end(self) -> int | None:

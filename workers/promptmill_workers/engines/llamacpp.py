@@ -319,7 +319,7 @@ class LlamaCppEngine:
         except GrammarError as problem:
             return self._failed(running, ErrorClass.GRAMMAR, problem.message)
         if running.request.stream and (text := running.answer.fresh()):
-            events.append(TokenEvent(running.request.key, text))
+            events.append(TokenEvent(running.request.key, text, running.answer.fresh_logprobs()))
         return None if reason is None else self._finished(running, reason, events)
 
     def _sample(self, running: Running) -> FinishReason | None:

@@ -322,7 +322,7 @@ class MlxEngine:
             running = self._running[each.sequence]
             event = self._receive(running, each, now)
             if running.request.stream and (text := running.answer.fresh()):
-                events.append(TokenEvent(running.request.key, text))
+                events.append(TokenEvent(running.request.key, text, running.answer.fresh_logprobs()))
             if event is not None:
                 events.append(event)
         return events

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from promptmill.errors import ModelError, RequestError
-from promptmill.types import Message
+from promptmill.prompts import turn_of
+from promptmill.types import Message, SamplingParams
 from promptmill_workers.answering import opened
-from promptmill_workers.engines.chat_template import ANSWERED, after_answer, thinking_names
+from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names, tools_for
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.prefix_plan import Tokens
 
@@ -47,20 +48,28 @@ class MlxTokenizer:
             return opened(request.prompt or "", request.sampling)
         if not self._tokenizer.chat_template:
             raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
-        return opened(self._chat(request.messages, request.sampling.thinking), request.sampling)
+        return opened(self._chat(request.messages, request.sampling), request.sampling)
 
-    def _chat(self, messages: Sequence[Message], thinking: str | None = None, *, ask: bool = True) -> str:
+    def _chat(self, messages: Sequence[Message], sampling: SamplingParams = PLAIN, *, ask: bool = True) -> str:
         """Messages as the chat template writes them; ``ask``: up to the model's next answer. Raises RequestError."""
-        turns = [{"role": each.role, "content": each.content} for each in messages]
+        turns = [turn_of(each) for each in messages]
+        tools = tools_for(self._template_source(sampling), messages, sampling)
         try:
             # transformers renders templates in jinja2's immutable sandbox.
             text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask, **thinking_names(thinking)
+                turns, tools=tools, tokenize=False, add_generation_prompt=ask, **thinking_names(sampling.thinking)
             )
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
         return str(text)
+
+    def _template_source(self, sampling: SamplingParams) -> str:
+        """Of several templates the one for tools where there are some, as transformers chooses."""
+        known = self._tokenizer.chat_template
+        if isinstance(known, dict):
+            known = known.get("tool_use" if sampling.tools else "default", known.get("default", ""))
+        return str(known)
 
     @cached_property
     def end(self) -> int | None:
