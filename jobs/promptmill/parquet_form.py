@@ -8,7 +8,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from promptmill import parallel
 from promptmill.database import reading
+from promptmill.tables import jobs
 
 #: Rows of a row group.
 GROUP_ROWS = 50_000
@@ -59,37 +61,79 @@ def schema_of(prompts: bool) -> Any:
 
 
 def record_batches(db: Engine, job_id: str, failed_only: bool = False, prompts: bool = False) -> Iterator[Any]:
-    """The job's results in the order of its rows as Arrow record batches of up to GROUP_ROWS."""
+    """The job's results in the order of its rows as Arrow record batches of up to GROUP_ROWS.
+
+    Of a large job that has ended several processes read, where :mod:`promptmill.parallel` allows it.
+    """
+    with reading(db) as connection:
+        job = connection.execute(sa.select(jobs.c.state, jobs.c.rows).where(jobs.c.id == job_id)).one_or_none()
+        if job is None or not parallel.is_worth(job.state, job.rows):
+            yield from _batches(connection, _query(None, failed_only, prompts), {"job": job_id}, prompts)
+            return
+    with parallel.readers(db) as readers:
+        spans = parallel.ranges(job.rows)
+        for found in readers.each(_range_batches, spans, job_id, failed_only, prompts):
+            for data in found:
+                yield _unpacked(data)
+
+
+def _range_batches(
+    connection: Connection, span: tuple[int, int], job_id: str, failed_only: bool, prompts: bool
+) -> list[bytes]:
+    """Record batches of a range of rows, packed for the way to another process."""
     import pyarrow as pa
 
     schema = schema_of(prompts)
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    given = {"job": job_id, "first": span[0], "last": span[1]}
+    packed = []
+    for batch in _batches(connection, _query(span, failed_only, prompts), given, prompts):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, schema, options=options) as writer:
+            writer.write_batch(batch)
+        packed.append(sink.getvalue().to_pybytes())
+    return packed
+
+
+def _unpacked(data: bytes) -> Any:
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_next_batch()
+
+
+def _query(span: tuple[int, int] | None, failed_only: bool, prompts: bool) -> sa.TextClause:
     chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
     selected = ", ".join(source for _, source in chosen.values())
     only = " AND r.state = 'error'" if failed_only else ""
-    query = sa.text(
+    among = "" if span is None else ' AND r."row" >= :first AND r."row" < :last'
+    return sa.text(
         f"SELECT {selected} FROM results r JOIN requests q "  # noqa: S608 - our names
         'ON q.job_id = r.job_id AND q."row" = r."row" '
-        f'WHERE r.job_id = :job{only} ORDER BY r."row"'
+        f'WHERE r.job_id = :job{only}{among} ORDER BY r."row"'
     )
-    with reading(db) as connection:
-        for rows in _pages(connection, query, job_id):
-            columns = [
-                pa.array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)
-            ]
-            yield pa.record_batch(columns, schema=schema)
 
 
-def _pages(connection: Connection, query: sa.TextClause, job_id: str) -> Iterator[Sequence[Sequence[Any]]]:
+def _batches(connection: Connection, query: sa.TextClause, given: dict[str, Any], prompts: bool) -> Iterator[Any]:
+    import pyarrow as pa
+
+    schema = schema_of(prompts)
+    for rows in _pages(connection, query, given):
+        columns = [pa.array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
+        yield pa.record_batch(columns, schema=schema)
+
+
+def _pages(connection: Connection, query: sa.TextClause, given: dict[str, Any]) -> Iterator[Sequence[Sequence[Any]]]:
     """GROUP_ROWS rows at a time. From SQLite as plain tuples: a row object for each of a million costs seconds."""
     if connection.dialect.name != "sqlite":
-        streamed: Any = connection.execution_options(yield_per=GROUP_ROWS).execute(query, {"job": job_id})
+        streamed: Any = connection.execution_options(yield_per=GROUP_ROWS).execute(query, given)
         # Without a size all rows would be one partition.
         yield from streamed.partitions(GROUP_ROWS)
         return
     driver: Any = connection.connection.driver_connection
     cursor = driver.cursor()
     try:
-        cursor.execute(str(query), {"job": job_id})
+        cursor.execute(str(query), given)
         while rows := cursor.fetchmany(GROUP_ROWS):
             yield rows
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +16,7 @@ from ulid import ULID
 
 from promptmill.database import copy_rows, epoch, reading, writing
 from promptmill.errors import JobError
+from promptmill.parallel import begin_process, processes
 from promptmill.scorers.scoring import Answer, Judge, answers_query
 from promptmill.scorers.tally import Judgement, Score, Tally
 from promptmill.tables import results, score_runs, scores
@@ -202,7 +202,7 @@ def _pages(db: Engine, job_id: str, whole: bool) -> Iterator[Page]:
 def _judged(
     pages: Iterator[Page], task: Task, judge: Judge, rows: int
 ) -> Iterator[tuple[list[int], list[Columns], list[Judged]]]:
-    if judge.needs_item and rows >= POOL_ROWS and (os.cpu_count() or 1) > 1:
+    if judge.needs_item and rows >= POOL_ROWS and processes() > 1:
         yield from _judged_by_many(pages, task)
         return
     known: dict[Columns, Judged] = {}
@@ -224,6 +224,7 @@ _judge_here: Judge | None = None
 
 def _begin_process(text: str, name: str, folder: str | None) -> None:
     global _judge_here
+    begin_process()
     _judge_here = Judge(parse_task(text, name, folder))
 
 
@@ -234,7 +235,7 @@ def _judge_elsewhere(answers: list[Columns]) -> list[Judged]:
 
 def _judged_by_many(pages: Iterator[Page], task: Task) -> Iterator[tuple[list[int], list[Columns], list[Judged]]]:
     """In the order of the pages, a few of which are in memory at a time."""
-    count = os.cpu_count() or 1
+    count = processes()
     waiting: deque[tuple[list[int], list[Columns], Future[list[Judged]]]] = deque()
     # Started afresh: a fork of a process that holds connections and threads could hang.
     begin = (task.text, task.name, task.folder)

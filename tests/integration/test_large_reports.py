@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from promptmill import parquet_form
-from promptmill.database import connect, upgrade
+from promptmill import parallel, parquet_form
+from promptmill.database import connect, upgrade, writing
 from promptmill.figure_sql import FIGURE_SQL
 from promptmill.metrics import METRICS
 from promptmill.queries import querying
@@ -19,6 +20,7 @@ from promptmill.reports import times
 from promptmill.reports.figures import DISTRIBUTIONS, SINGLE
 from promptmill.reports.html import text as page
 from promptmill.reports.summary import summarise
+from promptmill.tables import jobs, results
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
 
 ROWS = 400
@@ -112,6 +114,70 @@ def test_blocks_of_any_size_give_the_same_report(db: sa.Engine, monkeypatch: pyt
     again = summarise(db, JOB).to_json()
     assert again.pop("curve")["output_tps"] == pytest.approx(whole.pop("curve")["output_tps"])
     assert str(again) == str(whole)
+
+
+@pytest.fixture
+def several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "WORTH_ROWS", 100)
+    monkeypatch.setattr(parallel, "RANGE_ROWS", 90)
+    monkeypatch.setattr(parallel, "_most", 2)
+
+
+@pytest.mark.usefixtures("several_processes")
+@pytest.mark.parametrize("exact", [True, False], ids=["held", "counted"])
+def test_several_processes_report_and_export_the_same(
+    db: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    fill(db)
+    if not exact:
+        monkeypatch.setattr(times, "EXACT_ROWS", 100)
+    found, exported = summarise(db, JOB).to_json(), tmp_path / "many.parquet"
+    parquet_form.write(db, JOB, str(exported), prompts=True)
+    asked: list[Any] = []
+    monkeypatch.setattr(parallel, "readers", asked.append)
+    monkeypatch.setattr(parallel, "_most", 1)
+    alone = summarise(db, JOB).to_json()
+    parquet_form.write(db, JOB, str(tmp_path / "one.parquet"), prompts=True)
+    assert not asked
+    assert found.pop("curve")["output_tps"] == pytest.approx(alone.pop("curve")["output_tps"])
+    for name in ("wall_s", "mean_active", "latency_s", "ttft_s", "tpot_s", "queue_s"):
+        assert found.pop(name) == pytest.approx(alone.pop(name), rel=1e-9), name
+    found.pop("checks"), alone.pop("checks")
+    assert str(found) == str(alone)
+    assert pq.read_table(exported).equals(pq.read_table(tmp_path / "one.parquet"))
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_of_a_job_that_goes_on_one_moment_is_reported(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(db)
+    with writing(db) as connection:
+        connection.execute(sa.update(jobs).values(state="running"))
+    # Several processes would see several moments.
+    monkeypatch.setattr(parallel, "readers", pytest.fail)
+    assert summarise(db, JOB).attempted == ROWS
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_a_job_that_changed_meanwhile_is_read_again(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(db)
+    seen: list[str] = []
+
+    def changed(db: sa.Connection, job: Any) -> bool:
+        seen.append(job.id)
+        return False
+
+    monkeypatch.setattr("promptmill.reports.fold.is_as_it_was", changed)
+    assert summarise(db, JOB).attempted == ROWS
+    assert seen == [JOB]
+
+
+def test_a_worker_that_only_the_results_name_is_found(db: sa.Engine) -> None:
+    fill(db)
+    with writing(db) as connection:
+        connection.execute(sa.update(results).where(results.c.row % 3 == 0).values(worker_id="nobody/knows/9"))
+    found = summarise(db, JOB)
+    assert sum(worker.ok for worker in found.workers) == found.ok
+    assert "nobody/knows/9" in {worker.id for worker in found.workers}
 
 
 def test_html_of_counted_rows(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,9 +176,11 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 def open_all() -> tuple[Settings, Engine]:
     """Settings and the database at the right revision."""
+    from promptmill import parallel
     from promptmill.database import open_database
     from promptmill.settings import load_settings
 
+    parallel.allow()
     settings = load_settings()
     return settings, open_database(settings.database_url)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from promptmill.metrics import digits
 from promptmill.reports.budget import Budget
 from promptmill.reports.distributions import Curve
-from promptmill.reports.rows import Totals
+from promptmill.reports.totals import Totals
 from promptmill.types import ErrorClass, JobState
 
 #: Share by which two ways to the same number may differ through rounding of doubles.

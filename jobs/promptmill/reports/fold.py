@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill import parallel
 from promptmill.reports import times
 from promptmill.reports.distributions import CURVE_SLICES, Active, Curve, Spread, add_output, queued, tpot
-from promptmill.reports.scan import Floats, Ints, Key, Series, Truths, blocks, keys
+from promptmill.reports.scan import Floats, Ints, Key, Places, Series, Truths, UnknownKey, parted
+from promptmill.reports.sources import Here, Source, is_as_it_was, shared
 from promptmill.reports.times import Times
-from promptmill.tables import results
+from promptmill.reports.totals import Totals
 
 #: Slices of plots over time, and points of the scatter plot: more are a blot, and megabytes.
 PLOT_SLICES = 240
@@ -66,50 +69,73 @@ class Folded:
     tpot_s: times.Distribution = field(default_factory=lambda: times.Distribution(0))
     queue_s: times.Distribution = field(default_factory=lambda: times.Distribution(0))
     curve: Curve | None = None
+    totals: Totals = field(default_factory=Totals)
     plots: Plots | None = None
 
 
-def fold(db: Connection, job_id: str, rows: int, detailed: bool = False) -> Folded:
-    """Read the job once. ``rows``: how many it may have; ``detailed``: what plots need, too."""
-    known = keys(db, job_id)
+def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
+    """Read the job once; ``detailed``: what plots need, too."""
+    if parallel.is_worth(job.state, job.rows):
+        with shared(db, job) as source:
+            folded = _fold_all(source, db, job, detailed)
+        if is_as_it_was(db, job):
+            return folded
+    return _fold_all(Here(db, job.id), db, job, detailed)
+
+
+def _fold_all(source: Source, db: Connection, job: sa.Row[Any], detailed: bool) -> Folded:
+    try:
+        return _fold(source, Places.of(db, job.id), job.rows, detailed)
+    except UnknownKey:
+        return _fold(source, Places.scanned(db, job.id), job.rows, detailed)
+
+
+def _fold(source: Source, places: Places, rows: int, detailed: bool) -> Folded:
+    known = places.keys
     counts = _Counts(known)
     exact = rows <= times.EXACT_ROWS
-    if exact:
-        shape, parts = None, _Parts()
-    else:
-        shape, parts = _Shape.over(_span(db, job_id), rows, False, detailed), None
+    shape = None if exact else _Shape.over(source.began_and_ended(), rows, False, detailed)
+    held = _Held()
     answered = np.array([key.state == "ok" for key in known], dtype=bool)
-    for places, series in blocks(db, job_id, known, detailed):
+    for block in source.blocks(places, detailed):
+        at, series = parted(block)
         timed = series.timed
-        counts.add(places, series, timed)
-        places, series = places[timed], series.where(timed)
-        ok = answered[places]
-        if parts is not None:
-            parts.ok.append(series.where(ok))
-            parts.failed.append(series.where(~ok))
+        counts.add(at, series, timed)
+        at, series = at[timed], series.where(timed)
+        ok = answered[at]
+        if exact:
+            held.ok.append(series.where(ok))
+            held.failed.append(series.where(~ok))
         elif shape is not None:
             shape.add(series.where(ok), series.where(~ok))
-    if parts is not None:
-        ok_rows, failed = Series.joined(parts.ok), Series.joined(parts.failed)
-        shape = _Shape.over(_span_of(ok_rows, failed), rows, True, detailed)
-        if shape is not None:
-            shape.add(ok_rows, failed)
-    return Folded(groups=counts.groups()) if shape is None else shape.folded(counts.groups())
+    if exact:
+        shape = held.shape(rows, detailed)
+    folded = Folded(groups=counts.groups()) if shape is None else shape.folded(counts.groups())
+    return replace(folded, totals=source.totals())
+
+
+#: Rows that are folded at a time: each step makes columns of its own.
+STEP_ROWS = 100_000
 
 
 @dataclass(slots=True)
-class _Parts:
+class _Held:
+    """Rows of a job that has so few that all can be held."""
+
     ok: list[Series] = field(default_factory=list)
     failed: list[Series] = field(default_factory=list)
 
-
-def _span(db: Connection, job_id: str) -> tuple[float, float] | None:
-    each = results.c
-    query = sa.select(sa.func.min(each.admitted_at), sa.func.max(each.finished_at)).where(
-        each.job_id == job_id, each.admitted_at.is_not(None), each.finished_at.is_not(None)
-    )
-    begin, end = db.execute(query).one()
-    return None if begin is None else (float(begin), float(end))
+    def shape(self, rows: int, detailed: bool) -> _Shape | None:
+        """What they make; None of no rows. They are let go."""
+        ok, failed = Series.joined(self.ok), Series.joined(self.failed)
+        shape = _Shape.over(_span_of(ok, failed), rows, True, detailed)
+        if shape is None:
+            return None
+        shape.add_active(ok, failed)
+        for first in range(0, len(ok), STEP_ROWS):
+            shape.add_times(ok.part(first, first + STEP_ROWS), failed.part(0, 0))
+        shape.add_times(ok.part(0, 0), failed)
+        return shape
 
 
 def _span_of(*parts: Series) -> tuple[float, float] | None:
@@ -145,6 +171,7 @@ class _Counts:
                 float(first) if timed else None, float(last) if timed else None,
             )
             for key, rows, timed, tokens, first, last in columns
+            if rows
         )  # fmt: skip
 
 
@@ -164,12 +191,19 @@ class _Shape:
         return None if span is None else _Shape(*span, rows, exact, detailed)
 
     def add(self, ok: Series, failed: Series) -> None:
+        self.add_active(ok, failed)
+        self.add_times(ok, failed)
+
+    def add_active(self, ok: Series, failed: Series) -> None:
+        """Where times are exact, all rows at once."""
+        self._active.add(*(np.concatenate([getattr(ok, name), getattr(failed, name)]) for name in _SLOT))
+
+    def add_times(self, ok: Series, failed: Series) -> None:
         latency = ok.finished_at - ok.admitted_at
         self._latency.add(latency)
         self._ttft.add(ok.first_token_at - ok.admitted_at)
         self._tpot.add(tpot(ok))
         self._queue.add(queued(ok))
-        self._active.add(*(np.concatenate([getattr(ok, name), getattr(failed, name)]) for name in _SLOT))
         if self._output is not None:
             add_output(self._output, ok)
         if self._plots is not None:

@@ -16,31 +16,11 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.database import reading
 from promptmill.errors import UnknownName
 from promptmill.reports.fold import Folded, Group, fold
+from promptmill.reports.totals import Totals
 from promptmill.tables import attempts, job_tags, jobs, results, worker_samples, workers
-
-#: Seconds by which two clocks may disagree before a row counts as out of order: SQLite's clock ticks in milliseconds,
-#: and clocks of different machines are set by Redis to a few more.
-CLOCK_TOLERANCE_S = 0.010
 
 #: Seconds around a job in which a sample of its workers counts: they are taken every 5 s, at a start and at an end.
 SAMPLED_S = 6.0
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over a job's rows. Tokens are of answers, without those copied from an identical request."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    reasoning_tokens: int
-    #: Answers that were copied from an identical request: they are in no sum of tokens.
-    copied: int
-    over_max_tokens: int
-    over_cached: int
-    #: Rows whose stamps of one worker are out of order.
-    disordered: int
-    #: Rows admitted before they were enqueued, by more than clocks may disagree.
-    early: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +70,7 @@ def read_facts(db: Connection, job_id: str, detailed: bool = False) -> Facts:
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one_or_none()
     if job is None:
         raise UnknownName(f"there is no job {job_id}", hint="'promptmill list' shows the jobs.")
-    folded = fold(db, job_id, job.rows, detailed)
+    folded = fold(db, job, detailed)
     groups = folded.groups
     tried = tuple(db.execute(sa.select(attempts).where(attempts.c.job_id == job_id)).all())
     own_tags = sa.select(job_tags.c.tag).where(job_tags.c.job_id == job_id).order_by(job_tags.c.tag)
@@ -98,7 +78,7 @@ def read_facts(db: Connection, job_id: str, detailed: bool = False) -> Facts:
     return Facts(
         job=job,
         folded=folded,
-        totals=_totals(db, job_id),
+        totals=folded.totals,
         examples=_examples(db, job_id) if any(each.state == "error" for each in groups) else (),
         tags=tuple(db.execute(own_tags).scalars()),
         attempts=tried,
@@ -106,26 +86,6 @@ def read_facts(db: Connection, job_id: str, detailed: bool = False) -> Facts:
         workers=tuple(db.execute(sa.select(workers).where(workers.c.id.in_(ids)).order_by(workers.c.id)).all()),
         memory=_memory(db, ids, groups),
     )
-
-
-def _totals(db: Connection, job_id: str) -> Totals:
-    each = results.c
-    computed = sa.and_(each.state == "ok", ~each.deduplicated)
-    disordered = sa.or_(each.first_token_at < each.admitted_at, each.finished_at < each.first_token_at)
-    query = sa.select(
-        # PostgreSQL sums integers to bigint; of nothing, both databases sum to NULL.
-        *(
-            sa.func.coalesce(sa.func.sum(column).filter(computed), 0)
-            for column in (each.prompt_tokens, each.cached_tokens, each.reasoning_tokens)
-        ),
-        sa.func.count().filter(sa.and_(each.state == "ok", each.deduplicated)),
-        sa.func.count().filter(each.output_tokens > each.max_tokens),
-        sa.func.count().filter(each.cached_tokens > each.prompt_tokens),
-        sa.func.count().filter(disordered),
-        sa.func.count().filter(each.enqueued_at > each.admitted_at + CLOCK_TOLERANCE_S),
-    ).where(each.job_id == job_id)
-    counts: tuple[int, ...] = tuple(db.execute(query).one())
-    return Totals(*counts)
 
 
 def _examples(db: Connection, job_id: str) -> tuple[ErrorExample, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,7 +12,9 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.tables import results
+from promptmill.reports.totals import Span, among
+from promptmill.tables import attempts, results
+from promptmill.types import ErrorClass, FinishReason
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,6 +62,10 @@ class Series:
         columns = (getattr(self, name) for name in self.__slots__)
         return Series(*(column[chosen] if len(column) else column for column in columns))
 
+    def part(self, first: int, last: int) -> Series:
+        """Rows ``first`` to before ``last``."""
+        return Series(*(getattr(self, name)[first:last] for name in self.__slots__))
+
     @property
     def timed(self) -> Truths:
         """Rows that had a slot to their end."""
@@ -77,36 +83,90 @@ class Series:
         return Series(*found)
 
 
-def keys(db: Connection, job_id: str) -> list[Key]:
-    """Every key of the job's results, sorted."""
-    each = results.c
-    query = sa.select(each.worker_id, each.state, each.finish_reason, each.error_class).distinct()
-    found = [Key(*row) for row in db.execute(query.where(each.job_id == job_id))]
-    return sorted(found, key=lambda key: tuple(part or "" for part in _parts(key)))
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Every key that rows of these workers can have, and the place of each: numbers cross the border of a database much
+    faster than texts. ``workers``: None among them is for rows that no worker has had."""
+
+    workers: tuple[str | None, ...]
+
+    @staticmethod
+    def of(db: Connection, job_id: str) -> Places:
+        """Of the workers that had an attempt of the job: few rows, where the job's results may be millions."""
+        found = db.execute(sa.select(attempts.c.worker_id).where(attempts.c.job_id == job_id).distinct()).scalars()
+        return Places((None, *sorted(found)))
+
+    @staticmethod
+    def scanned(db: Connection, job_id: str) -> Places:
+        """Of the workers that the results name."""
+        found = db.execute(sa.select(results.c.worker_id).where(results.c.job_id == job_id).distinct()).scalars()
+        return Places((None, *sorted(name for name in found if name is not None)))
+
+    @property
+    def keys(self) -> list[Key]:
+        return [
+            Key(worker, state, reason, error)
+            for worker in self.workers for state in STATES for reason in REASONS for error in ERRORS
+        ]  # fmt: skip
+
+    @property
+    def sql(self) -> sa.ColumnElement[Any]:
+        """The place of a row's key; NULL for a key that is none of these."""
+        each = results.c
+        place: sa.ColumnElement[Any] = sa.literal(0)
+        columns: tuple[tuple[sa.Column[Any], Sequence[str | None]], ...] = (
+            (each.worker_id, self.workers), (each.state, STATES), (each.finish_reason, REASONS),
+            (each.error_class, ERRORS),
+        )  # fmt: skip
+        for column, values in columns:
+            place = place * len(values) + _place(column, values)
+        return place
 
 
-def blocks(db: Connection, job_id: str, known: list[Key], prefill: bool = False) -> Iterator[tuple[Ints, Series]]:
-    """All results of the job, once each and in no order: the places of their keys in ``known``, and their columns.
+class UnknownKey(LookupError):
+    """A row has a key that was not expected."""
 
-    ``known`` is what :func:`keys` found; ``prefill`` asks for the column of that name.
+
+#: What a result's state, finish reason and error class may be.
+STATES: tuple[str, ...] = ("ok", "error")
+REASONS: tuple[str | None, ...] = (None, *(reason.value for reason in FinishReason))
+ERRORS: tuple[str | None, ...] = (None, *(error.value for error in ErrorClass))
+
+
+def _place(column: sa.Column[Any], values: Sequence[str | None]) -> sa.ColumnElement[Any]:
+    named = {value: place for place, value in enumerate(values) if value is not None}
+    known = sa.case(named, value=column) if named else sa.null()
+    return sa.case((column.is_(None), values.index(None)), else_=known) if None in values else known
+
+
+def blocks(
+    db: Connection, job_id: str, places: Places, prefill: bool = False, rows: Span | None = None
+) -> Iterator[Floats]:
+    """All results of the job, once each and in no order, as numbers: one line for each row, for :func:`parted`.
+
+    ``prefill`` asks for the column of that name; ``rows``: of these only.
     """
-    if not known:
-        return
     postgres = db.dialect.name == "postgresql"
-    columns = [_number_of(known), *_columns(postgres, prefill)]
+    columns = [sa.func.coalesce(places.sql, -1), *_columns(postgres, prefill)]
     if postgres:
         columns = [sa.cast(column, sa.Double) for column in columns]
-    query = sa.select(*columns).where(results.c.job_id == job_id)
+    query = sa.select(*columns).where(results.c.job_id == job_id, *among(rows))
     sql = str(query.compile(db, compile_kwargs={"literal_binds": True}))
     # The compiler doubles percent signs for a driver that fills parameters in; here are none.
-    source = (
-        _from_postgresql(db, sql.replace("%%", "%"), len(columns)) if postgres else _from_sqlite(db, sql, len(columns))
-    )
-    for rows in source:
-        # SQLite has no NaN: what is missing comes as infinity.
-        rows[np.isinf(rows)] = np.nan
-        key, *others = (np.ascontiguousarray(column) for column in rows.T)
-        yield key.astype(np.int64), Series(*others)
+    if postgres:
+        yield from _from_postgresql(db, sql.replace("%%", "%"), len(columns))
+    else:
+        yield from _from_sqlite(db, sql, len(columns))
+
+
+def parted(block: Floats) -> tuple[Ints, Series]:
+    """The places of the rows' keys, and their columns. Raises :class:`UnknownKey`."""
+    # SQLite has no NaN: what is missing comes as infinity.
+    block[np.isinf(block)] = np.nan
+    key, *others = (np.ascontiguousarray(column) for column in block.T)
+    if (key < 0).any():
+        raise UnknownKey
+    return key.astype(np.int64), Series(*others)
 
 
 def _columns(postgres: bool, prefill: bool) -> list[sa.ColumnElement[Any]]:
@@ -118,27 +178,6 @@ def _columns(postgres: bool, prefill: bool) -> list[sa.ColumnElement[Any]]:
         *(sa.func.coalesce(stamp, missing) for stamp in stamps),
         *(sa.case((each.deduplicated, 0), else_=sa.func.coalesce(count, 0)) for count in counts),
     ]
-
-
-def _parts(key: Key) -> tuple[str | None, ...]:
-    return key.worker_id, key.state, key.finish_reason, key.error_class
-
-
-def _number_of(known: list[Key]) -> sa.ColumnElement[int]:
-    """The place of a row's key in ``known``: numbers cross the border much faster than texts."""
-    each = results.c
-    columns = (each.worker_id, each.state, each.finish_reason, each.error_class)
-    return sa.case(
-        *(
-            (sa.and_(*(_is(column, part) for column, part in zip(columns, _parts(key), strict=True))), number)
-            for number, key in enumerate(known[:-1])
-        ),
-        else_=len(known) - 1,
-    ) if len(known) > 1 else sa.literal(0)  # fmt: skip
-
-
-def _is(column: sa.Column[str], value: str | None) -> sa.ColumnElement[bool]:
-    return column.is_(None) if value is None else column == value
 
 
 def _from_sqlite(db: Connection, sql: str, width: int) -> Iterator[Floats]:
