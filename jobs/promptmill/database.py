@@ -64,6 +64,8 @@ def _epoch_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
 def connect(url: str) -> Engine:
     """An engine for ``url``. Makes the folder of a SQLite file; opens no connection yet.
 
+    Its errors name statements without their parameters: prompts and answers are among these.
+
     Raises :class:`DatabaseError` for a URL that cannot be understood or another kind of database.
     """
     try:
@@ -88,7 +90,7 @@ def _postgresql(url: sa.URL) -> Engine:
     connect_args = {name: value for name, value in CONNECTION.items() if name not in url.query}
     engine = sa.create_engine(
         url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=4, max_overflow=16,
-        connect_args=connect_args,
+        connect_args=connect_args, hide_parameters=True,
     )  # fmt: skip
     sa.event.listen(engine, "connect", _prepare_postgresql)
     return engine
@@ -127,9 +129,11 @@ def _sqlite(url: sa.URL) -> Engine:
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
         url = url.set(database=str(Path(url.database).expanduser()))
-        engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+        engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000}, hide_parameters=True)
     else:
-        engine = sa.create_engine(url, poolclass=sa.StaticPool, connect_args={"check_same_thread": False})
+        engine = sa.create_engine(
+            url, poolclass=sa.StaticPool, connect_args={"check_same_thread": False}, hide_parameters=True
+        )
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -218,3 +218,13 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     with writing(other) as connection:
         connection.execute(change)
     other.dispose()
+
+
+def test_an_error_of_a_statement_names_no_text_of_anybody(database: sa.Engine) -> None:
+    row = {"job_id": JOB, "row": 0, "state": "ok", "text": "a secret answer"}
+    statement = sa.text(
+        'INSERT INTO results (job_id, "row", state, text) VALUES (:job_id, :row, :state, no_such_function(:text))'
+    )
+    with pytest.raises(sa.exc.DBAPIError) as raised, writing(database) as connection:
+        connection.execute(statement, row)
+    assert "secret" not in str(raised.value)
