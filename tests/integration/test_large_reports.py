@@ -180,11 +180,20 @@ def test_a_worker_that_only_the_results_name_is_found(db: sa.Engine) -> None:
     assert "nobody/knows/9" in {worker.id for worker in found.workers}
 
 
+@pytest.mark.usefixtures("several_processes")
+def test_ranges_without_a_result_are_no_obstacle(db: sa.Engine) -> None:
+    fill(db)
+    with writing(db) as connection:
+        connection.execute(sa.delete(results).where(results.c.row < 200))
+    assert summarise(db, JOB).attempted == ROWS - 200
+
+
 def test_html_of_counted_rows(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(db)
     monkeypatch.setattr(times, "EXACT_ROWS", 100)
     text = page(db, JOB)
-    assert text.count("<svg") >= 6
+    assert text.count("<svg") >= 7
+    assert "Active sequences against slots of each worker" in text
     assert len(text.encode()) < 1_000_000
 
 

@@ -52,6 +52,7 @@ class Plots:
     latency_edges: Floats
     latency_counts: Floats
     rows: int
+    active_by_worker: dict[str, Floats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,14 @@ def _fold(source: Source, places: Places, rows: int, detailed: bool) -> Folded:
     known = places.keys
     counts = _Counts(known)
     exact = rows <= times.EXACT_ROWS
-    shape = None if exact else _Shape.over(source.began_and_ended(), rows, False, detailed)
+    plotted = places.workers if detailed else None
+    shape = None if exact else _Shape.over(source.began_and_ended(), rows, False, plotted)
     held = _Held()
     answered = np.array([key.state == "ok" for key in known], dtype=bool)
     for block in source.blocks(places, detailed):
         at, series = parted(block)
+        if detailed:
+            series = replace(series, worker=places.worker_of(at))
         timed = series.timed
         counts.add(at, series, timed)
         at, series = at[timed], series.where(timed)
@@ -109,10 +113,13 @@ def _fold(source: Source, places: Places, rows: int, detailed: bool) -> Folded:
         elif shape is not None:
             shape.add(series.where(ok), series.where(~ok))
     if exact:
-        shape = held.shape(rows, detailed)
+        shape = held.shape(rows, plotted)
     folded = Folded(groups=counts.groups()) if shape is None else shape.folded(counts.groups())
     return replace(folded, totals=source.totals())
 
+
+#: Workers whose rows are plotted; None: nothing is.
+Workers = tuple[str | None, ...] | None
 
 #: Rows that are folded at a time: each step makes columns of its own.
 STEP_ROWS = 100_000
@@ -125,10 +132,10 @@ class _Held:
     ok: list[Series] = field(default_factory=list)
     failed: list[Series] = field(default_factory=list)
 
-    def shape(self, rows: int, detailed: bool) -> _Shape | None:
+    def shape(self, rows: int, plotted: Workers) -> _Shape | None:
         """What they make; None of no rows. They are let go."""
         ok, failed = Series.joined(self.ok), Series.joined(self.failed)
-        shape = _Shape.over(_span_of(ok, failed), rows, True, detailed)
+        shape = _Shape.over(_span_of(ok, failed), rows, True, plotted)
         if shape is None:
             return None
         shape.add_active(ok, failed)
@@ -178,17 +185,17 @@ class _Counts:
 class _Shape:
     """Figures of single rows that need to know when the job began and ended."""
 
-    def __init__(self, begin: float, end: float, rows: int, exact: bool, detailed: bool) -> None:
+    def __init__(self, begin: float, end: float, rows: int, exact: bool, plotted: Workers) -> None:
         self._begin, self._end = begin, end
         self._latency, self._ttft, self._tpot, self._queue = (Times(exact) for _ in range(4))
         self._active = Active(begin, end, exact)
         self._has_time = end > begin
         self._output = Spread(begin, end, CURVE_SLICES) if self._has_time else None
-        self._plots = _PlotShape(begin, end, rows) if detailed and self._has_time else None
+        self._plots = _PlotShape(begin, end, rows, plotted) if plotted is not None and self._has_time else None
 
     @staticmethod
-    def over(span: tuple[float, float] | None, rows: int, exact: bool, detailed: bool) -> _Shape | None:
-        return None if span is None else _Shape(*span, rows, exact, detailed)
+    def over(span: tuple[float, float] | None, rows: int, exact: bool, plotted: Workers) -> _Shape | None:
+        return None if span is None else _Shape(*span, rows, exact, plotted)
 
     def add(self, ok: Series, failed: Series) -> None:
         self.add_active(ok, failed)
@@ -228,9 +235,10 @@ _SLOT = ("admitted_at", "finished_at")
 class _PlotShape:
     """Curves over PLOT_SLICES and a sample of rows."""
 
-    def __init__(self, begin: float, end: float, rows: int) -> None:
+    def __init__(self, begin: float, end: float, rows: int, workers: tuple[str | None, ...]) -> None:
+        self._workers = workers
         self._output, self._prefill = (Spread(begin, end, PLOT_SLICES) for _ in range(2))
-        self._active, self._waiting = (_Covering(begin, end) for _ in range(2))
+        self._active, self._waiting = _Covering(begin, end, len(workers)), _Covering(begin, end)
         self._step = max(1, rows // SCATTER)
         self._seen = 0
         self._sample: list[tuple[Floats, Floats]] = []
@@ -240,7 +248,7 @@ class _PlotShape:
         known = np.isfinite(ok.first_token_at)
         self._prefill.between(ok.admitted_at[known], ok.first_token_at[known], ok.prefill_tokens[known])
         for rows in (ok, failed):
-            self._active.add(rows.admitted_at, rows.finished_at)
+            self._active.add(rows.admitted_at, rows.finished_at, rows.worker)
             queued_rows = np.isfinite(rows.enqueued_at)
             self._waiting.add(rows.enqueued_at[queued_rows], rows.admitted_at[queued_rows])
         first = -self._seen % self._step
@@ -251,27 +259,32 @@ class _PlotShape:
         tokens, seconds = (np.concatenate(column) for column in zip(*self._sample, strict=True))
         top = float(latency.percentiles([99.5])[0])
         counts, edges = latency.histogram(60 if len(latency) > 200 else 20, top or 1.0)
-        slice_s = self._output.slice_s
+        slice_s, active = self._output.slice_s, self._active.counts()
+        lines = zip(self._workers, active, strict=True)
         return Plots(
             slice_s=slice_s, output_tps=self._output.tokens() / slice_s, prefill_tps=self._prefill.tokens() / slice_s,
-            active=self._active.counts(), waiting=self._waiting.counts(), scatter_tokens=tokens,
+            active=active.sum(axis=0), waiting=self._waiting.counts()[0], scatter_tokens=tokens,
             scatter_latency_s=seconds, latency=latency, latency_edges=edges, latency_counts=counts,
             rows=len(latency),
+            active_by_worker={name: line for name, line in lines if name and line.any()},
         )  # fmt: skip
 
 
 class _Covering:
-    """How many spans cover each slice's end."""
+    """How many spans of each of some groups cover each slice's end."""
 
-    def __init__(self, begin: float, end: float) -> None:
+    def __init__(self, begin: float, end: float, groups: int = 1) -> None:
         self._begin, self._slice_s = begin, (end - begin) / PLOT_SLICES
-        self._changes = np.zeros(PLOT_SLICES + 1)
+        self._changes = np.zeros((groups, PLOT_SLICES + 1))
 
-    def add(self, begins: Floats, ends: Floats) -> None:
+    def add(self, begins: Floats, ends: Floats, group: Floats | None = None) -> None:
+        first = 0 if group is None else group.astype(np.int64) * (PLOT_SLICES + 1)
         for at, change in ((begins, 1.0), (ends, -1.0)):
-            place = np.clip(((at - self._begin) / self._slice_s).astype(np.int64), 0, PLOT_SLICES)
-            self._changes += change * np.bincount(place, minlength=PLOT_SLICES + 1)
+            place = np.clip(((at - self._begin) / self._slice_s).astype(np.int64), 0, PLOT_SLICES) + first
+            counted = np.bincount(place, minlength=self._changes.size)
+            self._changes += change * counted.reshape(self._changes.shape)
 
     def counts(self) -> Floats:
-        covering: Floats = np.maximum(np.cumsum(self._changes)[:PLOT_SLICES], 0.0)
+        """One line of slices for each group."""
+        covering: Floats = np.maximum(np.cumsum(self._changes, axis=1)[:, :PLOT_SLICES], 0.0)
         return covering

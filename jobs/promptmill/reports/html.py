@@ -127,6 +127,7 @@ def _plots(summary: Summary, details: Details, shapes: Plots | None) -> str:
             "tokens of each row spread evenly: prompt from admission to the first token, output after it",
         ),
         (_occupancy(summary, shapes), "rows in a slot, against slots"),
+        (_occupancy_by_worker(summary, shapes), _occupancy_caption(shapes)),
         (_queue(shapes), "rows that were enqueued and have no slot yet"),
         (plots.scatter(shapes), f"{len(shapes.scatter_tokens):,} of {shapes.rows:,} rows"),
     ]
@@ -166,6 +167,17 @@ def _occupancy(summary: Summary, shapes: Plots) -> str:
     if summary.slots:
         lines.append(("slots", at, np.full(len(at), float(summary.slots)), plots.GREEN))
     return plots.over_time(lines, "Active sequences against slots", "rows")
+
+
+def _occupancy_by_worker(summary: Summary, shapes: Plots) -> str:
+    slots = {worker.id: worker.slots for worker in summary.workers if worker.slots}
+    return plots.occupancy(shapes.active_by_worker, slots, shapes.slice_s) if shapes.active_by_worker else ""
+
+
+def _occupancy_caption(shapes: Plots) -> str:
+    left_out = len(shapes.active_by_worker) - plots.MOST_WORKERS
+    more = f"; {left_out:,} more workers are not shown" if left_out > 0 else ""
+    return f"rows in a slot; the green line is all slots, their number in brackets{more}"
 
 
 def _queue(shapes: Plots) -> str:

@@ -6,7 +6,7 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,28 @@ def timeline(details: Details) -> str:
         axes.set(xlabel="s since the first admission")
 
     return draw(paint, "Workers over time", (6.4, 1.0 + 0.35 * len(workers)))
+
+
+#: Workers that one plot shows.
+MOST_WORKERS = 24
+
+
+def occupancy(active: Mapping[str, Floats], slots: Mapping[str, int], slice_s: float) -> str:
+    """A band for each worker: its active sequences over time, as high as its slots when all are taken."""
+    workers = sorted(active)[:MOST_WORKERS]
+
+    def paint(axes: Any) -> None:
+        for index, name in enumerate(workers):
+            top = float(slots.get(name) or active[name].max())
+            at = np.arange(len(active[name])) * slice_s
+            low = index - 0.4
+            axes.fill_between(at, low, low + 0.8 * active[name] / top, step="post", color=BLUE, alpha=0.75, linewidth=0)
+            axes.plot([0, at[-1] + slice_s], [low + 0.8] * 2, color=GREEN, linewidth=1.2)
+        names = [f"{name[-24:]} ({slots[name]})" if name in slots else name[-24:] for name in workers]
+        axes.set_yticks(range(len(workers)), names)
+        axes.set(xlabel="s since the first admission")
+
+    return draw(paint, "Active sequences against slots of each worker", (6.4, 1.0 + 0.45 * len(workers)))
 
 
 def merged(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:

@@ -51,6 +51,8 @@ class Series:
     output_tokens: Floats
     #: Prompt tokens that were computed; empty where they were not asked for.
     prefill_tokens: Floats = field(default_factory=lambda: np.empty(0))
+    #: Place of the row's worker among the workers that were asked for; empty where no plot needs it.
+    worker: Floats = field(default_factory=lambda: np.empty(0))
 
     def __len__(self) -> int:
         return len(self.admitted_at)
@@ -101,6 +103,11 @@ class Places:
         """Of the workers that the results name."""
         found = db.execute(sa.select(results.c.worker_id).where(results.c.job_id == job_id).distinct()).scalars()
         return Places((None, *sorted(name for name in found if name is not None)))
+
+    def worker_of(self, place: Ints) -> Floats:
+        """The place of its worker among ``workers``, of a key's place."""
+        found: Floats = (place // (len(STATES) * len(REASONS) * len(ERRORS))).astype(np.float64)
+        return found
 
     @property
     def keys(self) -> list[Key]:

@@ -59,7 +59,8 @@ class Shared:
         self._totals = Totals()
         for rows, sums in self._each(_read, places, prefill):
             self._totals += sums
-            yield rows
+            if len(rows):
+                yield rows
 
     def totals(self) -> Totals:
         return self._totals
