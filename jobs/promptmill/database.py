@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import sqlite3
+import threading
+import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +173,40 @@ def reading(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+class CommitTimes:
+    """A histogram of the seconds that commits of this process took. Any thread may add to it."""
+
+    #: Upper bounds in seconds.
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = [0] * (len(self.BOUNDS) + 1)
+        self._sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        with self._lock:
+            self._counts[bisect_left(self.BOUNDS, seconds)] += 1
+            self._sum_s += seconds
+
+    def cumulative(self) -> list[float]:
+        """Commits of at most each bound, of all commits, and their sum in seconds."""
+        with self._lock:
+            return [*accumulate(self._counts), self._sum_s]
+
+
+#: Commits of this process.
+COMMITS = CommitTimes()
+
+
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A transaction: committed at the end, rolled back by an exception."""
-    with connecting(engine), engine.begin() as connection:
+    """A transaction: committed at the end, rolled back by an exception. How long the commit took is in COMMITS."""
+    with connecting(engine), engine.connect() as connection, connection.begin() as transaction:
         yield connection
+        started = time.perf_counter()
+        transaction.commit()
+        COMMITS.add(time.perf_counter() - started)
 
 
 @contextmanager

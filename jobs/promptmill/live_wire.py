@@ -52,7 +52,7 @@ def reply_list(server_id: str) -> str:
 
 
 def beat_key(worker_id: str) -> str:
-    """JSON with a life of GONE_S: the worker lives, and what it does."""
+    """JSON with a life of GONE_S: the worker lives, what it does, and how long its commits took."""
     return f"live.worker.{worker_id}"
 
 

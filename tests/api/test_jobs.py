@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.api.conftest import ECHO, Server
+from tests.api.conftest import ECHO, SLOW, Server, Starter
 from tests.conftest import wait_until
 
 TASK = """task: tiny
@@ -152,6 +152,33 @@ def test_metrics_count_what_is_stored(served: Server, done: dict[str, Any]) -> N
     counts = [s.value for s in buckets if s.labels["model"] == ECHO]
     assert counts == sorted(counts)
     assert counts[-1] > 0
+    commits = [s for s in found["promptmill_db_commit_seconds"].samples if s.name.endswith("_count")]
+    by_process = {s.labels["process"]: s.value for s in commits}
+    # This server's own, which made the job, and those of the worker, which stored its results.
+    assert by_process.pop("api") > 0
+    assert [count > 0 for count in by_process.values()] == [True]
+    ratios = list(found["promptmill_engine_kv_used_ratio"].samples)
+    assert all(0 <= s.value <= 1 for s in ratios)
+
+
+def test_the_kv_cells_of_running_requests_are_a_metric(start: Starter) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    start.worker(SLOW)
+    server = start.server()
+    text = " ".join(["word"] * 1500)
+    stream = server.client().chat.completions.create(
+        model=SLOW, messages=[{"role": "user", "content": text}], max_tokens=1500, stream=True
+    )
+    next(iter(stream))
+
+    def used() -> float:
+        found = {family.name: family for family in text_string_to_metric_families(call(server, "/metrics"))}
+        return max((s.value for s in found["promptmill_engine_kv_used_ratio"].samples), default=0.0)
+
+    # Prompt and answer of 1,500 words each, of 131,072 cells.
+    wait_until(lambda: 0.02 < used() < 0.03, "a sample of the worker is taken", 40)
+    stream.close()
 
 
 def test_the_status_names_devices_and_the_queue(served: Server) -> None:

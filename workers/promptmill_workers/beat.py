@@ -11,6 +11,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.database import COMMITS
 from promptmill.live_wire import BEAT_S, GONE_S, beat_key
 from promptmill_workers.host_keeper import HostKeeper
 
@@ -52,4 +53,7 @@ class Beat:
 
     def _state(self) -> dict[str, Any]:
         active, waiting = self._hosts.load()
-        return {"active": active, "waiting": waiting, "slots": self._hosts.slots, "model": self._hosts.model}
+        return {
+            "active": active, "waiting": waiting, "slots": self._hosts.slots, "model": self._hosts.model,
+            "commits": COMMITS.cumulative(),
+        }  # fmt: skip

@@ -86,6 +86,10 @@ class Desk:
     def waiting(self) -> int:
         return self._engine.waiting + len(self._ready)
 
+    @property
+    def kv_cells_used(self) -> int:
+        return self._engine.kv_cells_used
+
     def waiting_keys(self) -> Collection[RequestKey]:
         waiting = set(self._engine.waiting_keys())
         whole = {key for key, group in self._groups.items() if waiting.issuperset(group.parts)}

@@ -289,6 +289,7 @@ class Session:
         self._counters = EngineCounters()
         self.active = 0
         self.waiting = 0
+        self.kv_cells_used = 0
         self.dropped = 0
 
     @property
@@ -320,8 +321,8 @@ class Session:
                         for row, text, _, index in texts:
                             if index == 0:
                                 on_text(row, text)
-                case ("beat", active, waiting, _):
-                    self.active, self.waiting = active, waiting
+                case ("beat", active, waiting, cells):
+                    self.active, self.waiting, self.kv_cells_used = active, waiting, cells
 
     def counters(self) -> EngineCounters:
         """What the engine did that no session of this host was told yet, and what this one was told and not asked."""
@@ -360,8 +361,8 @@ class Session:
                 return [], [result_of(*each) for each in batch]
             case ("texts", list() as texts):
                 return texts, []
-            case ("beat", active, waiting, _):
-                self.active, self.waiting = active, waiting
+            case ("beat", active, waiting, cells):
+                self.active, self.waiting, self.kv_cells_used = active, waiting, cells
         return [], []
 
     def drain(self) -> None:

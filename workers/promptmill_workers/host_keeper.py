@@ -78,6 +78,10 @@ class HostKeeper:
         sessions = self._sessions
         return max((each.active for each in sessions), default=0), max((each.waiting for each in sessions), default=0)
 
+    def kv_cells_used(self) -> int:
+        """By the host's last sign of life."""
+        return max((each.kv_cells_used for each in self._sessions), default=0)
+
     def turn_of(self, model: str) -> bool:
         """Whether a chunk of ``model`` is to run before those of the model that is loaded.
 

@@ -262,7 +262,8 @@ class HostLoop:
                 session.results = []
                 session.flushed_at = now
             if session.keys and now - session.beat_at >= BEAT_S:
-                session.outbox.put(("beat", self._engine.active, self._engine.waiting, self._engine.counters))
+                engine = self._engine
+                session.outbox.put(("beat", engine.active, engine.waiting, engine.kv_cells_used))
                 session.beat_at = now
 
     def _new_counters(self) -> EngineCounters:

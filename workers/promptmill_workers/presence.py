@@ -168,6 +168,7 @@ class Presence:
             "active_sequences": active,
             "waiting_requests": waiting,
             "slots": self._hosts.slots,
+            "kv_cells_used": self._hosts.kv_cells_used(),
             # What was answered since the last sample was work, even where the slots are empty again.
             "state": self._phase(bool(active or waiting or output_tps)),
             "output_tps": output_tps,

@@ -19,7 +19,7 @@ from promptmill.api import documents
 from promptmill.api.middleware import BOUNDS_S, Timings
 from promptmill.api.services import Parts, Reader, Services, in_thread
 from promptmill.broker import Broker
-from promptmill.database import epoch, reading
+from promptmill.database import COMMITS, CommitTimes, epoch, reading
 from promptmill.dispatch import ALIVE_S
 from promptmill.ledger.jobs import UNENDED
 from promptmill.tables import attempts, chunks, jobs, results, retries, score_runs, scores, worker_samples, workers
@@ -57,16 +57,18 @@ def _escaped(value: Any) -> str:
     return str(value).replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def histogram(name: str, help_text: str, bounds: tuple[float, ...], rows: Iterable[Any]) -> Iterator[str]:
-    """``rows``: model, one cumulative count per bound, count, sum."""
+def histogram(
+    name: str, help_text: str, bounds: tuple[float, ...], rows: Iterable[Any], label: str = "model"
+) -> Iterator[str]:
+    """``rows``: value of the label, one cumulative count per bound, count, sum."""
     yield f"# HELP {name} {help_text}"
     yield f"# TYPE {name} histogram"
-    for model, *counts, total, summed in rows:
+    for value, *counts, total, summed in rows:
         for bound, count in zip(bounds, counts, strict=True):
-            yield f"{name}_bucket{_labels({'model': model, 'le': f'{bound:g}'})} {int(count or 0)}"
-        yield f"{name}_bucket{_labels({'model': model, 'le': '+Inf'})} {int(total)}"
-        yield f"{name}_sum{_labels({'model': model})} {float(summed or 0):.6f}"
-        yield f"{name}_count{_labels({'model': model})} {int(total)}"
+            yield f"{name}_bucket{_labels({label: value, 'le': f'{bound:g}'})} {int(count or 0)}"
+        yield f"{name}_bucket{_labels({label: value, 'le': '+Inf'})} {int(total)}"
+        yield f"{name}_sum{_labels({label: value})} {float(summed or 0):.6f}"
+        yield f"{name}_count{_labels({label: value})} {int(total)}"
 
 
 @router.get("/metrics", summary="Prometheus metrics", responses=documents.content(kind="text/plain"))
@@ -76,10 +78,23 @@ async def metrics(request: Request, parts: Parts, principal: Reader) -> Response
     kept = getattr(state, "exposed", None)
     if kept is None or time.monotonic() - kept[0] > KEPT_S:
         state.exposed = kept = time.monotonic(), await in_thread(_from_rows, parts)
-    lines = [*kept[1], *_calls(state.timings), *family(
+    lines = [*kept[1], *_calls(state.timings), *await _commits(parts), *family(
         "promptmill_live_requests", "gauge", "Requests whose clients wait for them.", [({}, parts.live.waiting)]
     )]  # fmt: skip
     return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+async def _commits(parts: Services) -> Iterator[str]:
+    """Of this server, and of each live worker by its sign of life."""
+    if not parts.models.is_fresh:
+        await in_thread(parts.models.refresh)
+    beats = await parts.live.beats([each["id"] for each in parts.models.workers])
+    rows = [("api", *COMMITS.cumulative())]
+    rows += [(worker, *beat["commits"]) for worker, beat in beats.items() if "commits" in beat]
+    return histogram(
+        "promptmill_db_commit_seconds", "Commits of the database, of this server and of each worker.",
+        CommitTimes.BOUNDS, rows, "process",
+    )  # fmt: skip
 
 
 def _calls(timings: Timings) -> Iterator[str]:
@@ -223,6 +238,8 @@ def _workers(db: Connection) -> Iterator[str]:
         ("worker_restarts_total", "counter", "Engine hosts started again.", lambda w: w["host_restarts"]),
         ("engine_slots", "gauge", "Sequences decoded together.", lambda w: w[workers.c.slots]),
         ("engine_active_sequences", "gauge", "Sequences that hold a slot.", lambda w: w["active_sequences"]),
+        ("engine_kv_used_ratio", "gauge", "Share of the KV cells that sequences and shared prefixes hold.",
+         lambda w: w["kv_cells_used"] / w["kv_cells"] if w["kv_cells"] and w["kv_cells_used"] is not None else None),
         ("worker_cpu_ratio", "gauge", "CPU seconds per second.", lambda w: w["cpu_ratio"]),
         ("worker_gpu_ratio", "gauge", "Use of the device.", lambda w: w["device_use_ratio"]),
         ("worker_output_tokens_per_second", "gauge", "Since its last sample.", lambda w: w["output_tps"]),

@@ -144,6 +144,13 @@ class Live:
         """Tell a worker to load or unload a model."""
         self._push(control_list(worker), orjson.dumps([what, model]))
 
+    async def beats(self, workers: list[str]) -> dict[str, dict[str, Any]]:
+        """The signs of life of those workers that have one; none while Redis is away."""
+        with contextlib.suppress(RedisError, OSError):
+            found = await self._redis.mget([beat_key(each) for each in workers]) if workers else []
+            return {worker: orjson.loads(data) for worker, data in zip(workers, found, strict=True) if data}
+        return {}
+
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()

@@ -143,6 +143,11 @@ class Engine(Protocol):
         """Requests added and not yet admitted."""
         ...
 
+    @property
+    def kv_cells_used(self) -> int:
+        """KV cells that sequences and shared prefixes hold now, of ``info.kv_cells``."""
+        ...
+
     def waiting_keys(self) -> Collection[RequestKey]:
         """The requests added and not yet admitted: those a stopping worker gives back without loss."""
         ...

@@ -150,6 +150,10 @@ class EchoEngine:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def kv_cells_used(self) -> int:
+        return sum(each.prompt_tokens + len(each.tokens) for each in self._active.values())
+
     def waiting_keys(self) -> Collection[RequestKey]:
         return {request.key for request in self._waiting}
 

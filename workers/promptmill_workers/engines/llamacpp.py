@@ -144,6 +144,10 @@ class LlamaCppEngine:
     def waiting(self) -> int:
         return len(self._incoming) + len(self._room.waiting) + len(self._embeddings)
 
+    @property
+    def kv_cells_used(self) -> int:
+        return self._room.used_cells
+
     def waiting_keys(self) -> Collection[RequestKey]:
         queued = (each.request for each in self._room.waiting)
         return {each.key for each in (*self._incoming, *queued, *self._embeddings.requests)}

@@ -116,6 +116,10 @@ class MlxEngine:
     def waiting(self) -> int:
         return len(self._incoming) + len(self._waiting)
 
+    @property
+    def kv_cells_used(self) -> int:
+        return self._row_cells() + self._prefixes.cells
+
     def waiting_keys(self) -> Collection[RequestKey]:
         return {each.key for each in self._incoming} | {each.request.key for each in self._waiting}
 
@@ -169,7 +173,7 @@ class MlxEngine:
         self._counters = replace(
             self._counters,
             peak_active=max(self._counters.peak_active, len(self._running)),
-            peak_kv_cells=max(self._counters.peak_kv_cells, self._row_cells() + self._prefixes.cells),
+            peak_kv_cells=max(self._counters.peak_kv_cells, self.kv_cells_used),
         )
 
     def _tokenise(self) -> None:
