@@ -275,6 +275,16 @@ def _canonical(name: str) -> str:
     return canonical(name)
 
 
+def gauge_of(model: str, settings: Settings) -> Gauge | None:
+    """What measures the prompts of a job for ``model`` before it is stored, as :func:`submit` does.
+
+    None where only the workers have the model; nothing is fetched. Raises ModelError for files that are no model.
+    """
+    if model.startswith("hf:"):
+        return None
+    return _model(RunOptions(model=model), settings, must_be_here=False)[1]
+
+
 def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple[Checkpoint | None, Gauge | None]:
     """The model's files and a gauge with its tokeniser; neither where only the workers have the model."""
     from promptmill_workers.checkpoints import locate, token_counter

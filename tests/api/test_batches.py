@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -72,6 +74,30 @@ def test_a_batch_runs_from_upload_to_content(client: openai.OpenAI) -> None:
     assert body["object"] == "chat.completion"
     assert body["model"] == ECHO
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
+
+
+def test_prompts_of_a_real_model_are_measured_before_it_runs(start: Starter, tmp_path: Path) -> None:
+    from tests.unit.tiny_models import write_tiny_gguf
+
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", context=256)
+    start.worker(str(model))
+    server = start.server()
+    client = server.client()
+    lines = [json.loads(each) for each in batch_lines(3, "tiny").splitlines()]
+    lines[1]["body"]["messages"][0]["content"] = "free phone " * 300
+    lines[2]["body"]["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    file = client.files.create(file=("b.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    ended = finished(client, batch.id)
+    assert (ended.status, ended.request_counts.completed, ended.request_counts.failed) == ("completed", 1, 2)
+    found = {each["custom_id"]: each["response"]["body"]["error"] for each in lines_of(client, ended.error_file_id)}
+    assert found["r-1"]["code"] == "context_length_exceeded"
+    assert "knows no tools" in found["r-2"]["message"]
+    # No worker was asked.
+    asked = urllib.request.urlopen(f"{server.url}/v1/jobs/{ended.job_id}/results?failed=true", timeout=30)
+    with asked as answer:
+        assert [json.loads(each)["worker"] for each in answer.read().splitlines()] == [None, None]
 
 
 def test_bad_rows_end_in_the_error_file_and_the_batch_completes(client: openai.OpenAI) -> None:

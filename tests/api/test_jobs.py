@@ -161,6 +161,22 @@ def test_metrics_count_what_is_stored(served: Server, done: dict[str, Any]) -> N
     assert all(0 <= s.value <= 1 for s in ratios)
 
 
+def test_prompts_that_cannot_fit_are_told_before_anything_runs(served: Server) -> None:
+    lines: list[Any] = ["fits", "word " * 140_000, "fits too", {"prompt": "x", "tools": [{"type": "function"}]}]
+    code, problem = refused(served, "/v1/jobs", {"model": ECHO, "lines": lines[:3]})
+    assert code == 400
+    assert "lines.jsonl:2: the prompt has 140001 tokens" in problem["message"].replace(",", "")
+    code, problem = refused(served, "/v1/jobs", {"model": ECHO, "lines": lines})
+    assert "lines.jsonl:4: 'tools' must be" in problem["message"]
+    job = call(served, "/v1/jobs", {"model": ECHO, "lines": lines[:3], "skip_invalid": True})
+    assert job["rows"] == 3
+    wait_until(lambda: call(served, f"/v1/jobs/{job['id']}")["state"] == "completed", "the job ends", 30)
+    found = [json.loads(each) for each in call(served, f"/v1/jobs/{job['id']}/results?failed=true").splitlines()]
+    assert [(each["row"], each["error"]["class"]) for each in found] == [(1, "context_overflow")]
+    # No worker was asked.
+    assert found[0]["worker"] is None
+
+
 def test_the_kv_cells_of_running_requests_are_a_metric(start: Starter) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 

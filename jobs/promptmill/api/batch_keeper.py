@@ -36,6 +36,7 @@ from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
 from promptmill.readers import open_dataset
 from promptmill.result_formats import openai_line
+from promptmill.service import gauge_of
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.tables import api_keys, batches, files, jobs, requests, results
@@ -248,7 +249,7 @@ class Keeper:
         path = self.store.path(file.id)
         with open_dataset(path, format="openai_batch", has_template=task is not None, **mapping) as dataset:
             dataset.name = file.name
-            return submit(self.db, dataset, order)
+            return submit(self.db, dataset, order, gauge_of(order.model, self.settings))
 
     def _limits(self, key_id: str | None) -> int | None:
         if key_id is None:

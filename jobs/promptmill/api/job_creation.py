@@ -1,5 +1,5 @@
-"""A job from a file or from lines that came with the call. Large ones, and all with templates, in a process of their
-own, which ends when its time is over: neither a million lines nor a client's template holds the server up.
+"""A job from a file or from lines that came with the call. Large ones, and all with templates or for real models, in a
+process of their own, which ends when its time is over: neither a million lines nor a template holds the server up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from promptmill.api.errors import ApiError
 from promptmill.database import open_database
 from promptmill.errors import BadLines, DatasetError, PromptmillError
 from promptmill.readers import READERS, open_dataset
-from promptmill.service import dispatch
+from promptmill.service import dispatch, gauge_of
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task, parse_task
@@ -46,7 +46,9 @@ async def create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
     rest of :class:`JobOrder`. Raises PromptmillError for what cannot be used; nothing is stored then.
     """
     size = Path(wanted["path"]).stat().st_size
-    if size <= SMALL_BYTES and not (wanted.get("task") or wanted.get("template")):
+    # The tokeniser of a real model is native code, and takes a while to load.
+    is_quick = size <= SMALL_BYTES and wanted["model"].partition(":")[0] == "echo"
+    if is_quick and not (wanted.get("task") or wanted.get("template")):
         return await asyncio.get_running_loop().run_in_executor(None, _create, settings, db, wanted)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "promptmill.api.job_creation", stdin=asyncio.subprocess.PIPE,
@@ -88,7 +90,7 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
         mapping = task.mapping if task else {}
         with open_dataset(path, format=wanted["format"], has_template=task is not None, **mapping) as dataset:
             dataset.name = wanted["name_of_file"]
-            job_id = submit(db, dataset, order)
+            job_id = submit(db, dataset, order, gauge_of(order.model, settings))
     from promptmill import catalog
 
     dispatch(catalog.find_job(db, job_id), settings, db)
