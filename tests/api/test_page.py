@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,55 @@ def test_a_job_is_paused_resumed_and_cancelled(page: Page, site: Server, tmp_pat
     expect(page.locator("#job .state")).to_have_text("cancelled", timeout=15_000)
     expect(page.locator("#cancel")).to_have_count(0)
     shot(page, "cancelled")
+
+
+TASK = """\
+task: dropped
+prompt:
+  user: "{{ input.text }}"
+expected:
+  label: label
+output:
+  extract: {label: whole}
+scores:
+  - exact: label
+"""
+
+
+def drop(page: Page, *files: Path) -> None:
+    """Files from outside over the form and let go, as the browser itself is told of them."""
+    page.locator("#drop").scroll_into_view_if_needed()
+    box = page.locator("#drop span").bounding_box()
+    assert box is not None
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(each) for each in files], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "data": data, **place})
+    session.detach()
+
+
+def test_a_dataset_and_its_task_are_dropped_and_scored(page: Page, site: Server, tmp_path: Path) -> None:
+    data, task = tmp_path / "dropped.jsonl", tmp_path / "dropped.task.yaml"
+    lines = [{"text": "ham", "label": "ham" if row < 9 else "spam"} for row in range(12)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    task.write_text(TASK)
+    page.goto(site.url)
+    page.fill("#model", "echo")
+    page.fill("#name", "dropped")
+    drop(page, data, task)
+    expect(page.locator("#task")).to_have_value(TASK)
+    assert page.evaluate("document.getElementById('file').files[0].name") == "dropped.jsonl"
+    shot(page, "dropped")
+    page.click("button.primary")
+    expect(page.locator("h1")).to_have_text("dropped", timeout=30_000)
+    expect(page.locator("#job .state")).to_have_text("completed", timeout=60_000)
+    job_id = page.url.rpartition("/")[2]
+    # Nine of twelve are what was expected.
+    report = site.get(f"/v1/jobs/{job_id}/report")
+    assert report["scores"]["label"]["value"] == 0.75
+    page.click("#to-report")
+    expect(page.locator("body")).to_contain_text(re.compile(r"0\.75|75(\.0+)?\s*%"))
 
 
 def test_a_bad_dataset_is_told_beside_the_form_and_what_was_typed_stays(

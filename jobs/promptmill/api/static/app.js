@@ -75,7 +75,15 @@
     if (!zone) return;
     for (const name of ["dragenter", "dragover"]) zone.addEventListener(name, (e) => { e.preventDefault(); zone.classList.add("over"); });
     for (const name of ["dragleave", "drop"]) zone.addEventListener(name, () => zone.classList.remove("over"));
-    zone.addEventListener("drop", (e) => { e.preventDefault(); if (e.dataTransfer.files.length) input.files = e.dataTransfer.files; });
+    zone.addEventListener("drop", async (e) => {
+      e.preventDefault();
+      const rest = new DataTransfer();
+      for (const file of [...e.dataTransfer.files]) {
+        if (/\.ya?ml$/i.test(file.name)) document.getElementById("task").value = await file.text();
+        else rest.items.add(file);
+      }
+      if (rest.files.length) input.files = rest.files;
+    });
   };
 
   const offline = (away) => { const note = document.getElementById("offline"); if (note) note.hidden = !away; };
