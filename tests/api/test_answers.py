@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.request
 from typing import Any
@@ -28,6 +29,20 @@ def test_a_chat_is_answered(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens == 4 + 3
     assert chat(client, "one two three four", max_completion_tokens=2).choices[0].finish_reason == "length"
     assert chat(client, "one two three four", stop=" three").choices[0].message.content == "one two"
+
+
+def test_a_chat_says_what_of_its_time_was_the_servers_own(client: openai.OpenAI, served: Server) -> None:
+    began = time.monotonic()
+    raw = client.chat.completions.with_raw_response.create(model=ECHO, messages=[{"role": "user", "content": "x"}])
+    took_ms = 1000 * (time.monotonic() - began)
+    found = re.fullmatch(r"before;dur=([0-9.]+), after;dur=([0-9.]+)", raw.headers["server-timing"])
+    assert found is not None
+    assert 0 < float(found[1]) + float(found[2]) < took_ms
+    with urllib.request.urlopen(f"{served.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    count = re.search(r"promptmill_api_overhead_seconds_count\S* (\d+)", text)
+    assert count is not None
+    assert int(count[1]) >= 1
 
 
 def test_a_chat_is_streamed(client: openai.OpenAI) -> None:

@@ -1,6 +1,7 @@
-"""The API under load: 200 clients at once, a chat beside a job of 10,000, and an upload of a million lines.
+"""The API under load: 200 clients at once, its own time at 500 requests a second, a chat beside a job of 10,000, and an
+upload of a million lines.
 
-python -m tests.benchmarks.api_load [clients] [upload] [beside]
+python -m tests.benchmarks.api_load [clients] [overhead] [upload] [beside]
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,6 +29,8 @@ from tests.conftest import _redis_binary
 
 CLIENTS = 200
 CALLS = 6_000
+RATE = 500.0
+MOST_OVERHEAD_S = 0.05
 LINES = 1_000_000
 
 #: Of one chat alone: an echo of a slow model, so that a step has a length.
@@ -58,30 +63,78 @@ def _answers(port: int) -> bool:
         return False
 
 
-async def _client(server: Server, number: int, calls: int, took: list[float], wrong: list[str]) -> None:
-    """Raw HTTP, so that the client costs little of the two cores."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+@dataclass
+class Found:
+    """What the clients saw: seconds of each answer, the server's own part of them, and what was not right."""
+
+    took: list[float] = field(default_factory=list)
+    overhead: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _ask(connection: Connection, text: str, found: Found, began: float) -> None:
+    """Raw HTTP, so that the client costs little of the two cores. ``began``: when the call was due."""
+    reader, writer = connection
+    body = json.dumps({"model": "echo", "messages": [{"role": "user", "content": text}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    status = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(status.partition(b"content-length:")[2].split(b"\r\n")[0])
+    answer = await reader.readexactly(length)
+    found.took.append(time.perf_counter() - began)
+    parts = re.findall(rb"(?:before|after);dur=([0-9.]+)", status)
+    if b" 200 " not in status[:16] or json.loads(answer)["choices"][0]["message"]["content"] != text:
+        found.wrong.append(status[:60].decode())
+    elif len(parts) == 2:
+        found.overhead.append(sum(map(float, parts)) / 1000)
+
+
+async def _client(server: Server, number: int, calls: int, found: Found) -> None:
+    connection = await asyncio.open_connection("127.0.0.1", server.port)
     for call in range(calls):
-        text = f"say {number} {call}"
-        body = json.dumps({"model": "echo", "messages": [{"role": "user", "content": text}]}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        began = time.perf_counter()
-        writer.write(head.encode() + body)
-        status = await reader.readuntil(b"\r\n\r\n")
-        length = int(status.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-        answer = await reader.readexactly(length)
-        took.append(time.perf_counter() - began)
-        if b" 200 " not in status[:16] or json.loads(answer)["choices"][0]["message"]["content"] != text:
-            wrong.append(status[:60].decode())
-    writer.close()
+        await _ask(connection, f"say {number} {call}", found, time.perf_counter())
+    connection[1].close()
 
 
-async def _load(server: Server, clients: int, calls: int) -> tuple[float, list[float], list[str]]:
-    took: list[float] = []
-    wrong: list[str] = []
+async def _load(server: Server, clients: int, calls: int) -> tuple[float, Found]:
+    """As many calls at a time as there are clients: what the server can do."""
+    found, began = Found(), time.perf_counter()
+    await asyncio.gather(*(_client(server, number, calls // clients, found) for number in range(clients)))
+    return time.perf_counter() - began, found
+
+
+async def _paced(server: Server, clients: int, calls: int, rate: float) -> tuple[float, Found]:
+    """``rate`` calls a second, whatever has become of those before. A call that finds no client free waits, and its
+    time counts from when it was due."""
+    found = Found()
+    free: asyncio.Queue[Connection] = asyncio.Queue()
+    for _ in range(clients):
+        free.put_nowait(await asyncio.open_connection("127.0.0.1", server.port))
+
+    async def one(number: int, due: float) -> None:
+        connection = await free.get()
+        await _ask(connection, f"say {number}", found, due)
+        free.put_nowait(connection)
+
     began = time.perf_counter()
-    await asyncio.gather(*(_client(server, number, calls // clients, took, wrong) for number in range(clients)))
-    return time.perf_counter() - began, took, wrong
+    async with asyncio.TaskGroup() as group:
+        for number in range(calls):
+            due = began + number / rate
+            if (early := due - time.perf_counter()) > 0:
+                await asyncio.sleep(early)
+            group.create_task(one(number, due))
+    seconds = time.perf_counter() - began
+    while not free.empty():
+        free.get_nowait()[1].close()
+    return seconds, found
+
+
+def _p50_p99(seconds: list[float]) -> str:
+    p50, p99 = statistics.median(seconds), statistics.quantiles(seconds, n=100)[98]
+    return f"p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms"
 
 
 def _cpu_s(pid: int) -> float:
@@ -97,15 +150,31 @@ def clients() -> None:
         asyncio.run(_load(server, 10, 200))
         for count, calls in ((1, 300), (10, 1000), (CLIENTS, CALLS)):
             before = _cpu_s(server.process.pid), _cpu_s(worker.pid), time.process_time()
-            seconds, took, wrong = asyncio.run(_load(server, count, calls))
+            seconds, found = asyncio.run(_load(server, count, calls))
             after = _cpu_s(server.process.pid), _cpu_s(worker.pid), time.process_time()
-            spent = [1000 * (late - early) / len(took) for early, late in zip(before, after, strict=True)]
-            p50, p99 = statistics.median(took), statistics.quantiles(took, n=100)[98]
+            answers = len(found.took)
+            spent = [1000 * (late - early) / answers for early, late in zip(before, after, strict=True)]
             print(
-                f"{count} clients: {len(took)} answers, {len(wrong)} wrong, {len(took) / seconds:.0f} requests/s, "
-                f"latency p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms; "
+                f"{count} clients: {answers} of {calls} answers, {len(found.wrong)} wrong, "
+                f"{answers / seconds:.0f} requests/s, latency {_p50_p99(found.took)}; "
                 f"CPU ms a request: server {spent[0]:.2f}, worker {spent[1]:.2f}, client {spent[2]:.2f}"
             )
+
+
+def overhead() -> None:
+    """The API's own time, apart from that in the queue and on the worker, at a fixed rate of requests."""
+    with stack() as start:
+        start.worker("echo")
+        server = start.server(JOBS_LOG_LEVEL="WARNING")
+        asyncio.run(_load(server, 10, 200))
+        seconds, found = asyncio.run(_paced(server, CLIENTS, CALLS, RATE))
+        lost = CALLS - len(found.took) + len(found.wrong)
+        late = sum(each > MOST_OVERHEAD_S for each in found.overhead)
+        print(
+            f"{RATE:.0f} requests/s asked for, {len(found.took) / seconds:.0f} answered by {CLIENTS} connections, "
+            f"{lost} of {CALLS} lost or wrong; the API's own time {_p50_p99(found.overhead)} ({late} above "
+            f"{1000 * MOST_OVERHEAD_S:.0f} ms), latency from when a call was due {_p50_p99(found.took)}"
+        )
 
 
 def upload() -> None:
@@ -172,6 +241,6 @@ def beside() -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["clients", "upload", "beside"]
+    chosen = sys.argv[1:] or ["clients", "overhead", "upload", "beside"]
     for name in chosen:
-        {"clients": clients, "upload": upload, "beside": beside}[name]()
+        {"clients": clients, "overhead": overhead, "upload": upload, "beside": beside}[name]()

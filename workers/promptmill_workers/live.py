@@ -145,7 +145,7 @@ class LiveLane:
             rows = list(range(self._row + 1, self._row + 1 + len(requests)))
             self._running |= {row: Running(each) for row, each in zip(rows, requests, strict=True)}
             self._row += len(requests)
-            self._more.notify()
+            self._more.notify_all()
         return rows
 
     def _taken(self, found: Iterable[bytes]) -> list[LiveRequest]:
@@ -199,6 +199,7 @@ class LiveLane:
                 ended = self._running.pop(result.row, None)
                 if ended is not None:
                     replies.append((ended.request, _reply_of(result)))
+            self._more.notify_all()
         self._reply(replies)
 
     def _read(self, session: Session, ended: threading.Event) -> None:
@@ -209,9 +210,12 @@ class LiveLane:
                 if time.monotonic() - looked_at > BEAT_S:
                     looked_at = time.monotonic()
                     self._cancel_orphans(session)
-                with self._lock:
-                    room = TAKEN_PER_SLOT * self._hosts.slots - len(self._running)
-                lists = [self._cancels, *([self._queue] if room > 0 and self._taking else [])]
+                room = self._room()
+                if room <= 0:
+                    # Not a blocking look: requests that end meanwhile would wait for it, and their slots with them.
+                    self._cancel(session, {each.decode() for each in self._redis.lpop(self._cancels, 256) or ()})
+                    continue
+                lists = [self._cancels, *([self._queue] if self._taking else [])]
                 found = self._redis.blpop(lists, SHORT_LOOK_S if len(lists) == 1 else 0.25)
                 if found is None:
                     continue
@@ -228,6 +232,13 @@ class LiveLane:
             except OSError:
                 return  # The host is gone; the thread that reads from it knows and reacts.
 
+    def _room(self) -> int:
+        """How many more requests may be taken; waits a moment until it is a good part, so that they come together."""
+        slots = self._hosts.slots
+        with self._more:
+            self._more.wait_for(lambda: len(self._running) <= TAKEN_PER_SLOT * slots - (slots + 1) // 2, SHORT_LOOK_S)
+            return TAKEN_PER_SLOT * slots - len(self._running)
+
     def _cancel_orphans(self, session: Session) -> None:
         """Drop the requests of servers that are gone. Twice missed is gone: Redis itself may have begun anew."""
         with self._lock:
@@ -242,6 +253,8 @@ class LiveLane:
             self._cancel(session, ids)
 
     def _cancel(self, session: Session, ids: set[str]) -> None:
+        if not ids:
+            return
         with self._lock:
             rows = [row for row, each in self._running.items() if each.request.id in ids]
             for row in rows:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulid import ULID
-
+from promptmill.api import ids
 from promptmill.api.questions import Question
 from promptmill.live_wire import usage_of
 from promptmill.result_formats import openai_choice, openai_usage, shown_logprobs, why_ended
@@ -22,7 +21,7 @@ FINGERPRINT = "promptmill"
 
 
 def new_id(raw: bool) -> str:
-    return f"{'cmpl' if raw else 'chatcmpl'}-{str(ULID()).lower()}"
+    return f"{'cmpl' if raw else 'chatcmpl'}-{ids.new_id()}"
 
 
 def choices_of(answer: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="db"))
         parts.live.start()
+        # What the start made stays: looking through it for garbage again and again would hold every answer up.
+        gc.collect()
+        gc.freeze()
         keeper = asyncio.create_task(_keep_batches())
         try:
             yield

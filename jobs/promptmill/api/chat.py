@@ -69,7 +69,7 @@ async def _complete(request: Request, parts: Services, principal: Principal, url
     if question.stream:
         return await _streamed(request, parts, principal, question, model)
     with parts.limits.running(principal):
-        found = await _or_gone(request, _answers(parts, question, model))
+        found = await _or_gone(request, _answers(parts, question, model, request.state))
     return json_response(answers.whole(question, found)) if found is not None else Response(status_code=GONE)
 
 
@@ -95,10 +95,17 @@ async def _or_gone(request: Request, work: Any) -> Any:
         return None
 
 
-async def _answers(parts: Services, question: Question, model: str) -> list[dict[str, Any]]:
-    """The answers to all prompts of a body, which run together. If one fails, so does the body."""
+async def _answers(parts: Services, question: Question, model: str, state: Any = None) -> list[dict[str, Any]]:
+    """The answers to all prompts of a body, which run together. If one fails, so does the body.
+
+    ``state``: of the request; it is told when a chat was queued and answered.
+    """
     if question.messages is not None:
-        return [await _answer(parts, question, model, messages=question.messages)]
+        async with parts.live.call(model, question.sampling, messages=question.messages) as call:
+            answer = await call.answer()
+        if state is not None and call.queued_at is not None and answer["timing"]:
+            state.answered = call.queued_at, answer["timing"]["finished_at"]
+        return [answer]
     if len(question.texts) == 1:
         return [await _answer(parts, question, model, prompt=question.texts[0])]
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ from sqlalchemy.engine import Connection
 from starlette.responses import Response
 
 from promptmill.api import documents
-from promptmill.api.middleware import BOUNDS_S, Timings
+from promptmill.api.middleware import BOUNDS_S, OVERHEAD_BOUNDS_S, Timings
 from promptmill.api.services import Parts, Reader, Services, in_thread
 from promptmill.broker import Broker
 from promptmill.database import COMMITS, CommitTimes, epoch, reading
@@ -78,10 +79,19 @@ async def metrics(request: Request, parts: Parts, principal: Reader) -> Response
     kept = getattr(state, "exposed", None)
     if kept is None or time.monotonic() - kept[0] > KEPT_S:
         state.exposed = kept = time.monotonic(), await in_thread(_from_rows, parts)
-    lines = [*kept[1], *_calls(state.timings), *await _commits(parts), *family(
+    lines = [*kept[1], *_calls(state.timings), *_overhead(state.timings), *await _commits(parts), *family(
         "promptmill_live_requests", "gauge", "Requests whose clients wait for them.", [({}, parts.live.waiting)]
     )]  # fmt: skip
     return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def _overhead(timings: Timings) -> Iterator[str]:
+    row = ("/v1/chat/completions", *accumulate(timings.overhead), timings.overhead_s)
+    return histogram(
+        "promptmill_api_overhead_seconds",
+        "This server's own time on a chat: to the queue, and from the worker's last token.",
+        OVERHEAD_BOUNDS_S, [row], "route",
+    )  # fmt: skip
 
 
 async def _commits(parts: Services) -> Iterator[str]:

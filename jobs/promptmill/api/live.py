@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from ulid import ULID
 
 from promptmill.api.errors import ApiError
+from promptmill.api.ids import new_id
 from promptmill.live_wire import (
     AGAIN,
     DONE,
@@ -84,6 +85,8 @@ class Call:
         self.worker: str | None = None
         self.told = False
         self.ended = False
+        #: When it was in the queue, by ``time.perf_counter()``.
+        self.queued_at: float | None = None
         self._replies: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
     def put(self, kind: str, value: Any) -> None:
@@ -111,11 +114,18 @@ class Call:
 
     async def answer(self) -> dict[str, Any]:
         """The whole answer, as ``live_wire.answer_of`` made it."""
-        async for kind, value in self.replies():
-            if kind == DONE:
-                found: dict[str, Any] = value
-                return found
-        raise ApiError(502, "The model could not answer this request.")
+        try:
+            async with asyncio.timeout(self.request.until - time.time()):
+                kind, value = await self._replies.get()
+                while kind == TEXT:
+                    kind, value = await self._replies.get()
+        except TimeoutError:
+            raise ApiError(504, "No answer in time.", code="timeout") from None
+        self.ended = True
+        if kind == FAILED:
+            raise value
+        found: dict[str, Any] = value
+        return found
 
 
 class Live:
@@ -129,6 +139,7 @@ class Live:
         # Id -> model, of requests that nobody waits for and that no worker had taken yet.
         self._withdrawn: dict[str, str] = {}
         self._outbox: dict[str, list[bytes]] = {}
+        self._unsent: list[Call] = []
         self._flushing: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -163,10 +174,9 @@ class Live:
     async def call(self, model: str, sampling: dict[str, Any], **question: Any) -> AsyncIterator[Call]:
         """Send a request. Leaving before its end drops it: its slot is free within a step or two."""
         now = time.time()
-        request = LiveRequest(
-            str(ULID()), self._id, model, sampling, sent_at=now, until=now + self._timeout_s, **question
-        )
+        request = LiveRequest(new_id(), self._id, model, sampling, sent_at=now, until=now + self._timeout_s, **question)
         call = self._calls[request.id] = Call(request)
+        self._unsent.append(call)
         try:
             self._push(live_queue(model), request.encode())
             yield call
@@ -201,12 +211,16 @@ class Live:
     async def _flush(self) -> None:
         while self._outbox:
             outbox, self._outbox = self._outbox, {}
+            calls, self._unsent = self._unsent, []
             try:
                 pipe = self._redis.pipeline(transaction=False)
                 for name, data in outbox.items():
                     pipe.rpush(name, *data)
                     pipe.expire(name, int(self._timeout_s) + 60)
                 await pipe.execute()
+                now = time.perf_counter()
+                for call in calls:
+                    call.queued_at = now
             except (RedisError, OSError) as problem:
                 log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
                 self._fail_sent(outbox)

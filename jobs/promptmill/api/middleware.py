@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from ulid import ULID
 
 from promptmill.api.errors import ApiError, response
+from promptmill.api.ids import new_id
 
 log = logging.getLogger("promptmill.api.access")
 
@@ -24,6 +25,9 @@ SLOWEST_BYTES_PER_S = 1024
 
 #: Upper bounds in seconds of the histogram of times.
 BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+#: The same of this server's own time on an answer.
+OVERHEAD_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 
 #: On every answer: nothing of ours runs in another site's frame, and nothing of others in our pages.
 SECURITY_HEADERS = (
@@ -49,6 +53,13 @@ class Timings:
         self.counts: Counter[tuple[str, str, int]] = Counter()
         self.buckets: Counter[tuple[str, float]] = Counter()
         self.sums: Counter[str] = Counter()
+        #: Of answers: this server's own time, by the first bound that it is within.
+        self.overhead = [0] * (len(OVERHEAD_BOUNDS_S) + 1)
+        self.overhead_s = 0.0
+
+    def add_overhead(self, seconds: float) -> None:
+        self.overhead[bisect_left(OVERHEAD_BOUNDS_S, seconds)] += 1
+        self.overhead_s += seconds
 
     def add(self, method: str, route: str, status: int, seconds: float) -> None:
         self.counts[method, route, status] += 1
@@ -73,8 +84,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, started, status = f"req_{str(ULID()).lower()}", time.perf_counter(), 0
-        scope.setdefault("state", {})["request_id"] = request_id
+        request_id, started, status = f"req_{new_id()}", time.perf_counter(), 0
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -85,6 +97,8 @@ class Gate:
                     (b"openai-processing-ms", str(int(1000 * (time.perf_counter() - started))).encode()),
                     *_absent(SECURITY_HEADERS, message.get("headers", ())),
                 ]  # fmt: skip
+                if "answered" in state:
+                    message["headers"].append(self._overhead(started, state["answered"]))
             await send(message)
 
         problem = self._refused(scope)
@@ -100,6 +114,17 @@ class Gate:
             if log.isEnabledFor(logging.INFO):
                 # The path of the route: an id in it is no content, a query may be.
                 log.info("%s %s %d %.1f ms %s", scope["method"], route, status, 1000 * seconds, request_id)
+
+    def _overhead(self, started: float, answered: tuple[float, float]) -> tuple[bytes, bytes]:
+        """The header with this server's own time: to the queue, and from the worker's last token.
+
+        ``answered``: when the request was queued, on this process's clock, and when its answer was ready, on the
+        wall's.
+        """
+        queued_at, finished_at = answered
+        before, after = queued_at - started, max(0.0, time.time() - finished_at)
+        self._timings.add_overhead(before + after)
+        return b"server-timing", f"before;dur={1000 * before:.2f}, after;dur={1000 * after:.2f}".encode()
 
     def _refused(self, scope: Scope) -> ApiError | None:
         """What is wrong with the head of the request."""
@@ -136,7 +161,8 @@ class Gate:
             if ended:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_PAUSE_S)
+                async with asyncio.timeout(BODY_PAUSE_S):
+                    message = await receive()
             except TimeoutError:
                 raise ApiError(408, "The body of the request came too slowly.", code="request_timeout") from None
             received += len(message.get("body", b""))

@@ -68,11 +68,17 @@ class Services:
 
 
 def services(request: Request) -> Services:
+    """The parts of the server that was asked."""
     found: Services = request.app.state.services
     return found
 
 
-Parts = Annotated[Services, Depends(services)]
+async def _parts(request: Request) -> Services:
+    # Not an ordinary function: those are called in a thread, which costs more than all they do.
+    return services(request)
+
+
+Parts = Annotated[Services, Depends(_parts)]
 
 
 def bearer(request: Request) -> str | None:
@@ -88,7 +94,7 @@ async def identify(request: Request) -> Principal:
     parts = services(request)
     key = bearer(request)
     found = await parts.who(key) if key else None
-    if found is None and key is None:
+    if found is None and key is None and "cookie" in request.headers:
         from promptmill.api.login import principal_of_cookie
 
         found = await run_in_threadpool(principal_of_cookie, parts.db, request)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-
-from promptmill.api.errors import ApiError
 
 #: Seconds without an event after which a comment is sent, so that nobody between us and the client hangs up.
 PING_S = 15.0
@@ -22,20 +20,28 @@ class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
     """The result of ``work``, which is cancelled when the client goes away. Raises :class:`ClientGone`."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request.receive))
+    here, gone = asyncio.current_task(), False
+    assert here is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        await _disconnected(request.receive)
+        gone = True
+        here.cancel()
+
+    # One task beside this one, not two: each call has its own.
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        here.uncancel()
+        raise ClientGone from None
     finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await task
+        watching.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:
