@@ -90,6 +90,7 @@ class ChunkRunner:
                         self._record(lease, outcomes, session.take_counters())
                     else:
                         last = outcomes
+                watched.all_answered = True
                 self._finish(lease, session, last)
         except HostDied as death:
             self._host_died(lease, last, death)
@@ -198,6 +199,8 @@ class Watched:
     """What the watching thread watches; the session is set once the chunk has one."""
 
     session: Session | None = None
+    #: Nothing is left to be abandoned: a chunk that has just been closed has no lease any more.
+    all_answered: bool = False
 
 
 @contextmanager
@@ -228,7 +231,7 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
             if session is None:
                 continue
             if stop.abandoning.is_set() or standing in (Standing.LOST, Standing.UNWANTED):
-                if standing is Standing.LOST:
+                if standing is Standing.LOST and not watched.all_answered:
                     log.warning("chunk %s/%d: the lease is lost", lease.chunk.job_id, lease.chunk.number)
                 session.abandon()
                 return

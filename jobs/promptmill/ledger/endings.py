@@ -33,6 +33,8 @@ class Endings(Results):
         False when the lease was overtaken, or rows of the chunk have no result; results that count are kept.
         """
         with writing(self.db) as db:
+            # The attempt ends here, where its counters were taken: many workers may now wait for each other's locks.
+            ended_at = db.execute(sa.select(self._now())).scalar()
             if maybe_stored and last:
                 last = self._unstored(db, lease, last)
             self._record(db, lease, last)
@@ -45,7 +47,7 @@ class Endings(Results):
                 if not last:
                     self._tell_overtaken(db, lease, "ended")
                 return False
-            self._end_attempt(db, lease, "done", counters, slots)
+            self._end_attempt(db, lease, "done", counters, slots, ended_at)
             self._complete_if_done(db, lease.chunk.job_id)
         return True
 
@@ -85,12 +87,19 @@ class Endings(Results):
             )  # fmt: skip
 
     def _end_attempt(
-        self, db: Connection, lease: Lease, outcome: str, counters: EngineCounters | None, slots: int | None
+        self,
+        db: Connection,
+        lease: Lease,
+        outcome: str,
+        counters: EngineCounters | None,
+        slots: int | None,
+        ended_at: float | None = None,
     ) -> None:
+        """``ended_at``: now, where it is None."""
         ended = db.execute(
             sa.update(attempts)
             .where(is_attempt(lease), attempts.c.ended_at.is_(None))
-            .values(ended_at=self._now(), outcome=outcome, slots=slots)
+            .values(ended_at=self._now() if ended_at is None else ended_at, outcome=outcome, slots=slots)
         )
         # An attempt ends once, and its counters come with its end: a worker that was not told that its commit went
         # through says it all again.
