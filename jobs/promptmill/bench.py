@@ -235,6 +235,7 @@ def whole_job(
 ) -> Figures:
     """A job on a fresh SQLite database, as ``promptmill run`` does it; its figures come from its rows."""
     from promptmill import service
+    from promptmill.preparing import RunOptions
     from promptmill.reports.summary import summarise
 
     with tempfile.TemporaryDirectory(prefix="promptmill-bench-") as folder:
@@ -244,7 +245,7 @@ def whole_job(
         dataset.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         db = open_database(f"sqlite:///{folder}/bench.sqlite")
         try:
-            options = service.RunOptions(dataset=str(dataset), model=model, slots=slots, device=device)
+            options = RunOptions(dataset=str(dataset), model=model, slots=slots, device=device)
             job_id = service.run(options, settings, db).job_id
             summary, spent = summarise(db, job_id), _engine_seconds(db, job_id)
         finally:

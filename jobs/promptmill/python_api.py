@@ -22,9 +22,10 @@ from sqlalchemy.engine import Engine
 
 from promptmill import catalog, service
 from promptmill.database import open_database, reading
+from promptmill.embedded import ledger_of
 from promptmill.errors import JobError
+from promptmill.preparing import RunOptions
 from promptmill.selection import Selection
-from promptmill.service import RunOptions
 from promptmill.settings import Settings, load_settings
 from promptmill.types import JobState
 
@@ -64,7 +65,7 @@ class Job:
 
     def wait(self, timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None) -> Job:
         """Return when the job has ended, whatever way. Raises :class:`TimeoutError` after ``timeout_s`` seconds."""
-        ledger = service.ledger_of(self._db, self._settings)
+        ledger = ledger_of(self._db, self._settings)
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             progress = ledger.progress(self.id)

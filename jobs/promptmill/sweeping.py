@@ -17,10 +17,11 @@ from sqlalchemy.engine import Engine, Row
 
 from promptmill.annotations import add_tags, checked, set_engine_settings, tagged
 from promptmill.errors import PromptmillError, UnknownName
+from promptmill.preparing import RunOptions
 from promptmill.registry import suggestion
 from promptmill.reports.summary import Summary, summarise
 from promptmill.reports.sweep import ENGINE, Setting, Sweep
-from promptmill.service import RunOptions, run
+from promptmill.service import run
 from promptmill.settings import Settings
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import pytest
 
 from promptmill.cli import main
 from promptmill.errors import BadLines, DatasetError, TaskFileError
+from promptmill.preparing import validate_dataset
 from promptmill.readers import checked, open_dataset
 from promptmill.resources import resource_dir
-from promptmill.service import validate_dataset
 from promptmill.task_file import parse_task
 from promptmill.types import DatasetLine
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from promptmill.errors import BadLines, JobError
-from promptmill.service import _interrupts_later, check_max_errors, check_name
+from promptmill.preparing import _interrupts_later, check_max_errors, check_name
 
 
 @pytest.mark.parametrize("name", ["@last", "", " a", "a\n", "a" * 101, "01M7XXYM4ZEBJ1DDGAVYZ7GYA9"])

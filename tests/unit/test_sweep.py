@@ -10,11 +10,11 @@ import sqlalchemy as sa
 
 from promptmill.annotations import add_tags, remove_tags, tagged, tags_of
 from promptmill.errors import PromptmillError, UnknownName
+from promptmill.preparing import RunOptions
 from promptmill.reports.summary import summarise
 from promptmill.reports.sweep import Setting, Sweep, recommended, text, verdict
 from promptmill.reports.trend import change_points, trends
 from promptmill.reports.trend import text as trend_text
-from promptmill.service import RunOptions
 from promptmill.sweeping import Plan, axis
 from tests.unit.test_reports import START, answer, db, store
 

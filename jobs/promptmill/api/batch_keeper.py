@@ -34,9 +34,9 @@ from promptmill.dispatch import Dispatcher
 from promptmill.errors import BrokerError, PromptmillError
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
+from promptmill.preparing import gauge_of
 from promptmill.readers import open_dataset
 from promptmill.result_formats import openai_line
-from promptmill.service import gauge_of
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.tables import api_keys, batches, files, jobs, requests, results

@@ -21,8 +21,9 @@ from promptmill import errors
 from promptmill.api.errors import ApiError
 from promptmill.database import open_database
 from promptmill.errors import BadLines, DatasetError, PromptmillError
+from promptmill.preparing import gauge_of
 from promptmill.readers import READERS, open_dataset
-from promptmill.service import dispatch, gauge_of
+from promptmill.service import dispatch
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task, parse_task

@@ -21,6 +21,7 @@ from promptmill.api.keys import Principal
 from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread
 from promptmill.api.streams import EventStream, event
 from promptmill.database import reading
+from promptmill.preparing import check_max_errors, check_name
 from promptmill.sampling import check_parameters
 from promptmill.tables import jobs, requests, results
 from promptmill.times import moment
@@ -103,9 +104,9 @@ def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dic
     if body.get("task") and (body.get("template") or body.get("system")):
         raise bad("Give 'task', or 'template' and 'system': a task file holds its prompts.", "task", "invalid_value")
     label = bodies.text(body, "name", longest=100)
-    service.check_name(label)
+    check_name(label)
     max_errors = bodies.text(body, "max_errors", longest=16)
-    service.check_max_errors(max_errors)
+    check_max_errors(max_errors)
     limit = parts.limits.of(principal, "queued_requests")
     return {
         "model": model, "task": bodies.text(body, "task", longest=1_000_000),

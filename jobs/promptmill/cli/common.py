@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy.engine import Engine
 
+    from promptmill.preparing import RunOptions
     from promptmill.selection import Selection
-    from promptmill.service import RunOptions
     from promptmill.settings import Settings
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -99,7 +99,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run_options(values: dict[str, Any]) -> RunOptions:
     """The options of :func:`job_options` as the service takes them."""
     from promptmill.errors import PromptmillError
-    from promptmill.service import RunOptions
+    from promptmill.preparing import RunOptions
 
     sampling = _sampling(values)
     if values["store"] != "full" and values["cache"]:

@@ -12,7 +12,7 @@ from promptmill.cli.common import clock, json_option, open_all, print_json, stde
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-    from promptmill.service import Outcome
+    from promptmill.embedded import Outcome
     from promptmill.settings import Settings
 
 #: Seconds between two looks at a job that is followed.
@@ -84,7 +84,7 @@ def watch(job: str, as_json: bool) -> None:
 def follow(settings: Settings, db: Engine, job_id: str) -> Outcome:
     """Show the job's progress until it has ended."""
     from promptmill.cli.progress import ProgressView
-    from promptmill.service import Outcome, ledger_of
+    from promptmill.embedded import Outcome, ledger_of
     from promptmill.types import JobState
 
     ledger = ledger_of(db, settings)

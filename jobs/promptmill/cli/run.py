@@ -12,8 +12,8 @@ from promptmill.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
+    from promptmill.embedded import Outcome
     from promptmill.preflight import Preflight
-    from promptmill.service import Outcome
 
 
 @click.command(
@@ -85,10 +85,10 @@ def _is_embedded(db: Engine, job_id: str) -> bool:
 
 def report_dry_run(options: Any, mode: str, as_json: bool) -> None:
     """``--dry-run``: the preflight, and nothing else."""
-    from promptmill import service
+    from promptmill.preparing import dry_run
     from promptmill.settings import load_settings
 
-    found = service.dry_run(options, load_settings(), mode)
+    found = dry_run(options, load_settings(), mode)
     if as_json:
         print_json(found.to_json() if found else None)
     else:

@@ -68,8 +68,8 @@ def sweep(dataset: str, output: str, force: bool, as_json: bool, **values: Any) 
 def _plan(dataset: str, values: dict[str, Any]) -> Any:
     from datetime import UTC, datetime
 
+    from promptmill.preparing import RunOptions
     from promptmill.selection import Selection
-    from promptmill.service import RunOptions
     from promptmill.sweeping import Plan, axis
 
     axes: dict[str, list[Any]] = {}
