@@ -13,8 +13,16 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.api.conftest import ECHO, Server, batch_lines, end_all, finished, starter_of
+from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, end_all, finished, starter_of
 from tests.api.test_jobs import call, refused
+from tests.conftest import wait_until
+
+TASK = """
+task: t
+prompt: {user: "{{ input.q }}"}
+expected: {a: a}
+scores: [{exact: a}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,12 @@ def locked(tmp_path_factory: pytest.TempPathFactory, redis_server: str) -> Itera
 
 def key(server: Server, name: str, *options: str) -> str:
     return str(json.loads(server.command("keys", "create", "--name", name, "--json", *options).out)["key"])
+
+
+def text_of(server: Server, path: str, headers: dict[str, str]) -> str:
+    asked = urllib.request.Request(server.url + path, headers=headers)
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        return str(answer.read().decode())
 
 
 def test_without_a_key_nothing_is_told(locked: Server) -> None:
@@ -87,6 +101,31 @@ def test_no_other_key_sees_that_an_object_exists(locked: Server) -> None:
     stolen = theirs.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
     assert finished(theirs, stolen.id).errors.data[0].param == "file_id"
     assert boss.batches.retrieve(batch.id).id == batch.id
+
+
+def test_what_runs_for_another_key_has_no_name(start: Starter) -> None:
+    start.worker(SLOW)
+    server = start.server("--require-key")
+    mine, theirs = [{"Authorization": f"Bearer {key(server, name)}"} for name in ("mine", "theirs")]
+    lines = [{"prompt": f"{row} " * 400, "max_tokens": 400} for row in range(4)]
+    job = call(server, "/v1/jobs", {"model": SLOW, "name": "my secret", "lines": lines}, **mine)
+    wait_until(lambda: "my secret" in text_of(server, "/pages/workers", mine), "the worker shows the job")
+    seen = [text_of(server, path, theirs) for path in ("/", "/pages/workers", "/v1/system/status", "/metrics")]
+    assert not [each for each in seen if "my secret" in each or job["id"] in each]
+    assert call(server, "/v1/system/status", **mine)["jobs"] == {"running": 1}
+    assert call(server, "/v1/system/status", **theirs)["jobs"] == {}
+    call(server, f"/v1/jobs/{job['id']}/cancel", {}, **mine)
+
+
+def test_scores_of_another_key_are_no_metrics(locked: Server) -> None:
+    mine, theirs = [{"Authorization": f"Bearer {key(locked, name)}"} for name in ("scored", "curious")]
+    body = {"model": ECHO, "name": "my-evaluation", "task": TASK, "lines": [{"q": "a", "a": "a"}]}
+    job = call(locked, "/v1/jobs", body, **mine)
+    ended = ("completed", "failed")
+    wait_until(lambda: call(locked, f"/v1/jobs/{job['id']}", **mine)["state"] in ended, "the job ends")
+    assert locked.command("score", job["id"]).code == 0
+    assert 'promptmill_score{task="my-evaluation"' in text_of(locked, "/metrics", mine)
+    assert "my-evaluation" not in text_of(locked, "/metrics", theirs)
 
 
 def test_limits_answer_429_with_a_time(locked: Server) -> None:

@@ -75,6 +75,7 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     )  # fmt: skip
     app.state.services = parts
     app.state.timings = timings
+    app.state.scores = {}
     errors.install(app)
     for module in (chat, files, batches, jobs, models, system, exposition, pages):
         app.include_router(module.router)

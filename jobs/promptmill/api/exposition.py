@@ -17,18 +17,33 @@ from sqlalchemy.engine import Connection
 from starlette.responses import Response
 
 from promptmill.api import documents
+from promptmill.api.keys import Principal
 from promptmill.api.middleware import BOUNDS_S, OVERHEAD_BOUNDS_S, Timings
 from promptmill.api.services import Parts, Reader, Services, in_thread
 from promptmill.broker import Broker
 from promptmill.database import COMMITS, CommitTimes, epoch, reading
 from promptmill.dispatch import ALIVE_S
 from promptmill.ledger.jobs import UNENDED
-from promptmill.tables import attempts, chunks, jobs, results, retries, score_runs, scores, worker_samples, workers
+from promptmill.tables import (
+    attempts,
+    batches,
+    chunks,
+    jobs,
+    results,
+    retries,
+    score_runs,
+    scores,
+    worker_samples,
+    workers,
+)
 
 router = APIRouter(tags=["System"])
 
 #: Seconds that the sums over all rows are kept: a scrape every 15 s must not read a table of millions each time.
 KEPT_S = 10.0
+
+#: Keys whose scores are kept at one time.
+MOST_KEPT = 100
 
 #: Bucket bounds of the OpenTelemetry conventions for model servers, in seconds.
 LATENCY_BOUNDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -79,10 +94,22 @@ async def metrics(request: Request, parts: Parts, principal: Reader) -> Response
     kept = getattr(state, "exposed", None)
     if kept is None or time.monotonic() - kept[0] > KEPT_S:
         state.exposed = kept = time.monotonic(), await in_thread(_from_rows, parts)
-    lines = [*kept[1], *_calls(state.timings), *_overhead(state.timings), *await _commits(parts), *family(
+    scored = await _kept_scores(state, parts, principal)
+    lines = [*kept[1], *scored, *_calls(state.timings), *_overhead(state.timings), *await _commits(parts), *family(
         "promptmill_live_requests", "gauge", "Requests whose clients wait for them.", [({}, parts.live.waiting)]
     )]  # fmt: skip
     return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+async def _kept_scores(state: Any, parts: Services, principal: Principal) -> list[str]:
+    """Scores have names of jobs: those of another key's jobs are not told."""
+    kept: dict[str | None, tuple[float, list[str]]] = state.scores
+    owner = None if principal.is_operator else principal.key_id
+    if owner not in kept or time.monotonic() - kept[owner][0] > KEPT_S:
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
+        kept[owner] = time.monotonic(), await in_thread(_scores, parts, principal)
+    return kept[owner][1]
 
 
 def _overhead(timings: Timings) -> Iterator[str]:
@@ -128,7 +155,7 @@ def _calls(timings: Timings) -> Iterator[str]:
 def _from_rows(parts: Services) -> list[str]:
     with reading(parts.db) as db:
         return [
-            *_jobs(db), *_items(db), *_histograms(db), *_engines(db), *_workers(db), *_scores(db), *_queues(db, parts),
+            *_jobs(db), *_items(db), *_histograms(db), *_engines(db), *_workers(db), *_queues(db, parts),
             *family("promptmill_build_info", "gauge", "This version.", [({"version": version("promptmill")}, 1)]),
         ]  # fmt: skip
 
@@ -269,17 +296,27 @@ def _workers(db: Connection) -> Iterator[str]:
     yield from family("promptmill_worker_memory_bytes", "gauge", "Memory by kind.", memory)
 
 
-def _scores(db: Connection) -> Iterator[str]:
-    newest = sa.select(sa.func.max(score_runs.c.id)).join(jobs, jobs.c.id == score_runs.c.job_id).group_by(jobs.c.name)
+def _scores(parts: Services, principal: Principal) -> list[str]:
+    # The job of a batch is called by the batch's id, and ids are no labels.
+    named = sa.and_(
+        jobs.c.name.is_not(None), ~sa.exists().where(batches.c.job_id == jobs.c.id), principal.owned(jobs.c.api_key_id)
+    )
+    newest = (
+        sa.select(sa.func.max(score_runs.c.id))
+        .join(jobs, jobs.c.id == score_runs.c.job_id)
+        .where(named)
+        .group_by(jobs.c.name)
+    )
     query = (
         sa.select(jobs.c.name, scores.c.metric, sa.func.avg(sa.func.coalesce(scores.c.value, 0.0)))
         .join(score_runs, score_runs.c.id == scores.c.score_run_id)
         .join(jobs, jobs.c.id == score_runs.c.job_id)
-        .where(jobs.c.name.is_not(None), scores.c.outcome != "infra_error", score_runs.c.id.in_(newest))
+        .where(named, scores.c.outcome != "infra_error", score_runs.c.id.in_(newest))
         .group_by(jobs.c.name, scores.c.metric)
     )
-    found = _pairs(db, query, "task", "metric")
-    yield from family("promptmill_score", "gauge", "Of the last scored job of each name.", found)
+    with reading(parts.db) as db:
+        found = _pairs(db, query, "task", "metric")
+    return list(family("promptmill_score", "gauge", "Of the last scored job of each name.", found))
 
 
 def _queues(db: Connection, parts: Services) -> Iterator[str]:

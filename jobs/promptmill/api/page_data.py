@@ -69,15 +69,18 @@ def job_views(parts: Services, principal: Principal) -> list[dict[str, Any]]:
     return [job_view(each, now) for each in found]
 
 
-def worker_views(parts: Services) -> list[dict[str, Any]]:
-    """Workers with what they do now."""
+def worker_views(parts: Services, principal: Principal) -> list[dict[str, Any]]:
+    """Workers with what they do now; the name of a job that is another key's is not told."""
     parts.models.refresh()
     with reading(parts.db) as db:
         busy = db.execute(
             sa.select(attempts.c.worker_id, jobs.c.name, jobs.c.id)
             .join(jobs, jobs.c.id == attempts.c.job_id)
-            .where(attempts.c.ended_at.is_(None), jobs.c.state == JobState.RUNNING.value)
-        ).all()
+            .where(
+                attempts.c.ended_at.is_(None), jobs.c.state == JobState.RUNNING.value,
+                principal.owned(jobs.c.api_key_id),
+            )
+        ).all()  # fmt: skip
     doing = {row.worker_id: row.name or row.id for row in busy}
     return [dict(each) | {"doing": doing.get(each["id"])} for each in parts.models.workers]
 

@@ -88,8 +88,8 @@ async def index(request: Request, parts: Parts) -> Response:
     principal = await _who(request)
     return _page(
         "index.html", jobs=await in_thread(page_data.job_views, parts, principal),
-        workers=await in_thread(page_data.worker_views, parts), models=parts.models.models, problem=None, values={},
-        **_frame(parts, principal),
+        workers=await in_thread(page_data.worker_views, parts, principal), models=parts.models.models,
+        problem=None, values={}, **_frame(parts, principal),
     )  # fmt: skip
 
 
@@ -101,8 +101,8 @@ async def jobs_part(request: Request, parts: Parts) -> Response:
 
 @router.get("/pages/workers")
 async def workers_part(request: Request, parts: Parts) -> Response:
-    await _who(request)
-    return _page("_workers.html", workers=await in_thread(page_data.worker_views, parts))
+    principal = await _who(request)
+    return _page("_workers.html", workers=await in_thread(page_data.worker_views, parts, principal))
 
 
 @router.post("/jobs")
@@ -127,8 +127,8 @@ async def submit(request: Request, parts: Parts) -> Response:
         found = problem if isinstance(problem, ApiError) else error_of(problem)
     return _page(
         "index.html", found.status, jobs=await in_thread(page_data.job_views, parts, principal),
-        workers=await in_thread(page_data.worker_views, parts), models=parts.models.models, problem=found.message,
-        values=values, **_frame(parts, principal),
+        workers=await in_thread(page_data.worker_views, parts, principal), models=parts.models.models,
+        problem=found.message, values=values, **_frame(parts, principal),
     )  # fmt: skip
 
 

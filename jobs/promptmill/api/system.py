@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from promptmill.api import documents
 from promptmill.api.bodies import json_response
+from promptmill.api.keys import Principal
 from promptmill.api.model_directory import models_of
 from promptmill.api.services import Parts, Reader, Services, in_thread
 from promptmill.broker import Broker
@@ -98,13 +99,14 @@ async def health(parts: Parts) -> Response:
 async def status(parts: Parts, principal: Reader) -> Response:
     """What every worker has and does, what waits, and what this server uses."""
     await in_thread(parts.models.refresh)
-    return json_response(await in_thread(_status, parts))
+    return json_response(await in_thread(_status, parts, principal))
 
 
-def _status(parts: Services) -> dict[str, Any]:
+def _status(parts: Services, principal: Principal) -> dict[str, Any]:
     with reading(parts.db) as connection:
         waiting = waiting_requests(connection, "queue")
-        by_state = connection.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
+        mine = sa.select(jobs.c.state, sa.func.count()).where(principal.owned(jobs.c.api_key_id))
+        by_state = connection.execute(mine.group_by(jobs.c.state)).all()
     memory = psutil.virtual_memory()
     return {
         "version": version("promptmill"),
