@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+import sqlalchemy as sa
 
+from promptmill.api import batches
 from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, finished
 from tests.conftest import wait_until
 
@@ -234,6 +238,17 @@ def test_an_idempotency_key_makes_one_batch(client: openai.OpenAI) -> None:
     with pytest.raises(openai.ConflictError):
         client.batches.create(**asked, metadata={"a": "b"})
     finished(client, first.id)
+
+
+def test_an_idempotency_key_makes_one_batch_of_calls_at_the_same_time(database: sa.Engine) -> None:
+    parts: Any = SimpleNamespace(db=database)
+    values = {
+        "input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h", "metadata": None,
+        "priority": 5, "task_text": None, "idempotency_key": "once", "api_key_id": None,
+    }  # fmt: skip
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: batches._create(parts, values, 3600.0).id, range(24)))
+    assert len(set(made)) == 1
 
 
 def test_a_cancelled_batch_keeps_what_was_answered(start: Starter) -> None:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 from ulid import ULID
 
-from promptmill.database import epoch, reading, writing
+from promptmill.database import epoch, reading
 from promptmill.ledger.base import counts_of
 from promptmill.tables import batches, jobs
 
@@ -26,17 +26,26 @@ MOMENTS = (
 )  # fmt: skip
 
 
-def insert(db: Engine, values: dict[str, Any], window_s: float) -> Row[Any]:
+def twin(connection: Connection, idempotency_key: str | None, api_key_id: str | None) -> Row[Any] | None:
+    """The batch that was made with this idempotency key. Until the transaction's end nobody else can make one."""
+    if idempotency_key is None:
+        return None
+    if connection.dialect.name == "postgresql":
+        # SQLite has one writer at a time.
+        lock = sa.func.hashtextextended(f"batch {api_key_id} {idempotency_key}", 0)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
+    mine = batches.c.api_key_id.is_not_distinct_from(api_key_id)
+    return connection.execute(sa.select(batches).where(batches.c.idempotency_key == idempotency_key, mine)).first()
+
+
+def insert(connection: Connection, values: dict[str, Any], window_s: float) -> Row[Any]:
     """A new batch, to be validated."""
     batch_id = f"batch_{str(ULID()).lower()}"
-    with writing(db) as connection:
-        now = connection.execute(sa.select(epoch())).scalar() or 0.0
-        connection.execute(
-            sa.insert(batches).values(
-                id=batch_id, state="validating", created_at=now, expires_at=now + window_s, **values
-            )
-        )
-        return connection.execute(sa.select(batches).where(batches.c.id == batch_id)).one()
+    now = connection.execute(sa.select(epoch())).scalar() or 0.0
+    connection.execute(
+        sa.insert(batches).values(id=batch_id, state="validating", created_at=now, expires_at=now + window_s, **values)
+    )
+    return connection.execute(sa.select(batches).where(batches.c.id == batch_id)).one()
 
 
 def move(connection: Connection, batch_id: str, before: tuple[str, ...], after: str, **values: Any) -> bool:

@@ -43,7 +43,7 @@ async def create(request: Request, parts: Parts, principal: Submitter) -> Respon
     body = await bodies.read_object(request)
     values, window_s = _checked(body)
     values["api_key_id"] = principal.key_id
-    row = await in_thread(_create, parts, principal, values, window_s)
+    row = await in_thread(_create, parts, values, window_s)
     return json_response((await in_thread(batch_rows.shape, parts.db, [row]))[0])
 
 
@@ -99,23 +99,17 @@ def _life_s(value: Any) -> int | None:
 SAME = ("input_file_id", "endpoint", "completion_window", "metadata", "priority", "task_text")
 
 
-def _create(parts: Services, principal: Principal, values: dict[str, Any], window_s: float) -> Row[Any]:
-    key = values["idempotency_key"]
-    if key is not None:
-        with reading(parts.db) as connection:
-            twin = connection.execute(
-                sa.select(batches).where(
-                    batches.c.idempotency_key == key, batches.c.api_key_id.is_not_distinct_from(principal.key_id)
-                )
-            ).first()
-        if twin is not None:
-            if any(getattr(twin, name) != values[name] for name in SAME):
-                raise ApiError(
-                    409, "Idempotency key already used with other parameters.", param="idempotency_key",
-                    code="idempotency_conflict",
-                )  # fmt: skip
-            return twin
-    return batch_rows.insert(parts.db, values, window_s)
+def _create(parts: Services, values: dict[str, Any], window_s: float) -> Row[Any]:
+    with writing(parts.db) as connection:
+        twin = batch_rows.twin(connection, values["idempotency_key"], values["api_key_id"])
+        if twin is None:
+            return batch_rows.insert(connection, values, window_s)
+    if any(getattr(twin, name) != values[name] for name in SAME):
+        raise ApiError(
+            409, "Idempotency key already used with other parameters.", param="idempotency_key",
+            code="idempotency_conflict",
+        )  # fmt: skip
+    return twin
 
 
 @router.get("", summary="List batches", openapi_extra=documents.PAGED, responses=documents.responses())
