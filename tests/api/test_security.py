@@ -9,6 +9,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -185,6 +186,43 @@ def test_a_server_without_keys_is_for_this_machine_and_its_own_pages(served: Ser
     with urllib.request.urlopen(f"{served.url}/v1/models", timeout=10) as answer:
         assert "access-control-allow-origin" not in answer.headers
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/files?limit=--5", {}, 400), ("/v1/jobs?limit=%C2%B2", {}, 400), ("/v1/batches?limit=1e1", {}, 400),
+        ("/v1/files/%00", {}, 400), ("/v1/jobs?after=%00", {}, 400), ("/pages/jobs/a%00", {}, 400),
+        ("/v1/jobs", {"Origin": "http://["}, 403),
+        ("/v1/jobs", {"Cookie": "promptmill=a.\u00b2.c"}, 401),
+        ("/v1/jobs", {"Cookie": 'promptmill="a\\000.99999999999.c"'}, 401),
+    ],
+)  # fmt: skip
+def test_what_no_program_would_send_is_no_bug(locked: Server, path: str, headers: dict[str, str], status: int) -> None:
+    if status == 400:
+        headers = {"Authorization": f"Bearer {key(locked, 'odd')}"}
+    assert refused(locked, path, **headers)[0] == status
+
+
+def test_numbers_of_forms_are_ascii(served: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client().files.create(
+            file=("a.jsonl", batch_lines(1)), purpose="batch",
+            extra_body={"expires_after": {"anchor": "created_at", "seconds": "\u00b2"}},
+        )  # fmt: skip
+    assert caught.value.param == "expires_after.seconds"
+
+
+def test_a_nul_is_refused_over_postgresql_too(tmp_path: Path, postgres_url: str, redis_url: str) -> None:
+    starter = starter_of(tmp_path, postgres_url, redis_url)
+    try:
+        server = starter.server()
+        for path in ("/v1/files/%00", "/v1/jobs/%00", "/v1/batches?after=a%00", "/v1/files?purpose=%00", "/jobs/%00"):
+            assert refused(server, path)[0] == 400
+        lines = [{"prompt": "a", "id": "x\0y"}]
+        assert refused(server, "/v1/jobs", {"model": "demo", "lines": lines})[0] == 400
+    finally:
+        end_all(starter.started)
 
 
 def test_endless_headers_and_lines_are_cut_off(served: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,9 +137,15 @@ def query_whole(request: Request, name: str, low: int, high: int, default: int) 
     value = request.query_params.get(name)
     if value is None:
         return default
-    if not value.isascii() or not value.lstrip("-").isdigit() or len(value) > 10 or not low <= int(value) <= high:
+    number = number_in(value)
+    if number is None or not low <= number <= high:
         raise bad(f"Invalid value for '{name}': expected {low} to {high:,}.", name, "invalid_value")
-    return int(value)
+    return number
+
+
+def number_in(text: str) -> int | None:
+    """A whole number of up to 12 digits; None for anything else, such as digits that are no ASCII."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,12}", text) else None
 
 
 def page(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Row
 from starlette.responses import FileResponse, Response
 
 from promptmill.api import documents
-from promptmill.api.bodies import json_response, page, query_whole
+from promptmill.api.bodies import json_response, number_in, page, query_whole
 from promptmill.api.errors import ApiError, bad, missing
 from promptmill.api.file_store import Draft
 from promptmill.api.limits import too_many
@@ -84,13 +84,14 @@ def _checked(form: Upload) -> tuple[str, float | None]:
         raise bad(
             "Invalid value for 'expires_after.anchor': expected 'created_at'.", "expires_after.anchor", "invalid_value"
         )
-    if not (seconds or "").isdigit() or not SHORTEST_LIFE_S <= int(seconds or 0) <= LONGEST_LIFE_S:
+    life_s = number_in(seconds or "")
+    if life_s is None or not SHORTEST_LIFE_S <= life_s <= LONGEST_LIFE_S:
         raise bad(
             f"Invalid value for 'expires_after.seconds': expected {SHORTEST_LIFE_S} to {LONGEST_LIFE_S}.",
             "expires_after.seconds",
             "invalid_value",
         )
-    return purpose, float(seconds or 0)
+    return purpose, float(life_s)
 
 
 def _name(form: Upload) -> str:

@@ -9,6 +9,7 @@ from fastapi import Request
 from sqlalchemy.engine import Engine
 
 from promptmill.api import keys
+from promptmill.api.bodies import number_in
 from promptmill.api.keys import Principal
 from promptmill.tables import api_keys
 
@@ -32,9 +33,10 @@ def principal_of_cookie(db: Engine, request: Request) -> Principal | None:
     """Who logged in here, if the cookie is ours and has not run out."""
     key_id, _, rest = request.cookies.get(COOKIE, "").partition(".")
     ends, _, signature = rest.partition(".")
-    if not signature or not ends.isdigit() or len(ends) > 12 or int(ends) < time.time():
+    until = number_in(ends)
+    if not signature or not key_id.isalnum() or until is None or until < time.time():
         return None
     found = keys.find(db, api_keys.c.id, key_id)
-    if found is None or not hmac.compare_digest(signature.encode(), _signature(key_id, int(ends), found[1]).encode()):
+    if found is None or not hmac.compare_digest(signature.encode(), _signature(key_id, until, found[1]).encode()):
         return None
     return found[0]

@@ -133,15 +133,18 @@ class Gate:
         if not self._locked and _name(host) not in LOCAL_NAMES:
             # Another site's name that was pointed at this machine (DNS rebinding) must not reach a server without keys.
             return ApiError(403, "This server answers to the names of this machine only.", code="wrong_host")
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            # PostgreSQL has no such character, and no object of ours has it in its id.
+            return ApiError(400, "The URL holds a NUL character.", code="invalid_url")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             return ApiError(403, "Pages of other sites may not call this server.", code="cross_origin")
         if headers.get(b"sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD"):
             return ApiError(403, "Pages of other sites may not call this server.", code="cross_origin")
         if headers.get(b"content-encoding", "identity").lower() != "identity":
             return ApiError(415, "Compressed bodies are not taken.", code="unsupported_content_encoding")
         length = headers.get(b"content-length", "0")
-        if length.isdigit() and int(length) > self._most(scope):
+        if length.isascii() and length.isdigit() and int(length) > self._most(scope):
             return self._too_large(scope)
         return None
 
@@ -180,6 +183,14 @@ class Gate:
 def _name(host: str) -> str:
     """``[::1]:8000`` and ``localhost:8000`` without their ports."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None for what is no URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _absent(wanted: Iterable[tuple[bytes, bytes]], there: Any) -> list[tuple[bytes, bytes]]:

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Row
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from promptmill.api import job_creation, jobs, keys, login, page_data
-from promptmill.api.bodies import json_response
+from promptmill.api.bodies import json_response, number_in
 from promptmill.api.errors import ApiError
 from promptmill.api.errors import of as error_of
 from promptmill.api.keys import Principal
@@ -118,7 +118,8 @@ async def submit(request: Request, parts: Parts) -> Response:
             if not draft.bytes:
                 raise ApiError(400, "Choose a dataset with at least one line.")
             body: dict[str, Any] = {name: text for name, text in values.items() if text.strip()}
-            body["priority"] = int(body.get("priority", "5")) if body.get("priority", "5").isdigit() else -1
+            priority = number_in(body.get("priority", "5"))
+            body["priority"] = -1 if priority is None else priority
             wanted = await in_thread(jobs.order_of, parts, principal, body)
             wanted |= {"path": str(draft.path.absolute()), "name_of_file": form.filename or "dataset.jsonl"}
             job_id = await job_creation.create(parts.settings, parts.db, wanted)
