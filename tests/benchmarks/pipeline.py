@@ -22,9 +22,10 @@ SCALING_ROWS = 480
 
 
 def dataset(path: Path, rows: int, prompt: str) -> str:
+    # Each prompt once: of identical ones only the first would run.
     # Line by line: the memory of this process, too, counts as a child's between fork and exec.
     with path.open("w") as file:
-        file.writelines(json.dumps({"id": f"r{row}", "prompt": prompt}) + "\n" for row in range(rows))
+        file.writelines(json.dumps({"id": f"r{row}", "prompt": f"{row} {prompt}"}) + "\n" for row in range(rows))
     return str(path)
 
 

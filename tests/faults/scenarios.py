@@ -62,6 +62,9 @@ def _end(arena: Arena) -> None:
     check(arena)
 
 
+#: Rows of a job of the demo model: some 15 seconds of an idle machine.
+DEMO_ROWS = 4000
+
 #: Jobs that are begun until a victim is caught while it holds a lease.
 CATCHES = 5
 
@@ -204,7 +207,7 @@ def real_answers(arena: Arena, rng: random.Random) -> None:
         arena.fresh()
         arena.model = "demo"
         arena.start_workers()
-        arena.submit(1500, None, "--max-tokens", "6", "--param", "ignore_eos=true")
+        arena.submit(DEMO_ROWS, None, "--max-tokens", "6", "--param", "ignore_eos=true")
         arena.wait_for_results(rng.randint(100, 800))
 
     for _ in range(CATCHES):
