@@ -230,7 +230,7 @@ def test_jobs_of_equal_priority_advance_together(queue: Command, workers: Any, t
 
 def test_an_urgent_job_overtakes(queue: Command, workers: Any, tmp_path: Path) -> None:
     workers("--device", "sim:1", "--model", "echo:token_s=0.02", "--slots", "8", count=1)
-    assert queue("submit", dataset(tmp_path, 600), "--model", "echo:token_s=0.02", "--priority", "9").code == 0
+    assert queue("submit", dataset(tmp_path, 4000), "--model", "echo:token_s=0.02", "--priority", "9").code == 0
     assert queue("submit", dataset(tmp_path, 60), "--model", "echo:token_s=0.02", "--priority", "0", "--wait").code == 0
     urgent, bulk = rows_in(queue, "SELECT state FROM jobs ORDER BY priority")
     assert urgent == ("completed",)
