@@ -77,8 +77,8 @@ def flushed(arena: Arena) -> int:
     """A job of 100 chunks whose Redis is emptied while one worker holds nothing; returns its chunks."""
     arena.fresh()
     arena.start_workers(2)
-    arena.submit(3200)
-    arena.wait_for_results(800)
+    arena.submit(4500)
+    arena.wait_for_results(1000)
     for process in arena.consumers()[:1]:
         process.suspend()
     with arena.redis() as client:
