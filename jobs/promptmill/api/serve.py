@@ -10,6 +10,7 @@ import uvicorn
 
 from promptmill.api import keys
 from promptmill.api.app import create_app
+from promptmill.api.connections import Connection
 from promptmill.database import open_database
 from promptmill.errors import PromptmillError
 from promptmill.settings import load_settings
@@ -33,7 +34,7 @@ def serve(host: str, port: int, *, locked: bool) -> None:
     config = uvicorn.Config(
         create_app(settings, db, locked=locked), log_config=None, access_log=False, server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GOODBYE_S,
-        h11_max_incomplete_event_size=65_536, proxy_headers=False,
+        http=Connection, proxy_headers=False,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)
