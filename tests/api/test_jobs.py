@@ -110,6 +110,20 @@ def test_a_job_that_makes_no_sense_is_refused(served: Server, body: Any, status:
     assert (code, problem["param"]) == (status, param)
 
 
+def test_a_task_of_a_client_runs_no_code_of_this_machine(served: Server, client: openai.OpenAI) -> None:
+    task = TASK.replace("exact: label", "python: 'os:system'")
+    jobs_before = call(served, "/v1/jobs")["data"]
+    status, problem = refused(served, "/v1/jobs", {"model": ECHO, "task": task, "lines": [{"text": "a", "label": "b"}]})
+    assert status == 400
+    assert "function of a file" in problem["message"]
+    assert call(served, "/v1/jobs")["data"] == jobs_before
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.batches.create(
+            input_file_id="file-1", endpoint="/v1/chat/completions", completion_window="24h", extra_body={"task": task}
+        )
+    assert caught.value.param == "task"
+
+
 def test_a_template_is_text_and_names_no_file(served: Server) -> None:
     job = call(served, "/v1/jobs", {"model": ECHO, "lines": [{"input": {"a": 1}}], "template": "@/etc/passwd"})
     ended(served, job["id"])

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from promptmill.api import batch_rows, bodies, documents
 from promptmill.api.batch_validation import ENDPOINTS
 from promptmill.api.bodies import json_response, page, query_whole
+from promptmill.api.client_tasks import task_of
 from promptmill.api.errors import ApiError, bad, not_found
 from promptmill.api.files import LONGEST_LIFE_S, SHORTEST_LIFE_S
 from promptmill.api.keys import Principal
@@ -20,7 +21,6 @@ from promptmill.api.services import Parts, Reader, Services, Submitter, in_threa
 from promptmill.database import reading, writing
 from promptmill.errors import PromptmillError
 from promptmill.tables import batches
-from promptmill.task_file import parse_task
 from promptmill.times import span_s
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
@@ -56,7 +56,7 @@ def _checked(body: dict[str, Any]) -> tuple[dict[str, Any], float]:
     task = bodies.text(body, "task", longest=LONGEST_TASK)
     if task is not None:
         try:
-            parse_task(task, "task")
+            task_of(task, "task")
         except PromptmillError as problem:
             raise bad(f"Invalid value for 'task': {problem.message}", "task", "invalid_value") from None
     return {

@@ -18,6 +18,7 @@ import zstandard
 from sqlalchemy.engine import Engine
 
 from promptmill import errors
+from promptmill.api.client_tasks import task_of
 from promptmill.api.errors import ApiError
 from promptmill.database import open_database
 from promptmill.errors import BadLines, DatasetError, PromptmillError
@@ -26,7 +27,7 @@ from promptmill.readers import READERS, open_dataset
 from promptmill.service import dispatch
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
-from promptmill.task_file import Task, parse_task
+from promptmill.task_file import Task
 
 #: Bytes of lines that the server itself takes in: a fraction of a second.
 SMALL_BYTES = 256 * 1024
@@ -100,7 +101,7 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
 
 def _task(wanted: dict[str, Any]) -> Task | None:
     if wanted["task"]:
-        return parse_task(wanted["task"], "task")
+        return task_of(wanted["task"], "task")
     return Task.from_template(wanted["template"], wanted["system"]) if wanted["template"] else None
 
 
