@@ -28,9 +28,11 @@ PRIORITY_SEPARATOR = ":"
 #: a chunk twice, and recovery is the business of the ledger's leases, which take LEASE_S.
 VISIBILITY_TIMEOUT_S = 24 * 3600
 
-#: Seconds a program waits for Redis, to connect and for each answer, before it says that there is none.
+#: Seconds a program waits for Redis, to connect and for each answer, before it says that there is none: a worker, and
+#: who only publishes or looks, for whom a person or a scraper waits.
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 20
+ASK_TIMEOUT_S = 4
 
 #: Messages read at once when a queue is searched.
 PAGE = 1000
@@ -42,8 +44,8 @@ def queue_name(model: str) -> str:
     return f"bulk.{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def make_app(redis_url: str) -> Celery:
-    """The Celery application. Nothing is connected yet."""
+def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
+    """The Celery application. Nothing is connected yet. ``answer_s``: how long it waits for each answer of Redis."""
     from celery import Celery
 
     app = Celery("promptmill", broker=redis_url, set_as_current=False)
@@ -64,7 +66,7 @@ def make_app(redis_url: str) -> Celery:
             "socket_keepalive": True,
             "socket_connect_timeout": CONNECT_TIMEOUT_S,
             # A Redis that hangs is like one that is away. Workers block on it for a second at a time.
-            "socket_timeout": ANSWER_TIMEOUT_S,
+            "socket_timeout": answer_s,
             "health_check_interval": 25,
         },
         # Outages of Redis are waited out.
@@ -86,7 +88,7 @@ class Broker:
 
     def __init__(self, redis_url: str, app: Any | None = None) -> None:
         self._url = redis_url
-        self._app = app or make_app(redis_url)
+        self._app = app or make_app(redis_url, ASK_TIMEOUT_S)
 
     def publish(self, chunks: Sequence[ChunkId], model: str, priority: int) -> None:
         """Send one message a chunk. Raises :class:`BrokerError` when Redis cannot be reached."""
@@ -149,8 +151,14 @@ class Broker:
 
     def _redis(self) -> Any:
         from redis import Redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
 
-        return Redis.from_url(self._url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S)
+        # Its own default is to try four times.
+        return Redis.from_url(
+            self._url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ASK_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )  # fmt: skip
 
     def _unreachable(self, problem: Exception) -> BrokerError:
         return BrokerError(

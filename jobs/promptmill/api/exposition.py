@@ -329,7 +329,8 @@ def _queues(db: Connection, parts: Services) -> Iterator[str]:
     oldest = _pairs(db, age, "queue")
     yield from family("promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that waits.", oldest)
     try:
-        messages = [(labels, float(Broker(parts.settings.redis_url).waiting(labels["queue"]))) for labels, _ in items]
+        broker = Broker(parts.settings.redis_url)
+        messages = [(labels, float(broker.waiting(labels["queue"]))) for labels, _ in items]
     except Exception:
         messages = []
     yield from family("promptmill_queue_messages", "gauge", "Messages in Redis.", messages)
