@@ -143,6 +143,18 @@ def test_limits_answer_429_with_a_time(locked: Server) -> None:
     assert refused(locked, "/v1/jobs", body, Authorization=f"Bearer {few}")[0] == 429
 
 
+def test_prompts_of_one_call_and_forms_of_the_page_count(locked: Server) -> None:
+    one = locked.client(key(locked, "one", "--concurrent", "2"))
+    assert len(one.completions.create(model=ECHO, prompt=["a", "b"]).choices) == 2
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            one.completions.create(model=ECHO, prompt=["a", "b", "c"], stream=stream)
+        assert caught.value.param == "prompt"
+    slow = {"Authorization": f"Bearer {key(locked, 'forms', '--requests-per-s', '1')}"}
+    statuses = {refused(locked, "/pages/jobs/unknown/pause", {}, **slow)[0] for _ in range(10)}
+    assert statuses == {404, 429}
+
+
 def test_a_file_beyond_the_limit_leaves_nothing(locked: Server) -> None:
     client = locked.client(key(locked, "large"))
     with pytest.raises(openai.APIStatusError) as caught:

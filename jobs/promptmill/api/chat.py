@@ -68,7 +68,7 @@ async def _complete(request: Request, parts: Services, principal: Principal, url
     model = await find_model(parts, question.model)
     if question.stream:
         return await _streamed(request, parts, principal, question, model)
-    with parts.limits.running(principal):
+    with parts.limits.running(principal, max(1, len(question.texts))):
         found = await _or_gone(request, _answers(parts, question, model, request.state))
     return json_response(answers.whole(question, found)) if found is not None else Response(status_code=GONE)
 
@@ -129,7 +129,7 @@ async def _streamed(
 ) -> Response:
     """Begins when the first text is there, so that a request that fails is an error and not a broken stream."""
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(parts.limits.running(principal))
+        stack.enter_context(parts.limits.running(principal, max(1, len(question.texts))))
         calls = [
             await stack.enter_async_context(
                 parts.live.call(model, question.sampling, messages=question.messages, prompt=prompt, stream=True)

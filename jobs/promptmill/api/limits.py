@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from promptmill.api.errors import ApiError
+from promptmill.api.errors import ApiError, bad
 from promptmill.api.keys import Principal
 from promptmill.settings import Settings
 
@@ -61,17 +61,21 @@ class Limits:
         bucket.tokens -= 1
 
     @contextmanager
-    def running(self, principal: Principal) -> Iterator[None]:
-        """Around an answer that somebody waits for. Raises a 429 when the key waits for too many."""
+    def running(self, principal: Principal, count: int = 1) -> Iterator[None]:
+        """Around ``count`` answers that somebody waits for. Raises a 429 when the key waits for too many, and a 400 for
+        more than it may ever wait for.
+        """
         name = principal.key_id or ""
         most = self.of(principal, "concurrent")
-        if most is not None and self._running.get(name, 0) >= most:
+        if most is not None and count > most:
+            raise bad(f"Too many prompts in one call: {most:g} answers at one time are allowed.", "prompt")
+        if most is not None and self._running.get(name, 0) + count > most:
             raise too_many(f"Too many answers at one time: {most:g} are allowed.", 1)
-        self._running[name] = self._running.get(name, 0) + 1
+        self._running[name] = self._running.get(name, 0) + count
         try:
             yield
         finally:
-            self._running[name] -= 1
+            self._running[name] -= count
             if not self._running[name]:
                 del self._running[name]
 

@@ -16,7 +16,7 @@ from promptmill.api.bodies import json_response, number_in
 from promptmill.api.errors import ApiError
 from promptmill.api.errors import of as error_of
 from promptmill.api.keys import Principal
-from promptmill.api.services import Parts, Services, identify, in_thread
+from promptmill.api.services import Parts, Services, identify, in_thread, services
 from promptmill.api.uploads import receive
 from promptmill.errors import PromptmillError
 from promptmill.tables import api_keys
@@ -65,6 +65,9 @@ async def _who(request: Request, scope: str = "read") -> Principal:
         found = await identify(request)
     except ApiError:
         raise _Login(request) from None
+    if scope != "read":
+        # A page that is looked at asks every two seconds by itself.
+        services(request).limits.count(found)
     if not found.may(scope):
         raise ApiError(403, f"This key may not do that: it lacks the scope '{scope}'.")
     return found
