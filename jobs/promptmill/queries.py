@@ -37,17 +37,30 @@ class QueryError(PromptmillError):
 def querying(db: Engine, sql: str, seconds: float) -> Iterator[tuple[list[str], Iterator[Sequence[Any]]]]:
     """Column names and rows of ``sql``, a SELECT or the name of a query, streamed. Raises :class:`QueryError`."""
     text = QUERIES[sql.strip()].sql if sql.strip() in QUERIES else sql.strip().rstrip(";")
-    if not re.match(r"(?is)(\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|values|explain)\b", text):
+    begin = re.match(r"(?is)(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|values|explain)\b", text)
+    if not begin:
         raise QueryError(
             "only queries that read are run: SELECT, WITH, VALUES or EXPLAIN",
             hint=f"Named queries: {', '.join(QUERIES)}.",
         )
     with reading(db) as connection, _read_only(connection, seconds):
         try:
-            found = connection.execution_options(yield_per=BATCH_ROWS).exec_driver_sql(text.replace("%", "%%"))
+            found = _executed(connection, text, begin[1].lower() == "explain")
             yield list(found.keys()), _translated(found)
         except sa.exc.DBAPIError as problem:
             raise _clear(problem, seconds) from None
+
+
+def _executed(connection: Connection, text: str, plan: bool) -> sa.CursorResult[Any]:
+    """The rows of one statement, streamed; ``plan``: an EXPLAIN, which PostgreSQL has no cursor for."""
+    if connection.dialect.name != "postgresql":
+        return connection.execution_options(yield_per=BATCH_ROWS).exec_driver_sql(text)
+    if not plan:
+        connection = connection.execution_options(yield_per=BATCH_ROWS)
+    elif ";" in text:
+        # A cursor takes one statement only. Without one the server would run all, COMMIT among them.
+        raise QueryError("an EXPLAIN is one statement: leave out the ';'")
+    return connection.exec_driver_sql(text.replace("%", "%%"))
 
 
 def _translated(found: Any) -> Iterator[Sequence[Any]]:
@@ -59,6 +72,7 @@ def _translated(found: Any) -> Iterator[Sequence[Any]]:
 def _read_only(connection: Connection, seconds: float) -> Iterator[None]:
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        _without_powers(connection)
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(1000 * seconds)}")
         yield
         return
@@ -72,6 +86,14 @@ def _read_only(connection: Connection, seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         connection.exec_driver_sql("PRAGMA query_only = OFF")
+
+
+def _without_powers(connection: Connection) -> None:
+    """A superuser's query must not read the server's files or end its connections: it runs as one who reads tables."""
+    powerful = connection.exec_driver_sql("SELECT current_setting('is_superuser')").scalar() == "on"
+    # The role came with PostgreSQL 14.
+    if powerful and (connection.dialect.server_version_info or (0,)) >= (14,):
+        connection.exec_driver_sql("SET LOCAL ROLE pg_read_all_data")
 
 
 def _clear(problem: sa.exc.DBAPIError, seconds: float) -> QueryError:

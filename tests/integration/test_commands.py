@@ -319,3 +319,18 @@ def test_score_appends_runs_and_leaves_answers_alone(command: Command, tmp_path:
     assert second.code == 3
     assert [run["scores"]["label"]["value"] for run in (first, json.loads(second.out))] == [0.5, 0.75]
     assert (count(command, "score_runs"), count(command, "scores"), count(command, "results")) == (2, 8, 4)
+
+
+def test_a_query_may_begin_with_a_comment_and_show_what_looks_like_markup(command: Command) -> None:
+    command("db", "upgrade")
+    found = command("query", "-- what a model may write\nSELECT '[/b] :x: [red]' AS \"[answer]\"")
+    assert found.code == 0
+    assert found.out.split("\n")[:2] == ["[answer]      ", "[/b] :x: [red]"]
+
+
+def test_the_form_of_a_query_is_told_by_the_name_of_its_file(command: Command) -> None:
+    command("db", "upgrade")
+    for name, begin in (("out.parquet", b"PAR1"), ("out.jsonl", b'{"n": 1}'), ("out.csv", b"n\n1")):
+        path = command.folder / name
+        assert command("query", "SELECT 1 AS n", "-o", str(path)).code == 0
+        assert path.read_bytes().startswith(begin)

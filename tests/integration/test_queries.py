@@ -55,6 +55,26 @@ def test_a_query_that_writes_is_refused(filled: sa.Engine) -> None:
     assert rows_of(filled, "SELECT id FROM jobs")[0]["id"] == JOB
 
 
+def test_a_percent_sign_is_what_it_is_in_sql(filled: sa.Engine) -> None:
+    assert rows_of(filled, "SELECT 7 % 4 AS rest, '100%' AS share") == [{"rest": 3, "share": "100%"}]
+
+
+def test_a_plan_is_explained_and_nothing_comes_after_it(filled: sa.Engine) -> None:
+    assert rows_of(filled, "EXPLAIN SELECT * FROM jobs")
+    with pytest.raises(QueryError):
+        rows_of(filled, "EXPLAIN SELECT 1; COMMIT; DELETE FROM jobs")
+    with pytest.raises(QueryError):
+        rows_of(filled, "EXPLAIN ANALYZE DELETE FROM jobs")
+    assert rows_of(filled, "SELECT id FROM jobs")[0]["id"] == JOB
+
+
+def test_a_query_of_a_superuser_reads_tables_and_nothing_else(filled: sa.Engine) -> None:
+    for sql in ("SELECT pg_read_file('postgresql.conf')", "SELECT pg_ls_dir('.')"):
+        with pytest.raises(QueryError, match=r"permission denied|no such function"):
+            rows_of(filled, sql)
+    assert rows_of(filled, "SELECT * FROM v_jobs")
+
+
 def test_a_query_without_end_is_ended(filled: sa.Engine) -> None:
     endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT COUNT(*) FROM x"
     with pytest.raises(QueryError, match="longer than"):

@@ -186,16 +186,17 @@ def open_all() -> tuple[Settings, Engine]:
 
 
 def stderr_console() -> Console:
+    """The console for what is said beside the data. No markup: what models and people wrote may look like it."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def stdout_console() -> Console:
-    """The console for what people read; in a pipe as wide as the text needs."""
+    """The console for what people read, without markup; in a pipe 100 columns wide."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
 
 
 def print_json(value: Any) -> None:

@@ -10,23 +10,41 @@ import click
 from promptmill.cli.common import open_all, stderr_console, table
 from promptmill.errors import PromptmillError
 
+FORMATS = ("table", "csv", "jsonl", "parquet")
+
+
+class _Sql(click.Command):
+    """A command whose argument may begin with a comment: ``-- what it is for``, a line break, and the query."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spaced = [f" {each}" if each.startswith("--") and "\n" in each else each for each in args]
+        return super().parse_args(ctx, spaced)
+
 
 @click.command(
+    cls=_Sql,
     epilog="""\b
 Examples:
   promptmill query --list
   promptmill query percentiles
   promptmill query "SELECT model, COUNT(*) FROM v_results GROUP BY model" --format csv
-"""
+""",
 )
 @click.argument("sql", required=False)
 @click.option("--list", "show", is_flag=True, help="List views and named queries.")
-@click.option("--format", "format_", type=click.Choice(["table", "csv", "jsonl", "parquet"]), default="table")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS),
+    help="[default: by the name of -o, else table]",
+)
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
 @click.option("--force", is_flag=True, help="Write over a file that exists.")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds it may take.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
-def query(sql: str | None, show: bool, format_: str, output: str, force: bool, timeout: float, as_json: bool) -> None:
+def query(
+    sql: str | None, show: bool, format_: str | None, output: str, force: bool, timeout: float, as_json: bool
+) -> None:
     """Run SQL (- reads it from stdin), or a named query, on a connection that cannot write."""
     from promptmill.cli.report import check_target
     from promptmill.queries import querying, write_csv, write_jsonl, write_parquet
@@ -34,7 +52,7 @@ def query(sql: str | None, show: bool, format_: str, output: str, force: bool, t
     if show or sql is None:
         _list()
         return
-    chosen = "jsonl" if as_json else format_
+    chosen = "jsonl" if as_json else format_ or _by_name(output)
     if chosen == "parquet" and output == "-":
         raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")
     check_target(output, force)
@@ -48,6 +66,11 @@ def query(sql: str | None, show: bool, format_: str, output: str, force: bool, t
             write = write_jsonl if chosen == "jsonl" else write_csv
             with click.open_file(output, "w", encoding="utf-8") as stream:
                 write(columns, rows, stream)
+
+
+def _by_name(output: str) -> str:
+    suffix = output.rpartition(".")[2].lower()
+    return suffix if suffix in FORMATS else "table"
 
 
 def _table(columns: list[str], rows: object) -> None:

@@ -27,7 +27,7 @@ def render(found: Comparison, console: Console) -> None:
     runs = "" if max(found.runs) == 1 else f", {found.runs[0]} and {found.runs[1]} runs"
     console.print(Text(f"{found.common:,} common rows{runs}", style="dim"))
     if found.differences:
-        console.print("\n[bold]Configuration[/bold]")
+        console.print(Text("\nConfiguration", style="bold"))
         for name, one, two in found.differences:
             console.print(Text(f"  {name}: {short(one)} -> {short(two)}"), width=width)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -36,10 +36,10 @@ def render(found: Comparison, console: Console) -> None:
     for line in found.lines:
         *plain, word = cells(line)
         table.add_row(*plain, Text(word, style=_STYLES.get(line.word, "dim")))
-    console.print("\n[bold]Figures[/bold]")
+    console.print(Text("\nFigures", style="bold"))
     console.print(table, width=width)
     for flips in found.flips:
-        console.print(Text(f"\n{flips.name}: {flips.lost:,} right in A only, {flips.won:,} right in B only"))
+        console.print(Text(f"\n{flips.name}: {flips.lost:,} right in A only, {flips.won:,} right in B only{_p(flips)}"))
         for label, keys in (("A only", flips.lost_keys), ("B only", flips.won_keys)):
             if keys:
                 console.print(Text(f"  {label}: {', '.join(keys)}", style="dim"), width=width)
@@ -78,7 +78,7 @@ def _json(found: Comparison) -> str:
 
 
 def _markdown(found: Comparison) -> str:
-    names = [f"{each.name or each.job_id}" for each in (found.before, found.after)]
+    names = [f"{each.name or each.job_id}" for each in (found.after, found.before)]
     parts = [f"## {markdown.escaped(names[0])} against {markdown.escaped(names[1])}: {markdown.escaped(found.verdict)}"]
     parts.append(markdown.table(COLUMNS, [cells(line) for line in found.lines]))
     if found.differences:

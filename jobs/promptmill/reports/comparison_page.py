@@ -26,7 +26,7 @@ def _one(found: Comparison, number: int) -> str:
               ", ".join(each.lost_keys), ", ".join(each.won_keys)) for each in found.flips]  # fmt: skip
     figures = table(COLUMNS, [cells(line) for line in found.lines], (1, 2, 3, 4))
     parts = [
-        f"<h1>{safe(names[0])} against {safe(names[1])}</h1>",
+        f"<h1>{safe(names[1])} against {safe(names[0])}</h1>",
         f'<p class="verdict {good}">{safe(found.verdict)}</p>',
         table(("", "job", "name", "model", "runs"), jobs, (4,)),
         "".join(f"<p class=dim>{safe(each)}</p>" for each in found.warnings),
