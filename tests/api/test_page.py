@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,35 @@ def test_an_unknown_job_and_an_absent_server_are_told(page: Page, site: Server) 
     page.route("**/pages/**", lambda route: route.abort())
     expect(page.locator("#offline")).to_be_visible(timeout=10_000)
     shot(page, "offline")
+
+
+def test_the_api_has_a_page(browser: Browser, page: Page, site: Server) -> None:
+    page.goto(site.url)
+    page.click("header nav >> text=API")
+    expect(page.locator("h1")).to_have_text("API")
+    with urllib.request.urlopen(f"{site.url}/openapi.json", timeout=30) as answer:
+        document = json.load(answer)
+    expect(page.locator("details.call")).to_have_count(sum(map(len, document["paths"].values())))
+    chat = page.locator("details", has_text="POST /v1/chat/completions")
+    chat.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(chat.locator("td", has_text="stream_options.include_usage")).to_be_visible()
+    shot(page, "api")
+    phone = browser.new_context(viewport={"width": 375, "height": 740}, color_scheme="dark")
+    small = phone.new_page()
+    small.goto(f"{site.url}/docs")
+    small.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
+    shot(small, "phone-api")
+    assert small.evaluate("document.documentElement.scrollWidth") <= 375
+    phone.close()
+
+
+def test_a_person_at_a_browser_is_told_of_errors_by_a_page(page: Page, site: Server) -> None:
+    answer = page.goto(f"{site.url}/no/such/page")
+    assert answer is not None
+    assert answer.status == 404
+    expect(page.locator("h1")).to_have_text("No such page")
+    expect(page.locator("main")).to_contain_text("/no/such/page")
 
 
 def test_a_login_is_asked_for_where_keys_are(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -97,26 +98,29 @@ def of(problem: PromptmillError) -> ApiError:
     return ApiError(status, "A service is not reachable; try again later." if status == 503 else message)
 
 
-def install(app: FastAPI) -> None:
-    """Let every error of ``app`` have that shape."""
+def install(app: FastAPI, page: Callable[[Request, ApiError], Response | None]) -> None:
+    """Let every error of ``app`` have that shape; ``page`` makes one for a person at a browser, None for a program."""
+
+    def answer(request: Request, problem: ApiError) -> Response:
+        return page(request, problem) or response(problem)
 
     async def api_error(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, ApiError)
-        return response(problem)
+        return answer(request, problem)
 
     async def our_error(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, PromptmillError)
         found = of(problem)
         if found.status == 503:
             log.warning("%s", problem.message)
-        return response(found)
+        return answer(request, found)
 
     async def http_error(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
         message = {404: f"Unknown request URL: {request.method} {request.url.path[:200]}."}.get(
             problem.status_code, f"{problem.detail}."
         )
-        return response(ApiError(problem.status_code, message, headers=dict(problem.headers or {})))
+        return answer(request, ApiError(problem.status_code, message, headers=dict(problem.headers or {})))
 
     async def invalid(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, RequestValidationError)
@@ -127,7 +131,7 @@ def install(app: FastAPI) -> None:
         return response(bad(f"Invalid value for '{param}': {first['msg']}.", param, "invalid_value"))
 
     async def bug(request: Request, problem: Exception) -> Response:
-        return response(ApiError(500, "The server had an error while processing your request."))
+        return answer(request, ApiError(500, "The server had an error while processing your request."))
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(PromptmillError, our_error)

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sqlalchemy.engine import Row
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from promptmill.api import job_creation, jobs, keys, login, page_data
+from promptmill.api import job_creation, jobs, keys, login, page_data, reference
 from promptmill.api.bodies import json_response, number_in
 from promptmill.api.errors import ApiError
 from promptmill.api.errors import of as error_of
@@ -57,6 +57,23 @@ _pages.filters |= {
 
 def _page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
     return HTMLResponse(_pages.get_template(name).render(**values), status, headers={"cache-control": "no-store"})
+
+
+#: What the page of an error is called.
+TITLES = {403: "Not allowed", 404: "No such page", 503: "Not reachable at the moment"}
+
+
+def error_page(request: Request, problem: ApiError) -> Response | None:
+    """An error for a person at a browser; None for a program, for a part of a page, and for the way to the login."""
+    if "text/html" not in request.headers.get("accept", "") or "hx-request" in request.headers:
+        return None
+    if problem.status in (303, 401):
+        return None
+    found = _page(
+        "error.html", problem.status, title=TITLES.get(problem.status, "That did not work"), message=problem.message
+    )
+    found.headers.update(problem.headers)
+    return found
 
 
 async def _who(request: Request, scope: str = "read") -> Principal:
@@ -191,6 +208,13 @@ async def change(job_id: str, verb: str, request: Request, parts: Parts) -> Resp
     return _page(
         "_job.html", job=await in_thread(page_data.detail, parts, job), problem=problem, **_frame(parts, principal)
     )
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """Every call, for people. It tells no more than the document for programs, and asks for no key either."""
+    tags = reference.calls(request.app.openapi())
+    return _page("reference.html", base=str(request.base_url).rstrip("/"), tags=tags)
 
 
 # --- login -----------------------------------------------------------------------------------------------------------
