@@ -9,9 +9,9 @@ import sqlalchemy as sa
 
 from promptmill.broker import Broker
 from promptmill.database import epoch, reading
+from promptmill.forgetting import forget_overdue
 from promptmill.ledger import Ledger
 from promptmill.ledger.values import OPEN_STATES
-from promptmill.privacy import redact_overdue
 from promptmill.tables import chunks, jobs, workers
 from promptmill.types import ChunkId, ChunkState
 
@@ -59,7 +59,7 @@ class Dispatcher:
         lost = self._ledger.requeue_expired()
         self._ledger.complete_jobs()
         self._ledger.expire_overdue()
-        redact_overdue(self._ledger.db)
+        forget_overdue(self._ledger.db)
         published = 0
         open_jobs = self._ledger.open_jobs("queue")
         self._forget_lost_messages({job.model for job in open_jobs})

@@ -86,14 +86,11 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def redact_overdue(db: Engine) -> list[str]:
-    """Redact jobs of the queue that ended FETCH_S ago and asked for it; returns their ids."""
+def overdue(db: Engine) -> list[tuple[str, str]]:
+    """Jobs of the queue that ended FETCH_S ago and asked for it, each with what it asked."""
     ended = [state.value for state in JobState if state.is_final]
     query = sa.select(jobs.c.id, jobs.c.store).where(
         jobs.c.store.in_(DONE), jobs.c.state.in_(ended), jobs.c.finished_at < epoch() - FETCH_S
     )
     with reading(db) as connection:
-        found = list(connection.execute(query))
-    for job_id, how in found:
-        redact(db, job_id, how)
-    return [job_id for job_id, _ in found]
+        return [(job_id, how) for job_id, how in connection.execute(query)]

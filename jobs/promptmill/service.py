@@ -67,22 +67,6 @@ def score_again(
     }  # fmt: skip
 
 
-def forget(db: Engine, job_id: str, how: str) -> None:
-    """Keep the job's figures and scores, and of its prompts and answers their hashes ('hash') or nothing ('none')."""
-    from promptmill.privacy import DONE, redact
-    from promptmill.score_runs import append_score_run
-    from promptmill.scorers.scoring import Judge
-
-    job = catalog.find_job(db, job_id)
-    if job.store in DONE.values():
-        return
-    if job.task_text is not None:
-        task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
-        if Judge(task).scorers:
-            append_score_run(db, job, task)
-    redact(db, job_id, how)
-
-
 def run(
     options: RunOptions,
     settings: Settings,

@@ -152,6 +152,18 @@ def test_ctrl_c_pauses_and_resume_runs_nothing_twice(command: Command, tmp_path:
     assert command("resume", "@last").code == 2
 
 
+def test_what_store_asked_for_is_done_at_the_end_of_a_resumed_run(command: Command, tmp_path: Path) -> None:
+    slow = ("--model", "echo:token_s=0.05", "--slots", "8", "--store", "none")
+    process = command.start("run", prompts(tmp_path, 100), *slow)
+    wait_until(lambda: (tmp_path / "jobs.sqlite").exists() and _stored(command) > 10, "some rows are answered")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert count(command, "results WHERE text IS NOT NULL") > 10
+    assert command("resume", "@last").code == 0
+    assert (count(command, "results"), count(command, "results WHERE text IS NOT NULL")) == (100, 0)
+    assert count(command, "requests WHERE input IS NOT NULL") == 0
+
+
 def test_a_killed_run_goes_on_where_it_was(command: Command, tmp_path: Path) -> None:
     process = command.start("run", prompts(tmp_path, 200), "--model", "echo:token_s=0.05", "--slots", "8")
     wait_until(lambda: (tmp_path / "jobs.sqlite").exists() and _stored(command) > 10, "some rows are answered")

@@ -9,9 +9,10 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.database import connect, upgrade
-from promptmill.privacy import hashed, redact, redact_overdue
+from promptmill.forgetting import forget, forget_overdue
+from promptmill.privacy import hashed, redact
+from promptmill.reports.compare import compare
 from promptmill.reports.summary import summarise
-from promptmill.service import forget
 from promptmill.tables import jobs, requests, results
 from tests.unit.test_reports import JOB, START, TASK, answer, failure, store
 
@@ -60,6 +61,35 @@ def test_texts_go_and_every_figure_and_score_stays(db: sa.Engine, how: str) -> N
         assert connection.execute(sa.select(jobs.c.store)).scalar() == {"hash": "hashed", "none": "removed"}[how]
 
 
+@pytest.mark.parametrize("how", ["hash", "none"])
+def test_scores_of_jobs_without_texts_are_compared_as_before(db: sa.Engine, how: str) -> None:
+    fill(db)
+    labels = {row: {"is_ad": row < 3} for row in range(9)}
+    rows = [answer(row, text=SECRET) for row in range(9)]
+    store(db, rows, job_id="02OTHER", expected=labels, task_text=TASK, task_name="ads", finished_at=START)
+    before = compare(db, JOB, "02OTHER").to_json()
+    for job_id in (JOB, "02OTHER"):
+        forget(db, job_id, how)
+    after = compare(db, JOB, "02OTHER").to_json()
+    assert [each["name"] for each in after["figures"]][-1] == "is_ad.accuracy"
+    assert (after["figures"], after["flips"]) == (before["figures"], before["flips"])
+
+
+def test_jobs_of_the_queue_keep_their_scores_when_their_texts_go(db: sa.Engine) -> None:
+    fill(db, store="none")
+    before = summarise(db, JOB).to_json()["scores"]
+    assert forget_overdue(db) == [JOB]
+    assert summarise(db, JOB).to_json()["scores"] == before != {}
+
+
+def test_a_task_that_cannot_be_scored_here_keeps_no_text_longer(db: sa.Engine) -> None:
+    rows = [answer(row, text=SECRET) for row in range(3)]
+    elsewhere = TASK.replace("exact: is_ad", "python: nowhere.py:right")
+    store(db, rows, task_text=elsewhere, task_name="ads", finished_at=START, store="none")
+    assert forget_overdue(db) == [JOB]
+    assert SECRET not in str(texts(db))
+
+
 def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engine) -> None:
     fill(db)
     redact(db, JOB, "hash")
@@ -71,7 +101,7 @@ def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engi
 def test_jobs_of_the_queue_are_redacted_an_hour_after_their_end(db: sa.Engine) -> None:
     fill(db, store="none")
     store(db, [answer(0)], job_id="01FULL", finished_at=START)
-    assert redact_overdue(db) == [JOB]
-    assert redact_overdue(db) == []
+    assert forget_overdue(db) == [JOB]
+    assert forget_overdue(db) == []
     with db.connect() as connection:
         assert connection.execute(sa.select(results.c.text).where(results.c.job_id == "01FULL")).scalar() is not None

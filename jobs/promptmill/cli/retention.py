@@ -39,9 +39,9 @@ def _ask(question: str) -> None:
 @json_option
 def gc(older_than: str, keep_scores: bool, dry_run: bool, as_json: bool) -> None:
     """Remove jobs that ended long ago, with their prompts, results and scores."""
+    from promptmill.forgetting import forget
     from promptmill.privacy import DONE
     from promptmill.retention import collect, old_jobs
-    from promptmill.service import forget
 
     _, db = open_all()
     found = old_jobs(db, older_than)

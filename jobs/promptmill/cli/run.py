@@ -52,9 +52,17 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
     try:
         end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None, junit=values["junit"])
     finally:
-        # After everything that reads the texts; a job that goes on needs them still.
-        if options.store != "full" and outcome.finished and outcome.state.is_final:
-            service.forget(db, outcome.job_id, options.store)
+        _forget(db, outcome)
+
+
+def _forget(db: Engine, outcome: Outcome) -> None:
+    """What ``--store`` asked for, after everything that reads the texts; a job that goes on needs them still."""
+    from promptmill.catalog import find_job
+    from promptmill.forgetting import forget
+
+    job = find_job(db, outcome.job_id)
+    if job.mode == "embedded" and job.store != "full" and outcome.finished and outcome.state.is_final:
+        forget(db, job.id, job.store)
 
 
 @click.command(epilog="Example: promptmill resume @last")
@@ -70,7 +78,10 @@ def resume(job: str, device: str, as_json: bool) -> None:
     with ProgressView() as view:
         outcome = service.resume(job, settings, db, device, view.update, show_warning)
     if outcome.state.is_final or (not outcome.finished and _is_embedded(db, outcome.job_id)):
-        end(outcome, db, as_json, as_json)
+        try:
+            end(outcome, db, as_json, as_json)
+        finally:
+            _forget(db, outcome)
     elif as_json:
         print_json({"job_id": outcome.job_id, "state": outcome.state.value})
     else:

@@ -1,4 +1,4 @@
-"""Scores of jobs whose texts are gone: as the last score run stored them."""
+"""Scores of jobs whose texts are gone: as a score run stored them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from promptmill.scorers.aggregates import Figures
 from promptmill.scorers.tally import Score
-from promptmill.tables import score_runs
+from promptmill.tables import jobs, score_runs
 
 #: Counts that a score and its JSON share.
 COUNTS = (
@@ -19,10 +19,23 @@ COUNTS = (
 )  # fmt: skip
 
 
+def kept_run(db: Connection, job_id: str) -> str | None:
+    """The score run that speaks for a job without texts: the newest by its own task, else the newest; None for none."""
+    runs = score_runs.c
+    query = (
+        sa.select(runs.id)
+        .join_from(score_runs, jobs, jobs.c.id == runs.job_id)
+        .where(runs.job_id == job_id, runs.figures.is_not(None))
+    )
+    own = sa.case((runs.task_sha256 == jobs.c.task_sha256, 0), else_=1)
+    found: str | None = db.execute(query.order_by(own, runs.number.desc()).limit(1)).scalar()
+    return found
+
+
 def kept_scores(db: Connection, job_id: str) -> dict[str, Score]:
-    """The figures of the newest score run of the job; none where there is none."""
-    query = sa.select(score_runs.c.figures).where(score_runs.c.job_id == job_id, score_runs.c.figures.is_not(None))
-    text = db.execute(query.order_by(score_runs.c.number.desc()).limit(1)).scalar()
+    """The figures of that score run; none where there is none."""
+    run_id = kept_run(db, job_id)
+    text = db.execute(sa.select(score_runs.c.figures).where(score_runs.c.id == run_id)).scalar()
     return {name: _score(name, values) for name, values in json.loads(text or "{}").items()}
 
 

@@ -10,6 +10,8 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
+from promptmill.privacy import DONE
+from promptmill.reports.kept import kept_run
 from promptmill.reports.scan import Floats, Ints, Truths
 from promptmill.scorers import Outcome
 from promptmill.scorers.scoring import Answer, answers_query, judge_of
@@ -84,7 +86,7 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> Rows
         finished_at=finished,
         output_tokens=np.where(ok, tokens, np.nan),
         batches=_batches(chunk, len(origins), admitted),
-        right=_right(db, job_id) if score_run is None else _stored(db, score_run, row),
+        right=_right(db, job_id, row) if score_run is None else _stored(db, score_run, row),
     )
 
 
@@ -121,9 +123,15 @@ def _batches(chunk: Ints, chunks: int, admitted: Floats) -> Ints:
     return (place * min(ENOUGH_CHUNKS, max(1, len(admitted) // LEAST_BLOCK)) // len(admitted)).astype(np.int64)
 
 
-def _right(db: Connection, job_id: str) -> dict[str, Floats]:
-    """Whether each row is right (1 or 0), by each score of the job's task; NaN for rows that are not counted."""
+def _right(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
+    """Whether each row is right (1 or 0), by each score of the job's task; NaN for rows that are not counted.
+
+    Of texts that were removed on purpose, as the score run that was kept has it.
+    """
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
+    if job.store in DONE.values():
+        kept = kept_run(db, job_id)
+        return {} if kept is None else _stored(db, kept, places)
     judge = judge_of(job)
     if judge is None:
         return {}
