@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,15 @@ def translate(body: Mapping[str, Any], url: str) -> dict[str, Any]:
             raise BadParameter(f"unsupported parameter 'body.{min(found)}' of an embedding")
         return {"embedding": True}
     return found
+
+
+def refusal_of(message: str) -> tuple[str | None, str]:
+    """The field that a request was refused for, None where the message begins with none, and the code of the error."""
+    named = re.match(r"(?:unsupported parameter )?'(?:body\.)?([\w.\[\]]{1,80})'", message)
+    if named is None:
+        return None, "invalid_request"
+    is_unsupported = message.startswith("unsupported") or message.endswith("knows no tools")
+    return named[1], "unsupported_parameter" if is_unsupported else "invalid_value"
 
 
 def _tools(tools: Any, choice: Any, asked: dict[str, Any], url: str) -> dict[str, Any]:

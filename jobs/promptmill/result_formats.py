@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine, Row
 
 from promptmill.catalog import EXTRAS, result_line, result_rows
 from promptmill.database import reading
+from promptmill.openai_parameters import refusal_of
 from promptmill.tables import jobs, results
 from promptmill.tool_calls import Offer, read_calls, shown_calls
 
@@ -115,10 +116,19 @@ def openai_line(row: Row[Any], model: str, common: Mapping[str, Any] = NOTHING) 
     else:
         status = HTTP_STATUS.get(row.error_class, 500)
         kind = "invalid_request_error" if status < 500 else "server_error"
-        code = "context_length_exceeded" if row.error_class == "context_overflow" else row.error_class
-        problem = {"message": row.error_message, "type": kind, "param": None, "code": code}
+        param, code = _param_and_code(row)
+        problem = {"message": row.error_message, "type": kind, "param": param, "code": code}
         line["response"] = {"status_code": status, "request_id": f"req_{name}", "body": {"error": problem}}
     return line
+
+
+def _param_and_code(row: Row[Any]) -> tuple[str | None, str]:
+    """What the same request alone would be told."""
+    if row.error_class == "context_overflow":
+        return "messages", "context_length_exceeded"
+    if row.error_class == "invalid_request":
+        return refusal_of(row.error_message or "")
+    return None, row.error_class
 
 
 def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any]) -> dict[str, Any]:

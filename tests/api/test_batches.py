@@ -115,7 +115,10 @@ def test_bad_rows_end_in_the_error_file_and_the_batch_completes(client: openai.O
     assert line["custom_id"] == "r-2"
     assert line["error"] is None
     assert line["response"]["status_code"] == 400
-    assert "temperature" in line["response"]["body"]["error"]["message"]
+    problem = line["response"]["body"]["error"]
+    assert "temperature" in problem["message"]
+    # As the same request alone would be told.
+    assert (problem["param"], problem["code"]) == ("temperature", "invalid_value")
 
 
 def test_nothing_answered_leaves_no_output_file(client: openai.OpenAI) -> None:

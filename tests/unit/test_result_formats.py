@@ -139,7 +139,25 @@ def test_an_error_is_the_status_that_a_server_would_give(
     add(db, 0, error_class=error_class, error_message="why")
     response = openai_line(db)["response"]
     assert response["status_code"] == status
-    assert response["body"]["error"] == {"message": "why", "type": kind, "param": None, "code": code}
+    param = "messages" if error_class == "context_overflow" else None
+    assert response["body"]["error"] == {"message": "why", "type": kind, "param": param, "code": code}
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ("'temperature' must be a number from 0 to 2", "temperature", "invalid_value"),
+        ("unsupported parameter 'body.foo'. Known: a, b.", "foo", "unsupported_parameter"),
+        ("'tools' are not supported: the chat template of this model knows no tools", "tools", "unsupported_parameter"),
+        ("the answer said 'temperature'", None, "invalid_request"),
+    ],
+)
+def test_a_refused_line_names_its_field_as_the_same_request_alone_would(
+    db: sa.Engine, message: str, param: str | None, code: str
+) -> None:
+    add(db, 0, error_class="invalid_request", error_message=message)
+    problem = openai_line(db)["response"]["body"]["error"]
+    assert (problem["param"], problem["code"]) == (param, code)
 
 
 @pytest.mark.parametrize(("error_class", "code"), [("timeout", "request_timeout"), ("cancelled", "batch_cancelled")])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -34,6 +33,7 @@ from promptmill.live_wire import (
     reply_list,
     server_key,
 )
+from promptmill.openai_parameters import refusal_of
 
 log = logging.getLogger("promptmill.api")
 
@@ -70,8 +70,8 @@ def failure(error_class: str, message: str) -> ApiError:
     """What a client is told of a request that failed."""
     status, code = STATUSES.get(error_class, (502, error_class))
     param = "messages" if code == "context_length_exceeded" else None
-    if code == "invalid_request" and (named := re.match(r"'(tools|messages)'", message)):
-        param, code = named[1], "unsupported_parameter"
+    if code == "invalid_request":
+        param, code = refusal_of(message)
     # What broke inside is for the log of the worker.
     shown = message if status < 500 or status == 504 else "The model could not answer this request."
     return ApiError(status, shown, param=param, code=code)
