@@ -121,3 +121,40 @@ def test_leases_are_renewed_by_the_clock(monkeypatch: pytest.MonkeyPatch, clock:
     waits = [later - earlier for earlier, later in zip(ledger.renewed, ledger.renewed[1:], strict=False)]
     assert waits
     assert max(waits) <= ledger.lease_s / run_chunk.RENEWALS + 1
+
+
+class ReluctantLedger(Ledger):
+    """Takes the end of a chunk after half a second, the first time with an error."""
+
+    refused = False
+
+    def _record(self, *arguments: Any, **named: Any) -> int:
+        time.sleep(0.5)
+        return super()._record(*arguments, **named)
+
+    def finish(self, *arguments: Any, **named: Any) -> bool:
+        if not self.refused:
+            self.refused = True
+            time.sleep(0.5)
+            raise sa.exc.OperationalError("COMMIT", {}, Exception("away"), connection_invalidated=True)
+        return super().finish(*arguments, **named)
+
+
+def test_the_time_of_an_attempt_is_accounted_for_however_slow_its_end_is(db: sa.Engine, hosts: HostKeeper) -> None:
+    add_job(db, 6, 2)
+    stop = Stop()
+    ledger = ReluctantLedger(db)
+    runner = ChunkRunner(ledger, hosts, stop, Patience(stop))
+    # Beforehand, so that no attempt holds its lease while the host starts.
+    with hosts.session("echo"):
+        pass
+    while (lease := ledger.claim_next(JOB, "a")) is not None:
+        runner.run(lease)
+    with db.connect() as connection:
+        tried = connection.execute(sa.select(attempts).order_by(attempts.c.number)).all()
+    assert [each.outcome for each in tried] == ["done"] * 3
+    gaps = [
+        each.ended_at - each.started_at - each.prefill_s - each.decode_s - each.overhead_s - each.idle_s
+        for each in tried
+    ]
+    assert max(map(abs, gaps)) < 0.2, gaps

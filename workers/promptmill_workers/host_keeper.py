@@ -24,6 +24,25 @@ LONGEST_RESTART_S = 30.0
 FAIR_S = 60.0
 
 
+class Hold:
+    """A lease that is held until its end or until it is let go."""
+
+    def __init__(self, hosts: HostKeeper) -> None:
+        self._hosts, self._held = hosts, True
+
+    def let_go(self) -> None:
+        """What the engine idles from now on is no job's time, for all this lease knows."""
+        if self._held:
+            self._hosts.change_leases(-1)
+            self._held = False
+
+    def take_again(self) -> None:
+        """It was held all the time after all."""
+        if not self._held:
+            self._hosts.change_leases(1)
+            self._held = True
+
+
 class HostKeeper:
     """Hands out sessions. Sessions of one model run together; another model waits until they have ended."""
 
@@ -108,17 +127,23 @@ class HostKeeper:
             return self._ensure(self._config.model, context_tokens)
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
+    def holding(self) -> Iterator[Hold]:
         """Around a lease: what the engine idles while the worker holds one is a job's time."""
         with self._changed:
             if self._leases == 0:
                 self._unheld_s += time.monotonic() - self._unheld_since
             self._leases += 1
+        hold = Hold(self)
         try:
-            yield
+            yield hold
         finally:
-            with self._changed:
-                self._leases -= 1
+            hold.let_go()
+
+    def change_leases(self, by: int) -> None:
+        """For :class:`Hold`: one lease fewer, or one that was held all the time after all."""
+        with self._changed:
+            self._leases += by
+            if by < 0:
                 self._unheld_since = time.monotonic()
 
     @contextmanager

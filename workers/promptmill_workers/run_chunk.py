@@ -19,7 +19,7 @@ from promptmill.sampling import LARGEST_WHOLE
 from promptmill.task_file import parse_task
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result
 from promptmill_workers.host import HostDied, Session
-from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.host_keeper import Hold, HostKeeper
 from promptmill_workers.patience import PASSING, Patience, first_line
 from promptmill_workers.stopping import Stop
 
@@ -56,10 +56,9 @@ class ChunkRunner:
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
-        # From after the claim's commit to after the end's: the database's stamps are that much before each.
-        with self._hosts.holding():
+        with self._hosts.holding() as hold:
             try:
-                self._run(lease)
+                self._run(lease, hold)
             except PASSING:
                 raise
             except Exception as problem:
@@ -67,7 +66,7 @@ class ChunkRunner:
             finally:
                 self._keys.pop(lease.chunk, None)
 
-    def _run(self, lease: Lease) -> None:
+    def _run(self, lease: Lease, hold: Hold) -> None:
         ledger, hosts = self._ledger, self._hosts
         requests, failures = self._patiently(lambda again: self._requests(lease))
         requests, kept = self._from_cache(lease, requests)
@@ -91,7 +90,7 @@ class ChunkRunner:
                     else:
                         last = outcomes
                 watched.all_answered = True
-                self._finish(lease, session, last)
+                self._finish(lease, hold, session, last)
         except HostDied as death:
             self._host_died(lease, last, death)
         except (ModelError, DeviceError) as problem:
@@ -104,13 +103,18 @@ class ChunkRunner:
     def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> None:
         self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
 
-    def _finish(self, lease: Lease, session: Session, last: Outcomes) -> None:
-        """Close the attempt while its session is open: what the engine idles until the database takes it is its own."""
+    def _finish(self, lease: Lease, hold: Hold, session: Session, last: Outcomes) -> None:
+        """Close the attempt while its session is open: what the engine idles until the database takes it is its own.
+
+        The lease counts as held until its counters are taken, which is when the database says that its attempt ended.
+        """
         ledger, slots, counters = self._ledger, self._hosts.slots, EngineCounters()
 
         def close(again: bool) -> bool:
             nonlocal counters
+            hold.take_again()
             counters = counters.plus(session.counters())
+            hold.let_go()
             if ledger.finish(lease, counters, slots, last, maybe_stored=again):
                 return True
             return ledger.release(lease, counters, slots)
