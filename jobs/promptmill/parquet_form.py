@@ -27,6 +27,8 @@ COLUMNS = {
     "prompt_tokens": ("int64", "r.prompt_tokens"),
     "cached_tokens": ("int64", "r.cached_tokens"),
     "output_tokens": ("int64", "r.output_tokens"),
+    "reasoning_tokens": ("int64", "r.reasoning_tokens"),
+    "deduplicated": ("bool_", "r.deduplicated"),
     "enqueued_at": ("float64", "r.enqueued_at"),
     "admitted_at": ("float64", "r.admitted_at"),
     "first_token_at": ("float64", "r.first_token_at"),
@@ -119,8 +121,15 @@ def _batches(connection: Connection, query: sa.TextClause, given: dict[str, Any]
 
     schema = schema_of(prompts)
     for rows in _pages(connection, query, given):
-        columns = [pa.array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
+        columns = [_array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
         yield pa.record_batch(columns, schema=schema)
+
+
+def _array(values: Sequence[Any], kind: Any) -> Any:
+    import pyarrow as pa
+
+    # A truth is a whole number in SQLite.
+    return pa.array(values).cast(kind) if pa.types.is_boolean(kind) else pa.array(values, kind)
 
 
 def _pages(connection: Connection, query: sa.TextClause, given: dict[str, Any]) -> Iterator[Sequence[Sequence[Any]]]:

@@ -17,17 +17,22 @@ from tests.unit.test_reports import JOB, START, answer, counters, failure, store
 
 def test_the_figures_of_a_report_are_those_of_its_export(database: sa.Engine, tmp_path: Path) -> None:
     rows = [answer(row, finished_at=START + 2 + row + (row * 7) % 11, output_tokens=2 + row % 9) for row in range(90)]
-    store(database, [*rows, failure(90)], tried=[counters()], expected={3: {"is_ad": True}})
+    untimed = {"admitted_at": None, "first_token_at": None, "finished_at": None}
+    copied = answer(91, deduplicated=True, output_tokens=500, **untimed)
+    store(database, [*rows, failure(90), copied], tried=[counters()], expected={3: {"is_ad": True}})
     path = tmp_path / "out.parquet"
-    assert write(database, JOB, str(path), prompts=True) == 91
+    assert write(database, JOB, str(path), prompts=True) == 92
     read = {name: column.to_numpy() for name, column in zip(*_columns(path), strict=True)}
     ok = read["state"] == "ok"
     wall = np.nanmax(read["finished_at"]) - np.nanmin(read["admitted_at"])
     summary = summarise(database, JOB)
     assert summary.ok == ok.sum()
     assert summary.success_rate == pytest.approx(ok.mean())
-    assert summary.output_tps == pytest.approx(np.nansum(read["output_tokens"][ok]) / wall)
-    latencies = (read["finished_at"] - read["admitted_at"])[ok].astype(float)
+    # Copied answers are in no sum of tokens and in no time.
+    own = ok & ~read["deduplicated"].astype(bool)
+    assert summary.output_tps == pytest.approx(np.nansum(read["output_tokens"][own]) / wall)
+    assert summary.output_tokens == np.nansum(read["output_tokens"][own])
+    latencies = (read["finished_at"] - read["admitted_at"])[own].astype(float)
     assert summary.latency_s.p95 == pytest.approx(np.percentile(latencies, 95))
     assert summary.mean_active == pytest.approx(latencies.sum() / wall)
     assert read["expected"][3] == '{"is_ad": true}'
