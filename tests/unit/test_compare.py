@@ -11,9 +11,9 @@ from promptmill.errors import JobError, PromptmillError, UnknownName
 from promptmill.reports import comparison_forms, comparison_page
 from promptmill.reports.compare import Side, compare, compare_all, service_change, settings_of
 from promptmill.reports.conditions import parse
-from promptmill.reports.statistics import ALPHA, holm, paired_rates
-from promptmill.tables import score_runs, scores
-from tests.unit.test_reports import START, TASK, answer, counters, db, store
+from promptmill.reports.statistics import ALPHA, holm, paired_rates, unpaired_rates
+from promptmill.tables import requests, score_runs, scores
+from tests.unit.test_reports import START, TASK, answer, counters, db, failure, store
 
 __all__ = ["db"]
 
@@ -60,6 +60,34 @@ def test_mcnemar_of_5_against_15_flips() -> None:
     assert (lost, won) == (5, 15)
     assert change.p == pytest.approx(0.0414, abs=1e-4)
     assert change.value == pytest.approx(0.10)
+
+
+def test_f7_nine_of_ten_against_ten_of_ten_is_newcombes_interval() -> None:
+    found = unpaired_rates(np.array([True] * 9 + [False]), np.ones(10, dtype=bool))
+    assert found.value == pytest.approx(0.10)
+    assert found.ci95 == pytest.approx((-0.19, 0.40), abs=0.005)
+    assert found.p == pytest.approx(1.0)
+    # Newcombe (1998), table II: 56/70 less 48/80.
+    found = unpaired_rates(np.arange(80) < 48, np.arange(70) < 56)
+    assert found.ci95 == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    back = unpaired_rates(np.arange(70) < 56, np.arange(80) < 48)
+    assert back.ci95 == pytest.approx((-0.3339, -0.0524), abs=5e-5)
+    assert unpaired_rates(np.ones(0, dtype=bool), np.ones(3, dtype=bool)).ci95 is None
+
+
+def test_rates_of_different_rows_are_compared_when_asked(db: sa.Engine) -> None:
+    for job_id, rows, wrong in (("01A", range(60), 0), ("01B", range(60, 120), 30)):
+        stored = [failure(row) if row % 60 < wrong else answer(row) for row in rows]
+        store(db, stored, tried=[counters()], job_id=job_id)
+        with db.begin() as connection:
+            unasked = requests.c.row.not_in(rows)
+            connection.execute(sa.delete(requests).where(requests.c.job_id == job_id, unasked))
+    with pytest.raises(JobError, match="no common rows"):
+        compare(db, "01A", "01B")
+    for before, after, word in (("01A", "01B", "worse"), ("01B", "01A", "better")):
+        [line] = [each for each in compare(db, before, after, force=True).lines if each.name == "success_rate"]
+        assert (line.word, abs(line.change or 0)) == (word, pytest.approx(0.5))
+        assert line.note == "other rows: not paired"
 
 
 def two_jobs(db: sa.Engine, factor: float = 1.0, **other: object) -> None:

@@ -32,7 +32,7 @@ Exit code 3: a condition of --fail-if is met.
 @click.option("--by", help="A setting, such as slots or model: jobs that share its value are runs of one setting.")
 @click.option("--baseline", help="The job that the others are set against.  [default: the first]")
 @click.option("--fail-if", "conditions", multiple=True, help="Leave with exit code 3 when this holds; may be repeated.")
-@click.option("--force", is_flag=True, help="Compare other work too; write over a file that exists.")
+@click.option("--force", is_flag=True, help="Compare other work and other rows too; write over a file that exists.")
 @click.option(
     "--format",
     "format_",

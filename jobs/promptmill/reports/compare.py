@@ -30,6 +30,7 @@ from promptmill.reports.statistics import (
     paired_rates,
     paired_ratio,
     repeated_ratio,
+    unpaired_rates,
     unpaired_ratio,
 )
 from promptmill.reports.summary import Summary, summarise
@@ -88,7 +89,10 @@ class Side:
 
 
 def compare(db: Engine | Connection, before: str | Side, after: str | Side, force: bool = False) -> Comparison:
-    """Job ``after`` against job ``before``. Raises :class:`JobError` when they have no row in common."""
+    """Job ``after`` against job ``before``. Raises :class:`JobError` when they have no row in common.
+
+    ``force``: figures of different work are compared too, and rates of different rows (Newcombe's interval).
+    """
     return compare_all(db, [before], [[after]], force)[0]
 
 
@@ -115,10 +119,11 @@ def _compared(
     before, after = (runs[0] for runs in sides)
     other = read_rows(db, after.job_id, after.score_run)
     common = pair(own, other)
-    if not len(common.before):
+    if not len(common.before) and not (force and len(own) and len(other)):
         raise JobError(
             f"jobs {before.job_id} and {after.job_id} have no common rows",
-            hint="Rows are paired by id: compare jobs over the same dataset that have results.",
+            hint="Rows are paired by id: compare jobs over the same dataset that have results. "
+            "--force compares rates of different rows.",
         )
     runs = [known[side.job_id] for side in sides[0]], [known[side.job_id] for side in sides[1]]
     differences = _differences(db, before.job_id, after.job_id)
@@ -126,7 +131,10 @@ def _compared(
     same = before.job_id == after.job_id
     # Two score runs of one job differ in nothing but the scores.
     lines = [] if same else _time_lines(runs, own, other, common, reasons)
-    rates, flips = _rate_lines(own, other, common, _other_lines(differences))
+    if len(common.before):
+        rates, flips = _rate_lines(own, other, common, _other_lines(differences))
+    else:
+        rates, flips = _unpaired_lines(own, other), []
     return Comparison(
         before=runs[0][0],
         after=runs[1][0],
@@ -292,6 +300,20 @@ def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[lis
         shown = [places[rows][:FLIPS_SHOWN] for rows in (before & ~after, ~before & after)]
         flips.append(_FlipPlaces(name, lost, won, change.p, shown[0], shown[1]))
     return lines, flips
+
+
+def _unpaired_lines(own: Rows, other: Rows) -> list[Line]:
+    """The same of jobs that have no row in common."""
+    known: dict[str, tuple[Floats, Floats]] = {"success_rate": (own.ok.astype(float), other.ok.astype(float))}
+    known |= {f"{name}.accuracy": (own.right[name], other.right[name]) for name in own.right if name in other.right}
+    lines = []
+    for name, columns in known.items():
+        one, two = (column[np.isfinite(column)] > 0 for column in columns)
+        if len(one) and len(two):
+            rates = float(one.mean()), float(two.mean())
+            line = Line(name, metric_of(name), *rates, note="other rows: not paired")
+            lines.append(_filled(line, unpaired_rates(one, two)))
+    return lines
 
 
 def _warnings(own: Rows, other: Rows, common: Pairing, runs: Runs) -> tuple[str, ...]:

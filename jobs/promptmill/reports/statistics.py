@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promptmill.reports.scan import Floats
+from promptmill.scorers.intervals import wilson
 
 #: Resamples of a bootstrap, and its seed: the same rows give the same interval.
 RESAMPLES = 2000
@@ -167,6 +168,27 @@ def paired_rates(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[C
     width = float(norm.ppf(1 - ALPHA / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     interval = (max(-1.0, up - down - width), min(1.0, up - down + width))
     return Change((won - lost) / n, interval, p), lost, won
+
+
+def unpaired_rates(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Change:
+    """Difference of two rates of different rows.
+
+    The interval is Newcombe's, of the Wilson limits of either rate (1998, method 10); the test is Fisher's exact one.
+    """
+    from scipy.stats import fisher_exact
+
+    (won, n), (won_after, n_after) = ((int(each.sum()), len(each)) for each in (before, after))
+    limits, limits_after = wilson(won, n), wilson(won_after, n_after)
+    if limits is None or limits_after is None:
+        return Change(math.nan, None, None)
+    one, two = won / n, won_after / n_after
+    (low, high), (low_after, high_after) = limits, limits_after
+    interval = (
+        two - one - math.hypot(two - low_after, high - one),
+        two - one + math.hypot(high_after - two, one - low),
+    )
+    p = float(fisher_exact(np.array([[won, n - won], [won_after, n_after - won_after]])).pvalue)
+    return Change(two - one, interval, p)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
