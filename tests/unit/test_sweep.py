@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -108,3 +109,24 @@ def test_tags_are_kept_once_and_go_with_remove(db: sa.Engine) -> None:
         tagged(db, "b")
     with pytest.raises(PromptmillError, match="cannot be a tag"):
         add_tags(db, "01A", [" x"])
+
+
+def test_the_table_of_a_sweep_breaks_no_word_at_100_columns(
+    db: sa.Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from promptmill.cli import sweep as command
+
+    found = swept(db)
+    wide = [Setting({"slots": each.values["slots"], "batch_tokens": 128}, each.runs) for each in found.settings]
+    slow = Setting({"slots": 1, "batch_tokens": 64}, found.settings[0].runs, ("the model's file cannot be read",))
+    monkeypatch.setattr(Setting, "scores", lambda self: {"is_advertisement.accuracy": 0.5})
+    monkeypatch.setattr(Setting, "mean", _with_a_score(Setting.mean))
+    command._print(Sweep("night", (*wide, slow)))
+    table = capsys.readouterr().out.split("output tok/s\n")[0]
+    for word in ("batch_tokens=128", "is_advertisement", "requests/s", "best", "knee", "failed:"):
+        assert word in table
+    assert max(map(len, table.splitlines())) <= 100
+
+
+def _with_a_score(mean: Callable[[Setting, str], float | None]) -> Callable[[Setting, str], float | None]:
+    return lambda self, name: 0.5 if name.endswith(".accuracy") else mean(self, name)

@@ -43,6 +43,10 @@ class ProgressView:
     def update(self, progress: Progress) -> None:
         """Show new counts."""
         now = time.monotonic()
+        if self._seen and progress.done < self._seen[-1][1]:
+            # The next run of a sweep: its rates are its own.
+            self._seen.clear()
+            self._said = -1
         self._seen.append((now, progress.done, progress.output_tokens))
         while now - self._seen[0][0] > WINDOW_S and len(self._seen) > 2:
             self._seen.popleft()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -53,16 +54,25 @@ def sweep(dataset: str, output: str, force: bool, as_json: bool, **values: Any) 
     def on_run(number: int, total: int, label: str) -> None:
         console.print(f"run {number} of {total}: {label}", soft_wrap=True, markup=False)
 
-    with ProgressView() as view:
-        found, finished = run(plan, settings, db, on_run, view.update)
+    try:
+        with ProgressView() as view:
+            found, finished = run(plan, settings, db, on_run, view.update)
+    except KeyboardInterrupt:
+        # Ctrl-C while a model loads: there is no job to be paused yet.
+        _say_stopped(plan.tag)
+        raise
     chosen = "json" if as_json else by_name(output)
     if chosen == "term" and output == "-":
         _print(found)
     else:
         write_text(text(found, "md" if chosen == "term" else chosen), output)
     if not finished:
-        console.print(f"stopped; go on with the same command and --tag {plan.tag}", soft_wrap=True, markup=False)
+        _say_stopped(plan.tag)
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def _say_stopped(tag: str) -> None:
+    stderr_console().print(f"stopped; go on with the same command and --tag {tag}", soft_wrap=True)
 
 
 def _plan(dataset: str, values: dict[str, Any]) -> Any:
@@ -97,15 +107,36 @@ def _slots(text: str) -> int:
     return int(text)
 
 
+def _widths(columns: list[str], cells: list[list[str]], most: int) -> list[int]:
+    """Characters of each column but the last: no figure is broken, settings and titles only between words.
+
+    Settings take what the others leave of ``most``; where there is too little, the longest titles are broken.
+    """
+    texts = list(zip(*cells, strict=True))
+    figures = [max(map(len, own)) for own in texts[1:-1]]
+    whole = [max(width, _word([title])) for width, title in zip(figures, columns[1:-1], strict=True)]
+    least, longest = _word([columns[0], *texts[0]]), max(map(len, texts[0]))
+    room = most - least - len(columns)
+    while sum(whole) + _word(texts[-1]) > room and whole != figures:
+        whole[max(range(len(whole)), key=lambda at: whole[at] - figures[at])] -= 1
+    spare = room - sum(whole) - max(map(len, texts[-1]))
+    return [least + max(0, min(spare, longest - least)), *whole]
+
+
+def _word(texts: Sequence[str]) -> int:
+    """Characters of the longest word."""
+    return max((len(word) for text in texts for word in text.split()), default=0)
+
+
 def _print(found: Any) -> None:
     from promptmill.reports.sweep import recommended, rows, verdict
 
     console = stdout_console()
     columns, cells = rows(found)
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold",
-                         no_wrap=index in (1, 2, 4))  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
+    for at, width in enumerate(_widths(columns, cells, min(console.width, 100))):
+        table.add_column(columns[at], justify="right" if at else "left", overflow="fold", width=width)
+    table.add_column(columns[-1])
     for row in cells:
         table.add_row(*(Text(cell, style="bold" if "knee" in row[-1] else "") for cell in row))
     console.print(table)
