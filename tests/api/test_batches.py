@@ -121,6 +121,16 @@ def test_bad_rows_end_in_the_error_file_and_the_batch_completes(client: openai.O
     assert (problem["param"], problem["code"]) == ("temperature", "invalid_value")
 
 
+def test_a_line_that_is_nested_without_end_is_an_error_of_its_own(client: openai.OpenAI) -> None:
+    line = json.loads(batch_lines(1)) | {"custom_id": "deep"}
+    line["body"]["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": "HERE"}}
+    deep = '{"properties": {"a": ' * 480 + "{}" + "}}" * 480
+    batch = run_batch(client, batch_lines(1) + json.dumps(line).replace('"HERE"', deep).encode())
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
+    (line,) = lines_of(client, batch.error_file_id)
+    assert line["response"]["status_code"] == 400
+
+
 def test_nothing_answered_leaves_no_output_file(client: openai.OpenAI) -> None:
     record = json.loads(batch_lines(1))
     record["body"]["nonsense"] = 1

@@ -22,6 +22,9 @@ scores: [{exact: label}]
 """
 
 
+CHAT = [{"role": "user", "content": "x"}]
+
+
 def call(server: Server, path: str, body: Any = None, method: str | None = None, **headers: str) -> Any:
     data = None if body is None else json.dumps(body).encode()
     asked = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"} | headers)
@@ -122,6 +125,25 @@ def test_a_task_of_a_client_runs_no_code_of_this_machine(served: Server, client:
             input_file_id="file-1", endpoint="/v1/chat/completions", completion_window="24h", extra_body={"task": task}
         )
     assert caught.value.param == "task"
+
+
+def test_a_body_is_not_nested_without_end(served: Server) -> None:
+    deep: Any = "x"
+    for _ in range(400):
+        deep = [deep]
+    flat = {"model": ECHO, "lines": [{"prompt": "x", "meta": {"a": [[[]]] * 200}}] * 3}
+    assert call(served, "/v1/jobs", flat)["rows"] == 3
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": deep}}}
+    for path, body in (
+        ("/v1/jobs", {"model": ECHO, "lines": [{"prompt": "x", "meta": {"a": deep}}]}),
+        ("/v1/chat/completions", {"model": ECHO, "messages": deep}),
+        (
+            "/v1/chat/completions",
+            {"model": ECHO, "messages": [{"role": "user", "content": "x"}], "response_format": schema},
+        ),
+    ):
+        status, problem = refused(served, path, body)
+        assert (status, "levels deep" in problem["message"]) == (400, True)
 
 
 def test_a_template_is_text_and_names_no_file(served: Server) -> None:

@@ -18,6 +18,9 @@ KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (dict, "an object"), (type(None), "null"),
 )  # fmt: skip
 
+#: Levels of arrays and objects in a body. JSON is written to 254 at most, and schemas are checked by recursion.
+DEEPEST = 100
+
 MOST_METADATA, LONGEST_METADATA_KEY, LONGEST_METADATA_VALUE = 16, 64, 512
 
 
@@ -27,15 +30,29 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object. Raises a 400 for anything else."""
+    data = await request.body()
     try:
-        value = orjson.loads(await request.body())
+        value = orjson.loads(data)
     except orjson.JSONDecodeError:
         raise bad("We could not parse the JSON body of your request.") from None
+    if data.count(b"[") + data.count(b"{") > DEEPEST and _is_deep(value):
+        raise bad(f"The body is nested more than {DEEPEST} levels deep.", None, "invalid_value")
     if not isinstance(value, dict):
         raise bad(
             f"Invalid type for the body: expected an object, but got {kind(value)} instead.", None, "invalid_type"
         )
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a parsed body has more than DEEPEST levels: what works on it calls itself for each."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [each for values in inner for each in values]
+        if not level:
+            return False
+    return True
 
 
 def kind(value: Any) -> str:
