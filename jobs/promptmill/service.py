@@ -48,12 +48,18 @@ def score_again(
 ) -> dict[str, Any]:
     """Append a score run to a job, by its own task or by another one, and judge that task's gates."""
     from promptmill.gates import judge
+    from promptmill.privacy import DONE
     from promptmill.reports.summary import summarise
     from promptmill.score_runs import append_score_run
 
     job = catalog.find_job(db, reference)
     if task_path is None and job.task_text is None:
         raise JobError(f"job {job.id} has no task", hint="Give --task FILE.")
+    if job.store in DONE.values():
+        raise JobError(
+            f"job {job.id} keeps no prompts or answers: there is nothing to score",
+            hint=f"The scores it had stay: promptmill report {job.id}.",
+        )
     task = load_task(task_path) if task_path else stored_task(job)
     run = append_score_run(db, job, task, by, on_rows)
     scores = run.figures

@@ -22,9 +22,10 @@ from promptmill import catalog
 from promptmill.database import epoch, reading, writing
 from promptmill.errors import JobError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger
+from promptmill.privacy import DONE
 from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.settings import Settings
-from promptmill.tables import chunks, requests, results, verifications
+from promptmill.tables import chunks, jobs, requests, results, verifications
 from promptmill.task_file import parse_task
 from promptmill.types import Failed, Ok, Request, Result
 
@@ -165,8 +166,9 @@ def _stored(db: Engine, spec: JobSpec, chosen: Sequence[int]) -> Iterator[tuple[
     )
     with reading(db) as connection:
         found = connection.execute(query).all()
+        store = connection.execute(sa.select(jobs.c.store).where(jobs.c.id == spec.job_id)).scalar()
     for each in found:
-        if each.input is None or each.text is None:
+        if store in DONE.values() or each.input is None or each.text is None:
             raise JobError(f"job {spec.job_id} keeps no prompts or answers: there is nothing to compare")
         sampling = resolve_sampling(spec.sampling, json.loads(each.sampling) if each.sampling else {})
         meta = json.loads(each.meta) if each.meta else None

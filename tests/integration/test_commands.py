@@ -162,6 +162,7 @@ def test_what_store_asked_for_is_done_at_the_end_of_a_resumed_run(command: Comma
     assert command("resume", "@last").code == 0
     assert (count(command, "results"), count(command, "results WHERE text IS NOT NULL")) == (100, 0)
     assert count(command, "requests WHERE input IS NOT NULL") == 0
+    assert "(not kept)" in command("show", "@last", "0").out
 
 
 def test_a_killed_run_goes_on_where_it_was(command: Command, tmp_path: Path) -> None:
@@ -346,3 +347,15 @@ def test_the_form_of_a_query_is_told_by_the_name_of_its_file(command: Command) -
         path = command.folder / name
         assert command("query", "SELECT 1 AS n", "-o", str(path)).code == 0
         assert path.read_bytes().startswith(begin)
+
+
+def test_results_are_not_written_over_a_file_unasked(command: Command, tmp_path: Path) -> None:
+    assert command("run", prompts(tmp_path, 2), "--model", "echo").code == 0
+    for name in ("out.jsonl", "out.parquet"):
+        path = tmp_path / name
+        path.write_text("precious")
+        refused = command("results", "@last", "-o", str(path))
+        assert (refused.code, path.read_text()) == (2, "precious")
+        assert "--force" in refused.err
+        assert command("results", "@last", "-o", str(path), "--force").code == 0
+        assert path.read_bytes() != b"precious"

@@ -9,10 +9,12 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.database import connect, upgrade
+from promptmill.errors import JobError
 from promptmill.forgetting import forget, forget_overdue
 from promptmill.privacy import hashed, redact
 from promptmill.reports.compare import compare
 from promptmill.reports.summary import summarise
+from promptmill.service import score_again
 from promptmill.tables import jobs, requests, results
 from tests.unit.test_reports import JOB, START, TASK, answer, failure, store
 
@@ -80,6 +82,13 @@ def test_jobs_of_the_queue_keep_their_scores_when_their_texts_go(db: sa.Engine) 
     before = summarise(db, JOB).to_json()["scores"]
     assert forget_overdue(db) == [JOB]
     assert summarise(db, JOB).to_json()["scores"] == before != {}
+
+
+def test_texts_that_are_gone_are_not_scored_again(db: sa.Engine) -> None:
+    fill(db)
+    forget(db, JOB, "hash")
+    with pytest.raises(JobError, match="nothing to score"):
+        score_again(JOB, None, db)
 
 
 def test_a_task_that_cannot_be_scored_here_keeps_no_text_longer(db: sa.Engine) -> None:

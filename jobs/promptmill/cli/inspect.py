@@ -164,7 +164,8 @@ def _show_row(job: str, asked: str, as_json: bool) -> None:
         return
     console = stdout_console()
     console.print(f"row {row}, id {found['id']}", markup=False)
-    _section("prompt", found["prompt"] or _plain(found["messages"]) or "(the line could not be read)")
+    missing = "(not kept)" if (found["result"] or {}).get("state") == "ok" else "(the line could not be read)"
+    _section("prompt", found["prompt"] or _plain(found["messages"]) or missing)
     if found["expected"] is not None:
         _section("expected", str(found["expected"]))
     _show_result(found["result"])

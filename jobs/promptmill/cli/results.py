@@ -28,17 +28,20 @@ if TYPE_CHECKING:
 )
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
 @click.option("--prompts", is_flag=True, help="Parquet: inputs, expected answers and meta too.")
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
-def results(job: str, failed: bool, format_: str | None, output: str, prompts: bool, as_json: bool) -> None:
+def results(
+    job: str, failed: bool, format_: str | None, output: str, prompts: bool, force: bool, as_json: bool
+) -> None:
     """Write the results of JOB, one line each, in the order of its rows.
 
     CSV has further columns (reasoning, choices, logprobs, choice_probs, continuations, embedding, deduplicated) where a
     row of the job has them, lists and objects as JSON.
     """
     from promptmill.catalog import find_job
+    from promptmill.cli.report import check_target
 
-    if output != "-":
-        check_output(output)
+    check_target(output, force)
     parquet = format_ == "parquet" or (format_ is None and not as_json and output.endswith(".parquet"))
     if parquet and output == "-":
         raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")

@@ -302,7 +302,7 @@ def _checks(summary: Summary) -> str:
 
 def _config(details: Details) -> str:
     pairs = [*details.config.items(), *_flat("", details.env)]
-    return section("Configuration and environment", table(("name", "value"), pairs))
+    return section("Configuration and environment", f"<div class=names>{table(('name', 'value'), pairs)}</div>")
 
 
 def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
