@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,6 +120,23 @@ def test_bad_rows_end_in_the_error_file_and_the_batch_completes(client: openai.O
     assert "temperature" in problem["message"]
     # As the same request alone would be told.
     assert (problem["param"], problem["code"]) == ("temperature", "invalid_value")
+
+
+def test_a_long_task_holds_nobody_else_up(served: Server) -> None:
+    named = ", ".join(f"a{number}: b{number}" for number in range(12_000))
+    body = {"input_file_id": "x", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    task = f"task: t\nprompt: {{user: x}}\nexpected: {{{named}}}\n"
+    data = json.dumps(body | {"task": task}).encode()
+    asked = urllib.request.Request(f"{served.url}/v1/batches", data, {"Content-Type": "application/json"})
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(lambda: urllib.request.urlopen(asked, timeout=60).close())
+        began, longest = time.monotonic(), 0.0
+        while not made.done():
+            asked_at = time.monotonic()
+            served.get("/healthz")
+            longest = max(longest, time.monotonic() - asked_at)
+        made.result()
+    assert longest < (time.monotonic() - began) / 2
 
 
 def test_a_line_that_is_nested_without_end_is_an_error_of_its_own(client: openai.OpenAI) -> None:

@@ -41,7 +41,8 @@ SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 60.0, 30 * 86_400.0
 async def create(request: Request, parts: Parts, principal: Submitter) -> Response:
     """The batch is validated next; what is wrong with its lines is in ``errors`` of the batch."""
     body = await bodies.read_object(request)
-    values, window_s = _checked(body)
+    # A long task file takes seconds to read.
+    values, window_s = await in_thread(_checked, body)
     values["api_key_id"] = principal.key_id
     row = await in_thread(_create, parts, values, window_s)
     return json_response((await in_thread(batch_rows.shape, parts.db, [row]))[0])
