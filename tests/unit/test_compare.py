@@ -11,7 +11,7 @@ from promptmill.errors import JobError, PromptmillError, UnknownName
 from promptmill.reports import comparison_forms, comparison_page
 from promptmill.reports.compare import Side, compare, compare_all, service_change, settings_of
 from promptmill.reports.conditions import parse
-from promptmill.reports.statistics import ALPHA, holm, paired_rates, unpaired_rates
+from promptmill.reports.statistics import ALPHA, holm, paired_means, paired_rates, unpaired_rates
 from promptmill.tables import requests, score_runs, scores
 from tests.unit.test_reports import START, TASK, answer, counters, db, failure, store
 
@@ -88,6 +88,38 @@ def test_rates_of_different_rows_are_compared_when_asked(db: sa.Engine) -> None:
         [line] = [each for each in compare(db, before, after, force=True).lines if each.name == "success_rate"]
         assert (line.word, abs(line.change or 0)) == (word, pytest.approx(0.5))
         assert line.note == "other rows: not paired"
+
+
+def test_scores_that_are_no_rates_are_compared_by_their_mean(db: sa.Engine) -> None:
+    kinds = "closeness: n, span: 5}\n  - {abs_error: n, as: far"
+    task = TASK.replace("exact: is_ad", kinds).replace("is_ad: {type: boolean}", "n: {type: integer}")
+    labels = {row: {"n": 3} for row in range(60)}
+    for job_id, shift in (("01A", 1), ("01B", 0)):
+        texts = [f'{{"n": {3 + shift + row % 2}}}' for row in range(60)]
+        rows = [answer(row, text=text) for row, text in enumerate(texts)]
+        store(db, rows, job_id=job_id, expected=labels, task_text=task.replace("[is_ad]", "[n]"), task_name="n")
+    for before, after, word in (("01A", "01B", "better"), ("01B", "01A", "worse")):
+        found = compare(db, before, after)
+        lines = {line.name: line for line in found.lines}
+        assert abs(lines["n.closeness"].change or 0) == pytest.approx(0.2)
+        assert lines["n.closeness"].in_points
+        assert abs(lines["far.abs_error"].change or 0) == pytest.approx(2 / 3 if word == "better" else 2)
+        assert lines["far.abs_error"].word == word
+        assert found.flips == ()
+
+
+def test_the_interval_of_a_difference_of_means_covers_it() -> None:
+    generator = np.random.default_rng(11)
+    covered = 0
+    for _ in range(400):
+        before = generator.beta(2, 2, 60)
+        after = np.clip(before + generator.normal(0.05, 0.1, 60), -1, 2)
+        change = paired_means(before, after)
+        assert change.ci95 is not None
+        covered += change.ci95[0] <= 0.05 <= change.ci95[1]
+    assert covered >= 0.93 * 400
+    assert paired_means(np.ones(9), np.ones(9)).ci95 == (0.0, 0.0)
+    assert paired_means(np.ones(3), np.zeros(3)).p is None
 
 
 def two_jobs(db: sa.Engine, factor: float = 1.0, **other: object) -> None:

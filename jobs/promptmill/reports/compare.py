@@ -27,6 +27,7 @@ from promptmill.reports.statistics import (
     Change,
     crossed_ratio,
     holm,
+    paired_means,
     paired_rates,
     paired_ratio,
     repeated_ratio,
@@ -132,7 +133,7 @@ def _compared(
     # Two score runs of one job differ in nothing but the scores.
     lines = [] if same else _time_lines(runs, own, other, common, reasons)
     if len(common.before):
-        rates, flips = _rate_lines(own, other, common, _other_lines(differences))
+        rates, flips = _rate_lines(own, other, common, _other_lines(differences), runs[0][0])
     else:
         rates, flips = _unpaired_lines(own, other), []
     return Comparison(
@@ -281,18 +282,24 @@ def _slices(rows: Rows) -> Floats:
     return counts / max(float(edges[1] - edges[0]), 1e-9)
 
 
-def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[list[Line], list[_FlipPlaces]]:
+def _rate_lines(
+    own: Rows, other: Rows, common: Pairing, note: str, summary: Summary
+) -> tuple[list[Line], list[_FlipPlaces]]:
     """Success, and each score that both jobs have."""
     success, _, _ = paired_rates(own.ok[common.before], other.ok[common.after])
     rates = own.ok[common.before].mean(), other.ok[common.after].mean()
     line = Line("success_rate", METRICS["success_rate"], float(rates[0]), float(rates[1]), note=note)
     lines, flips = [_filled(line, success)], []
-    for name in (name for name in own.right if name in other.right):
-        one, two = own.right[name][common.before], other.right[name][common.after]
+    for name in (name for name in own.worth if name in other.worth):
+        one, two = own.worth[name][common.before], other.worth[name][common.after]
         both = np.isfinite(one) & np.isfinite(two)
         if not both.any():
             continue
-        before, after = one[both] > 0, two[both] > 0
+        metric = _score_metric(summary, name, one[both], two[both])
+        if metric != "accuracy":
+            lines.append(_mean_line(f"{name}.{metric}", one[both], two[both], note))
+            continue
+        before, after = one[both] == 1, two[both] == 1
         change, lost, won = paired_rates(before, after)
         score = Line(f"{name}.accuracy", METRICS["accuracy"], float(before.mean()), float(after.mean()), note=note)
         lines.append(_filled(score, change))
@@ -302,10 +309,28 @@ def _rate_lines(own: Rows, other: Rows, common: Pairing, note: str) -> tuple[lis
     return lines, flips
 
 
+def _score_metric(summary: Summary, name: str, *worth: Floats) -> str:
+    """The figure that a score adds up to: its task's; of another task's score run, as its values tell."""
+    known = summary.scores[name].metric if name in summary.scores else "accuracy"
+    truths = all(np.isin(each, (0.0, 1.0)).all() for each in worth)
+    return "mean" if known == "accuracy" and not truths else known
+
+
+def _mean_line(name: str, before: Floats, after: Floats, note: str) -> Line:
+    """A score that is no rate: shares change by points, distances and other values relatively."""
+    line = Line(name, metric_of(name), float(before.mean()), float(after.mean()), note=note)
+    if line.in_points:
+        return _filled(line, paired_means(before, after))
+    if min(before.min(), after.min()) < 0:
+        return line
+    return _filled(line, paired_ratio(before, after, np.arange(len(before))))
+
+
 def _unpaired_lines(own: Rows, other: Rows) -> list[Line]:
     """The same of jobs that have no row in common."""
     known: dict[str, tuple[Floats, Floats]] = {"success_rate": (own.ok.astype(float), other.ok.astype(float))}
-    known |= {f"{name}.accuracy": (own.right[name], other.right[name]) for name in own.right if name in other.right}
+    right, also = own.right, other.right
+    known |= {f"{name}.accuracy": (right[name], also[name]) for name in right if name in also}
     lines = []
     for name, columns in known.items():
         one, two = (column[np.isfinite(column)] > 0 for column in columns)

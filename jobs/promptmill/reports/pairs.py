@@ -46,11 +46,16 @@ class Rows:
     finished_at: Floats = field(default_factory=lambda: np.empty(0))
     output_tokens: Floats = field(default_factory=lambda: np.empty(0))
     batches: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    #: Score -> 1 right, 0 wrong, NaN not counted.
-    right: dict[str, Floats] = field(default_factory=dict)
+    #: Score -> what the row is worth by it (1 right, 0 wrong, or between, or a distance), NaN not counted.
+    worth: dict[str, Floats] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.key)
+
+    @property
+    def right(self) -> dict[str, Floats]:
+        """Score -> 1 wholly right, 0 not, NaN not counted."""
+        return {name: np.where(np.isnan(worth), np.nan, worth == 1.0) for name, worth in self.worth.items()}
 
 
 def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> Rows:
@@ -86,7 +91,7 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> Rows
         finished_at=finished,
         output_tokens=np.where(ok, tokens, np.nan),
         batches=_batches(chunk, len(origins), admitted),
-        right=_right(db, job_id, row) if score_run is None else _stored(db, score_run, row),
+        worth=_worth(db, job_id, row) if score_run is None else _stored(db, score_run, row),
     )
 
 
@@ -123,8 +128,8 @@ def _batches(chunk: Ints, chunks: int, admitted: Floats) -> Ints:
     return (place * min(ENOUGH_CHUNKS, max(1, len(admitted) // LEAST_BLOCK)) // len(admitted)).astype(np.int64)
 
 
-def _right(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
-    """Whether each row is right (1 or 0), by each score of the job's task; NaN for rows that are not counted.
+def _worth(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
+    """What each row is worth by each score of the job's task; NaN for rows that are not counted.
 
     Of texts that were removed on purpose, as the score run that was kept has it.
     """
@@ -142,7 +147,7 @@ def _right(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
         answer = Answer(*row)
         if answer not in known:
             worth = [each.value if each is not None else None for each in judge(answer)]
-            known[answer] = [np.nan if value is None else float(value == 1.0) for value in worth]
+            known[answer] = [np.nan if value is None else float(value) for value in worth]
         verdicts.append(known[answer])
     block = np.array(verdicts, dtype=np.float64).reshape(-1, len(judge.scorers))
     return {name: block[:, index] for index, name in enumerate(judge.scorers)}
@@ -156,7 +161,7 @@ def _stored(db: Connection, score_run: str, row: Ints) -> dict[str, Floats]:
     for number, name, value, outcome in db.execute(query.where(scores.c.score_run_id == score_run)):
         column = found.setdefault(name, np.full(len(row), np.nan))
         if number in place and value is not None and outcome not in (Outcome.ABSTAIN, Outcome.INFRA_ERROR):
-            column[place[number]] = float(value == 1.0)
+            column[place[number]] = float(value)
     return found
 
 

@@ -22,6 +22,9 @@ LEAST_RUNS = 3
 #: Fewest clusters that tell a variance.
 LEAST_CLUSTERS = 5
 
+#: Fewest pairs of rows whose differences tell a mean.
+LEAST_PAIRS = 6
+
 #: Most clusters that are resampled: of more, neighbours are taken together, which keeps an interval at least as wide.
 MOST_CLUSTERS = 100
 
@@ -168,6 +171,21 @@ def paired_rates(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[C
     width = float(norm.ppf(1 - ALPHA / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     interval = (max(-1.0, up - down - width), min(1.0, up - down + width))
     return Change((won - lost) / n, interval, p), lost, won
+
+
+def paired_means(before: Floats, after: Floats) -> Change:
+    """Difference of two means of the same rows: Student's t interval and test of the rows' differences."""
+    from scipy.stats import t
+
+    change = after - before
+    n, value = len(change), float(change.mean()) if len(change) else math.nan
+    if not change.any():
+        return Change(value, (0.0, 0.0) if n else None, None)
+    error = float(change.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    if n < LEAST_PAIRS or error == 0:
+        return Change(value, None, None)
+    width = float(t.ppf(1 - ALPHA / 2, n - 1)) * error
+    return Change(value, (value - width, value + width), 2 * float(t.sf(abs(value) / error, n - 1)))
 
 
 def unpaired_rates(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Change:
