@@ -6,6 +6,7 @@ import json
 import re
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -174,6 +175,26 @@ def test_an_unknown_model_and_a_prompt_too_long_have_their_codes(client: openai.
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="could not parse the JSON"):
         client.post("/chat/completions", content=b"{", cast_to=object)
+
+
+def test_a_large_schema_holds_nobody_else_up(served: Server, client: openai.OpenAI) -> None:
+    properties = {f"p{number}": {"type": "string", "minLength": 3, "maxLength": 1000} for number in range(2_500)}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": properties}}}
+
+    def ask() -> None:
+        # No worker is asked: the time is the server's own.
+        with pytest.raises(openai.NotFoundError):
+            chat(client, model="nobody serves it", response_format=form)
+
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(ask)
+        began, longest = time.monotonic(), 0.0
+        while not asked.done():
+            asked_at = time.monotonic()
+            served.get("/healthz")
+            longest = max(longest, time.monotonic() - asked_at)
+        asked.result()
+    assert longest < (time.monotonic() - began) / 2
 
 
 def test_one_prompt_in_the_form_of_another_server(served: Server) -> None:

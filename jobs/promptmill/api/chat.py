@@ -64,13 +64,22 @@ async def embed(request: Request, parts: Parts, principal: Submitter) -> Respons
 
 
 async def _complete(request: Request, parts: Services, principal: Principal, url: str) -> Response:
-    question = questions.read(await bodies.read_object(request), url)
+    question = await _question(request, url)
     model = await find_model(parts, question.model)
     if question.stream:
         return await _streamed(request, parts, principal, question, model)
     with parts.limits.running(principal, max(1, len(question.texts))):
         found = await _or_gone(request, _answers(parts, question, model, request.state))
     return json_response(answers.whole(question, found)) if found is not None else Response(status_code=GONE)
+
+
+async def _question(request: Request, url: str) -> Question:
+    body = await bodies.read_object(request)
+    if body.get("response_format") is None and body.get("tools") is None:
+        return questions.read(body, url)
+    # A schema is tried out as a grammar, and a large one takes seconds.
+    found: Question = await in_thread(questions.read, body, url)
+    return found
 
 
 async def find_model(parts: Services, name: str) -> str:
