@@ -127,6 +127,13 @@ def test_a_task_of_a_client_runs_no_code_of_this_machine(served: Server, client:
     assert caught.value.param == "task"
 
 
+def test_hints_are_in_the_words_of_the_call(served: Server) -> None:
+    message = refused(served, "/v1/jobs", {"model": ECHO, "lines": [{"other": 1}]})[1]["message"]
+    assert "give 'template' or 'task'" in message
+    assert "give 'skip_invalid'" in message
+    assert "--" not in message
+
+
 def test_a_body_is_not_nested_without_end(served: Server) -> None:
     deep: Any = "x"
     for _ in range(400):

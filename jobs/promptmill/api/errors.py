@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,9 @@ STATUSES: dict[type[PromptmillError], int] = {
     errors.BrokerError: 503,
     errors.DatabaseError: 503,
 }
+
+#: Options of the command line that are fields of a job's body.
+OPTIONS = re.compile(r"--(task|template|system|skip-invalid|max-errors|name|priority|deadline|format|model)\b")
 
 #: Seconds after which a client that was told 429 or 503 may try again, where nothing better is known.
 RETRY_AFTER_S = 2
@@ -93,9 +97,15 @@ def response(problem: ApiError) -> Response:
 def of(problem: PromptmillError) -> ApiError:
     """One of our errors as an answer."""
     status = next((code for kind, code in STATUSES.items() if isinstance(problem, kind)), 400)
-    message = f"{problem.message}. {problem.hint}" if problem.hint else problem.message
+    message = _in_fields(f"{problem.message}. {problem.hint}" if problem.hint else problem.message)
     # Where the servers are is no business of a client.
     return ApiError(status, "A service is not reachable; try again later." if status == 503 else message)
+
+
+def _in_fields(message: str) -> str:
+    """A message of the command line for who sent a body: options are the fields of the same names."""
+    message = message.replace(" ('promptmill results --failed')", " ('results?failed=true')")
+    return OPTIONS.sub(lambda found: "'" + found[1].replace("-", "_") + "'", message)
 
 
 def install(app: FastAPI, page: Callable[[Request, ApiError], Response | None]) -> None:
