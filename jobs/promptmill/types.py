@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -256,6 +257,8 @@ class Lease:
     context_tokens: int | None = None
     #: Of the job; 0 is the most urgent.
     priority: int = 5
+    #: When the database stamped the attempt's start, by this process' own ``time.monotonic()``.
+    taken_at: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,11 +127,14 @@ class HostKeeper:
             return self._ensure(self._config.model, context_tokens)
 
     @contextmanager
-    def holding(self) -> Iterator[Hold]:
-        """Around a lease: what the engine idles while the worker holds one is a job's time."""
+    def holding(self, since: float) -> Iterator[Hold]:
+        """Around a lease: what the engine idles while the worker holds one is a job's time.
+
+        ``since``: when it was taken, by ``time.monotonic()``.
+        """
         with self._changed:
             if self._leases == 0:
-                self._unheld_s += time.monotonic() - self._unheld_since
+                self._unheld_s += max(0.0, since - self._unheld_since)
             self._leases += 1
         hold = Hold(self)
         try:

@@ -56,7 +56,7 @@ class ChunkRunner:
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
-        with self._hosts.holding() as hold:
+        with self._hosts.holding(lease.taken_at) as hold:
             try:
                 self._run(lease, hold)
             except PASSING:

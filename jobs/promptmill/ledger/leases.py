@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from typing import Any
 
@@ -102,12 +103,13 @@ class Leases(Endings):
         asked = {"of_job": chunk.job_id, "of_number": chunk.number, "of_worker": worker_id}
         with connecting(self.db), self.db.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
             found = db.execute(self._claim_query, asked).one_or_none()
+            taken_at = time.monotonic()
         if found is None:
             return None
         if found.state == JobState.QUEUED.value:
             with writing(self.db) as db:
                 self._start_job(db, chunk.job_id)
-        return _lease(chunk, worker_id, found, found)
+        return _lease(chunk, worker_id, found, found, taken_at)
 
     def _claim(self, db: Connection, chunk: ChunkId, worker_id: str) -> Lease | None:
         claimed = db.execute(self._take(chunk.job_id, chunk.number, worker_id)).one_or_none()
@@ -125,7 +127,7 @@ class Leases(Endings):
                 started_at=self._now(),
             )
         )
-        return _lease(chunk, worker_id, claimed, job)
+        return _lease(chunk, worker_id, claimed, job, time.monotonic())
 
     def renew(self, lease: Lease) -> Standing:
         """Prolong the lease, and learn whether its work is still wanted."""
@@ -152,9 +154,9 @@ class Leases(Endings):
 _JOB = (jobs.c.model, jobs.c.state, jobs.c.context_tokens, jobs.c.priority)
 
 
-def _lease(chunk: ChunkId, worker_id: str, claimed: Any, job: Any) -> Lease:
+def _lease(chunk: ChunkId, worker_id: str, claimed: Any, job: Any, taken_at: float) -> Lease:
     return Lease(
         chunk=chunk, attempt=claimed.attempt, failures=claimed.failures, worker_id=worker_id,
         first_row=claimed.first_row, rows=claimed.rows, model=job.model, enqueued_at=claimed.published_at,
-        context_tokens=job.context_tokens, priority=job.priority,
+        context_tokens=job.context_tokens, priority=job.priority, taken_at=taken_at,
     )  # fmt: skip
