@@ -12,7 +12,9 @@ from sqlalchemy.engine import Engine
 from promptmill import catalog
 from promptmill.database import reading
 from promptmill.errors import JobError, UnknownName
+from promptmill.privacy import DONE
 from promptmill.registry import suggestion
+from promptmill.reports.kept import kept_run
 from promptmill.scorers import Outcome
 from promptmill.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.tables import requests, results, scores
@@ -58,9 +60,13 @@ class Flip:
 def judged_rows(db: Engine, reference: str, score: str | None = None) -> Iterator[JudgedRow]:
     """Every row of a job by each of its scores: those of the run ``JOB@sN``, else those of its own task, made anew.
 
+    Of a job whose texts are gone: those of the run that was kept.
     Raises :class:`UnknownName` for an unknown run or score, :class:`JobError` for a job without scores.
     """
     job, run_id = catalog.find_scored(db, reference)
+    if run_id is None and job.store in DONE.values():
+        with reading(db) as connection:
+            run_id = kept_run(connection, job.id)
     if run_id is not None:
         yield from _of_run(db, job.id, run_id, score)
     else:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from promptmill.database import connect, upgrade
 from promptmill.errors import JobError
 from promptmill.forgetting import forget, forget_overdue
+from promptmill.judged_rows import judged_rows
 from promptmill.privacy import hashed, redact
 from promptmill.reports.compare import compare
 from promptmill.reports.summary import summarise
@@ -75,6 +76,7 @@ def test_scores_of_jobs_without_texts_are_compared_as_before(db: sa.Engine, how:
     after = compare(db, JOB, "02OTHER").to_json()
     assert [each["name"] for each in after["figures"]][-1] == "is_ad.accuracy"
     assert (after["figures"], after["flips"]) == (before["figures"], before["flips"])
+    assert [each.id for each in judged_rows(db, JOB) if each.value == 0] == ["row-6", "row-7"]
 
 
 def test_jobs_of_the_queue_keep_their_scores_when_their_texts_go(db: sa.Engine) -> None:

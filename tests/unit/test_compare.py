@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from rich.console import Console
 
 from promptmill.catalog import find_scored
 from promptmill.errors import JobError, PromptmillError, UnknownName
@@ -106,6 +109,9 @@ def test_scores_that_are_no_rates_are_compared_by_their_mean(db: sa.Engine) -> N
         assert abs(lines["far.abs_error"].change or 0) == pytest.approx(2 / 3 if word == "better" else 2)
         assert lines["far.abs_error"].word == word
         assert found.flips == ()
+        stream = io.StringIO()
+        comparison_forms.render(found, Console(file=stream, width=100))
+        assert {"n.closeness", "far.abs_error"} <= set(stream.getvalue().split())
 
 
 def test_the_interval_of_a_difference_of_means_covers_it() -> None:

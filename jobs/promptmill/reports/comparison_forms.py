@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,9 @@ from promptmill.reports import markdown
 from promptmill.reports.comparison import Comparison, Flips, Line, shown_change
 
 COLUMNS = ("figure", "A", "B", "change", "95 % CI", "")
+
+#: Columns of a terminal from which on names of figures are kept whole.
+NARROW = 90
 
 _STYLES = {"better": "green", "worse": "red"}
 
@@ -32,7 +36,9 @@ def render(found: Comparison, console: Console) -> None:
             console.print(Text(f"  {name}: {short(one)} -> {short(two)}"), width=width)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index in (0, 5) else "right", overflow="fold")
+        # Names are copied into conditions: they are broken on narrow terminals only.
+        side: Literal["left", "right"] = "left" if index in (0, 5) else "right"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=index == 0 and width >= NARROW)
     for line in found.lines:
         *plain, word = cells(line)
         table.add_row(*plain, Text(word, style=_STYLES.get(line.word, "dim")))
