@@ -359,3 +359,15 @@ def test_results_are_not_written_over_a_file_unasked(command: Command, tmp_path:
         assert "--force" in refused.err
         assert command("results", "@last", "-o", str(path), "--force").code == 0
         assert path.read_bytes() != b"precious"
+
+
+def test_a_condition_on_a_figure_that_there_is_not_is_refused_before_anything_is_printed(
+    command: Command, tmp_path: Path
+) -> None:
+    for name in ("before", "after"):
+        assert command("run", prompts(tmp_path, 8), "--model", "echo", "--name", name).code == 0
+    refused = command("compare", "before", "after", "--fail-if", "output_tp<-5%")
+    assert (refused.code, refused.out) == (2, "")
+    assert "Did you mean output_tps?" in refused.err
+    assert refused.err.count(" wall_s") == 1
+    assert command("compare", "before", "after", "--fail-if", "ok<9").code == 3

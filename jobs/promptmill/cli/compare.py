@@ -67,6 +67,9 @@ def compare(
         what = f"with different values of '{by}'" if by else "that are different"
         raise PromptmillError(f"a comparison needs two jobs {what}", hint="promptmill compare BEFORE AFTER")
     found = compare_all(db, groups[0], groups[1:], force)
+    for each in found:
+        for gate in gates:
+            gate.check_name(each)
     _write(found, "json" if as_json else format_ or by_name(output), output)
     _judge(found, gates)
 

@@ -32,6 +32,10 @@ class Condition:
     bound: float
     unit: str | None
 
+    def check_name(self, found: Comparison) -> None:
+        """Raises PromptmillError for a figure that there is not."""
+        self._value(found, False)
+
     def holds(self, found: Comparison) -> bool | None:
         """Whether the condition to fail is met; None where the figure was not measured or is not comparable."""
         for line in found.lines:
@@ -58,7 +62,7 @@ class Condition:
         except KeyError:
             raise PromptmillError(
                 f"--fail-if {self.text}: there is no figure '{self.name}'",
-                hint=suggestion(self.name, [*names_of(summary), *(line.name for line in found.lines)]),
+                hint=suggestion(self.name, sorted({*names_of(summary), *(line.name for line in found.lines)})),
             ) from None
 
 
