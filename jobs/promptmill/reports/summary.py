@@ -260,7 +260,7 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
         cancelled=by_class.get(ErrorClass.CANCELLED, 0),
         cut_off=sum(group.rows for group in answered if group.finish_reason == FinishReason.LENGTH),
         copied=facts.totals.copied,
-        success_ci95=wilson(ok, ok + errors) if errors else None,
+        success_ci95=wilson(ok, ok + errors) if ok + errors else None,
         wall_s=occupancy.wall_s,
         began_at=occupancy.began_at,
         ended_at=occupancy.ended_at,
