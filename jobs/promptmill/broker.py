@@ -58,6 +58,8 @@ def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
         # A worker holds what it runs and nothing more; the message stays until the chunk has ended.
         task_acks_late=True,
         worker_prefetch_multiplier=1,
+        # Threads that publish at once share these; a message takes milliseconds.
+        broker_pool_limit=2,
         broker_transport_options={
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
             "priority_steps": list(PRIORITIES),

@@ -38,6 +38,9 @@ COLUMNS = {
     "chunk": ("int64", "r.chunk"),
 }
 
+#: Columns of few values: a dictionary of the others would be made in vain.
+REPEATED = ["state", "finish_reason", "error_class", "worker"]
+
 #: Columns that are written on demand: JSON, as it is stored.
 WITH_PROMPTS = {"input": ("string", "q.input"), "expected": ("string", "q.expected"), "meta": ("string", "q.meta")}
 
@@ -47,7 +50,7 @@ def write(db: Engine, job_id: str, path: str, failed_only: bool = False, prompts
     import pyarrow.parquet as pq
 
     count = 0
-    with pq.ParquetWriter(path, schema_of(prompts), compression="zstd") as writer:
+    with pq.ParquetWriter(path, schema_of(prompts), compression="zstd", use_dictionary=REPEATED) as writer:
         for batch in record_batches(db, job_id, failed_only, prompts):
             writer.write_batch(batch)
             count += batch.num_rows
