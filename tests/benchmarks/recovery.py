@@ -74,7 +74,7 @@ def host(arena: Arena) -> tuple[float, float]:
 
 
 def flushed(arena: Arena) -> int:
-    """A job of 100 chunks whose Redis is emptied while one worker holds nothing; returns its chunks."""
+    """A job of some 100 chunks whose Redis is emptied while one worker holds nothing; returns its chunks."""
     arena.fresh()
     arena.start_workers(2)
     arena.submit(4500)
