@@ -42,8 +42,9 @@ Every report checks itself; `✗` means that two figures disagree and the job ha
 
 Rows of two jobs are paired by id. A change of a mean time comes with a 95 % interval that draws whole batches, because requests of one batch share their fate:
 chunks where there are 20 or more, else 20 blocks of rows by admission; where the batches of the two runs hold different rows, variance is clustered both ways
-(Cameron, Gelbach and Miller 2011). Rates are tested by McNemar's exact test with Bonett and Price's interval, and change in percentage points. P-values of all lines
-are corrected together (Holm). Throughput and wall time are one observation a run: with one run of each there is no test, and the interval of `output_tps` is of the
+(Cameron, Gelbach and Miller 2011). Rates are tested by McNemar's exact test with Bonett and Price's interval, and change in percentage points. Of jobs
+without a row in common `--force` compares the rates only, by Newcombe's interval and Fisher's exact test. Scores that are means of parts (closeness, set F1) are
+compared by the t interval of the rows' differences, distances by the ratio of their means. P-values of all lines are corrected together (Holm). Throughput and wall time are one observation a run: with one run of each there is no test, and the interval of `output_tps` is of the
 noise within the run. `--by SETTING` takes jobs that share a setting for runs of it; from three runs of each on, t intervals of the log ratio hold the noise between runs.
 Other prompts, limits or datasets make figures of work "not comparable".
 
