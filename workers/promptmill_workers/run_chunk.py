@@ -115,7 +115,8 @@ class ChunkRunner:
             hold.take_again()
             counters = counters.plus(session.counters())
             hold.let_go()
-            if ledger.finish(lease, counters, slots, last, maybe_stored=again):
+            closed_at = time.monotonic()
+            if ledger.finish(lease, counters, slots, last, maybe_stored=again, closed_at=closed_at):
                 return True
             return ledger.release(lease, counters, slots)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,14 +28,19 @@ class Endings(Results):
         last: Sequence[tuple[Result, int]] = (),
         *,
         maybe_stored: bool = False,
+        closed_at: float | None = None,
     ) -> bool:
         """Record the ``last`` results and close the chunk, and its job when it was the last chunk: one transaction.
+
+        ``closed_at``: when ``counters`` were taken, by ``time.monotonic()``: the attempt ends there, for many workers
+        may wait for each other's locks. None: now.
 
         False when the lease was overtaken, or rows of the chunk have no result; results that count are kept.
         """
         with writing(self.db) as db:
-            # The attempt ends here, where its counters were taken: many workers may now wait for each other's locks.
             ended_at = db.execute(sa.select(self._now())).scalar()
+            if closed_at is not None and ended_at is not None:
+                ended_at -= time.monotonic() - closed_at
             if maybe_stored and last:
                 last = self._unstored(db, lease, last)
             self._record(db, lease, last)
