@@ -8,7 +8,8 @@ RUN apt-get update \
        build-essential python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir uv
-ENV UV_PROJECT_ENVIRONMENT=/opt/promptmill UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy
+# The image's user cannot keep bytecode itself.
+ENV UV_PROJECT_ENVIRONMENT=/opt/promptmill UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
 # The slow part, compiling llama.cpp, depends on these two files alone.
 ARG CMAKE_ARGS="-DGGML_NATIVE=OFF"

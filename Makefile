@@ -5,6 +5,9 @@
 # The folders jobs, workers and datasets must not be importable by accident.
 export PYTHONSAFEPATH := 1
 
+# Where Python is told to keep no bytecode, each of the thousands of processes of a test run compiles everything anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
