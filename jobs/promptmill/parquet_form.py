@@ -12,8 +12,9 @@ from promptmill import parallel
 from promptmill.database import reading
 from promptmill.tables import jobs
 
-#: Rows of a row group.
+#: Most rows of a row group, and most bytes of it as PostgreSQL sends them.
 GROUP_ROWS = 50_000
+GROUP_BYTES = 64 * 2**20
 
 #: Column -> its type by Arrow's name and where it comes from (r: results, q: requests).
 COLUMNS = {
@@ -107,25 +108,37 @@ def _unpacked(data: bytes) -> Any:
         return reader.read_next_batch()
 
 
-def _query(span: tuple[int, int] | None, failed_only: bool, prompts: bool) -> sa.TextClause:
+def _query(span: tuple[int, int] | None, failed_only: bool, prompts: bool) -> str:
+    """With the parameters ``job``, ``first`` and ``last``, as :class:`sqlalchemy.text` names them."""
     chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
-    selected = ", ".join(source for _, source in chosen.values())
+    selected = ", ".join(f'{source} AS "{name}"' for name, (_, source) in chosen.items())
     only = " AND r.state = 'error'" if failed_only else ""
     among = "" if span is None else ' AND r."row" >= :first AND r."row" < :last'
-    return sa.text(
+    return (
         f"SELECT {selected} FROM results r JOIN requests q "  # noqa: S608 - our names
         'ON q.job_id = r.job_id AND q."row" = r."row" '
         f'WHERE r.job_id = :job{only}{among} ORDER BY r."row"'
     )
 
 
-def _batches(connection: Connection, query: sa.TextClause, given: dict[str, Any], prompts: bool) -> Iterator[Any]:
+def _batches(connection: Connection, query: str, given: dict[str, Any], prompts: bool) -> Iterator[Any]:
+    found = _from_sqlite if connection.dialect.name == "sqlite" else _from_postgresql
+    return found(connection, query, given, schema_of(prompts))
+
+
+def _from_sqlite(connection: Connection, query: str, given: dict[str, Any], schema: Any) -> Iterator[Any]:
+    """Plain tuples of the driver: a row object for each of a million rows costs seconds."""
     import pyarrow as pa
 
-    schema = schema_of(prompts)
-    for rows in _pages(connection, query, given):
-        columns = [_array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
-        yield pa.record_batch(columns, schema=schema)
+    driver: Any = connection.connection.driver_connection
+    cursor = driver.cursor()
+    try:
+        cursor.execute(query, given)
+        while rows := cursor.fetchmany(GROUP_ROWS):
+            columns = [_array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
+            yield pa.record_batch(columns, schema=schema)
+    finally:
+        cursor.close()
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:
@@ -135,18 +148,43 @@ def _array(values: Sequence[Any], kind: Any) -> Any:
     return pa.array(values).cast(kind) if pa.types.is_boolean(kind) else pa.array(values, kind)
 
 
-def _pages(connection: Connection, query: sa.TextClause, given: dict[str, Any]) -> Iterator[Sequence[Sequence[Any]]]:
-    """GROUP_ROWS rows at a time. From SQLite as plain tuples: a row object for each of a million costs seconds."""
-    if connection.dialect.name != "sqlite":
-        streamed: Any = connection.execution_options(yield_per=GROUP_ROWS).execute(query, given)
-        # Without a size all rows would be one partition.
-        yield from streamed.partitions(GROUP_ROWS)
-        return
+def _from_postgresql(connection: Connection, query: str, given: dict[str, Any], schema: Any) -> Iterator[Any]:
+    """By COPY as CSV, which Arrow reads at once: a Python object for each value costs seconds.
+
+    All texts are quoted, so that an empty one is told from none at all.
+    """
+    import pyarrow as pa
+
+    texts = ", ".join(f'"{each.name}"' for each in schema if pa.types.is_string(each.type))
+    sql = str(sa.text(query).bindparams(**given).compile(connection, compile_kwargs={"literal_binds": True}))
     driver: Any = connection.connection.driver_connection
-    cursor = driver.cursor()
-    try:
-        cursor.execute(str(query), given)
-        while rows := cursor.fetchmany(GROUP_ROWS):
-            yield rows
-    finally:
-        cursor.close()
+    lines: list[bytes] = []
+    size = 0
+    with driver.cursor() as cursor, cursor.copy(f"COPY ({sql}) TO STDOUT (FORMAT csv, FORCE_QUOTE ({texts}))") as copy:
+        for line in copy:
+            lines.append(line)
+            size += len(line)
+            if len(lines) >= GROUP_ROWS or size >= GROUP_BYTES:
+                yield _parsed(lines, schema)
+                lines, size = [], 0
+    if lines:
+        yield _parsed(lines, schema)
+
+
+def _parsed(lines: list[bytes], schema: Any) -> Any:
+    """One record batch of lines as PostgreSQL writes them."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    data = b"".join(lines)
+    table = csv.read_csv(
+        pa.BufferReader(data),
+        # One block: a batch for each would make small row groups.
+        csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=schema.names),
+        csv.ParseOptions(newlines_in_values=True),
+        csv.ConvertOptions(
+            column_types=schema, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False,
+            true_values=["t"], false_values=["f"],
+        ),
+    )  # fmt: skip
+    return table.combine_chunks().to_batches()[0]

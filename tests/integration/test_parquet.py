@@ -54,3 +54,21 @@ def test_rows_come_in_pages_on_either_database(database: sa.Engine, monkeypatch:
     store(database, [answer(row) for row in range(25)])
     monkeypatch.setattr("promptmill.parquet_form.GROUP_ROWS", 10)
     assert [batch.num_rows for batch in parquet_form.record_batches(database, JOB)] == [10, 10, 5]
+
+
+def test_texts_come_as_they_are_on_either_database(database: sa.Engine) -> None:
+    texts = ["", " ", '"', '","', "a\nb\r\nc\\.", "\\.", "\\N", "NULL", "null", "NaN", "t", "一二三", "%s %(x)s :job"]
+    store(database, [*(answer(row, text=text) for row, text in enumerate(texts)), failure(len(texts))])
+    [batch] = parquet_form.record_batches(database, JOB)
+    assert batch.column("text").to_pylist() == [*texts, None]
+    assert batch.column("deduplicated").to_pylist() == [False] * (len(texts) + 1)
+    assert batch.column("error_class").null_count == len(texts)
+
+
+def test_of_long_texts_postgresql_sends_fewer_rows_at_a_time(
+    database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(database, [answer(row, text="x" * 1000) for row in range(10)])
+    monkeypatch.setattr("promptmill.parquet_form.GROUP_BYTES", 2500)
+    sizes = [batch.num_rows for batch in parquet_form.record_batches(database, JOB)]
+    assert sizes == ([3, 3, 3, 1] if database.dialect.name == "postgresql" else [10])
