@@ -23,8 +23,10 @@ Truths = NDArray[np.bool_]
 #: Rows of a block.
 BLOCK_ROWS = 50_000
 
-#: Bytes before the first row of PostgreSQL's binary COPY (signature, flags, length of the extension).
-COPY_HEADER = 19
+#: An array as PostgreSQL sends it (``array_send``): five numbers of 4 bytes (dimensions, whether there are NULLs, type,
+#: length, first index), and of each item its length (8) and its big-endian double.
+ARRAY_HEADER = 20
+ARRAY_ITEM = np.dtype([("bytes", ">i4"), ("value", ">f8")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,22 +155,33 @@ def blocks(
 
     ``prefill`` asks for the column of that name; ``rows``: of these only.
     """
-    postgres = db.dialect.name == "postgresql"
-    columns = [sa.func.coalesce(places.sql, -1), *_columns(postgres, prefill)]
-    if postgres:
-        columns = [sa.cast(column, sa.Double) for column in columns]
-    query = sa.select(*columns).where(results.c.job_id == job_id, *among(rows))
-    sql = str(query.compile(db, compile_kwargs={"literal_binds": True}))
-    # The compiler doubles percent signs for a driver that fills parameters in; here are none.
-    if postgres:
-        yield from _from_postgresql(db, sql.replace("%%", "%"), len(columns))
+    if db.dialect.name == "postgresql":
+        columns = [sa.func.coalesce(places.sql, -1), *_columns("'NaN'::float8", prefill)]
+        for span in _spans(db, job_id) if rows is None else [rows]:
+            yield from _from_postgresql(db, columns, job_id, span)
     else:
-        yield from _from_sqlite(db, sql, len(columns))
+        # SQLite has no NaN.
+        columns = [sa.func.coalesce(places.sql, -1), *_columns("9e999", prefill)]
+        yield from _from_sqlite(db, _literal(db, columns, job_id, rows), len(columns))
+
+
+def _spans(db: Connection, job_id: str) -> Iterator[Span]:
+    """Spans of BLOCK_ROWS, up to the last row that has a result."""
+    last = db.execute(sa.select(sa.func.max(results.c.row)).where(results.c.job_id == job_id)).scalar()
+    for first in range(0, -1 if last is None else last + 1, BLOCK_ROWS):
+        yield first, first + BLOCK_ROWS
+
+
+def _literal(db: Connection, columns: Sequence[sa.ColumnElement[Any]], job_id: str, rows: Span | None) -> str:
+    """The query as a driver takes it."""
+    query = sa.select(*columns).where(results.c.job_id == job_id, *among(rows))
+    # The compiler doubles percent signs for a driver that fills parameters in; here are none.
+    return str(query.compile(db, compile_kwargs={"literal_binds": True})).replace("%%", "%")
 
 
 def parted(block: Floats) -> tuple[Ints, Series]:
     """The places of the rows' keys, and their columns. Raises :class:`UnknownKey`."""
-    # SQLite has no NaN: what is missing comes as infinity.
+    # From SQLite what is missing comes as infinity.
     block[np.isinf(block)] = np.nan
     key, *others = (np.ascontiguousarray(column) for column in block.T)
     if (key < 0).any():
@@ -176,9 +189,10 @@ def parted(block: Floats) -> tuple[Ints, Series]:
     return key.astype(np.int64), Series(*others)
 
 
-def _columns(postgres: bool, prefill: bool) -> list[sa.ColumnElement[Any]]:
+def _columns(none: str, prefill: bool) -> list[sa.ColumnElement[Any]]:
+    """``none``: SQL of what stands for a stamp that is missing."""
     each = results.c
-    missing: sa.ColumnElement[float] = sa.literal_column("'NaN'::float8" if postgres else "9e999")
+    missing: sa.ColumnElement[float] = sa.literal_column(none)
     stamps = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at)
     counts = [each.output_tokens, each.prompt_tokens - each.cached_tokens] if prefill else [each.output_tokens]
     return [
@@ -198,22 +212,15 @@ def _from_sqlite(db: Connection, sql: str, width: int) -> Iterator[Floats]:
         cursor.close()
 
 
-def _from_postgresql(db: Connection, sql: str, width: int) -> Iterator[Floats]:
-    """By binary COPY: each row is the number of its fields, then each field's length (8) and its big-endian double."""
-    form = np.dtype([("fields", ">i2"), ("values", [("bytes", ">i4"), ("value", ">f8")], (width,))])
+def _from_postgresql(
+    db: Connection, columns: Sequence[sa.ColumnElement[Any]], job_id: str, span: Span
+) -> Iterator[Floats]:
+    """Each column as one array: a message for each row takes longer than all the rest."""
+    arrays = [sa.func.array_agg(sa.cast(column, sa.Double)) for column in columns]
     driver: Any = db.connection.driver_connection
-    held, begin = bytearray(), COPY_HEADER
-    with driver.cursor() as cursor, cursor.copy(f"COPY ({sql}) TO STDOUT (FORMAT BINARY)") as copy:
-        for data in copy:
-            held += data
-            if len(held) >= BLOCK_ROWS * form.itemsize:
-                count = (len(held) - begin) // form.itemsize
-                yield _decoded(held, form, begin, count)
-                held, begin = held[begin + count * form.itemsize :], 0
-    # What is left over at the end is the trailer of two bytes.
-    yield _decoded(held, form, begin, (len(held) - begin) // form.itemsize)
-
-
-def _decoded(held: bytearray, form: np.dtype[Any], begin: int, count: int) -> Floats:
-    rows = np.frombuffer(held, form, count, begin)
-    return rows["values"]["value"].astype(np.float64)
+    with driver.cursor(binary=True) as cursor:
+        cursor.execute(_literal(db, arrays, job_id, span))
+        found = [cursor.pgresult.get_value(0, place) for place in range(len(arrays))]
+    if found[0] is not None:
+        values = [np.frombuffer(data, ARRAY_ITEM, offset=ARRAY_HEADER)["value"] for data in found]
+        yield np.column_stack(values).astype(np.float64)
