@@ -39,6 +39,9 @@ LOCKED = "55P03"
 #: PostgreSQL's state of an ``idle_in_transaction_session_timeout``.
 STOOD_STILL = "25P03"
 
+#: Its read_only_sql_transaction: services that run it for others set that when a disk is full, and so does a failover.
+READ_ONLY = "25006"
+
 #: Parameters of libpq. A server that is cut off is noticed within about ten seconds, and not after the two hours that
 #: TCP would wait: first probe after 4 s, two more after 3 s each; the last is milliseconds that sent bytes wait for
 #: their receipt.
@@ -97,7 +100,14 @@ def _postgresql(url: sa.URL) -> Engine:
         connect_args=connect_args, hide_parameters=True,
     )  # fmt: skip
     sa.event.listen(engine, "connect", _prepare_postgresql)
+    sa.event.listen(engine, "handle_error", _leave_read_only)
     return engine
+
+
+def _leave_read_only(context: Any) -> None:
+    """A connection that was opened while the server was read-only stays so: it is not to be used again."""
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
 
 
 def _prepare_postgresql(connection: Any, record: Any) -> None:
@@ -215,11 +225,16 @@ def connecting(engine: Engine) -> Iterator[None]:
     try:
         yield
     except sa.exc.InternalError as problem:
-        if getattr(problem.orig, "sqlstate", None) != STOOD_STILL:
-            raise
-        raise DatabaseError(
-            "the database ended a transaction in which nothing happened", hint="Nothing of it was stored."
-        ) from problem
+        state = getattr(problem.orig, "sqlstate", None)
+        if state == READ_ONLY:
+            raise DatabaseError(
+                "the database takes no changes: it is read-only", hint="Nothing was changed. Is its disk full?"
+            ) from problem
+        if state == STOOD_STILL:
+            raise DatabaseError(
+                "the database ended a transaction in which nothing happened", hint="Nothing of it was stored."
+            ) from problem
+        raise
     except sa.exc.OperationalError as problem:
         if problem.connection_invalidated or not _was_connected(problem):
             raise DatabaseError(

@@ -156,6 +156,11 @@ class Arena:
         with self._admin.connect() as connection:
             connection.execute(sa.text(statement))
 
+    def set_read_only(self, on: bool) -> None:
+        """For the job's database, and for connections that are opened from now on: those that are there are cut."""
+        self.admin(f'ALTER DATABASE "{self._name}" SET default_transaction_read_only = {"on" if on else "off"}')
+        self.cut_connections()
+
     def cut_connections(self) -> None:
         with contextlib.suppress(sa.exc.OperationalError):
             self.admin(

@@ -67,7 +67,16 @@ ONE_LOST = (
         (["UPDATE results SET text = 'no' WHERE row = 3"], r"rows \[3\] have another answer"),
         (["UPDATE jobs SET state = 'failed'"], "the job is failed, expected completed"),
         (["UPDATE chunks SET ok = ok + 1 WHERE number = 0"], "counts of ok in chunks and results"),
+        (["UPDATE chunks SET errors = errors - 1 WHERE errors > 0"], "counts of errors in chunks and results"),
+        (["UPDATE chunks SET moved = moved + 1 WHERE number = 0"], "rows of chunks"),
+        (["UPDATE chunks SET state = 'queued' WHERE number = 0"], "chunks not done"),
+        (["UPDATE jobs SET state = 'running'"], "open jobs"),
         (["UPDATE attempts SET ended_at = NULL WHERE number = 0"], "attempts not ended"),
+        (
+            ["INSERT INTO attempts (job_id, number, attempt, worker_id, started_at, ended_at, outcome) "
+             "SELECT job_id, number, 9, worker_id, started_at, ended_at, outcome FROM attempts WHERE number = 0"],
+            "chunks done twice",
+        ),
         (["UPDATE attempts SET decode_tokens = decode_tokens + 1 WHERE number = 0"], "check tokens"),
         ([*ONE_LOST, "UPDATE attempts SET decode_tokens = decode_tokens + 1 WHERE number = 0 AND attempt = 1"],
          "check tokens: worker "),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 
+from promptmill.types import Request, SamplingParams
 from promptmill_workers import host_keeper
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineOptions
-from promptmill_workers.host import HostConfig
-from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.host import HostConfig, HostDied
+from promptmill_workers.host_keeper import HostKeeper, NotWanted
 
 
 @pytest.fixture
@@ -40,6 +44,37 @@ def test_a_host_stays_loaded_while_there_is_room(keepers: list[HostKeeper]) -> N
 
     assert use(hosts, "echo") == first
     assert use(hosts, "echo:token_s=0") == second
+
+
+def lose_host(hosts: HostKeeper, *, answer_first: bool) -> None:
+    """The host is killed in the middle of a session."""
+    with hosts.session("echo") as session:
+        if answer_first:
+            assert next(session.answer([Request(0, "a", SamplingParams(), prompt="one")]))
+        assert hosts.pid is not None
+        os.kill(hosts.pid, signal.SIGKILL)
+        session.counters()
+
+
+@pytest.mark.parametrize(("answer_first", "deaths"), [(True, 1), (False, 8)])
+def test_deaths_in_a_row_have_no_answer_between(keepers: list[HostKeeper], answer_first: bool, deaths: int) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    hosts.deaths = 7
+    with pytest.raises(HostDied):
+        lose_host(hosts, answer_first=answer_first)
+    assert hosts.deaths == deaths
+
+
+def test_who_is_not_wanted_any_more_waits_for_no_host(keepers: list[HostKeeper]) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    hosts.deaths = 20
+    with pytest.raises(HostDied):
+        lose_host(hosts, answer_first=False)
+    assert hosts.is_backing_off
+    unwanted = threading.Event()
+    unwanted.set()
+    with pytest.raises(NotWanted), hosts.session("echo", unwanted=unwanted):
+        pytest.fail("a host was started")
 
 
 def test_the_least_recently_used_goes_first(keepers: list[HostKeeper]) -> None:

@@ -287,6 +287,41 @@ def test_one_poisonous_request_ends_alone(ledger: Ledger, db: sa.Engine, clock: 
     assert crashes <= 6
 
 
+def test_many_poisonous_requests_are_searched_for_one_by_one(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    """One in each chunk: the pieces of the first go before the second is begun, so that answers come between deaths."""
+    add_job(db, 160, 16)
+    bad, in_a_row, most = set(range(5, 160, 16)), 0, 0
+    while ledger.is_open(JOB):
+        lease = ledger.claim_next(JOB, "a")
+        if lease is None:
+            clock.advance(60)
+            continue
+        rows = [row.row for row in ledger.pending(lease)]
+        if bad & set(rows):
+            in_a_row += 1
+            ledger.fail(lease, ErrorClass.ENGINE_CRASH, "signal 6")
+            # The next host takes its time.
+            clock.advance(1)
+        else:
+            in_a_row = 0
+            ledger.record(lease, [ok(row) for row in rows])
+            ledger.finish(lease)
+        most = max(most, in_a_row)
+    assert column(db, sa.select(results.c.row).where(results.c.state == "error").order_by("row")) == sorted(bad)
+    assert ledger.progress(JOB).ok == 150
+    # Three attempts of the first, others while it waits out its back-off, and its piece.
+    assert most <= 6
+
+
+def test_what_failed_is_published_before_what_is_new(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 10, 1)
+    ledger.take_window(JOB, 6)
+    lease = ledger.claim(ChunkId(JOB, 4), "a")
+    assert lease is not None
+    ledger.fail(lease, ErrorClass.ENGINE_CRASH, "signal 6")
+    assert [chunk.number for chunk in ledger.take_window(JOB, 7)] == [4, 6]
+
+
 def test_a_split_keeps_results_that_are_there(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
     add_job(db, 16, 16)
     for attempt in range(3):

@@ -291,11 +291,8 @@ class Session:
         self.waiting = 0
         self.kv_cells_used = 0
         self.dropped = 0
-
-    @property
-    def answered_all(self) -> bool:
-        """Whether every request that was sent has its result."""
-        return self._outstanding == 0 and self.dropped == 0
+        #: The host has answered at least one request.
+        self.has_answered = False
 
     def answer(
         self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None
@@ -312,6 +309,7 @@ class Session:
                 case ("results", list() as batch, EngineCounters() as counters):
                     self._outstanding -= len(batch)
                     self._counters = self._counters.plus(counters)
+                    self.has_answered = True
                     yield [result_of(*each) for each in batch]
                 case ("dropped", int() as count):
                     self._outstanding -= count

@@ -24,6 +24,14 @@ LONGEST_RESTART_S = 30.0
 FAIR_S = 60.0
 
 
+#: Seconds between two looks of those who wait for a turn.
+LOOK_S = 0.2
+
+
+class NotWanted(Exception):
+    """Whoever waited for a session wants none any more."""
+
+
 class Hold:
     """A lease that is held until its end or until it is let go."""
 
@@ -68,7 +76,7 @@ class HostKeeper:
         self._unheld_s = 0.0
         self._unheld_since = time.monotonic()
         self._closed = False
-        #: Hosts that died one after the other without a chunk answered whole.
+        #: Hosts that died one after the other without an answer between.
         self.deaths = 0
         self.restarts = 0
         self.state = "loading"
@@ -91,6 +99,14 @@ class HostKeeper:
     @property
     def slots(self) -> int:
         return self.info.slots if self.info else self._config.options.slots or CPU_SLOTS
+
+    @property
+    def is_backing_off(self) -> bool:
+        """A host died, and the next one is not started yet."""
+        return self._host is None and self._back_off_s() > 0
+
+    def _back_off_s(self) -> float:
+        return max(0.0, self._not_before - time.monotonic())
 
     def load(self) -> tuple[int, int]:
         """Sequences that hold a slot, and requests that wait for one, by the host's last signs of life."""
@@ -151,15 +167,22 @@ class HostKeeper:
 
     @contextmanager
     def session(
-        self, model: str, context_tokens: int | None = None, *, alone: bool = False, urgent: bool = False
+        self,
+        model: str,
+        context_tokens: int | None = None,
+        *,
+        alone: bool = False,
+        urgent: bool = False,
+        unwanted: threading.Event | None = None,
     ) -> Iterator[Session]:
         """A session with ``model`` and room for requests of ``context_tokens``, if need be ``alone`` in its host.
 
         While an ``urgent`` one waits for its model, none of another model begins.
 
-        Raises HostDied, or PromptmillError for a model that cannot be loaded.
+        Raises HostDied, NotWanted once ``unwanted`` is set while it waits for its turn, or PromptmillError for a model
+        that cannot be loaded.
         """
-        host = self._enter(model, context_tokens, alone, urgent)
+        host = self._enter(model, context_tokens, alone, urgent, unwanted or threading.Event())
         try:
             with host.session(self._unheld_s) as session:
                 self._sessions = (*self._sessions, session)
@@ -167,8 +190,8 @@ class HostKeeper:
                     yield session
                 finally:
                     self._sessions = tuple(each for each in self._sessions if each is not session)
-            if session.answered_all:
-                self.deaths = 0
+                    if session.has_answered:
+                        self._worked(host)
         except HostDied:
             with self._changed:
                 self._bury(host)
@@ -204,19 +227,24 @@ class HostKeeper:
 
     # --- the caller holds the condition ------------------------------------------------------------------------------
 
-    def _enter(self, model: str, context_tokens: int | None, alone: bool, urgent: bool) -> EngineHost:
+    def _enter(
+        self, model: str, context_tokens: int | None, alone: bool, urgent: bool, unwanted: threading.Event
+    ) -> EngineHost:
         """Wait for a turn; the host then serves ``model`` and counts one user more."""
 
         def may_enter() -> bool:
+            if self._back_off_s():
+                return False
             if not urgent and any(each != model for each in self._urgent):
                 return False
             return self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
 
         with self._changed, self._waiting(model, urgent):
-            self._changed.wait_for(may_enter)
-            while not self._closed and (left := self._not_before - time.monotonic()) > 0:
-                self._changed.wait(left)
-                self._changed.wait_for(may_enter)
+            while not self._closed and not may_enter():
+                if unwanted.is_set():
+                    raise NotWanted
+                # Nobody notifies of the end of a back-off, or of a job that was cancelled.
+                self._changed.wait(min(LOOK_S, self._back_off_s() or LOOK_S))
             if self._closed:
                 raise HostDied("the worker is stopping")
             self._ensure(model, context_tokens)
@@ -290,6 +318,12 @@ class HostKeeper:
         host.kill()
         self._host = None
         return False
+
+    def _worked(self, host: EngineHost) -> None:
+        """A host that answers is no broken engine, whatever becomes of it; one that was replaced says nothing."""
+        with self._changed:
+            if self._host is host:
+                self.deaths = 0
 
     def _bury(self, host: EngineHost) -> None:
         """A host died: the next one starts after the back-off. Several sessions may report one death."""

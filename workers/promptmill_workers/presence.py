@@ -113,6 +113,8 @@ class Presence:
             return "blocked"
         if self._stop.draining.is_set():
             return "stopping"
+        if self._hosts.is_backing_off:
+            return "restarting"
         if self._hosts.state != "idle":
             return self._hosts.state
         return "busy" if sum(self._hosts.load()) else "idle"

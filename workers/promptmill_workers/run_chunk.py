@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from promptmill.answer_cache import keep, key_of, look_up
 from promptmill.errors import DeviceError, ModelError, PromptmillError
@@ -19,7 +19,7 @@ from promptmill.sampling import LARGEST_WHOLE
 from promptmill.task_file import parse_task
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result
 from promptmill_workers.host import HostDied, Session
-from promptmill_workers.host_keeper import Hold, HostKeeper
+from promptmill_workers.host_keeper import Hold, HostKeeper, NotWanted
 from promptmill_workers.patience import PASSING, Patience, first_line
 from promptmill_workers.stopping import Stop
 
@@ -28,9 +28,10 @@ log = logging.getLogger("promptmill.worker")
 #: Chunks a worker holds at once, so that its batch never drains at a chunk's end.
 CHUNKS_AT_ONCE = 2
 
-#: Engine hosts that die one after the other, with no chunk ended well between, before their job is given up. Finding
-#: one bad request among 256 takes at most six.
-DEATHS_IN_A_ROW = 10
+#: Engine hosts that die one after the other, with no answer between, before their job is given up. A worker's window of
+#: four chunks with a bad request each loses at most eight until they are split, and four more until their pieces are
+#: single requests; then each good one is an answer.
+DEATHS_IN_A_ROW = 16
 
 #: Renewals in the time of a lease: five may fail before somebody else takes the chunk.
 RENEWALS = 6
@@ -79,7 +80,9 @@ class ChunkRunner:
             with (
                 # Renewal begins first: loading a model or waiting for another one may take longer than a lease.
                 watching(ledger, lease, self._stop) as watched,
-                hosts.session(lease.model, lease.context_tokens, alone=ledger.is_suspect(lease)) as session,
+                hosts.session(
+                    lease.model, lease.context_tokens, alone=ledger.is_suspect(lease), unwanted=watched.unwanted
+                ) as session,
             ):
                 watched.session = session
                 for batch in session.answer(requests):
@@ -93,6 +96,8 @@ class ChunkRunner:
                 self._finish(lease, hold, session, last)
         except HostDied as death:
             self._host_died(lease, last, death)
+        except NotWanted:
+            ledger.release(lease)
         except (ModelError, DeviceError) as problem:
             # No attempt on this job can go better. Any other error, such as a database that is away, leaves the chunk
             # to its next attempt.
@@ -204,6 +209,8 @@ class Watched:
     """What the watching thread watches; the session is set once the chunk has one."""
 
     session: Session | None = None
+    #: Whoever still waits for a session is to have none.
+    unwanted: threading.Event = field(default_factory=threading.Event)
     #: Nothing is left to be abandoned: a chunk that has just been closed has no lease any more.
     all_answered: bool = False
 
@@ -234,6 +241,9 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
             warned = False
             session = watched.session
             if session is None:
+                # It waits for a host to be loaded, or for its turn.
+                if stop.draining.is_set() or standing is not Standing.HELD:
+                    watched.unwanted.set()
                 continue
             if stop.abandoning.is_set() or standing in (Standing.LOST, Standing.UNWANTED):
                 if standing is Standing.LOST and not watched.all_answered:
@@ -253,3 +263,7 @@ def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: th
                     lease.chunk.job_id, lease.chunk.number, first_line(problem),
                 )  # fmt: skip
             warned = True
+        except Exception as problem:
+            # Whatever it is, a lease that is not renewed any more would be worse.
+            log.error("chunk %s/%d: a look at its lease failed: %s: %s", lease.chunk.job_id, lease.chunk.number,
+                      type(problem).__name__, first_line(problem))  # fmt: skip

@@ -21,7 +21,7 @@ REMEMBER_S = 2.0
 RETURN_S = 600.0
 
 #: States of a worker that will take requests.
-SERVING = ("idle", "busy", "loading")
+SERVING = ("idle", "busy", "loading", "restarting")
 
 
 @dataclass(frozen=True, slots=True)

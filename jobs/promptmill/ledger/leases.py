@@ -13,7 +13,7 @@ from promptmill.database import connecting, reading, writing
 from promptmill.ledger.base import held_by
 from promptmill.ledger.endings import Endings
 from promptmill.ledger.values import OPEN_STATES, Standing
-from promptmill.tables import attempts, chunks, jobs
+from promptmill.tables import FAILED, attempts, chunks, jobs
 from promptmill.types import ChunkId, ChunkState, JobState, Lease
 
 
@@ -30,13 +30,24 @@ class Leases(Endings):
     def claim_next(self, job_id: str, worker_id: str) -> Lease | None:
         """Lease the first chunk of the job that may be run now; None when there is none."""
         with writing(self.db) as db:
-            number = db.execute(
-                sa.select(chunks.c.number)
-                .where(chunks.c.job_id == job_id, self._claimable())
-                .order_by(chunks.c.number)
-                .limit(1)
-            ).scalar()
-            return None if number is None else self._claim(db, ChunkId(job_id, number), worker_id)
+            for waiting in self._in_turn(job_id):
+                number = db.execute(waiting.where(self._claimable()).limit(1)).scalar()
+                if number is not None:
+                    return self._claim(db, ChunkId(job_id, number), worker_id)
+            return None
+
+    def _in_turn(self, job_id: str) -> tuple[sa.Select[Any], sa.Select[Any]]:
+        """The numbers of chunks that wait: those that failed before, and the others.
+
+        A request that ends its host is searched for to its end, in ever smaller pieces, before other chunks are begun:
+        else each of these might lose a host too, and no row would ever be answered.
+        """
+        waiting = sa.select(chunks.c.number).where(chunks.c.job_id == job_id)
+        is_new = sa.and_(chunks.c.state == ChunkState.QUEUED.value, chunks.c.failures == 0)
+        return (
+            waiting.where(FAILED).order_by(chunks.c.rows, chunks.c.number),
+            waiting.where(is_new).order_by(chunks.c.number),
+        )
 
     def claim_of_model(self, model: str, worker_id: str) -> Lease | None:
         """Lease a chunk of the most urgent open job of ``model``; None when none may be run now."""

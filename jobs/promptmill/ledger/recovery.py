@@ -34,16 +34,14 @@ class Recovery(Retrying):
             room = size - (under_way or 0)
             if room <= 0:
                 return []
-            ready = (
-                sa.select(chunks.c.number)
-                .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.QUEUED.value)
-                .where(chunks.c.published_at.is_(None))
-                .where(sa.or_(chunks.c.not_before.is_(None), chunks.c.not_before <= self._now()))
-                .order_by(chunks.c.number)
-                .limit(room)
-                .with_for_update(skip_locked=True)
-            )
-            numbers = list(db.execute(ready).scalars())
+            numbers: list[int] = []
+            for waiting in self._in_turn(job_id):
+                ready = (
+                    waiting.where(chunks.c.published_at.is_(None), self._claimable())
+                    .limit(room - len(numbers))
+                    .with_for_update(skip_locked=True)
+                )
+                numbers += db.execute(ready).scalars()
             if numbers:
                 db.execute(
                     sa.update(chunks)
