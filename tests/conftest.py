@@ -191,8 +191,13 @@ class Command:
         )  # fmt: skip
         return Completed(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Run beside the test; its output goes to files in the folder."""
+    def start(self, *arguments: str, terminal: int | None = None) -> subprocess.Popen[str]:
+        """Run beside the test; its output goes to files in the folder, or to a ``terminal``, which it also reads."""
+        if terminal is not None:
+            return subprocess.Popen(
+                [self.path(), *arguments], cwd=self.folder, env=self._env, stdin=terminal, stdout=terminal,
+                stderr=terminal, text=True, start_new_session=True,
+            )  # fmt: skip
         with open(self.folder / f"{uuid.uuid4().hex[:6]}.log", "w") as log:
             return subprocess.Popen(
                 [self.path(), *arguments], cwd=self.folder, env=self._env, stdout=log, stderr=log, text=True

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ ASK_TIMEOUT_S = 4
 PAGE = 1000
 
 
+#: Celery puts its modules together as they are first asked for: two threads that do so at once get half a module.
+_IMPORTING = threading.Lock()
+
+
 def queue_name(model: str) -> str:
     """The queue of a model: readable, and distinct for distinct models."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rpartition("/")[2])[:40]
@@ -46,7 +51,8 @@ def queue_name(model: str) -> str:
 
 def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
     """The Celery application. Nothing is connected yet. ``answer_s``: how long it waits for each answer of Redis."""
-    from celery import Celery
+    with _IMPORTING:
+        from celery import Celery
 
     app = Celery("promptmill", broker=redis_url, set_as_current=False)
     app.conf.update(

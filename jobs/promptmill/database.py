@@ -285,6 +285,14 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
         connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)  # noqa: S608 - our names
 
 
+def alone(connection: Connection, what: str) -> None:
+    """Wait for the transactions that have asked for ``what``, and keep others from it to the end of this one."""
+    if connection.dialect.name == "postgresql":
+        # SQLite has one writer at a time.
+        _wait_for_locks(connection)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(what, 0))))
+
+
 def _wait_for_locks(connection: Connection) -> None:
     """For as long as it takes, to the end of this transaction of PostgreSQL: others may do the same, and at length."""
     connection.exec_driver_sql("SET LOCAL lock_timeout = 0")

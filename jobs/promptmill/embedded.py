@@ -32,6 +32,8 @@ class Outcome:
     state: JobState
     #: False when Ctrl-C stopped it before its end.
     finished: bool = True
+    #: It was to be opened, and was open.
+    was_open: bool = False
 
 
 def ledger_of(db: Engine, settings: Settings) -> Ledger:
@@ -131,6 +133,20 @@ def holding(device: Device) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def require_unheld(job_id: str, ledger: Ledger) -> None:
+    """Raise JobError for an embedded job that another machine, or a process with locks of its own, is running."""
+    import socket
+
+    import psutil
+
+    for holder in ledger.holders(job_id):
+        if holder.host != socket.gethostname() or psutil.pid_exists(holder.pid):
+            raise JobError(
+                f"job {job_id} is being run by process {holder.pid} on {holder.host}",
+                hint=f"Wait for it, or stop it first. If it is dead, its lease ends in {holder.seconds_left:.0f} s.",
+            )
 
 
 @contextlib.contextmanager

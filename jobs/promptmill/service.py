@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Engine, Row
 
 from promptmill import catalog
-from promptmill.embedded import OnProgress, Outcome, holding, ledger_of, one_device, owning, run_embedded
+from promptmill.embedded import (
+    OnProgress,
+    Outcome,
+    holding,
+    ledger_of,
+    one_device,
+    owning,
+    require_unheld,
+    run_embedded,
+)
 from promptmill.errors import (
     BrokerError,
     JobError,
@@ -117,18 +126,18 @@ def resume(
     job = catalog.find_job(db, reference)
     ledger = ledger_of(db, settings)
     if job.mode == "queue":
-        ledger.resume(job.id)
+        before = ledger.resume(job.id)
         dispatch(job, settings, db, warn)
-        return _handed_over(job.id, ledger)
+        return _handed_over(job.id, ledger, was_open=before in (JobState.QUEUED, JobState.RUNNING))
     chosen = one_device(device, RunOptions(model=job.model), settings)
     with holding(chosen):
         return _go_on_here(job.id, settings, db, chosen, on_progress)
 
 
-def _handed_over(job_id: str, ledger: Ledger) -> Outcome:
+def _handed_over(job_id: str, ledger: Ledger, was_open: bool = False) -> Outcome:
     """Of a job that the workers go on with; few rows may be done before one looks."""
     state = ledger.progress(job_id).state
-    return Outcome(job_id, state, finished=state.is_final)
+    return Outcome(job_id, state, finished=state.is_final, was_open=was_open)
 
 
 def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
@@ -144,6 +153,7 @@ def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_
 def _go_on_here(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
     ledger = ledger_of(db, settings)
     with owning(job_id):
+        require_unheld(job_id, ledger)
         ledger.resume(job_id)
         ledger.abandon_leases(job_id)
         return run_embedded(job_id, settings, db, device, on_progress, None)
@@ -166,9 +176,22 @@ def submit(
         except JobExists as twin:
             if options.if_exists != "attach":
                 raise
-            return twin.job_id
+            return _attach(twin, db, warn)
     on_preflight(prepared.gauge.findings() if prepared.gauge else None)
     dispatch(catalog.find_job(db, job_id), settings, db, warn)
+    return job_id
+
+
+def _attach(twin: JobExists, db: Engine, warn: OnWarning) -> str:
+    """Take a job that is there for the one that was to be submitted."""
+    job_id = twin.job_id
+    job = catalog.find_job(db, job_id)
+    if job.mode == "embedded" and not JobState(job.state).is_final:
+        raise JobError(
+            f"job {job_id} asks the same and is {job.state} on one machine: no worker will run it",
+            hint=f"Go on with it there: promptmill resume {job_id}. Or give --if-exists new.",
+        )
+    warn(f"{twin.message}: nothing new is submitted")
     return job_id
 
 

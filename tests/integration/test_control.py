@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
+import pty
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,8 +35,11 @@ def test_timeouts_are_tried_three_times_and_then_by_hand(command: Command, tmp_p
     assert command("retry", "@last", "--class", "grammar").out.endswith("has no errors of class grammar to run again\n")
     again = command("retry", "@last", "--class", "timeout", "--json")
     assert json.loads(again.out)["errors"] == 1, again.err
-    assert rows_in(command, "SELECT count(*) FROM retries WHERE by_hand") == [(1,)]
+    # By hand it begins anew: three more tries.
+    assert rows_in(command, kept) == [(1, "timeout", 0), (1, "timeout", 0), (1, "timeout", 1), *[(1, "timeout", 0)] * 2]
     assert command("retry", "@last", "--class", "tiemout").code == 2
+    nothing = command("retry", "@last", "--class", "grammar", "--json")
+    assert json.loads(nothing.out)["rows"] == 0
 
 
 def rows_in(command: Command, query: str) -> list[tuple[object, ...]]:
@@ -86,6 +93,48 @@ def test_asking_the_same_twice(command: Command, tmp_path: Path, choice: str) ->
     assert second.code == (2 if choice == "fail" else 0), second.err
     assert command("run", path, "--model", "echo", "--max-tokens", "7", "--if-exists", "fail").code == 0
     assert len(json.loads(command("list", "--json").out)) == 2
+
+
+def at_a_terminal(command: Command, answer: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and what was printed of a command whose person types ``answer``."""
+    master, slave = pty.openpty()
+    process = command.start(*arguments, terminal=slave)
+    os.close(slave)
+    os.write(master, f"{answer}\n".encode())
+    said = b""
+    # A terminal that nobody has open any more is an error to read from.
+    with contextlib.suppress(OSError):
+        while more := os.read(master, 4096):
+            said += more
+    os.close(master)
+    return process.wait(timeout=60), said.decode()
+
+
+def test_a_person_is_asked_before_the_same_is_submitted_again(command: Command, tmp_path: Path) -> None:
+    path = dataset(tmp_path, "a", "b")
+    assert command("run", path, "--model", "echo").code == 0
+    code, said = at_a_terminal(command, "attach", "submit", path, "--model", "echo")
+    assert code == 0
+    assert "asks the same and is completed" in said
+    assert "promptmill report" in said
+    code, said = at_a_terminal(command, "fail", "submit", path, "--model", "echo")
+    assert code == 2
+    assert len(json.loads(command("list", "--json").out)) == 1
+
+
+def test_no_worker_is_waited_for_by_who_attaches_to_an_embedded_job(command: Command, tmp_path: Path) -> None:
+    path = dataset(tmp_path, *[f"one two three {row}" for row in range(60)])
+    with command.start("run", path, "--model", "echo:token_s=0.2") as process:
+        wait_until(lambda: state_of_last(command) == "running", "the job runs")
+        elsewhere = Command(command.folder, {**command.environment, "JOBS_RUNTIME_DIR": str(tmp_path / "other")})
+        taken = elsewhere("resume", "@last")
+        assert taken.code == 2
+        assert f"is being run by process {process.pid} on " in taken.err
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    done = command("submit", path, "--model", "echo:token_s=0.2", "--if-exists", "attach")
+    assert done.code == 2
+    assert "is paused on one machine" in done.err
 
 
 def test_a_full_queue_refuses_with_the_number(command: Command, tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def hosts(supervisor: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in children if "promptmill_workers.host_process" in child.cmdline()]
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether or not somebody has asked for its exit code."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_submitted_job_is_answered_by_the_workers(queue: Command, workers: Any, tmp_path: Path) -> None:
     workers("--device", "sim:2", "--model", "echo", count=2)
     done = queue("submit", dataset(tmp_path), "--model", "echo", "--wait", "--json")
@@ -161,6 +166,36 @@ def test_a_second_worker_is_kept_off_a_device(queue: Command, workers: Any) -> N
     second = queue("worker", "--device", "sim:1", "--model", "echo", timeout=60)
     assert second.code == 2
     assert "already has a worker" in second.err
+
+
+def test_a_device_has_one_host_though_its_supervisor_was_killed(queue: Command, workers: Any, tmp_path: Path) -> None:
+    model = "echo:token_s=0.1"
+    first = workers("--device", "sim:1", "--model", model, "--slots", "2", "--grace", "4", count=1)
+    queue("submit", dataset(tmp_path, 40), "--model", model)
+    wait_until(lambda: bool(rows_in(queue, "SELECT 1 FROM results")), "the first results are there")
+    [orphan] = consumers(first)
+    first.kill()
+    first.wait()
+    second = queue.start("worker", "--device", "sim:1", "--model", model, "--slots", "2")
+    try:
+        wait_until(lambda: bool(consumers(second)) or has_ended(orphan), "the device is free", 60)
+        assert has_ended(orphan)
+        wait_until(lambda: "completed" in queue("status", "@last").out, "the job has completed", 120)
+    finally:
+        second.terminate()
+        assert second.wait(timeout=60) == 0
+    assert [line["row"] for line in results(queue)] == list(range(40))
+
+
+def test_resuming_what_runs_is_no_change(queue: Command, workers: Any, tmp_path: Path) -> None:
+    model = "echo:token_s=0.1"
+    workers("--device", "sim:1", "--model", model, "--slots", "2", count=1)
+    queue("submit", dataset(tmp_path, 40), "--model", model)
+    wait_until(lambda: rows_in(queue, "SELECT state FROM jobs") == [("running",)], "the job runs")
+    done = queue("resume", "@last")
+    assert done.code == 0
+    assert "is running already" in done.out
+    assert rows_in(queue, "SELECT state FROM jobs") == [("running",)]
 
 
 def test_each_host_sees_its_own_device_only(queue: Command, workers: Any) -> None:

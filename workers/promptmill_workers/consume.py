@@ -55,7 +55,9 @@ class WorkerConfig:
     cores: tuple[int, ...]
     models: tuple[str, ...]
     slots: int | None
-    context_tokens: int | None = None
+    context_tokens: int | None
+    #: Seconds that requests which run get to end, when the worker is told to stop.
+    grace_s: float
 
 
 class Worker:
@@ -116,7 +118,7 @@ class Worker:
             self._ended.set()
             for lane in self._lanes:
                 # Those who wait for an answer get it within the grace period.
-                lane.join(self.settings.grace_s if self.stop.draining.is_set() else 0)
+                lane.join(self.config.grace_s if self.stop.draining.is_set() else 0)
             self.hosts.close()
             self._beat.stop()
             self.presence.stop()
@@ -182,7 +184,7 @@ class Worker:
     def _shutting_down(self, **_: Any) -> None:
         """SIGTERM: what runs may end within the grace period, the rest is given back."""
         self.stop.draining.set()
-        timer = threading.Timer(self.settings.grace_s, self.stop.abandoning.set)
+        timer = threading.Timer(self.config.grace_s, self.stop.abandoning.set)
         timer.daemon = True
         timer.start()
 
@@ -203,7 +205,7 @@ def main() -> None:
     """Entry point of the worker process."""
     order = json.loads(sys.stdin.readline())
     config = WorkerConfig(order["device"], tuple(order["cores"]), tuple(order["models"]), order["slots"],
-                          order["context_tokens"])  # fmt: skip
+                          order["context_tokens"], order["grace_s"])  # fmt: skip
     settings = load_settings()
     logging.basicConfig(
         level=settings.log_level, format=f"%(asctime)s %(levelname)s [{config.device}] %(name)s: %(message)s"

@@ -9,10 +9,13 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from promptmill.errors import DeviceError
 from promptmill.settings import load_settings
@@ -22,6 +25,9 @@ log = logging.getLogger("promptmill.devices")
 #: Rounds that an OpenMP thread waits awake; then it sleeps until it is woken. On an idle machine so many cost nothing
 #: (decoding 0.6B: 153 tok/s of 16 sequences, 152 with the default of 300,000); 1,000 cost 5 %.
 SPIN_COUNT = "5000"
+
+#: Seconds between two tries to get the lock of a worker that is ending.
+LOCK_LOOK_S = 0.2
 
 #: Seconds that asking an engine's library what it can do may take: it loads CUDA's libraries.
 PROBE_TIMEOUT_S = 120
@@ -227,6 +233,11 @@ class FileLock:
         self._file = file
         return None
 
+    def fileno(self) -> int:
+        """Of a lock that is held: a child that inherits it holds the lock too, until both are gone."""
+        assert self._file is not None
+        return self._file.fileno()
+
     def release(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -245,6 +256,13 @@ def _runtime_dir() -> Path:
     return folder
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
 class DeviceLock:
     """Keeps a second worker off a device."""
 
@@ -252,14 +270,27 @@ class DeviceLock:
         self._device = device
         self._lock = FileLock(f"device-{device.name.replace(':', '-')}")
 
-    def acquire(self) -> None:
-        """Raises :class:`DeviceError` naming the process that has the device."""
-        owner = self._lock.acquire()
-        if owner is not None:
-            raise DeviceError(
-                f"device {self._device.name} already has a worker (process {owner})",
-                hint="One worker owns a device. Stop that one first, or choose another device.",
-            )
+    def acquire(self, orphans_s: float = 0.0) -> None:
+        """Raises :class:`DeviceError` naming the process that has the device.
+
+        ``orphans_s``: seconds to wait for a worker whose supervisor was killed, and which is ending.
+        """
+        deadline = time.monotonic() + orphans_s
+        told = False
+        while (owner := self._lock.acquire()) is not None:
+            if time.monotonic() >= deadline or not owner.isdecimal() or _is_running(int(owner)):
+                raise DeviceError(
+                    f"device {self._device.name} already has a worker (process {owner})",
+                    hint="One worker owns a device. Stop that one first, or choose another device.",
+                )
+            if not told:
+                log.info("the worker that process %s left on %s is ending: waiting for it", owner, self._device.name)
+            told = True
+            time.sleep(LOCK_LOOK_S)
+
+    def fileno(self) -> int:
+        """See :meth:`FileLock.fileno`."""
+        return self._lock.fileno()
 
     def release(self) -> None:
         self._lock.release()

@@ -38,6 +38,7 @@ class Child:
     """One device and the worker process that has it."""
 
     device: Device
+    lock: DeviceLock
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -56,8 +57,8 @@ class Pool:
         context_tokens: int | None,
         grace_s: float,
     ) -> None:
-        self._children = [Child(device) for device in devices]
         self._locks = [DeviceLock(device) for device in devices]
+        self._children = [Child(device, lock) for device, lock in zip(devices, self._locks, strict=True)]
         self._models = list(models)
         self._slots = slots
         self._context_tokens = context_tokens
@@ -72,7 +73,7 @@ class Pool:
         Raises DeviceError when another worker has one of the devices.
         """
         for lock in self._locks:
-            lock.acquire()
+            lock.acquire(orphans_s=self._grace_s + GOODBYE_S)
         try:
             self._listen()
             while not self._signals:
@@ -112,6 +113,7 @@ class Pool:
             "models": self._models,
             "slots": self._slots,
             "context_tokens": self._context_tokens,
+            "grace_s": self._grace_s,
         }
         # A session of its own: Ctrl-C in the terminal must reach this process only.
         child.process = subprocess.Popen(
@@ -119,6 +121,8 @@ class Pool:
             stdin=subprocess.PIPE,
             env=child.device.environment(os.environ),
             start_new_session=True,
+            # It outlives a supervisor that is killed, and has the device until its own end.
+            pass_fds=[child.lock.fileno()],
         )
         assert child.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):

@@ -73,9 +73,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--if-exists",
             type=click.Choice(["new", "attach", "fail"]),
-            default="new",
-            show_default=True,
-            help="When a job that asks the same completed or is under way.",
+            help="When a job that asks the same is there.  [default: new; on a terminal 'submit' asks]",
         ),
         click.option(
             "--cache", is_flag=True, help="Take greedy answers that other jobs had, and keep those of this one."
@@ -111,7 +109,7 @@ def run_options(values: dict[str, Any]) -> RunOptions:
         context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
         store=values["store"],
         skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
-        time_limit=values["time_limit"], if_exists=values["if_exists"], use_cache=values["cache"],
+        time_limit=values["time_limit"], if_exists=values["if_exists"] or "new", use_cache=values["cache"],
     )  # fmt: skip
 
 

@@ -51,7 +51,9 @@ def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None
     settings, db = open_all()
     with ProgressView() as view:
         rows, outcome = service.retry(job, error_class, settings, db, device, view.update, show_warning)
-    if rows == 0:
+    if rows == 0 and as_json:
+        print_json({"job_id": outcome.job_id, "rows": 0, "state": outcome.state.value})
+    elif rows == 0:
         what = f"errors of class {error_class}" if error_class else "errors"
         click.echo(f"job {outcome.job_id} has no {what} to run again")
     elif outcome.state.is_final:

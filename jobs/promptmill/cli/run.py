@@ -84,6 +84,10 @@ def resume(job: str, device: str, as_json: bool) -> None:
             _forget(db, outcome)
     elif as_json:
         print_json({"job_id": outcome.job_id, "state": outcome.state.value})
+    elif outcome.was_open:
+        click.echo(
+            f"job {outcome.job_id} is {outcome.state.value} already; follow it with: promptmill watch {outcome.job_id}"
+        )
     else:
         click.echo(f"job {outcome.job_id} is handed to the workers; follow it with: promptmill watch {outcome.job_id}")
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from promptmill.cli.common import job_options, open_all, print_json, run_options
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+    from promptmill.preparing import RunOptions
 
 
 @click.command(
@@ -37,14 +45,44 @@ def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **value
     if output:
         check_output(output)
     settings, db = open_all()
-    job_id = service.submit(options, settings, db, show_preflight, show_warning)
+
+    def send(options: RunOptions) -> str:
+        return service.submit(options, settings, db, show_preflight, show_warning)
+
+    asks = values["if_exists"] is None and sys.stdin.isatty() and sys.stderr.isatty()
+    job_id = _ask_and_send(options, send) if asks else send(options)
     if not wait:
-        if as_json:
-            print_json({"job_id": job_id, "state": "queued"})
-        else:
-            click.echo(f"job {job_id} submitted; follow it with: promptmill watch {job_id}")
+        _say_submitted(db, job_id, as_json)
         return
     outcome = follow(settings, db, job_id)
     if output:
         write_results(db, job_id, output)
     end(outcome, db, as_json or output == "-", as_json, junit=values["junit"])
+
+
+def _ask_and_send(options: RunOptions, send: Callable[[RunOptions], str]) -> str:
+    """Submit; where a job asks the same, ask the person at the terminal what to do."""
+    from promptmill.errors import JobExists
+
+    try:
+        return send(replace(options, if_exists="fail"))
+    except JobExists as twin:
+        question = f"{twin.message}. Run it all again (new), take that one (attach), or leave it (fail)"
+        wish = click.prompt(question, type=click.Choice(["new", "attach", "fail"]), default="new", err=True)
+        if wish == "fail":
+            raise
+    return send(replace(options, if_exists=wish))
+
+
+def _say_submitted(db: Engine, job_id: str, as_json: bool) -> None:
+    from promptmill.catalog import find_job
+
+    state = find_job(db, job_id).state
+    if as_json:
+        print_json({"job_id": job_id, "state": state})
+    elif state == "paused":
+        click.echo(f"job {job_id} is paused; go on with: promptmill resume {job_id}")
+    elif state == "completed":
+        click.echo(f"job {job_id} is completed; see: promptmill report {job_id}")
+    else:
+        click.echo(f"job {job_id} submitted; follow it with: promptmill watch {job_id}")

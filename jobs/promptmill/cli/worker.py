@@ -19,7 +19,12 @@ Examples:
 @click.option("-m", "--model", "models", multiple=True, help="Model to serve; may be repeated.  [env: JOBS_MODEL]")
 @click.option("--slots", type=click.IntRange(1), help="Sequences decoded together on a device.  [env: JOBS_SLOTS]")
 @click.option("--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what jobs need]")
-def worker(device: str, models: tuple[str, ...], slots: int | None, context: int | None) -> None:
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    help="Seconds that requests get to end at SIGTERM.  [env: JOBS_GRACE_S]",
+)
+def worker(device: str, models: tuple[str, ...], slots: int | None, context: int | None, grace: float | None) -> None:
     """Start the workers of this machine, one per device, and keep them alive until Ctrl-C or SIGTERM."""
     from promptmill.database import open_database
     from promptmill.settings import load_settings
@@ -39,7 +44,7 @@ def worker(device: str, models: tuple[str, ...], slots: int | None, context: int
             require_offload(each, checkpoint.engine)
     pool = Pool(
         devices, [checkpoint.name for checkpoint in found], slots or settings.slots, context or settings.context_tokens,
-        settings.grace_s,
+        settings.grace_s if grace is None else grace,
     )  # fmt: skip
     raise click.exceptions.Exit(pool.run())
 

@@ -55,8 +55,8 @@ class Jobs(LedgerBase):
     def resume(self, job_id: str) -> JobState:
         """Open the job again; returns the state it had. Its time limit goes on where it was paused or stopped.
 
-        A job whose rows all have a result is completed instead. Raises :class:`JobError` when it had completed, was
-        cancelled or expired, or has failed and is past its deadline.
+        One that is open stays as it is. A job whose rows all have a result is completed instead. Raises
+        :class:`JobError` when it had completed, was cancelled or expired, or has failed and is past its deadline.
         """
         with writing(self.db) as db:
             job = db.execute(
@@ -68,6 +68,8 @@ class Jobs(LedgerBase):
                 raise JobError(f"job {job_id} is {before.value}: there is nothing to resume")
             if before.is_final:
                 self._refuse_overdue(db, job_id)
+            if before.value in OPEN_STATES:
+                return before
             stood_still_s = self._now() - sa.func.coalesce(jobs.c.paused_at, jobs.c.finished_at, self._now())
             self._reopen(db, job_id, jobs.c.limit_from + stood_still_s)
             self._complete_if_done(db, job_id)

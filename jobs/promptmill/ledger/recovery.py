@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
-from promptmill.database import writing
+from promptmill.database import reading, writing
 from promptmill.ledger.base import is_chunk
 from promptmill.ledger.retrying import Retrying
 from promptmill.ledger.values import Standing
-from promptmill.tables import attempts, chunks
+from promptmill.tables import attempts, chunks, workers
 from promptmill.types import ChunkId, ChunkState, ErrorClass
 
 
@@ -103,6 +104,19 @@ class Recovery(Retrying):
                 self._requeue(db, chunk, ErrorClass.WORKER_LOST, "the worker that ran this chunk was lost")
                 self._complete_if_done(db, job_id)
         return [ChunkId(row.job_id, row.number) for row in found]
+
+    def holders(self, job_id: str) -> list[sa.Row[Any]]:
+        """Who holds a lease of the job that has not run out: host and pid (None: unknown), seconds_left."""
+        left = sa.func.max(chunks.c.leased_until - self._now()).label("seconds_left")
+        query = (
+            sa.select(workers.c.host, workers.c.pid, left)
+            .select_from(chunks.outerjoin(workers, workers.c.id == chunks.c.worker_id))
+            .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.LEASED.value)
+            .where(chunks.c.leased_until > self._now())
+            .group_by(workers.c.host, workers.c.pid)
+        )
+        with reading(self.db) as db:
+            return list(db.execute(query))
 
     def abandon_leases(self, job_id: str) -> int:
         """Take back every lease of an embedded job whose process is gone, without waiting for them to run out."""

@@ -178,9 +178,17 @@ class Results(Jobs):
         failed = [each.row for each in batch if isinstance(each, Failed) and each.error_class in RETRYABLE]
         if not failed:
             return {}
+        # A retry by hand begins anew.
+        again = retries.alias()
+        begun = (
+            sa.select(sa.func.max(again.c.retried_at))
+            .where(again.c.job_id == retries.c.job_id, again.c.row == retries.c.row, again.c.by_hand)
+            .scalar_subquery()
+        )
         query = (
             sa.select(retries.c.row, sa.func.count())
             .where(retries.c.job_id == lease.chunk.job_id, retries.c.row.in_(failed), ~retries.c.by_hand)
+            .where(retries.c.retried_at > sa.func.coalesce(begun, 0.0))
             .group_by(retries.c.row)
         )
         before: dict[int, int] = {each.row: each[1] for each in db.execute(query)}
