@@ -220,6 +220,22 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     other.dispose()
 
 
+def test_a_server_that_is_read_only_for_a_while_is_waited_for(postgres_url: str) -> None:
+    """Its connections of then stay read-only: they are not used again."""
+    admin, engine = connect(postgres_url), connect(postgres_url)
+    upgrade(admin)
+    add_job(admin, 2, 2)
+    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        name = connection.execute(sa.text("SELECT current_database()")).scalar()
+        connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+        with pytest.raises(PASSING, match="it is read-only"):
+            Ledger(engine).claim(ChunkId(JOB, 0), "a")
+        connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = off')
+    assert Ledger(engine).claim(ChunkId(JOB, 0), "a") is not None
+    engine.dispose()
+    admin.dispose()
+
+
 def test_an_error_of_a_statement_names_no_text_of_anybody(database: sa.Engine) -> None:
     row = {"job_id": JOB, "row": 0, "state": "ok", "text": "a secret answer"}
     statement = sa.text(
