@@ -47,8 +47,9 @@ INSTANT_BATCH = 256
 #: Log-probability of a token that the prompt does not hold.
 UNSURE = -9.0
 
-#: Longest sleep of a step, so that requests added meanwhile are seen.
-LONGEST_SLEEP_S = 0.05
+#: A step sleeps for a token's time, as one of a real engine takes it, so that requests added meanwhile join soon.
+#: Within these bounds: a fast echo does not measure its own steps.
+SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 0.01, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class EchoEngine:
         self._context = options.context_tokens or CONTEXT_TOKENS
         self._clock = clock
         self._instant = not (self._script.prefill_s or self._script.token_s)
+        pace = self._script.token_s or LONGEST_SLEEP_S
+        self._longest_sleep_s = min(max(pace, SHORTEST_SLEEP_S), LONGEST_SLEEP_S)
         self._waiting: deque[EngineRequest] = deque()
         self._active: dict[RequestKey, Sequence_] = {}
         self._sums: Counter[str] = Counter()
@@ -249,7 +252,7 @@ class EchoEngine:
         now = self._clock()
         next_end = min((_ends_at(each) for each in self._active.values()), default=now)
         if next_end > now:
-            time.sleep(min(next_end - now, LONGEST_SLEEP_S))
+            time.sleep(min(next_end - now, self._longest_sleep_s))
         return self._clock()
 
     def _retire(self, now: float) -> list[Event]:
