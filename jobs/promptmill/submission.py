@@ -184,7 +184,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
     with writing(db) as connection:
         now = connection.execute(sa.select(epoch())).scalar()
         assert now is not None
-        connection.execute(sa.insert(jobs).values(_job_row(job_id, dataset, order, now)))
+        connection.execute(sa.insert(jobs).values(id=job_id, submitted_at=now, **job_columns(dataset, order)))
         rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now)
         refuse_bad(dataset, preparer.tally, order.skip_invalid, rows)
         key = _key(dataset, order)
@@ -282,10 +282,11 @@ def _json(value: Any) -> str | None:
     return None if value is None else _encode(value)
 
 
-def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict[str, Any]:
+def job_columns(dataset: Dataset, order: JobOrder) -> dict[str, Any]:
+    """What a new job's row says of what was asked."""
     task = order.task
     return {
-        "id": job_id, "name": order.name, "state": JobState.QUEUED.value, "mode": order.mode,
+        "name": order.name, "state": JobState.QUEUED.value, "mode": order.mode,
         "dataset_name": dataset.name, "dataset_sha256": dataset.sha256, "dataset_format": dataset.format,
         "model": order.model, "model_fingerprint": order.model_fingerprint,
         "task_name": task.name if task else None, "task_text": task.text if task else None,
@@ -294,8 +295,8 @@ def _job_row(job_id: str, dataset: Dataset, order: JobOrder, now: float) -> dict
         "sampling": json.dumps(order.sampling, ensure_ascii=False),
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
         "store": order.store,
-        "env": json.dumps(_environment()), "submitted_at": now, "deadline_at": order.deadline_at,
-        "expires_at": order.expires_at, "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
+        "env": json.dumps(_environment()), "deadline_at": order.deadline_at, "expires_at": order.expires_at,
+        "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
         "api_key_id": order.api_key_id,
         "selection": json.dumps(order.selection.to_json(), ensure_ascii=False) if order.selection.to_json() else None,
     }  # fmt: skip

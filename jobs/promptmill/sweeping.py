@@ -17,12 +17,13 @@ from sqlalchemy.engine import Engine, Row
 
 from promptmill.annotations import add_tags, checked, set_engine_settings, tagged
 from promptmill.errors import PromptmillError, UnknownName
-from promptmill.preparing import RunOptions
+from promptmill.preparing import RunOptions, prepare
 from promptmill.registry import suggestion
 from promptmill.reports.summary import Summary, summarise
 from promptmill.reports.sweep import ENGINE, Setting, Sweep
 from promptmill.service import run
 from promptmill.settings import Settings
+from promptmill.submission import job_columns
 
 if TYPE_CHECKING:
     from promptmill.ledger import Progress
@@ -32,6 +33,11 @@ ALIASES = {"n_batch": "batch_tokens", "n_threads": "threads", "n_ctx": "context_
 
 #: Most runs of one sweep: a typing error must not take a week.
 MOST_RUNS = 1000
+
+#: Columns of a job by which it is the same work as another, beside what was swept.
+WORK = (
+    "dataset_sha256", "selection", "model", "model_fingerprint", "task_sha256", "system_prompt", "sampling",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,7 @@ def sweep(
 ) -> tuple[Sweep, bool]:
     """Run what is missing of the plan; False when Ctrl-C stopped it. Completed runs of the tag count.
 
-    Raises PromptmillError before anything is run for what cannot be run at all.
+    Raises PromptmillError before anything is run for what cannot be run at all, and for a tag of other work.
     """
     combinations = plan.combinations()
     if len(combinations) * plan.repeat > MOST_RUNS:
@@ -94,10 +100,13 @@ def sweep(
         )
     checked(plan.tag)
     chosen = [_chosen(plan, settings, values) for values in combinations]
-    done: list[list[str]] = [_completed(db, plan, values) for values in combinations]
+    known = [_completed(db, plan, values) for values in combinations]
+    done: list[list[str]] = [[job.id for job in jobs] for jobs in known]
     failures: list[list[str]] = [[] for _ in combinations]
     finished = True
     with _readable_again(plan.options.dataset) as dataset:
+        chosen = [(replace(options, dataset=dataset, name=None), own) for options, own in chosen]
+        _refuse_other_work(plan, chosen, known)
         for number, (turn, place) in enumerate(plan.order(), 1):
             if len(done[place]) > turn:
                 continue
@@ -105,7 +114,7 @@ def sweep(
             on_run(number, len(combinations) * plan.repeat, label)
             options, own = chosen[place]
             try:
-                outcome = run(replace(options, dataset=dataset, name=None), own, db, on_progress)
+                outcome = run(options, own, db, on_progress)
             except PromptmillError as problem:
                 failures[place].append(problem.message)
                 continue
@@ -149,14 +158,40 @@ def _chosen(plan: Plan, settings: Settings, values: Mapping[str, Any]) -> tuple[
     return options, own
 
 
-def _completed(db: Engine, plan: Plan, values: Mapping[str, Any]) -> list[str]:
+def _completed(db: Engine, plan: Plan, values: Mapping[str, Any]) -> list[Row[Any]]:
     """Jobs of the tag that ran this combination to the end: a sweep that was stopped goes on."""
     try:
         known: list[Row[Any]] = tagged(db, plan.tag)
     except UnknownName:
         return []
     wanted = json.dumps(dict(values), sort_keys=True)
-    return [job.id for job in known if job.engine_settings == wanted and job.state == "completed"]
+    return [job for job in known if job.engine_settings == wanted and job.state == "completed"]
+
+
+def _refuse_other_work(
+    plan: Plan, chosen: Sequence[tuple[RunOptions, Settings]], known: Sequence[Sequence[Row[Any]]]
+) -> None:
+    """Raises PromptmillError for jobs of the tag that did other work: their figures are no answer to this plan."""
+    asked: dict[Any, dict[str, Any]] = {}
+    for (options, settings), jobs in zip(chosen, known, strict=True):
+        for job in jobs:
+            # A model's files and its tokeniser are looked at once, however many combinations have it.
+            if options.model not in asked:
+                with prepare(options, settings, "embedded") as prepared:
+                    asked[options.model] = _work(job_columns(prepared.dataset, prepared.order), plan)
+            found = _work(job._asdict(), plan)
+            differing = [name for name in WORK if found[name] != asked[options.model][name]]
+            if differing:
+                raise PromptmillError(
+                    f"tag '{plan.tag}' holds runs of other work (job {job.id}: {', '.join(differing)} differs)",
+                    hint="Take another --tag.",
+                )
+
+
+def _work(job: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The columns WORK of a job; of its sampling what is not swept."""
+    sampling = {name: value for name, value in json.loads(job["sampling"]).items() if name not in plan.axes}
+    return {name: job[name] for name in WORK} | {"sampling": sampling}
 
 
 @contextmanager

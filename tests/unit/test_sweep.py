@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from promptmill.reports.summary import summarise
 from promptmill.reports.sweep import Setting, Sweep, recommended, text, verdict
 from promptmill.reports.trend import change_points, trends
 from promptmill.reports.trend import text as trend_text
-from promptmill.sweeping import Plan, axis
+from promptmill.selection import Selection
+from promptmill.settings import Settings
+from promptmill.sweeping import Plan, axis, sweep
 from tests.unit.test_reports import START, answer, db, store
 
 __all__ = ["db"]
@@ -130,3 +134,24 @@ def test_the_table_of_a_sweep_breaks_no_word_at_100_columns(
 
 def _with_a_score(mean: Callable[[Setting, str], float | None]) -> Callable[[Setting, str], float | None]:
     return lambda self, name: 0.5 if name.endswith(".accuracy") else mean(self, name)
+
+
+def test_a_tag_of_other_work_is_refused_before_anything_runs(db: sa.Engine, tmp_path: Path) -> None:
+    for name in ("two", "other"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {row}"}}\n' for row in range(3)))
+    options = RunOptions(dataset=str(tmp_path / "two.jsonl"), model="echo", sampling={"temperature": 0.0})
+    plan = Plan(options, {"slots": [1, 2], "max_tokens": [5, 10]}, 1, "swp")
+    settings = Settings(runtime_dir=str(tmp_path / "run"))
+    first, _ = sweep(plan, settings, db)
+    again, _ = sweep(plan, settings, db)
+    jobs = [[run.job_id for run in each.runs] for each in first.settings]
+    assert [[run.job_id for run in each.runs] for each in again.settings] == jobs
+    for change, what in (
+        ({"dataset": str(tmp_path / "other.jsonl")}, "dataset_sha256"),
+        ({"selection": Selection(limit=2)}, "selection"),
+        ({"template": "{{ prompt }}!"}, "task_sha256"),
+        ({"sampling": {"temperature": 1.0}}, "sampling"),
+    ):
+        with pytest.raises(PromptmillError, match=rf"tag 'swp' holds runs of other work \(job .*: {what} differs\)"):
+            sweep(replace(plan, options=replace(options, **change)), settings, db)
+    assert [each.id for each in tagged(db, "swp")] == [each[0] for each in jobs]
