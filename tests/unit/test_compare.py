@@ -245,6 +245,9 @@ def test_f7_rates_change_in_points_and_flips_are_named(db: sa.Engine) -> None:
     assert (found.flips[0].lost, found.flips[0].won) == (20, 0)
     assert found.flips[0].lost_keys[0] == "row-0"
     assert parse("is_ad.accuracy<-2pp").holds(found) is True
+    markdown = comparison_forms.text(found, "md")
+    assert "- A only: row-0, row-1, row-2" in markdown
+    assert "B only: " not in markdown
     assert parse("success_rate<0.9").holds(found) is False
 
 

@@ -45,10 +45,9 @@ def render(found: Comparison, console: Console) -> None:
     console.print(Text("\nFigures", style="bold"))
     console.print(table, width=width)
     for flips in found.flips:
-        console.print(Text(f"\n{flips.name}: {flips.lost:,} right in A only, {flips.won:,} right in B only{_p(flips)}"))
-        for label, keys in (("A only", flips.lost_keys), ("B only", flips.won_keys)):
-            if keys:
-                console.print(Text(f"  {label}: {', '.join(keys)}", style="dim"), width=width)
+        console.print(Text(f"\n{_flipped(flips)}"))
+        for label, keys in _flipped_rows(flips):
+            console.print(Text(f"  {label}: {keys}", style="dim"), width=width)
     for warning in found.warnings:
         console.print(Text(f"note: {warning}", style="yellow"), width=width)
     console.print(Text(f"\n{found.verdict}", style="bold"), width=width)
@@ -68,6 +67,16 @@ def cells(line: Line) -> tuple[str, ...]:
     words = ", ".join(each for each in (line.word, line.note) if each)
     shown = "–" if line.note.startswith("not comparable") else shown_change(line)
     return line.name, one, two, shown, interval, words
+
+
+def _flipped(flips: Flips) -> str:
+    return f"{flips.name}: {flips.lost:,} right in A only, {flips.won:,} right in B only{_p(flips)}"
+
+
+def _flipped_rows(flips: Flips) -> list[tuple[str, str]]:
+    """The ids of either kind, where there are any."""
+    kinds = (("A only", flips.lost_keys), ("B only", flips.won_keys))
+    return [(label, ", ".join(keys)) for label, keys in kinds if keys]
 
 
 def _p(flips: Flips) -> str:
@@ -90,9 +99,9 @@ def _markdown(found: Comparison) -> str:
     if found.differences:
         shown = [(name, short(one), short(two)) for name, one, two in found.differences]
         parts.append(markdown.table(("configuration", "A", "B"), shown))
-    parts += [
-        f"{each.name}: {each.lost:,} right in A only, {each.won:,} right in B only{_p(each)}" for each in found.flips
-    ]
+    for flips in found.flips:
+        rows = [f"- {label}: {markdown.escaped(keys)}" for label, keys in _flipped_rows(flips)]
+        parts.append("\n".join([markdown.escaped(_flipped(flips)), *([""] if rows else []), *rows]))
     parts += [f"- {markdown.escaped(each)}" for each in found.warnings]
     return "\n\n".join(parts) + "\n"
 
