@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +232,27 @@ def test_f12_other_limits_are_other_work(db: sa.Engine) -> None:
     assert line.word == ""
     assert ("max_tokens", None, 9) in found.differences
     assert compare(db, "01A", "01B", force=True).lines[0].word == "worse"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"stop": ["x"]}, {"n": 2}, {"json_schema": "{}"}, {"regex": "a+"}, {"choices": ["a", "b"]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"ignore_eos": True}, {"thinking": "on"},
+        {"logit_bias": {"1": 5}}, {"continuations": ["a"]}, {"embedding": True}, {"temperature": 0.5}, {"seed": 3},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)  # fmt: skip
+def test_f12_other_sampling_is_other_work(db: sa.Engine, sampling: dict[str, Any]) -> None:
+    two_jobs(db, 1.2, sampling=json.dumps(sampling))
+    line = next(each for each in compare(db, "01A", "01B").lines if each.name == "latency_s.mean")
+    assert line.note == f"not comparable ({next(iter(sampling))} differs)"
+
+
+@pytest.mark.parametrize("sampling", [{"max_tokens": 256}, {"temperature": 0}, {"timeout_s": 9}, {"logprobs": True}])
+def test_sampling_that_generates_the_same_is_the_same_work(db: sa.Engine, sampling: dict[str, Any]) -> None:
+    two_jobs(db, 1.2, sampling=json.dumps(sampling))
+    assert next(each for each in compare(db, "01A", "01B").lines if each.name == "latency_s.mean").word == "worse"
 
 
 def test_f7_rates_change_in_points_and_flips_are_named(db: sa.Engine) -> None:

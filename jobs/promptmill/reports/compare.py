@@ -35,7 +35,9 @@ from promptmill.reports.statistics import (
     unpaired_ratio,
 )
 from promptmill.reports.summary import Summary, summarise
+from promptmill.sampling import PARAMETERS, check_parameter
 from promptmill.tables import jobs
+from promptmill.types import SamplingParams
 
 #: Seconds of a slice of a run's output, and fewest slices of a run.
 SLICE_S = 10.0
@@ -61,8 +63,11 @@ RUN_FIGURES = ("output_tps", "items_per_s", "wall_s", "prefill_tps", "decode_tps
 
 SERVICE = ("latency_s", "ttft_s", "tpot_s")
 
+#: Sampling that changes nothing of what is generated.
+_ASIDE = ("timeout_s", "logprobs", "top_logprobs")
+
 #: Differences of two jobs' configuration that make WORK incomparable.
-SAME_WORK = ("dataset_sha256", "task_sha256", "system_prompt", "max_tokens", "thinking", "ignore_eos", "limit")
+SAME_WORK = ("dataset_sha256", "task_sha256", "system_prompt", *(name for name in PARAMETERS if name not in _ASIDE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +219,15 @@ def _differences(db: Connection, before: str, after: str) -> tuple[tuple[str, An
 
 def _reasons(differences: tuple[tuple[str, Any, Any], ...]) -> dict[str, str]:
     """Figure -> why it may not be compared."""
-    changed = [name for name, _, _ in differences if name in SAME_WORK]
+    changed = [name for name, one, two in differences if name in SAME_WORK and _asked(name, one) != _asked(name, two)]
     return {name: f"not comparable ({', '.join(changed)} differs)" for name in WORK} if changed else {}
+
+
+def _asked(name: str, value: Any) -> Any:
+    """What a value of SAME_WORK comes to: a parameter that was not given is the one that engines take then."""
+    if name not in PARAMETERS:
+        return value
+    return getattr(SamplingParams(), name) if value is None else check_parameter(name, value)
 
 
 def _other_lines(differences: tuple[tuple[str, Any, Any], ...]) -> str:
