@@ -159,6 +159,43 @@ def test_a_job_against_its_twin_shows_no_detectable_difference(db: sa.Engine) ->
     assert next(line for line in found.lines if line.name == "success_rate").word == "="
 
 
+def test_a_change_of_a_time_below_its_clock_is_no_change(db: sa.Engine) -> None:
+    rows = [answer(row, first_token_at=START + row + 1.1, finished_at=START + row + 1.5) for row in range(200)]
+    store(db, rows, job_id="01A", name="a")
+    nudged = [each | {"finished_at": each["finished_at"] + 2.4e-7} for each in rows]
+    store(db, nudged, job_id="01B", name="b")
+    found = compare(db, "01A", "01B")
+    line = next(each for each in found.lines if each.name == "latency_s.mean")
+    assert (line.change or 0) > 0
+    assert line.word == "≈"
+    assert found.verdict.startswith("no detectable difference")
+    for name in ("latency_s.p50", "latency_s.p95", "latency_s.mean", "wall_s"):
+        assert parse(f"{name}>0%").holds(found) is False
+
+
+def test_a_verdict_names_what_no_test_was_made_of(db: sa.Engine) -> None:
+    """Every row took as long, and the second job had half the rows in its slots at one time."""
+    for job_id, pace in (("01A", 0.25), ("01B", 0.5)):
+        rows = []
+        for row in range(200):
+            begin = START + row * pace
+            rows.append(answer(row, admitted_at=begin, first_token_at=begin + 0.5, finished_at=begin + 2 + row % 5))
+        store(db, rows, job_id=job_id)
+    found = compare(db, "01A", "01B")
+    assert found.verdict.startswith("no detectable difference (")
+    assert "; one run of each, not tested: wall_s +" in found.verdict
+    assert "output_tps -" in found.verdict
+    assert found.to_json()["verdict"] == found.verdict
+
+
+def test_score_runs_that_are_equal_row_by_row_show_no_difference(db: sa.Engine) -> None:
+    store(db, [answer(row) for row in range(8)], job_id="01A")
+    store_score_runs(db, 8, {"R1": 3, "R2": 3})
+    assert compare(db, Side("01A", "R1"), Side("01A", "R2")).verdict == (
+        "no difference: the same in every row: is_ad.accuracy"
+    )
+
+
 def test_where_nothing_could_be_tested_nothing_is_said_of_a_difference(db: sa.Engine) -> None:
     for job_id in ("01A", "01B"):
         store(db, [answer(row) for row in range(3)], job_id=job_id, rows=3, max_errors="1")
@@ -188,17 +225,22 @@ def test_runs_of_a_setting_tell_the_noise_between_runs(db: sa.Engine) -> None:
         settings_of(db, [Side(names[0])], "slotz")
 
 
-def test_score_runs_of_one_job_differ_in_scores_only(db: sa.Engine) -> None:
-    store(db, [answer(row) for row in range(30)], job_id="01A")
+def store_score_runs(db: sa.Engine, rows: int, right: dict[str, int]) -> None:
+    """Score runs of the job 01A, each with so many of its rows right."""
     with db.begin() as connection:
-        for number, (run, right) in enumerate((("R1", 10), ("R2", 22)), start=1):
+        for number, (run, count) in enumerate(right.items(), start=1):
             values = {"id": run, "job_id": "01A", "task_sha256": "x", "created_at": START, "number": number,
                       "figures": "{}"}  # fmt: skip
             connection.execute(sa.insert(score_runs).values(values))
             connection.execute(sa.insert(scores), [
-                {"score_run_id": run, "row": row, "metric": "is_ad", "value": float(row < right), "outcome": "scored"}
-                for row in range(30)
+                {"score_run_id": run, "row": row, "metric": "is_ad", "value": float(row < count), "outcome": "scored"}
+                for row in range(rows)
             ])  # fmt: skip
+
+
+def test_score_runs_of_one_job_differ_in_scores_only(db: sa.Engine) -> None:
+    store(db, [answer(row) for row in range(30)], job_id="01A")
+    store_score_runs(db, 30, {"R1": 10, "R2": 22})
     assert find_scored(db, "01A@s2")[1] == "R2"
     with pytest.raises(UnknownName, match="no score run @s3"):
         find_scored(db, "01A@s3")

@@ -16,7 +16,7 @@ from promptmill.database import reading
 from promptmill.errors import JobError, PromptmillError
 from promptmill.metrics import METRICS, Better
 from promptmill.registry import suggestion
-from promptmill.reports.comparison import WITHIN_RUN, Comparison, Flips, Line
+from promptmill.reports.comparison import ONE_RUN, TOO_FEW, WITHIN_RUN, Comparison, Flips, Line, is_rounding
 from promptmill.reports.figures import metric_of, value_of
 from promptmill.reports.pairs import Pairing, Rows, ids_of, pair, read_rows
 from promptmill.reports.rows import consistent
@@ -54,9 +54,6 @@ WORK = ("wall_s", "items_per_s", "output_tps", "latency_s", "ttft_s", "latency_s
 
 #: Runs of the one setting and of the other.
 Runs = tuple[list[Summary], list[Summary]]
-
-#: Notes of figures that a run has one of.
-ONE_RUN = "one run of each: no test"
 
 #: What a run has one of.
 RUN_FIGURES = ("output_tps", "items_per_s", "wall_s", "prefill_tps", "decode_tps", "latency_s.p50", "latency_s.p95")
@@ -176,8 +173,8 @@ def _worded(line: Line, p: float | None) -> Line:
     if p is None and line.in_points and line.change == 0 and line.ci95:
         return replace(line, word="=", note=line.note or "the same in every row")
     if p is None:
-        return replace(line, note=line.note or "too few rows to tell")
-    if p >= ALPHA or line.change == 0:
+        return replace(line, note=line.note or TOO_FEW)
+    if p >= ALPHA or line.change == 0 or is_rounding(line.metric, line.before, line.after):
         return replace(line, p=p, word="≈")
     good = (line.change > 0) == (line.metric.better is Better.HIGHER)
     return replace(line, p=p, word="better" if good else "worse")

@@ -5,11 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from promptmill.metrics import Metric
+from promptmill.metrics import Metric, Unit
 from promptmill.reports.summary import Summary
+
+#: Note of a figure that a run has one of.
+ONE_RUN = "one run of each: no test"
 
 #: Note of a figure whose interval tells the noise of one run only.
 WITHIN_RUN = "interval within the run; one run of each: no test"
+
+#: Note of a figure that too few rows are behind.
+TOO_FEW = "too few rows to tell"
+
+#: Seconds below which a change of a time is rounding: doubles of seconds since 1970 are 2.4e-7 apart, and a time is the
+#: difference of two.
+ROUNDING_S = 1e-6
+
+#: Figures that a verdict names for each reason why they were not tested.
+NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +90,36 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One sentence; a difference is only one that its interval and its corrected p-value tell."""
+        """One sentence; a difference is only one that its interval and its corrected p-value tell.
+
+        What was measured and not tested is named: it may have changed by any amount.
+        """
         parts = [
             f"{line.name} {shown_change(line)} ({line.word})" for line in self.lines if line.word in ("better", "worse")
         ]
-        if parts:
-            return "; ".join(parts)
         tested = [line for line in self.lines if line.word == "≈"]
         equal = ", ".join(line.name for line in self.lines if line.word == "=")
-        if not tested:
-            also = f"; the same in every row: {equal}" if equal else ""
-            return f"nothing could be tested: {self._hindrance()}{also}"
-        known = [f"{line.name} within {shown_interval(line)}" for line in tested if line.ci95]
-        return "no detectable difference" + (f" ({', '.join(known[:3])})" if known else "")
+        untested = self._untested()
+        if not parts and tested:
+            known = [f"{line.name} within {shown_interval(line)}" for line in tested if line.ci95]
+            parts = ["no detectable difference" + (f" ({', '.join(known[:3])})" if known else "")]
+        elif not parts and equal and not untested:
+            return f"no difference: the same in every row: {equal}"
+        elif not parts:
+            untested += [f"the same in every row: {equal}"] if equal else []
+            return f"nothing could be tested: {'; '.join(untested) or 'no figure was measured in both'}"
+        return "; ".join([*parts, *untested])
 
-    def _hindrance(self) -> str:
-        notes = (line.note for line in self.lines if line.note and line.word != "=")
-        return (
-            "; ".join(dict.fromkeys(note for note in notes if note != WITHIN_RUN)) or "no figure was measured in both"
-        )
+    def _untested(self) -> list[str]:
+        """Figures that both have and no test was made of, the most changed first, by the reason."""
+        lines = [line for line in self.lines if not line.word and None not in (line.before, line.after)]
+        lines.sort(key=lambda line: -abs(line.change or 0.0))
+        found = []
+        for reason in dict.fromkeys(map(_reason, lines)):
+            own = [_named(line) for line in lines if _reason(line) == reason]
+            more = f" and {len(own) - NAMED} more" if len(own) > NAMED else ""
+            found.append(f"{reason}: {', '.join(own[:NAMED])}{more}")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -105,6 +129,26 @@ class Comparison:
             "differences": [{"name": name, "before": one, "after": two} for name, one, two in self.differences],
             "figures": [line.to_json() for line in self.lines], "flips": [each.to_json() for each in self.flips],
         }  # fmt: skip
+
+
+def is_rounding(metric: Metric, before: float | None, after: float | None) -> bool:
+    """Whether a change is too small for the clock that measured both times."""
+    if metric.unit is not Unit.SECONDS or before is None or after is None:
+        return False
+    return abs(after - before) < ROUNDING_S
+
+
+def _reason(line: Line) -> str:
+    """Why nothing was tested, in the words of a verdict."""
+    if line.note in (ONE_RUN, WITHIN_RUN):
+        return "one run of each, not tested"
+    told = line.note == TOO_FEW or line.note.startswith("not comparable")
+    return line.note if told else f"not tested ({line.note})"
+
+
+def _named(line: Line) -> str:
+    shown = line.change is not None and not line.note.startswith("not comparable")
+    return f"{line.name} {shown_change(line)}" if shown else line.name
 
 
 def shown_change(line: Line) -> str:
