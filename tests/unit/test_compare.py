@@ -331,6 +331,23 @@ def test_a_condition_that_is_none_and_a_figure_that_is_none(db: sa.Engine) -> No
         parse("outputtps<-5%").holds(compare(db, "01A", "01B"))
 
 
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("wall_s>1pp", "wall_s>1%"), ("success_rate<-5%", "success_rate<-5pp"), ("is_ad.accuracy<-1%", "-1pp")],
+)
+def test_a_condition_in_a_unit_that_its_figure_does_not_change_in(db: sa.Engine, text: str, right: str) -> None:
+    labels = {row: {"is_ad": True} for row in range(8)}
+    for job_id in ("01A", "01B"):
+        rows = [answer(row) for row in range(8)]
+        store(db, rows, expected=labels, job_id=job_id, task_text=TASK, task_name="ads")
+    found = compare(db, "01A", "01B")
+    with pytest.raises(PromptmillError, match="its change is not told in") as problem:
+        parse(text).check(found)
+    assert right in (problem.value.hint or "")
+    for good in ("wall_s>1%", "success_rate<-5pp", "is_ad.accuracy<-1pp", "success_rate<0.9", "wall_s>100"):
+        parse(good).check(found)
+
+
 @pytest.mark.parametrize("form", ["md", "json", "csv"])
 def test_each_form_holds_the_verdict_of_each_figure(db: sa.Engine, form: str) -> None:
     two_jobs(db, 1.2)

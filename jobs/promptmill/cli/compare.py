@@ -69,7 +69,7 @@ def compare(
     found = compare_all(db, groups[0], groups[1:], force)
     for each in found:
         for gate in gates:
-            gate.check_name(each)
+            gate.check(each)
     _write(found, "json" if as_json else format_ or by_name(output), output)
     _judge(found, gates)
 

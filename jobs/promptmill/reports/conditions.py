@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from promptmill.errors import PromptmillError
+from promptmill.metrics import Unit
 from promptmill.registry import suggestion
-from promptmill.reports.comparison import Comparison
-from promptmill.reports.figures import names_of, value_of
+from promptmill.reports.comparison import Comparison, is_rounding
+from promptmill.reports.figures import metric_of, names_of, value_of
 
 _FORM = re.compile(r"\s*([\w.]+)\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|pp)?\s*")
 
@@ -32,9 +33,16 @@ class Condition:
     bound: float
     unit: str | None
 
-    def check_name(self, found: Comparison) -> None:
-        """Raises PromptmillError for a figure that there is not."""
+    def check(self, found: Comparison) -> None:
+        """Raises PromptmillError for a figure that there is not, and for a unit in which it does not change."""
         self._value(found, False)
+        is_share = metric_of(self.name).unit is Unit.SHARE
+        if self.unit and is_share != (self.unit == "pp"):
+            what, right = ("is a share", "pp") if is_share else ("is no share", "%")
+            raise PromptmillError(
+                f"--fail-if {self.text}: {self.name} {what}: its change is not told in {self.unit}",
+                hint=f"For instance '{self.name}{self.sign}{self.bound:g}{right}'.",
+            )
 
     def holds(self, found: Comparison) -> bool | None:
         """Whether the condition to fail is met; None where the figure was not measured or is not comparable."""
@@ -42,6 +50,8 @@ class Condition:
             if line.name == self.name and line.note.startswith("not comparable") and self.unit:
                 return None
         before, after = self._value(found, True), self._value(found, False)
+        if self.unit and is_rounding(metric_of(self.name), before, after):
+            after = before
         if after is None or (self.unit and before is None):
             return None
         if self.unit == "pp":
