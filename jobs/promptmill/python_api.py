@@ -64,7 +64,10 @@ class Job:
         return catalog.job_status(self._db, catalog.find_job(self._db, self.id))
 
     def wait(self, timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None) -> Job:
-        """Return when the job has ended, whatever way. Raises :class:`TimeoutError` after ``timeout_s`` seconds."""
+        """Return when the job has ended, whatever way; the scores of its task are kept then.
+
+        Raises :class:`TimeoutError` after ``timeout_s`` seconds.
+        """
         ledger = ledger_of(self._db, self._settings)
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -72,6 +75,7 @@ class Job:
             if on_progress is not None:
                 on_progress(progress)
             if progress.state.is_final:
+                service.keep_scores(self.id, self._db)
                 return self
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"job {self.id} is {progress.state.value} after {timeout_s} s")
@@ -176,6 +180,7 @@ def run(
             use_cache=use_cache, skip_invalid=skip_invalid,
         )  # fmt: skip
         outcome = service.run(options, opened.settings, opened.db, on_progress)
+    service.keep_scores(outcome.job_id, opened.db)
     return Job(outcome.job_id, opened.settings, opened.db)
 
 

@@ -17,10 +17,12 @@ from ulid import ULID
 from promptmill.database import copy_rows, epoch, reading, writing
 from promptmill.errors import JobError
 from promptmill.parallel import begin_process, processes
-from promptmill.scorers.scoring import Answer, Judge, answers_query
+from promptmill.privacy import DONE
+from promptmill.scorers.scoring import Answer, Judge, answers_query, judge_of
 from promptmill.scorers.tally import Judgement, Score, Tally
-from promptmill.tables import results, score_runs, scores
+from promptmill.tables import jobs, results, score_runs, scores
 from promptmill.task_file import Task, parse_task
+from promptmill.types import JobState
 
 COLUMNS = ("score_run_id", "row", "metric", "value", "predicted", "expected", "outcome", "confidence", "error")
 
@@ -83,10 +85,63 @@ def append_score_run(
     try:
         return _filled(db, job, task, judge, run_id, number, by, on_rows)
     except BaseException:
-        with writing(db) as connection:
-            connection.execute(sa.delete(scores).where(scores.c.score_run_id == run_id))
-            connection.execute(sa.delete(score_runs).where(score_runs.c.id == run_id))
+        _remove_run(db, run_id)
         raise
+
+
+def keep_scores(db: Engine, job: sa.Row[Any]) -> None:
+    """A score run of an ended job by its own task, unless it has one since its end.
+
+    A job without scores, or in which no row has an expected value, has none. Raises :class:`TaskFileError` for scores
+    that cannot be computed here. Any number of processes may do so at once.
+    """
+    if judge_of(job) is None:
+        return
+    task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
+    if _kept(db, job.id, task):
+        return
+    try:
+        run = append_score_run(db, job, task)
+    except JobError:
+        return
+    if _kept(db, job.id, task)[0] != run.id:
+        # Another process was first, and may have begun to take texts away while this one still read them.
+        _remove_run(db, run.id)
+
+
+#: A finished run over the answers that a job has: a retry ends the job anew, and gives it others.
+_SINCE = sa.and_(
+    score_runs.c.job_id == jobs.c.id, score_runs.c.figures.is_not(None),
+    score_runs.c.created_at >= sa.func.coalesce(jobs.c.finished_at, 0.0),
+)  # fmt: skip
+
+
+def _kept(db: Engine, job_id: str, task: Task) -> list[str]:
+    """The runs of :func:`keep_scores`, the first one first."""
+    query = sa.select(score_runs.c.id).join_from(score_runs, jobs, _SINCE)
+    query = query.where(jobs.c.id == job_id, score_runs.c.task_sha256 == task.sha256)
+    with reading(db) as connection:
+        return list(connection.execute(query.order_by(score_runs.c.number, score_runs.c.id)).scalars())
+
+
+def unscored(db: Engine, within_s: float) -> list[sa.Row[Any]]:
+    """Jobs of the queue that completed within the last seconds and have no run of their task, which a client sent.
+
+    A task file of this machine has a folder; who ran it looks after its scores.
+    """
+    own = sa.exists().where(_SINCE, score_runs.c.task_sha256 == jobs.c.task_sha256).correlate(jobs)
+    query = sa.select(jobs).where(
+        jobs.c.mode == "queue", jobs.c.state == JobState.COMPLETED.value, jobs.c.task_text.is_not(None),
+        jobs.c.task_folder.is_(None), jobs.c.store.not_in(DONE.values()), jobs.c.finished_at > epoch() - within_s, ~own,
+    )  # fmt: skip
+    with reading(db) as connection:
+        return list(connection.execute(query.order_by(jobs.c.id)))
+
+
+def _remove_run(db: Engine, run_id: str) -> None:
+    with writing(db) as connection:
+        connection.execute(sa.delete(scores).where(scores.c.score_run_id == run_id))
+        connection.execute(sa.delete(score_runs).where(score_runs.c.id == run_id))
 
 
 def _filled(

@@ -82,6 +82,17 @@ def score_again(
     }  # fmt: skip
 
 
+def keep_scores(job_id: str, db: Engine) -> None:
+    """Keep what the scores of a completed job's task say of each row, once: as :func:`score_again` does."""
+    from promptmill.privacy import DONE
+
+    job = catalog.find_job(db, job_id)
+    if job.task_text is not None and job.state == JobState.COMPLETED and job.store not in DONE.values():
+        from promptmill import score_runs
+
+        score_runs.keep_scores(db, job)
+
+
 def run(
     options: RunOptions,
     settings: Settings,

@@ -89,6 +89,8 @@ def test_a_file_with_a_task_is_scored(served: Server, client: openai.OpenAI) -> 
     job = ended(served, call(served, "/v1/jobs", {"model": ECHO, "file_id": file.id, "task": TASK})["id"])
     assert (job["state"], job["ok"]) == ("completed", 10)
     assert call(served, f"/v1/jobs/{job['id']}/report")["scores"]["label"]["value"] == 0.5
+    query = f"SELECT AVG(value) AS v FROM v_scores WHERE job_id = '{job['id']}' AND score_run = 1"
+    wait_until(lambda: "0.5" in served.command("query", query, "--format", "csv").out, "its scores are kept")
 
 
 @pytest.mark.parametrize(

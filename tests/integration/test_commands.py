@@ -331,7 +331,7 @@ def test_score_appends_runs_and_leaves_answers_alone(command: Command, tmp_path:
     second = command("score", "@last", "--task", "u.yaml", "--json")
     assert second.code == 3
     assert [run["scores"]["label"]["value"] for run in (first, json.loads(second.out))] == [0.5, 0.75]
-    assert (count(command, "score_runs"), count(command, "scores"), count(command, "results")) == (2, 8, 4)
+    assert (count(command, "score_runs"), count(command, "scores"), count(command, "results")) == (3, 12, 4)
 
 
 def test_a_query_may_begin_with_a_comment_and_show_what_looks_like_markup(command: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,9 +16,13 @@ from promptmill.judged_rows import judged_rows
 from promptmill.privacy import hashed, redact
 from promptmill.reports.compare import compare
 from promptmill.reports.summary import summarise
-from promptmill.service import score_again
-from promptmill.tables import jobs, requests, results
+from promptmill.score_runs import unscored
+from promptmill.service import keep_scores, score_again
+from promptmill.tables import jobs, requests, results, score_runs
+from promptmill.task_file import parse_task
 from tests.unit.test_reports import JOB, START, TASK, answer, failure, store
+
+SHA = parse_task(TASK, "ads").sha256
 
 SECRET = '{"is_ad": true}'
 
@@ -33,7 +38,7 @@ def db(database_url: str) -> Iterator[sa.Engine]:
 def fill(db: sa.Engine, **job: Any) -> None:
     rows = [answer(row, text=SECRET, reasoning="thought") for row in range(8)] + [failure(8, message="about secret")]
     labels = {row: {"is_ad": row < 6} for row in range(9)}
-    store(db, rows, expected=labels, task_text=TASK, task_name="ads", finished_at=START, **job)
+    store(db, rows, expected=labels, task_text=TASK, task_name="ads", task_sha256=SHA, finished_at=START, **job)
 
 
 def texts(db: sa.Engine) -> list[tuple[Any, ...]]:
@@ -84,6 +89,39 @@ def test_jobs_of_the_queue_keep_their_scores_when_their_texts_go(db: sa.Engine) 
     before = summarise(db, JOB).to_json()["scores"]
     assert forget_overdue(db) == [JOB]
     assert summarise(db, JOB).to_json()["scores"] == before != {}
+
+
+def test_the_scores_that_are_kept_are_those_of_the_answers_after_a_retry(db: sa.Engine) -> None:
+    fill(db)
+    keep_scores(JOB, db)
+    keep_scores(JOB, db)
+    with db.begin() as connection:
+        connection.execute(sa.update(score_runs).values(created_at=START + 5))
+        connection.execute(sa.update(jobs).values(finished_at=START + 9))
+        connection.execute(sa.update(results).where(results.c.row >= 6).values(state="ok", text='{"is_ad": false}',
+                           prompt_tokens=1, cached_tokens=0, output_tokens=1))  # fmt: skip
+    keep_scores(JOB, db)
+    with db.connect() as connection:
+        kept = connection.execute(sa.select(score_runs.c.number, score_runs.c.figures).order_by(score_runs.c.number))
+        assert [(number, json.loads(text)["is_ad"]["value"]) for number, text in kept] == [(1, 0.75), (2, 1.0)]
+
+
+def test_what_a_client_sent_with_a_task_is_scored_where_it_was_sent(db: sa.Engine) -> None:
+    fill(db, mode="queue")
+    store(db, [answer(0)], job_id="01HERE", mode="queue", task_text=TASK, task_folder="/here", finished_at=START)
+    assert [each.id for each in unscored(db, 1e12)] == [JOB]
+    assert unscored(db, 1.0) == []
+    keep_scores(JOB, db)
+    assert unscored(db, 1e12) == []
+
+
+def test_a_job_whose_rows_expect_nothing_keeps_no_scores_and_loses_its_texts(db: sa.Engine) -> None:
+    store(db, [answer(0, text=SECRET)], task_text=TASK, task_name="ads", finished_at=START)
+    keep_scores(JOB, db)
+    forget(db, JOB, "none")
+    with db.connect() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(score_runs)).scalar() == 0
+    assert SECRET not in str(texts(db))
 
 
 def test_texts_that_are_gone_are_not_scored_again(db: sa.Engine) -> None:

@@ -36,22 +36,34 @@ def ran(command: Command, folder: Path, lines: list[dict[str, Any]] = LINES, tas
 def test_scores_of_each_group_and_numbered_runs_that_stay(command: Command, tmp_path: Path) -> None:
     ran(command, tmp_path)
     first = json.loads(command("score", "@last", "--by", "meta.group", "--json").out)
-    assert first["score_run"] == 1
+    assert first["score_run"] == 2
     assert first["scores"]["label"]["value"] == 0.5
     assert {name: found["label"]["n"] for name, found in first["groups"].items()} == {"(none)": 1, "free": 1, "paid": 2}
     lenient = TASK.replace("scores:", 'output: {extract: {label: [{json: label}, whole]}, aliases: '
                            '{label: {no idea: normal}}}\nscores:')  # fmt: skip
     (tmp_path / "lenient.yaml").write_text(lenient, encoding="utf-8")
     second = json.loads(command("score", "@last", "--task", "lenient.yaml", "--json").out)
-    assert (second["score_run"], second["scores"]["label"]["value"]) == (2, 0.75)
+    assert (second["score_run"], second["scores"]["label"]["value"]) == (3, 0.75)
 
-    flipped = command("show", "--flipped", "@last@s1", "@last@s2")
+    flipped = command("show", "--flipped", "@last@s1", "@last@s3")
     assert (
-        "label: 0 right in @last@s1 and wrong in @last@s2, 1 the other way; McNemar's exact test p = 1" in flipped.out
+        "label: 0 right in @last@s1 and wrong in @last@s3, 1 the other way; McNemar's exact test p = 1" in flipped.out
     )
     assert 'won: c: label: expected "normal", unparsed -> "normal"' in flipped.out
     runs = command("query", "SELECT DISTINCT score_run FROM v_scores ORDER BY 1", "--format", "csv").out
-    assert runs.split() == ["score_run", "1", "2"]
+    assert runs.split() == ["score_run", "1", "2", "3"]
+
+
+def test_a_scored_job_keeps_a_score_run_when_it_ends_and_one_only(command: Command, tmp_path: Path) -> None:
+    job_id = ran(command, tmp_path)
+    sql = f"SELECT AVG(value) AS v FROM v_scores WHERE job_id = '{job_id}' AND metric = 'label' AND score_run = 1"
+    assert command("query", sql, "--format", "csv").out.split() == ["v", "0.5"]
+    seen = [json.loads(line) for line in command("query", "confusion", "--json").out.splitlines()]
+    assert {(each["expected"], each["predicted"]): each["rows"] for each in seen} == {
+        ('"ad"', '"ad"'): 1, ('"normal"', '"ad"'): 1, ('"normal"', '"normal"'): 1, ('"normal"', None): 1
+    }  # fmt: skip
+    assert command("watch", "@last", "--json").code == 0
+    assert command("query", "SELECT COUNT(*) AS n FROM score_runs", "--format", "csv").out.split() == ["n", "1"]
 
 
 def test_rows_are_listed_by_what_their_scores_say(command: Command, tmp_path: Path) -> None:
@@ -79,8 +91,8 @@ def test_a_wrong_wish_is_one_clear_sentence(
     ran(command, tmp_path)
     done = command(*arguments)
     assert (done.code, problem in done.err) == (2, True), done.err
-    # Nothing half-done is left of a run that failed.
-    assert command("query", "SELECT COUNT(*) AS n FROM score_runs", "--format", "csv").out.split() == ["n", "0"]
+    # Nothing half-done is left of a run that failed: the one there is was kept when the job ended.
+    assert command("query", "SELECT COUNT(*) AS n FROM score_runs", "--format", "csv").out.split() == ["n", "1"]
 
 
 def test_a_scorer_of_ones_own_sees_the_row_and_its_errors_are_counted(command: Command, tmp_path: Path) -> None:

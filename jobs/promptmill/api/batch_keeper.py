@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import orjson
@@ -31,12 +31,13 @@ from promptmill.broker import Broker
 from promptmill.catalog import FETCH_ROWS
 from promptmill.database import epoch, open_database, reading, writing
 from promptmill.dispatch import Dispatcher
-from promptmill.errors import BrokerError, PromptmillError
+from promptmill.errors import BrokerError, PromptmillError, TaskFileError
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
 from promptmill.preparing import gauge_of
 from promptmill.readers import open_dataset
 from promptmill.result_formats import openai_line
+from promptmill.score_runs import keep_scores, unscored
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.tables import api_keys, batches, files, jobs, requests, results
@@ -49,6 +50,9 @@ log = logging.getLogger("promptmill.api.batches")
 TICK_S = 0.25
 EXPIRE_S = 5.0
 SWEEP_S = 600.0
+
+#: Seconds after the end of a client's job within which its scores are kept: the window of a batch.
+SCORED_WITHIN_S = 86_400.0
 
 #: Batches worked on at one time.
 AT_ONCE = 2
@@ -79,18 +83,24 @@ class Keeper:
         self.models = ModelDirectory(db)
         self.dispatcher = Dispatcher(self.ledger, Broker(settings.redis_url))
         self._busy: set[str] = set()
+        #: Jobs whose scores were looked at: of some there is nothing to keep.
+        self._scored: set[tuple[str, float]] = set()
         self._lock = threading.Lock()
 
     def run(self, stopping: threading.Event) -> None:
         """Look after batches until told to stop."""
         swept = expired = float("-inf")
-        with ThreadPoolExecutor(AT_ONCE) as threads:
+        scoring: Future[None] | None = None
+        # One more thread, so that scores of a large job hold no batch up.
+        with ThreadPoolExecutor(AT_ONCE + 1) as threads:
             while not stopping.wait(TICK_S):
                 try:
                     if time.monotonic() - expired > EXPIRE_S:
                         # Workers do so too; a batch expires without one.
                         self.ledger.expire_overdue()
                         expired = time.monotonic()
+                        if scoring is None or scoring.done():
+                            scoring = threads.submit(self._keep_scores)
                     for batch_id in self._due():
                         threads.submit(self._keep, batch_id)
                     if time.monotonic() - swept > SWEEP_S:
@@ -99,6 +109,18 @@ class Keeper:
                 except (PromptmillError, sa.exc.SQLAlchemyError, OSError) as problem:
                     log.warning("batches wait: %s", str(problem).splitlines()[0][:200])
                     stopping.wait(1.0)
+
+    def _keep_scores(self) -> None:
+        """A score run of each job that ended and came with a task, batches among them."""
+        try:
+            for job in unscored(self.db, SCORED_WITHIN_S):
+                if (job.id, job.finished_at) in self._scored:
+                    continue
+                with contextlib.suppress(TaskFileError):
+                    keep_scores(self.db, job)
+                self._scored.add((job.id, job.finished_at))
+        except (PromptmillError, sa.exc.SQLAlchemyError) as problem:
+            log.warning("scores wait: %s", str(problem).splitlines()[0][:200])
 
     def _due(self) -> list[str]:
         """Batches with something to do, that are free or ours; they are ours then."""

@@ -141,8 +141,9 @@ def show_job_engine(text: str) -> None:
 
 
 def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = False, junit: str | None = None) -> None:
-    """Print the report and leave with the exit code the job's end deserves."""
+    """Print the report, keep the scores, and leave with the exit code the job's end deserves."""
     from promptmill.cli.report import print_report
+    from promptmill.service import keep_scores
     from promptmill.types import JobState
 
     if one and not quiet:
@@ -157,6 +158,7 @@ def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = Fa
     if outcome.state is not JobState.COMPLETED:
         _say_why(db, outcome)
         raise click.exceptions.Exit(EXIT_FAILED)
+    keep_scores(outcome.job_id, db)
     _judge_gates(db, outcome.job_id, junit)
 
 
