@@ -18,6 +18,16 @@ _SCORED = "outcome IN ('scored', 'unparsed', 'truncated', 'scorer_error')"
 _RUN = "FROM scores WHERE score_run_id = 'RUN' AND metric = 'SCORE'"
 
 
+#: Seconds around a job in which a sample of its workers counts: they are taken every 5 s, at a start and at an end.
+SAMPLED_S = 6.0
+
+_SAMPLED = (
+    "FROM worker_samples WHERE worker_id = 'WORKER' "
+    f"AND at BETWEEN (SELECT MIN(admitted_at) {_SLOT}) - {SAMPLED_S:g} "
+    f"AND (SELECT MAX(finished_at) {_SLOT}) + {SAMPLED_S:g}"
+)
+
+
 def _times(name: str) -> str:
     return f"SELECT p50, p90, p95, p99, mean, n FROM v_percentiles WHERE job_id = 'JOB' AND metric = '{name}'"
 
@@ -62,6 +72,6 @@ FIGURE_SQL = {
     "majority_baseline": (
         f"SELECT 1.0 * MAX(n) / SUM(n) FROM (SELECT COUNT(*) AS n {_RUN} AND {_SCORED} GROUP BY expected) AS labels"
     ),
-    "memory_bytes": "SELECT MAX(memory_bytes) FROM worker_samples WHERE worker_id = 'WORKER'",
-    "device_memory_bytes": "SELECT MAX(device_memory_bytes) FROM worker_samples WHERE worker_id = 'WORKER'",
+    "memory_bytes": f"SELECT MAX(memory_bytes) {_SAMPLED}",
+    "device_memory_bytes": f"SELECT MAX(device_memory_bytes) {_SAMPLED}",
 }

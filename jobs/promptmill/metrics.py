@@ -317,14 +317,21 @@ _ALL = (
         _NEITHER,
         "share of the commonest expected label: the accuracy of always giving it",
     ),
-    Metric("memory_bytes", "memory", Unit.BYTES, Kind.MEMORY, _LOWER, "max of worker_samples.memory_bytes (RSS)"),
+    Metric(
+        "memory_bytes",
+        "memory",
+        Unit.BYTES,
+        Kind.MEMORY,
+        _LOWER,
+        "max of worker_samples.memory_bytes (RSS) from the first admission to the last end, and 6 s around",
+    ),
     Metric(
         "device_memory_bytes",
         "device memory",
         Unit.BYTES,
         Kind.MEMORY,
         _LOWER,
-        "max of worker_samples.device_memory_bytes",
+        "max of worker_samples.device_memory_bytes in the same time",
     ),
 )
 

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from ulid import ULID
 
 from promptmill.database import copy_rows, epoch, reading, writing
@@ -116,12 +116,16 @@ _SINCE = sa.and_(
 )  # fmt: skip
 
 
-def _kept(db: Engine, job_id: str, task: Task) -> list[str]:
-    """The runs of :func:`keep_scores`, the first one first."""
+def own_runs(db: Connection, job_id: str, task_sha256: str | None) -> list[str]:
+    """Score runs of a job by its own task over the answers that it has, the first one first."""
     query = sa.select(score_runs.c.id).join_from(score_runs, jobs, _SINCE)
-    query = query.where(jobs.c.id == job_id, score_runs.c.task_sha256 == task.sha256)
+    query = query.where(jobs.c.id == job_id, score_runs.c.task_sha256 == task_sha256)
+    return list(db.execute(query.order_by(score_runs.c.number, score_runs.c.id)).scalars())
+
+
+def _kept(db: Engine, job_id: str, task: Task) -> list[str]:
     with reading(db) as connection:
-        return list(connection.execute(query.order_by(score_runs.c.number, score_runs.c.id)).scalars())
+        return own_runs(connection, job_id, task.sha256)
 
 
 def unscored(db: Engine, within_s: float) -> list[sa.Row[Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -14,7 +16,10 @@ from promptmill.reports import csv_form, html, json_form, markdown
 from promptmill.reports.details import calibrated
 from promptmill.reports.plots import merged
 from promptmill.reports.summary import summarise
-from tests.unit.test_reports import JOB, START, answer, counters, db, failure, store
+from promptmill.service import keep_scores
+from promptmill.tables import worker_samples
+from promptmill.task_file import parse_task
+from tests.unit.test_reports import JOB, START, TASK, WORKER, answer, counters, db, failure, store, store_worker
 
 __all__ = ["db"]
 
@@ -82,6 +87,31 @@ def test_html_of_a_scored_job_shows_its_confusion_in_any_script(db: sa.Engine) -
     assert "Confusion matrix of category" in text
     assert "诈骗类广告" in text
     assert "<image" not in text
+
+
+def test_every_figure_of_the_page_has_the_query_that_gives_it(db: sa.Engine) -> None:
+    labels = {row: {"is_ad": row < 9} for row in range(12)}
+    sha = parse_task(TASK, "ads").sha256
+    store(db, [answer(row) for row in range(12)], tried=[counters()], expected=labels, task_text=TASK, task_sha256=sha)
+    store_worker(db)
+    with db.begin() as connection:
+        connection.execute(sa.insert(worker_samples), [
+            {"worker_id": WORKER, "at": START + at, "memory_bytes": size * 2**20, "state": "busy"}
+            for at, size in ((2, 100), (5, 300), (500, 900))
+        ])  # fmt: skip
+    keep_scores(JOB, db)
+    cells = [re.findall("<td[^>]*>(.*?)</td>", row) for row in html.text(db, JOB).split("<tr>")]
+    found = {row[0]: row for row in cells if len(row) == 5}
+    for name, value in (
+        ("is_ad.accuracy", 75.0),
+        ("is_ad.majority_baseline", 75.0),
+        (f"memory_bytes of {WORKER}", 300),
+    ):
+        assert float(found[name][1]) == value
+        with db.connect() as connection:
+            given = connection.execute(sa.text(unescape(found[name][4]))).scalar()
+        assert given * (2**-20 if "memory" in name else 100) == pytest.approx(value)
+    assert {"is_ad.macro_f1", "is_ad.kappa"} <= found.keys()
 
 
 def test_calibration_takes_groups_of_equal_mass() -> None:

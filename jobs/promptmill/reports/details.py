@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection
 
 from promptmill.reports.pairs import read_rows
 from promptmill.reports.scan import Floats
+from promptmill.score_runs import own_runs
 from promptmill.tables import attempts, job_tags, jobs, requests, results, worker_samples
 
 #: Slowest rows that are listed.
@@ -84,6 +85,8 @@ class Details:
     samples: dict[str, dict[str, Floats]]
     config: dict[str, Any]
     env: dict[str, Any]
+    #: The score run by the job's own task; None where there is none.
+    score_run: str | None
 
 
 def read_details(db: Connection, job_id: str, begin: float, end: float) -> Details:
@@ -102,6 +105,7 @@ def read_details(db: Connection, job_id: str, begin: float, end: float) -> Detai
         samples=_samples(db, job_id, begin, end),
         config=_config(job),
         env=json.loads(job.env or "{}"),
+        score_run=next(iter(own_runs(db, job_id, job.task_sha256)), None),
     )
 
 

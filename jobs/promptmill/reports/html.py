@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.metrics import METRICS, PERCENTILES, Metric, digits
 from promptmill.reports import plots
 from promptmill.reports.details import Details, read_details
-from promptmill.reports.figures import DISTRIBUTIONS, singles
+from promptmill.reports.figures import DISTRIBUTIONS, score_name, singles
 from promptmill.reports.fold import Plots
 from promptmill.reports.rows import consistent
 from promptmill.reports.scan import Floats
@@ -38,7 +39,7 @@ def text(db: Engine | Connection, job_id: str) -> str:
     sections = [
         _head(summary, details), _keys(summary), _plots(summary, details, shapes), _scores(summary, details),
         _times(summary), _errors(summary), _slow(details), _workers(summary, details), _checks(summary),
-        _config(details), _definitions(summary),
+        _config(details), _definitions(summary, details),
     ]  # fmt: skip
     return document(title, "".join(sections))
 
@@ -312,20 +313,29 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def _definitions(summary: Summary) -> str:
+def _definitions(summary: Summary, details: Details) -> str:
     """The definition of every figure, and the query that gives it."""
-    rows = [
-        (metric.name, "not measured" if value is None else metric.text(value), metric.shown_unit, metric.formula,
-         _query(metric, summary))
-        for metric, value in singles(summary)
-    ]  # fmt: skip
-    rows += [
-        (name, "see above", METRICS[name].shown_unit, METRICS[name].formula, _query(METRICS[name], summary))
-        for name in DISTRIBUTIONS
-    ]
+    job = {"JOB": summary.job_id}
+    shown = [(metric.name, metric, "not measured" if value is None else metric.text(value), job)
+             for metric, value in singles(summary)]  # fmt: skip
+    shown += [(name, METRICS[name], "see above", job) for name in DISTRIBUTIONS]
+    for name, score in summary.scores.items():
+        figures = score.all_figures | {"majority_baseline": score.majority_baseline}
+        names = {"SCORE": name} | ({"RUN": details.score_run} if details.score_run else {})
+        shown += [(score_name(name, each), METRICS[each], METRICS[each].text(value), names)
+                  for each, value in figures.items() if value is not None]  # fmt: skip
+    for worker in summary.workers:
+        for metric in (METRICS["memory_bytes"], METRICS["device_memory_bytes"]):
+            value = getattr(worker, metric.name)
+            if value is not None:
+                shown.append((f"{metric.name} of {worker.id}", metric, metric.text(value), job | {"WORKER": worker.id}))
+    rows = [(name, value, metric.shown_unit, metric.formula, _query(metric, names))
+            for name, metric, value, names in shown]  # fmt: skip
     columns = ("figure", "value", "unit", "definition", "promptmill query …")
     return section("Every figure, its definition and its query", f"<div class=small>{table(columns, rows, (1,))}</div>")
 
 
-def _query(metric: Metric, summary: Summary) -> str:
-    return (metric.sql or "").replace("'JOB'", f"'{summary.job_id}'")
+def _query(metric: Metric, names: Mapping[str, str]) -> str:
+    """The query with what it is about in place of ``'JOB'``, ``'RUN'`` and their like."""
+    quoted = {place: name.replace("'", "''") for place, name in names.items()}
+    return re.sub(r"'([A-Z]+)'", lambda found: f"'{quoted.get(found[1], found[1])}'", metric.sql or "")

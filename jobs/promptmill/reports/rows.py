@@ -15,12 +15,10 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import reading
 from promptmill.errors import UnknownName
+from promptmill.figure_sql import SAMPLED_S
 from promptmill.reports.fold import Folded, Group, fold
 from promptmill.reports.totals import Totals
 from promptmill.tables import attempts, job_tags, jobs, results, worker_samples, workers
-
-#: Seconds around a job in which a sample of its workers counts: they are taken every 5 s, at a start and at an end.
-SAMPLED_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
