@@ -14,8 +14,8 @@ import sqlalchemy as sa
 
 from promptmill.reports import csv_form, html, json_form, markdown
 from promptmill.reports.details import calibrated
-from promptmill.reports.plots import merged
 from promptmill.reports.summary import summarise
+from promptmill.reports.timeline import merged, phases_of, read_phases, without
 from promptmill.service import keep_scores
 from promptmill.tables import worker_samples
 from promptmill.task_file import parse_task
@@ -126,3 +126,47 @@ def test_calibration_takes_groups_of_equal_mass() -> None:
 
 def test_spans_that_cannot_be_seen_apart_are_one() -> None:
     assert merged([(0, 1), (1.01, 2), (5, 6)], 0.1) == [(0, 2), (5, 6)]
+
+
+def test_a_worker_is_busy_while_it_holds_a_lease_and_idle_no_longer_than_that(db: sa.Engine) -> None:
+    """Samples of a run of 8 s: at its start, 5 s later, at its end; the model took 1 s to load."""
+    tried = [
+        counters(started_at=START + 1.5, ended_at=START + 8),
+        counters(number=1, started_at=START + 9, ended_at=START + 9.5),
+    ]
+    store(db, [answer(0)], tried=tried)
+    store_worker(db, model_load_s=1.0)
+    with db.begin() as connection:
+        connection.execute(sa.insert(worker_samples), [
+            {"worker_id": WORKER, "at": START + at, "state": state}
+            for at, state in ((0, "loading"), (5, "busy"), (10, "idle"))
+        ])  # fmt: skip
+    with db.connect() as connection:
+        phases, restarts = read_phases(connection, JOB, START, START + 10)
+    assert [(begin, end, state) for _, begin, end, state in phases] == [
+        (0, 1, "loading"), (1, 1.5, "idle"), (1.5, 8, "busy"), (8, 9, "idle"), (9, 9.5, "busy"), (9.5, 10, "idle"),
+    ]  # fmt: skip
+    assert restarts == ()
+
+
+def test_a_worker_that_takes_the_place_of_a_dead_one_is_marked(db: sa.Engine) -> None:
+    tried = [
+        counters(ended_at=START + 4, outcome="lost"),
+        counters(attempt=2, worker_id="box/cpu/2", started_at=START + 6, ended_at=START + 9),
+        counters(number=1, worker_id="other/cpu/1", started_at=START + 6, ended_at=START + 9),
+    ]
+    store(db, [answer(row, finished_at=START + 9) for row in range(8)], tried=tried)
+    store_worker(db, heartbeat_at=START + 4)
+    store_worker(db, "box/cpu/2", started_at=START + 5, heartbeat_at=START + 9)
+    store_worker(db, "other/cpu/1", host="other", started_at=START + 5, heartbeat_at=START + 9)
+    with db.connect() as connection:
+        assert read_phases(connection, JOB, START, START + 10)[1] == (("box/cpu/2", 5),)
+    assert "a red mark: started anew" in html.text(db, JOB)
+
+
+def test_requests_of_the_api_are_work_without_a_lease() -> None:
+    samples = [(0.0, "idle"), (5.0, "busy"), (10.0, "busy"), (60.0, "idle"), (65.0, "idle")]
+    assert phases_of(samples, [(6.0, 9.0)], []) == [
+        (0, 5, "busy"), (5, 6, "idle"), (6, 9, "busy"), (9, 10, "idle"), (60, 65, "idle"),
+    ]  # fmt: skip
+    assert without([(0, 4), (5, 9)], [(1, 2), (3, 6), (8, 20)]) == [(0, 1), (2, 3), (6, 8)]

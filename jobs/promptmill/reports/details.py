@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,12 @@ from sqlalchemy.engine import Connection
 
 from promptmill.reports.pairs import read_rows
 from promptmill.reports.scan import Floats
+from promptmill.reports.timeline import Phase, read_phases
 from promptmill.score_runs import own_runs
 from promptmill.tables import attempts, job_tags, jobs, requests, results, worker_samples
 
 #: Slowest rows that are listed.
 SLOWEST = 10
-
-#: Seconds before the first admission that the timeline may show, and the longest time one sample speaks for.
-BEFORE_S = 600.0
-GAP_S = 30.0
 
 #: Groups of the calibration curve.
 CALIBRATION_GROUPS = 10
@@ -74,8 +70,9 @@ class Details:
     slow: tuple[SlowRow, ...]
     #: (worker, start, end, outcome) of each attempt.
     spans: tuple[tuple[str, float, float, str], ...]
-    #: (worker, start, end, state) of the time between two samples.
-    phases: tuple[tuple[str, float, float, str], ...]
+    #: What each worker was at, and (worker, second) of each that was started anew.
+    phases: tuple[Phase, ...]
+    restarts: tuple[tuple[str, float], ...]
     #: Worker -> state -> most memory, most device memory, mean CPU, mean device use of its samples.
     resources: tuple[PhaseUse, ...]
     calibration: Calibration | None
@@ -92,10 +89,12 @@ class Details:
 def read_details(db: Connection, job_id: str, begin: float, end: float) -> Details:
     """What lies beside the rows that were folded. ``begin`` and ``end``: of the time that plots show."""
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
+    phases, restarts = read_phases(db, job_id, begin, end)
     return Details(
         slow=_slow(db, job_id),
         spans=_spans(db, job_id, begin, end),
-        phases=_phases(db, job_id, begin, end),
+        phases=phases,
+        restarts=restarts,
         resources=_resources(db, job_id, end),
         calibration=_calibration(db, job_id),
         note=job.note,
@@ -142,21 +141,6 @@ def _spans(db: Connection, job_id: str, begin: float, end: float) -> tuple[tuple
     return tuple(
         (worker, started - begin, (ended or end) - begin, outcome or "running")
         for worker, started, ended, outcome in db.execute(query.order_by(each.worker_id, each.started_at))
-    )
-
-
-def _phases(db: Connection, job_id: str, begin: float, end: float) -> tuple[tuple[str, float, float, str], ...]:
-    """What workers were at, from one sample to the next; before the first admission too, where they loaded."""
-    each = worker_samples.c
-    own = sa.select(attempts.c.worker_id).where(attempts.c.job_id == job_id)
-    query = sa.select(each.worker_id, each.at, each.state).where(
-        each.worker_id.in_(own), each.state.is_not(None), each.at.between(begin - BEFORE_S, end + 10)
-    )
-    rows = list(db.execute(query.order_by(each.worker_id, each.at)))
-    return tuple(
-        (worker, max(at - begin, -BEFORE_S), later - begin, state)
-        for (worker, at, state), (following, later, _) in pairwise(rows)
-        if worker == following and later - at <= GAP_S
     )
 
 

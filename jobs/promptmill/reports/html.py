@@ -137,7 +137,7 @@ def _plots(summary: Summary, details: Details, shapes: Plots | None) -> str:
             (
                 plots.timeline(details),
                 "wide: chunks, green done, orange given back, red lost or failed, blue running; narrow: violet "
-                "loading, grey idle, blue busy",
+                "loading, grey idle, blue busy; a red mark: started anew",
             )
         )
     shown += [(svg, caption) for svg, caption in _resources(details)]
@@ -202,7 +202,7 @@ def _resources(details: Details) -> list[tuple[str, str]]:
             if np.isfinite(columns[name]).sum() >= 2
         ]
         if lines:
-            shown.append((plots.over_time(lines, f"{label} of workers", unit), f"worker_samples.{name}"))
+            shown.append((plots.over_time(lines, f"{label} of workers", unit, "pre"), f"worker_samples.{name}"))
     return shown
 
 

@@ -7,13 +7,14 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from promptmill.reports.details import Calibration, Details
 from promptmill.reports.fold import Plots
 from promptmill.reports.scan import Floats
+from promptmill.reports.timeline import merged
 
 #: Stands for the colour of the text in what matplotlib draws; replaced afterwards.
 INK = "#010203"
@@ -83,12 +84,15 @@ def latency_histogram(shapes: Plots) -> str:
     return draw(paint, "Latency histogram and cumulative curve")
 
 
-def over_time(lines: Sequence[tuple[str, Floats, Floats, str]], label: str, unit: str) -> str:
-    """Lines of (name, seconds, values, colour) over the time of the job."""
+def over_time(
+    lines: Sequence[tuple[str, Floats, Floats, str]], label: str, unit: str, step: Literal["pre", "post"] = "post"
+) -> str:
+    """Lines of (name, seconds, values, colour) over the time of the job. A value is of the time after its second, or,
+    with ``step`` 'pre', of the time before it."""
 
     def paint(axes: Any) -> None:
         for name, at, values, colour in lines:
-            axes.plot(at, values, color=colour, label=name, linewidth=1.4, drawstyle="steps-post")
+            axes.plot(at, values, color=colour, label=name, linewidth=1.4, drawstyle=f"steps-{step}")
         axes.set(xlabel="s since the first admission", ylabel=unit)
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")
@@ -114,7 +118,7 @@ def scatter(shapes: Plots) -> str:
 
 
 def timeline(details: Details) -> str:
-    """What each worker did: below, what its samples say it was at; above, its attempts by how they ended."""
+    """What each worker did: below, what it was at, a mark where it began anew; above, its attempts by their end."""
     workers = sorted({span[0] for span in (*details.spans, *details.phases)})
     width = max((span[2] for span in (*details.spans, *details.phases)), default=1.0) / WIDTH
 
@@ -127,6 +131,8 @@ def timeline(details: Details) -> str:
                     own = [(begin, end) for worker, begin, end, how in spans if (worker, how) == (name, kind)]
                     bars = [(begin, end - begin) for begin, end in merged(own, width)]
                     axes.broken_barh(bars, (low, high), facecolor=colour, alpha=0.8)
+            again = [at for worker, at in details.restarts if worker == name]
+            axes.plot(again, [index - 0.28] * len(again), linestyle="", marker="v", markersize=7, color=RED)
         axes.set_yticks(range(len(workers)), [name[-28:] for name in workers])
         axes.set(xlabel="s since the first admission")
 
@@ -153,17 +159,6 @@ def occupancy(active: Mapping[str, Floats], slots: Mapping[str, int], slice_s: f
         axes.set(xlabel="s since the first admission")
 
     return draw(paint, "Active sequences against slots of each worker", (6.4, 1.0 + 0.45 * len(workers)))
-
-
-def merged(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
-    """Spans with no more than ``gap`` between them as one: what is too close to be seen apart."""
-    found: list[tuple[float, float]] = []
-    for begin, end in sorted(spans):
-        if found and begin - found[-1][1] <= gap:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((begin, end))
-    return found
 
 
 def calibration(found: Calibration) -> str:
