@@ -43,12 +43,18 @@ def querying(db: Engine, sql: str, seconds: float) -> Iterator[tuple[list[str], 
             "only queries that read are run: SELECT, WITH, VALUES or EXPLAIN",
             hint=f"Named queries: {', '.join(QUERIES)}.",
         )
-    with reading(db) as connection, _read_only(connection, seconds):
+    late = threading.Event()
+    with reading(db) as connection, _read_only(connection, seconds, late):
         try:
             found = _executed(connection, text, begin[1].lower() == "explain")
-            yield list(found.keys()), _translated(found)
+            try:
+                yield list(found.keys()), _in_time(found, seconds, late)
+            finally:
+                # Of a statement that was ended SQLite says once more that it was.
+                with contextlib.suppress(sa.exc.DBAPIError):
+                    found.close()
         except sa.exc.DBAPIError as problem:
-            raise _clear(problem, seconds) from None
+            raise (_took_longer(seconds) if late.is_set() else _clear(problem)) from None
 
 
 def _executed(connection: Connection, text: str, plan: bool) -> sa.CursorResult[Any]:
@@ -63,29 +69,43 @@ def _executed(connection: Connection, text: str, plan: bool) -> sa.CursorResult[
     return connection.exec_driver_sql(text.replace("%", "%%"))
 
 
-def _translated(found: Any) -> Iterator[Sequence[Any]]:
+def _in_time(found: Any, seconds: float, late: threading.Event) -> Iterator[Sequence[Any]]:
+    """The rows. Between two pages of them there is no statement to be cancelled."""
     for row in found:
+        if late.is_set():
+            raise _took_longer(seconds)
         yield tuple(row)
 
 
 @contextmanager
-def _read_only(connection: Connection, seconds: float) -> Iterator[None]:
-    if connection.dialect.name == "postgresql":
+def _read_only(connection: Connection, seconds: float, late: threading.Event) -> Iterator[None]:
+    """``late`` is set, and what runs is cancelled, when the query has taken so long with all its pages.
+
+    A statement_timeout of PostgreSQL would be one of each page.
+    """
+    driver: Any = connection.connection.driver_connection
+    postgresql = connection.dialect.name == "postgresql"
+    if postgresql:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         _without_powers(connection)
-        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {int(1000 * seconds)}")
-        yield
-        return
-    connection.exec_driver_sql("PRAGMA query_only = ON")
-    driver: Any = connection.connection.driver_connection
-    timer = threading.Timer(seconds, driver.interrupt)
+    else:
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+
+    def end() -> None:
+        late.set()
+        (driver.cancel_safe if postgresql else driver.interrupt)()
+
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-        connection.exec_driver_sql("PRAGMA query_only = OFF")
+        # What it has begun to cancel must not be the next statement.
+        timer.join()
+        if not postgresql:
+            connection.exec_driver_sql("PRAGMA query_only = OFF")
 
 
 def _without_powers(connection: Connection) -> None:
@@ -96,10 +116,12 @@ def _without_powers(connection: Connection) -> None:
         connection.exec_driver_sql("SET LOCAL ROLE pg_read_all_data")
 
 
-def _clear(problem: sa.exc.DBAPIError, seconds: float) -> QueryError:
+def _took_longer(seconds: float) -> QueryError:
+    return QueryError(f"the query took longer than {seconds:g} s", hint="Give --timeout SECONDS, or ask for less.")
+
+
+def _clear(problem: sa.exc.DBAPIError) -> QueryError:
     text = str(problem.orig).strip().splitlines()[0] if str(problem.orig).strip() else type(problem.orig).__name__
-    if "interrupted" in text or "statement timeout" in text:
-        return QueryError(f"the query took longer than {seconds:g} s", hint="Give --timeout SECONDS, or ask for less.")
     if "readonly" in text or "read-only" in text:
         return QueryError("the query writes: only queries that read are run")
     return QueryError(f"the query is wrong: {text}", hint="'promptmill query --list' shows views and named queries.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill.queries import QueryError, querying, write_parquet
+from promptmill.queries import QueryError, querying, write_jsonl, write_parquet
 from promptmill.views import QUERIES, VIEWS
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
 
@@ -79,6 +81,38 @@ def test_a_query_without_end_is_ended(filled: sa.Engine) -> None:
     endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT COUNT(*) FROM x"
     with pytest.raises(QueryError, match="longer than"):
         rows_of(filled, endless, 0.3)
+
+
+def test_a_query_whose_pages_are_each_quick_is_ended_all_the_same(filled: sa.Engine) -> None:
+    endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT n FROM x"
+    begun = time.monotonic()
+    with pytest.raises(QueryError, match=r"longer than 0\.5 s"):
+        rows_of(filled, endless, 0.5)
+    assert time.monotonic() - begun < 10
+    assert rows_of(filled, "SELECT id FROM jobs")[0]["id"] == JOB
+
+
+def taken_slowly(db: sa.Engine, seconds: float) -> None:
+    with querying(db, "SELECT * FROM requests", seconds) as (_, rows):
+        next(rows)
+        time.sleep(2 * seconds)
+        next(rows)
+
+
+def test_a_query_whose_rows_are_taken_slowly_is_ended(filled: sa.Engine) -> None:
+    with pytest.raises(QueryError, match="longer than"):
+        taken_slowly(filled, 0.3)
+    assert rows_of(filled, "SELECT id FROM jobs")[0]["id"] == JOB
+
+
+def test_two_columns_of_one_name_are_one_clear_error(filled: sa.Engine, tmp_path: Path) -> None:
+    path = tmp_path / "out.parquet"
+    with querying(filled, "SELECT 1 AS n, 2 AS n", 30) as (columns, rows):
+        with pytest.raises(QueryError, match="two columns are called 'n'"):
+            write_parquet(columns, rows, str(path))
+        with pytest.raises(QueryError, match="two columns are called 'n'"):
+            write_jsonl(columns, rows, io.StringIO())
+    assert not path.exists()
 
 
 def test_a_wrong_query_is_one_clear_error(filled: sa.Engine) -> None:
