@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import pickle
 import re
 import tempfile
@@ -21,6 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.database import reading
 from promptmill.errors import PromptmillError
 from promptmill.views import QUERIES
+from promptmill.whole_files import appearing
 
 #: Rows fetched, and written to Parquet, at a time.
 BATCH_ROWS = 5_000
@@ -134,13 +134,15 @@ def write_csv(columns: list[str], rows: Iterator[Sequence[Any]], stream: IO[str]
 
 
 def write_jsonl(columns: list[str], rows: Iterator[Sequence[Any]], stream: IO[str]) -> None:
+    """Raises :class:`QueryError` for two columns of one name."""
+    _refuse_equal_names(columns)
     for row in rows:
         line = dict(zip(columns, row, strict=True))
         stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
 def write_parquet(columns: list[str], rows: Iterator[Sequence[Any]], path: str) -> None:
-    """The file appears whole or not at all.
+    """The file appears whole or not at all. Raises :class:`QueryError` for two columns of one name.
 
     Rows are kept in a file beside it until all types are known: a column may be whole numbers, or empty, for a million
     rows and then not. Whole numbers beside fractions become fractions, anything beside text becomes text.
@@ -148,9 +150,9 @@ def write_parquet(columns: list[str], rows: Iterator[Sequence[Any]], path: str) 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    partial = Path(f"{path}.part-{os.getpid()}")
+    _refuse_equal_names(columns)
     kinds: list[set[type]] = [set() for _ in columns]
-    with tempfile.TemporaryFile(dir=partial.absolute().parent) as held:
+    with tempfile.TemporaryFile(dir=Path(path).absolute().parent) as held:
         for row in rows:
             cells = [_plain(cell) for cell in row]
             for kind, cell in zip(kinds, cells, strict=True):
@@ -159,18 +161,21 @@ def write_parquet(columns: list[str], rows: Iterator[Sequence[Any]], path: str) 
         held.seek(0)
         types = [_type_of(kind - {type(None)}) for kind in kinds]
         schema = pa.schema([(name, getattr(pa, kind)()) for name, (kind, _) in zip(columns, types, strict=True)])
-        try:
-            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                for batch in _batches(held):
-                    block = zip(*batch, strict=True)
-                    arrays = [
-                        pa.array([None if cell is None else make(cell) for cell in column], field.type)
-                        for column, field, (_, make) in zip(block, schema, types, strict=True)
-                    ]
-                    writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with appearing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for batch in _batches(held):
+                block = zip(*batch, strict=True)
+                arrays = [
+                    pa.array([None if cell is None else make(cell) for cell in column], field.type)
+                    for column, field, (_, make) in zip(block, schema, types, strict=True)
+                ]
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _refuse_equal_names(columns: list[str]) -> None:
+    """Where a row has one value of each name."""
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise QueryError(f"two columns are called '{twice[0]}'", hint="Name them apart with AS, or write CSV.")
 
 
 def _plain(cell: Any) -> Any:

@@ -349,6 +349,46 @@ def test_the_form_of_a_query_is_told_by_the_name_of_its_file(command: Command) -
         assert path.read_bytes().startswith(begin)
 
 
+def test_a_query_that_fails_leaves_the_file_that_was_there(command: Command) -> None:
+    command("db", "upgrade")
+    for name in ("out.csv", "out.jsonl", "out.parquet"):
+        path = command.folder / name
+        path.write_text("precious")
+        # The first rows are there before the fault is met.
+        sql = (
+            "SELECT abs(CASE WHEN n < 9 THEN n ELSE -9223372036854775807 - 1 END) AS n FROM "
+            "(WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x WHERE n < 9) SELECT n FROM x) AS y"
+        )
+        failed = command("query", sql, "-o", str(path), "--force")
+        assert (failed.code, path.read_text()) == (2, "precious"), failed.err
+    assert sorted(each.name for each in command.folder.glob("out.*")) == ["out.csv", "out.jsonl", "out.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["-o", "q.json"], "the name q.json tells no format"),
+        (["-o", "q.csv", "--format", "jsonl"], "--format jsonl and the name q.csv contradict each other"),
+        (["-o", "q.parquet", "--format", "table"], "a table is for a terminal"),
+        (["-o", "q.csv", "--json"], "contradict each other"),
+        (["--format", "parquet"], "Parquet is written to a file"),
+    ],
+)
+def test_a_form_that_does_not_go_with_its_file_is_refused(command: Command, arguments: list[str], problem: str) -> None:
+    command("db", "upgrade")
+    done = command("query", "SELECT 1 AS n", *arguments)
+    assert (done.code, problem in done.err) == (2, True), done.err
+    assert not [each for each in command.folder.iterdir() if each.name.startswith("q.")]
+    assert command("query", "SELECT 1 AS n", "-o", "q.json", "--format", "jsonl").code == 0
+    assert (command.folder / "q.json").read_text() == '{"n": 1}\n'
+
+
+def test_what_a_model_wrote_moves_no_cursor(command: Command) -> None:
+    command("db", "upgrade")
+    found = command("query", "SELECT 'a' || char(27) || '[2Jb' || char(155) || char(7) AS n")
+    assert found.out.split() == ["n", "a[2Jb"]
+
+
 def test_results_are_not_written_over_a_file_unasked(command: Command, tmp_path: Path) -> None:
     assert command("run", prompts(tmp_path, 2), "--model", "echo").code == 0
     for name in ("out.jsonl", "out.parquet"):

@@ -210,11 +210,20 @@ def table(columns: list[str], rows: list[list[Any]], right: set[str] | None = No
         # Ids are copied from here: they are never broken.
         whole = column in ("job", "done", "errors", "state")
         made.add_column(
-            column, justify="right" if right and column in right else "left", overflow="fold", no_wrap=whole
+            printable(column), justify="right" if right and column in right else "left", overflow="fold", no_wrap=whole
         )
     for row in rows:
-        made.add_row(*["-" if cell is None else str(cell) for cell in row])
+        made.add_row(*["-" if cell is None else printable(str(cell)) for cell in row])
     stdout_console().print(made)
+
+
+#: What a terminal would obey: the control characters of ASCII and Latin-1, but for a line's end and a tab.
+_CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+
+
+def printable(text: str) -> str:
+    """Foreign text without the characters by which it could move the cursor, or change colours and titles."""
+    return text.translate(_CONTROL)
 
 
 def clock(at: float | None) -> str | None:

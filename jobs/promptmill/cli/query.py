@@ -10,7 +10,9 @@ import click
 from promptmill.cli.common import open_all, stderr_console, table
 from promptmill.errors import PromptmillError
 
-FORMATS = ("table", "csv", "jsonl", "parquet")
+#: Of files; and those that can be asked for.
+FILES = ("csv", "jsonl", "parquet")
+FORMATS = ("table", *FILES)
 
 
 class _Sql(click.Command):
@@ -48,29 +50,42 @@ def query(
     """Run SQL (- reads it from stdin), or a named query, on a connection that cannot write."""
     from promptmill.cli.report import check_target
     from promptmill.queries import querying, write_csv, write_jsonl, write_parquet
+    from promptmill.whole_files import appearing
 
     if show or sql is None:
         _list()
         return
-    chosen = "jsonl" if as_json else format_ or _by_name(output)
-    if chosen == "parquet" and output == "-":
-        raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")
+    chosen = _format("jsonl" if as_json else format_, output)
     check_target(output, force)
     _, db = open_all()
     with querying(db, sys.stdin.read() if sql == "-" else sql, timeout) as (columns, rows):
+        write = write_jsonl if chosen == "jsonl" else write_csv
         if chosen == "parquet":
             write_parquet(columns, rows, output)
-        elif chosen == "table" and output == "-":
+        elif chosen == "table":
             _table(columns, rows)
+        elif output == "-":
+            write(columns, rows, sys.stdout)
         else:
-            write = write_jsonl if chosen == "jsonl" else write_csv
-            with click.open_file(output, "w", encoding="utf-8") as stream:
+            with appearing(output) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
                 write(columns, rows, stream)
 
 
-def _by_name(output: str) -> str:
+def _format(asked: str | None, output: str) -> str:
+    """What was asked for, or what the file's name says. Raises PromptmillError where they do not go together."""
+    if output == "-":
+        if asked == "parquet":
+            raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")
+        return asked or "table"
     suffix = output.rpartition(".")[2].lower()
-    return suffix if suffix in FORMATS else "table"
+    named = suffix if suffix in FILES else None
+    if asked == "table":
+        raise PromptmillError("a table is for a terminal", hint=f"To a file: --format {', '.join(FILES)}.")
+    if asked and named and asked != named:
+        raise PromptmillError(f"--format {asked} and the name {output} contradict each other", hint="Leave one out.")
+    if not asked and not named:
+        raise PromptmillError(f"the name {output} tells no format", hint=f"Give --format {', '.join(FILES)}.")
+    return asked or named or "table"
 
 
 def _table(columns: list[str], rows: object) -> None:

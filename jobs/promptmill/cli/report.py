@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,15 +102,13 @@ def check_target(output: str, force: bool) -> None:
 
 def write_text(text: str, output: str) -> None:
     """To stdout, or to a file that appears whole."""
+    from promptmill.whole_files import appearing
+
     if output == "-":
         click.echo(text, nl=False)
         return
-    partial = Path(f"{output}.part-{os.getpid()}")
-    try:
+    with appearing(output) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
     stderr_console().print(f"wrote {output}", soft_wrap=True)
 
 

@@ -93,13 +93,10 @@ def write_results(db: Engine, job_id: str, output: str, format_: str | None = No
 def _write_parquet(db: Engine, job_id: str, output: str, failed: bool, prompts: bool) -> None:
     """The file appears whole or not at all."""
     from promptmill.parquet_form import write
+    from promptmill.whole_files import appearing
 
-    partial = Path(f"{output}.part-{os.getpid()}")
-    try:
+    with appearing(output) as partial:
         count = write(db, job_id, str(partial), failed, prompts)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
     stderr_console().print(f"{count:,} results in {output}", soft_wrap=True)
 
 
