@@ -24,6 +24,7 @@ from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
 from promptmill.readers import Dataset
+from promptmill.readers.fields import storable
 from promptmill.sampling import refuse_repeats
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
@@ -137,6 +138,8 @@ class Preparer:
             except PromptmillError as error:
                 problem = error.message
                 error_class = getattr(error, "error_class", error_class)
+        # It may quote what the line has.
+        problem = storable(problem)
         self.tally.note_bad(line.line, problem)
         if not self._skip_invalid:
             return None

@@ -233,6 +233,16 @@ def test_a_nul_is_refused_over_postgresql_too(tmp_path: Path, postgres_url: str,
             assert refused(server, path)[0] == 400
         lines = [{"prompt": "a", "id": "x\0y"}]
         assert refused(server, "/v1/jobs", {"model": "demo", "lines": lines})[0] == 400
+        # Kept as errors, such lines lose only what cannot be stored.
+        lines = [*lines, {"prompt": "ok", "id": "half \udc00"}, "fine"]
+        job = call(server, "/v1/jobs", {"model": "demo", "lines": lines[::2], "skip_invalid": True})
+        assert (job["rows"], job["errors"]) == (2, 1)
+        texts = [*map(json.dumps, lines[:2]), r'{"a\u0000": 1, "a\u0000": 2}', '{"prompt": "fine"}']
+        (tmp_path / "bad.jsonl").write_text("\n".join(texts))
+        done = starter.command("submit", "bad.jsonl", "--model", "demo", "--skip-invalid", "--json")
+        assert done.code == 0, done.err
+        failed = starter.command("results", "@last", "--failed").out.splitlines()
+        assert [json.loads(line)["id"] for line in failed] == ["row-0", "row-1", "row-2"]
     finally:
         end_all(starter.started)
 

@@ -93,6 +93,8 @@ def _check(record: Any, number: int, endpoint: str, resolve: Resolve, findings: 
     custom_id, body = record["custom_id"], record["body"]
     if not isinstance(custom_id, str):
         raise _Bad("invalid_type", "Invalid type for 'custom_id': expected a string.", "custom_id")
+    if "\0" in custom_id:
+        raise _Bad("invalid_value", "Invalid 'custom_id': it holds a NUL character.", "custom_id")
     if record["method"] != "POST":
         raise _Bad("invalid_method", "Invalid value for 'method': only 'POST' is supported.", "method")
     if record["url"] != endpoint:

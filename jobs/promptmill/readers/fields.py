@@ -74,9 +74,15 @@ def take_id(fields: dict[str, Any]) -> str | None:
 def peek_id(record: Any) -> str | None:
     """The id of a line that cannot be used, where it has one: its error is then reported under it."""
     try:
-        return take_id(dict(record)) if isinstance(record, dict) else None
+        found = take_id(dict(record)) if isinstance(record, dict) else None
     except BadLine:
         return None
+    return found if found is not None and storable(found) == found else None
+
+
+def storable(text: str) -> str:
+    """``text`` without what no database takes: NUL, and halves of surrogate pairs."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
 def as_id(value: Any) -> str:
