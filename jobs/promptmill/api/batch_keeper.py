@@ -18,20 +18,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import orjson
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
-from ulid import ULID
 
-from promptmill.api.batch_rows import CLAIM_S, OPEN, move
+from promptmill.api.batch_claims import AT_ONCE, Claims
+from promptmill.api.batch_rows import move
 from promptmill.api.batch_validation import validate
 from promptmill.api.file_store import FileStore
 from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
 from promptmill.broker import Broker
 from promptmill.catalog import FETCH_ROWS
-from promptmill.database import epoch, open_database, reading, writing
+from promptmill.database import open_database, reading, writing
 from promptmill.dispatch import Dispatcher
-from promptmill.errors import BrokerError, PromptmillError, TaskFileError
+from promptmill.errors import BrokerError, DatabaseError, PromptmillError, TaskFileError
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
 from promptmill.preparing import gauge_of
@@ -54,8 +55,14 @@ SWEEP_S = 600.0
 #: Seconds after the end of a client's job within which its scores are kept: the window of a batch.
 SCORED_WITHIN_S = 86_400.0
 
-#: Batches worked on at one time.
-AT_ONCE = 2
+#: What may go better in a moment, and is no fault of a batch: no database, no Redis, a full disk.
+PASSING = (
+    sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, psycopg.OperationalError, DatabaseError,
+    BrokerError, OSError,
+)  # fmt: skip
+
+#: What a client is told of a batch that met a bug of ours.
+BROKEN = "The server had an error while it worked on this batch; its log says more."
 
 #: How the job of a batch ended -> what the batch is then. A job that could not go on at all fails its batch.
 ENDS = {
@@ -77,15 +84,13 @@ class Keeper:
     def __init__(self, settings: Settings, db: Engine) -> None:
         self.settings = settings
         self.db = db
-        self.id = str(ULID())
         self.ledger = Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         self.store = FileStore(settings, db)
         self.models = ModelDirectory(db)
         self.dispatcher = Dispatcher(self.ledger, Broker(settings.redis_url))
-        self._busy: set[str] = set()
         #: Jobs whose scores were looked at: of some there is nothing to keep.
         self._scored: set[tuple[str, float]] = set()
-        self._lock = threading.Lock()
+        self.claims = Claims(db)
 
     def run(self, stopping: threading.Event) -> None:
         """Look after batches until told to stop."""
@@ -101,7 +106,7 @@ class Keeper:
                         expired = time.monotonic()
                         if scoring is None or scoring.done():
                             scoring = threads.submit(self._keep_scores)
-                    for batch_id in self._due():
+                    for batch_id in self.claims.due():
                         threads.submit(self._keep, batch_id)
                     if time.monotonic() - swept > SWEEP_S:
                         self.store.sweep()
@@ -122,74 +127,38 @@ class Keeper:
         except (PromptmillError, sa.exc.SQLAlchemyError) as problem:
             log.warning("scores wait: %s", str(problem).splitlines()[0][:200])
 
-    def _due(self) -> list[str]:
-        """Batches with something to do, that are free or ours; they are ours then."""
-        ended = sa.exists().where(
-            jobs.c.id == batches.c.job_id, jobs.c.state.in_([each.value for each in JobState if each.is_final])
-        )
-        free = sa.or_(
-            batches.c.claimed_until.is_(None), batches.c.claimed_until < epoch(), batches.c.claimed_by == self.id
-        )
-        waits = sa.or_(batches.c.state != "in_progress", ended, batches.c.job_id.is_(None))
-        with reading(self.db) as connection:
-            found = connection.execute(
-                sa.select(batches.c.id).where(batches.c.state.in_(OPEN), waits, free).order_by(batches.c.id).limit(20)
-            ).scalars()
-            candidates = [each for each in found if each not in self._busy]
-        return [each for each in candidates if self._claim(each)]
-
-    def _claim(self, batch_id: str) -> bool:
-        with self._lock:
-            if len(self._busy) >= AT_ONCE or batch_id in self._busy:
-                return False
-            self._busy.add(batch_id)
-        if self._renew(batch_id):
-            return True
-        self._busy.discard(batch_id)
-        return False
-
-    def _renew(self, batch_id: str) -> bool:
-        free = sa.or_(
-            batches.c.claimed_until.is_(None), batches.c.claimed_until < epoch(), batches.c.claimed_by == self.id
-        )
-        with writing(self.db) as connection:
-            changed = connection.execute(
-                sa.update(batches)
-                .where(batches.c.id == batch_id, free)
-                .values(claimed_by=self.id, claimed_until=epoch() + CLAIM_S)
-            )
-        return changed.rowcount == 1
-
-    @contextlib.contextmanager
-    def _renewing(self, batch_id: str) -> Iterator[None]:
-        ended = threading.Event()
-
-        def renew() -> None:
-            while not ended.wait(CLAIM_S / 4):
-                with contextlib.suppress(Exception):
-                    self._renew(batch_id)
-
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
     def _keep(self, batch_id: str) -> None:
         try:
-            with self._renewing(batch_id):
+            with self.claims.renewing(batch_id):
                 batch = self._read(batch_id)
                 step = {"validating": self._start, "in_progress": self._close, "finalizing": self._finalise}
                 step.get(batch.state, self._end_cancelled)(batch)
-        except PromptmillError as problem:
-            log.warning("batch %s waits: %s", batch_id, problem.message[:200])
+        except PASSING as problem:
+            self._put_off(batch_id, str(problem))
         except Exception:
-            log.exception("batch %s waits", batch_id)
-            time.sleep(1.0)
-        finally:
-            self._busy.discard(batch_id)
+            log.exception("batch %s cannot go on", batch_id)
+            self._give_up(batch_id)
+        else:
+            self.claims.done(batch_id)
+
+    def _put_off(self, batch_id: str, why: str) -> None:
+        wait_s = float("nan")
+        with contextlib.suppress(*PASSING):
+            wait_s = self.claims.put_off(batch_id)
+        log.warning("batch %s waits %g s: %s", batch_id, wait_s, why.splitlines()[0][:200] if why else "no reason")
+
+    def _give_up(self, batch_id: str) -> None:
+        """End a batch that would fail in the same way for ever, and the job that it may have."""
+        try:
+            batch = self._read(batch_id)
+            job_id = batch.job_id or self._job_of(batch)
+            if job_id is not None:
+                self.ledger.cancel(job_id)
+            self._fail(batch, [{"code": "server_error", "line": None, "message": BROKEN, "param": None}])
+        except Exception as problem:
+            self._put_off(batch_id, str(problem))
+        else:
+            self.claims.done(batch_id)
 
     def _read(self, batch_id: str) -> Row[Any]:
         with reading(self.db) as connection:
@@ -212,6 +181,8 @@ class Keeper:
         assert findings.model is not None
         try:
             job_id = self._job_of(batch) or self._submit(batch, file, findings.model)
+        except (BrokerError, DatabaseError):
+            raise
         except PromptmillError as problem:
             error = {"code": "invalid_request", "line": None, "message": problem.message[:1000], "param": None}
             self._fail(batch, [error])
@@ -283,7 +254,7 @@ class Keeper:
     def _fail(self, batch: Row[Any], errors: list[dict[str, Any]]) -> None:
         with writing(self.db) as connection:
             text = json.dumps(errors, ensure_ascii=False)
-            if not move(connection, batch.id, ("validating",), "failed", errors=text):
+            if not move(connection, batch.id, ("validating", "in_progress", "finalizing"), "failed", errors=text):
                 move(connection, batch.id, ("cancelling",), "cancelled", errors=text)
 
     # --- the end -----------------------------------------------------------------------------------------------------

@@ -17,9 +17,6 @@ from promptmill.tables import batches, jobs
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 FINAL = ("failed", "completed", "expired", "cancelled")
 
-#: Seconds that a batch stays with the server that looks after it, unrenewed.
-CLAIM_S = 60.0
-
 MOMENTS = (
     "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at",
     "cancelled_at",

@@ -1,0 +1,142 @@
+"""The keeper of batches: what it cannot get on with holds nobody else up, and comes to an end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from promptmill.api import batch_keeper, batch_rows
+from promptmill.api.batch_claims import Claims
+from promptmill.api.batch_keeper import Keeper
+from promptmill.api.file_store import FileStore
+from promptmill.database import reading, writing
+from promptmill.settings import Settings
+from promptmill.tables import api_keys, batches, jobs
+from promptmill.types import JobState
+from tests.api.conftest import batch_lines
+
+
+@pytest.fixture
+def keeper(database: sa.Engine, tmp_path: Path) -> Keeper:
+    # Nobody listens there: jobs wait in the database.
+    return Keeper(Settings(files_dir=str(tmp_path / "files"), redis_url="redis://127.0.0.1:1/0"), database)
+
+
+def made(db: sa.Engine, file_id: str = "file-none", key_id: str | None = None) -> str:
+    """A batch that waits to be validated."""
+    values = {
+        "input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h", "api_key_id": key_id,
+    }  # fmt: skip
+    with writing(db) as connection:
+        return str(batch_rows.insert(connection, values, 3600.0).id)
+
+
+def uploaded(store: FileStore, content: bytes) -> str:
+    with store.draft() as draft:
+        draft.write(content)
+        return str(store.store(draft, "b.jsonl", "batch", None, None).id)
+
+
+def state_of(db: sa.Engine, batch_id: str) -> Any:
+    with reading(db) as connection:
+        return connection.execute(sa.select(batches).where(batches.c.id == batch_id)).one()
+
+
+def keep(keeper: Keeper) -> list[str]:
+    """One look, and the work on what was due."""
+    due = keeper.claims.due()
+    for each in due:
+        keeper._keep(each)
+    return due
+
+
+def test_a_batch_that_meets_a_bug_ends_and_says_so(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
+    monkeypatch.setattr(batch_keeper, "submit", lambda *given: 1 / 0)
+    assert keep(keeper) == [batch_id]
+    row = state_of(keeper.db, batch_id)
+    assert row.state == "failed"
+    (error,) = json.loads(row.errors)
+    assert error["code"] == "server_error"
+    assert "error while it worked on this batch" in error["message"]
+    assert keep(keeper) == []
+
+
+def test_a_bug_after_its_job_began_ends_the_job_too(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
+    monkeypatch.setattr(keeper.dispatcher, "dispatch", lambda *given: 1 / 0)
+    keep(keeper)
+    row = state_of(keeper.db, batch_id)
+    with reading(keeper.db) as connection:
+        job = connection.execute(sa.select(jobs).where(jobs.c.id == row.job_id)).one()
+    assert (row.state, job.state) == ("failed", JobState.CANCELLED)
+
+
+def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "demo")))
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    waits = []
+    monkeypatch.setattr(batch_keeper, "validate", full)
+    for _ in range(6):
+        assert keep(keeper) == [batch_id]
+        assert keep(keeper) == []
+        # Another server leaves it alone too.
+        assert Claims(keeper.db).due() == []
+        row = state_of(keeper.db, batch_id)
+        with writing(keeper.db) as connection:
+            now = float(connection.execute(sa.select(batch_rows.epoch())).scalar() or 0)
+            connection.execute(sa.update(batches).values(claimed_until=now - 1))
+        assert row.state == "validating"
+        waits.append(round(row.claimed_until - now))
+    assert waits == [1, 2, 4, 8, 15, 15]
+    monkeypatch.undo()
+    keep(keeper)
+    assert state_of(keeper.db, batch_id).state == "in_progress"
+
+
+def test_keys_take_turns(keeper: Keeper) -> None:
+    with writing(keeper.db) as connection:
+        for name in ("many", "few"):
+            connection.execute(
+                sa.insert(api_keys).values(
+                    id=name, name=name, key_sha256=name, scopes="submit", created_at=1.0, revoked=False
+                )
+            )
+    many = [made(keeper.db, key_id="many") for _ in range(6)]
+    few = [made(keeper.db, key_id="few") for _ in range(2)]
+    order = [each for _ in range(8) for each in keep(keeper)]
+    assert order == [many[0], few[0], many[1], few[1], *many[2:]]
+
+
+def test_a_nul_in_an_id_is_a_bad_line(keeper: Keeper) -> None:
+    line = json.loads(batch_lines(1, "demo")) | {"custom_id": "z\0"}
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "demo") + json.dumps(line).encode()))
+    keep(keeper)
+    row = state_of(keeper.db, batch_id)
+    assert row.state == "failed"
+    assert [(each["code"], each["line"], each["param"]) for each in json.loads(row.errors)] == [
+        ("invalid_value", 2, "custom_id")
+    ]
+
+
+def test_what_no_database_takes_is_told_in_the_error_file(keeper: Keeper) -> None:
+    line = json.loads(batch_lines(1, "demo")) | {"custom_id": "nul"}
+    line["body"]["messages"][0]["content"] = "a\0b"
+    batch_id = made(keeper.db, uploaded(keeper.store, json.dumps(line).encode()))
+    keep(keeper)
+    assert state_of(keeper.db, batch_id).state == "in_progress"
+    keep(keeper)
+    row = state_of(keeper.db, batch_id)
+    assert (row.state, row.failed) == ("completed", 1)
+    (text,) = keeper.store.path(row.error_file_id).read_text().splitlines()
+    assert json.loads(text)["custom_id"] == "nul"
+    assert "NUL" in json.loads(text)["response"]["body"]["error"]["message"]
