@@ -100,6 +100,51 @@ def test_a_dripped_head_after_an_answer_is_cut_off_and_a_slow_answer_is_not() ->
     asyncio.run(test())
 
 
+async def refusal(port: int, sent: bytes) -> bytes:
+    """The last that comes back for what is sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    answer = b""
+    while block := await read(reader):
+        answer = block
+    writer.close()
+    return answer
+
+
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
+def test_a_head_has_a_largest_size(end: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that nothing but its size can end it.
+    monkeypatch.setattr(connections, "HEAD_S", 60.0)
+
+    async def test() -> None:
+        async with listening(app) as port:
+            head = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * connections.LARGEST_HEAD
+            assert (await refusal(port, head + end)).startswith(b"HTTP/1.1 431 ")
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [ASK % b"" + b"GET / HTTP/1.1\r\nX-Long: ", b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Long: "],
+    ids=["pipelined", "trailer"],
+)
+def test_no_endless_line_comes_after_a_head_either(rest: bytes) -> None:
+    async def test() -> None:
+        async with listening(endless) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            writer.write(rest)
+            await asyncio.sleep(0.1)
+            writer.write(b"a" * 2 * connections.LARGEST_HEAD)
+            size = 0
+            while block := await read(reader):
+                size += len(block)
+            assert size < BLOCKS * 65_536
+            writer.close()
+
+    asyncio.run(test())
+
+
 def test_who_takes_nothing_of_an_answer_is_cut_off() -> None:
     async def test() -> None:
         async with listening(endless) as port:
