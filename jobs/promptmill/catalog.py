@@ -126,6 +126,14 @@ def list_workers(db: Engine, alive_s: float) -> list[dict[str, Any]]:
     return [{**row, "versions": json.loads(row["versions"] or "{}")} for row in found]
 
 
+def models_once_served(db: Engine) -> set[str]:
+    """Models of workers, gone ones too, and of jobs of the queue."""
+    with reading(db) as connection:
+        served = connection.execute(sa.select(workers.c.models).distinct()).scalars().all()
+        asked = connection.execute(sa.select(jobs.c.model).where(jobs.c.mode == "queue").distinct()).scalars().all()
+    return {name for models in served for name in json.loads(models)} | set(asked)
+
+
 def result_lines(db: Engine, job_id: str, failed_only: bool = False) -> Iterator[dict[str, Any]]:
     """One line per result, in the order of the rows, streamed."""
     for row in result_rows(db, job_id, failed_only):

@@ -13,9 +13,10 @@ from promptmill.api import batch_keeper, batch_rows
 from promptmill.api.batch_claims import Claims
 from promptmill.api.batch_keeper import Keeper
 from promptmill.api.file_store import FileStore
+from promptmill.api.model_directory import ModelDirectory
 from promptmill.database import reading, writing
 from promptmill.settings import Settings
-from promptmill.tables import api_keys, batches, jobs
+from promptmill.tables import api_keys, batches, jobs, workers
 from promptmill.types import JobState
 from tests.api.conftest import batch_lines
 
@@ -115,6 +116,27 @@ def test_keys_take_turns(keeper: Keeper) -> None:
     few = [made(keeper.db, key_id="few") for _ in range(2)]
     order = [each for _ in range(8) for each in keep(keeper)]
     assert order == [many[0], few[0], many[1], few[1], *many[2:]]
+
+
+def test_a_batch_waits_for_a_worker_that_is_gone(keeper: Keeper) -> None:
+    with writing(keeper.db) as connection:
+        connection.execute(
+            sa.insert(workers).values(
+                id="w", host="h", pid=1, state="stopped", models='["/models/big.gguf"]', device_asked="cpu",
+                started_at=1.0, heartbeat_at=1.0,
+            )
+        )  # fmt: skip
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "big")))
+    keep(keeper)
+    row = state_of(keeper.db, batch_id)
+    assert (row.state, row.model) == ("in_progress", "big")
+    with writing(keeper.db) as connection:
+        assert connection.execute(sa.select(jobs.c.model)).scalar() == "/models/big.gguf"
+        connection.execute(sa.delete(workers))
+    # Now only the job knows it.
+    directory = ModelDirectory(keeper.db)
+    assert directory.resolve("big.gguf") == "/models/big.gguf"
+    assert directory.resolve("small\0") is None
 
 
 def test_a_nul_in_an_id_is_a_bad_line(keeper: Keeper) -> None:

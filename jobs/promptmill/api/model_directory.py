@@ -51,6 +51,9 @@ class ModelDirectory:
         self._aliases: dict[str, str] = {}
         self._workers: list[dict[str, Any]] = []
         self._seen: dict[str, float] = {}
+        #: Name or short name -> name, of models that were served or asked for at any time; and when that was read.
+        self._earlier: dict[str, str] = {}
+        self._earlier_at = float("-inf")
 
     @property
     def is_fresh(self) -> bool:
@@ -89,11 +92,19 @@ class ModelDirectory:
         return time.monotonic() - self._seen.get(name, float("-inf")) < RETURN_S
 
     def resolve(self, name: str) -> str | None:
-        """The name that workers know; also of a bundled model, which a worker may serve later."""
+        """The name that workers know; also of a model that a worker may serve later, or again: jobs wait for it."""
         from promptmill_workers.checkpoints import BUNDLED
 
         found = self.find(name)
-        return found.name if found else name if name in BUNDLED else None
+        return found.name if found else name if name in BUNDLED else self._once_served(name)
+
+    def _once_served(self, name: str) -> str | None:
+        with self._lock:
+            if time.monotonic() - self._earlier_at > REMEMBER_S:
+                names = sorted(catalog.models_once_served(self._db))
+                self._earlier = _aliases(names) | {each: each for each in names}
+                self._earlier_at = time.monotonic()
+            return self._earlier.get(name)
 
 
 def models_of(worker: dict[str, Any]) -> list[str]:
