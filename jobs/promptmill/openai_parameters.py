@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from promptmill.registry import suggestion
@@ -23,6 +23,9 @@ NOTES = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_t
 
 KNOWN = {*PARAMETERS, *ALIASES, "response_format", "tool_choice"}
 
+#: What an answer that somebody waits for may ask for: it has no place for scores of given texts, or for vectors.
+ANSWERED = KNOWN - {"continuations", "embedding"}
+
 #: Parameters of embeddings that are not offered, and why.
 NOT_OFFERED = {
     "encoding_format": "vectors are lists of numbers: give 'float'",
@@ -33,8 +36,8 @@ NOT_OFFERED = {
 HOTTEST = 2
 
 
-def translate(body: Mapping[str, Any], url: str) -> dict[str, Any]:
-    """``body`` without model, messages, prompt and input, as sampling parameters.
+def translate(body: Mapping[str, Any], url: str, known: Collection[str] = KNOWN) -> dict[str, Any]:
+    """``body`` without model, messages, prompt and input, as sampling parameters, of which these are ``known``.
 
     Raises :class:`BadParameter` naming the field.
     """
@@ -46,8 +49,8 @@ def translate(body: Mapping[str, Any], url: str) -> dict[str, Any]:
             if not any(value == each and type(value) is type(each) for each in HARMLESS[name]):
                 raise BadParameter(f"unsupported parameter 'body.{name}': it would change the answer")
         elif name not in NOTES and value is not None:
-            if name not in KNOWN:
-                raise BadParameter(f"unsupported parameter 'body.{name[:40]}'. {suggestion(name, KNOWN)}")
+            if name not in known:
+                raise BadParameter(f"unsupported parameter 'body.{name[:40]}'. {suggestion(name, known)}")
             asked[name] = value
     asked |= _response_format(asked.pop("response_format", None))
     asked |= _tools(asked.pop("tools", None), asked.pop("tool_choice", None), asked, url)

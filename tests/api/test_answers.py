@@ -154,6 +154,8 @@ def test_texts_become_vectors(client: openai.OpenAI) -> None:
         ({"stop": [""]}, "stop", "invalid_value"),
         ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"extra_body": {"continuations": ["a", "b"]}}, "continuations", "unsupported_parameter"),
+        ({"extra_body": {"embedding": True}}, "embedding", "unsupported_parameter"),
         ({"extra_body": {"functions": [{"name": "f"}]}}, "functions", "unsupported_parameter"),
     ],
 )  # fmt: skip
@@ -164,6 +166,14 @@ def test_what_cannot_be_obeyed_is_refused(
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**asked)
     assert (caught.value.param, caught.value.code, caught.value.type) == (param, code, "invalid_request_error")
+
+
+@pytest.mark.parametrize("name", ["continuations", "nonsense"])
+def test_what_no_answer_has_a_place_for_is_not_offered(client: openai.OpenAI, name: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"Known: .*") as caught:
+        client.completions.create(model=ECHO, prompt="x", extra_body={name: ["a"]})
+    assert "continuations" not in caught.value.message.partition("Known: ")[2]
+    assert "embedding" not in caught.value.message
 
 
 def test_an_unknown_model_and_a_prompt_too_long_have_their_codes(client: openai.OpenAI) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from promptmill.api import bodies
 from promptmill.api.errors import ApiError, bad, missing
-from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS, translate
+from promptmill.openai_parameters import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, translate
 from promptmill.prompts import resolve_sampling
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import messages_of
@@ -112,7 +112,7 @@ def _require_text(text: str, name: str) -> None:
 
 def _sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
     try:
-        found = translate(body, url)
+        found = translate(body, url, ANSWERED)
         if url != EMBEDDINGS:
             found.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
         # All of it together, so that a contradiction is told here and not by a worker.
