@@ -285,12 +285,12 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
         connection.exec_driver_sql(f'INSERT INTO "{table.name}" ({names}) VALUES ({marks})', rows)  # noqa: S608 - our names
 
 
-def alone(connection: Connection, what: str) -> None:
-    """Wait for the transactions that have asked for ``what``, and keep others from it to the end of this one."""
+def lock_name(connection: Connection, name: str) -> None:
+    """Until this transaction's end nobody else has the lock of this name: waits for it, however long it takes."""
     if connection.dialect.name == "postgresql":
-        # SQLite has one writer at a time.
+        # SQLite has one writer at a time anyway.
         _wait_for_locks(connection)
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(what, 0))))
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
 
 
 def _wait_for_locks(connection: Connection) -> None:

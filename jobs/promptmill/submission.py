@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from ulid import ULID
 
-from promptmill.database import alone, copy_rows, epoch, refresh_statistics, writing
+from promptmill.database import copy_rows, epoch, lock_name, refresh_statistics, writing
 from promptmill.errors import BadLines, DatasetError, JobExists, PromptmillError, QueueFull
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
@@ -192,7 +192,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         refuse_bad(dataset, preparer.tally, order.skip_invalid, rows)
         key = _key(dataset, order)
         if order.if_exists != "new":
-            alone(connection, f"job {key}")
+            lock_name(connection, f"job {key}")
             if (twin := _twin(connection, key)) is not None:
                 # The transaction is rolled back, and with it all that was stored of this job.
                 raise JobExists(twin.id, twin.state)
@@ -243,7 +243,7 @@ def _refuse_full_queue(db: Connection, order: JobOrder, rows: int) -> None:
     if order.mode != "queue" or (order.queue_limit is None and order.key_limit is None):
         return
     # Who submits at the same time is counted too.
-    alone(db, "queue limit")
+    lock_name(db, "queue limit")
     if order.queue_limit is not None and (waiting := waiting_requests(db, order.mode)) + rows > order.queue_limit:
         raise QueueFull(
             f"the queue is full: {waiting:,} requests wait, and {rows:,} more would exceed {order.queue_limit:,}",

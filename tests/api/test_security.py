@@ -136,8 +136,16 @@ def test_limits_answer_429_with_a_time(locked: Server) -> None:
     assert int(caught.value.response.headers["retry-after"]) >= 1
     small = locked.client(key(locked, "small", "--stored-bytes", "600"))
     small.files.create(file=("a.jsonl", batch_lines(1)), purpose="batch")
-    with pytest.raises((openai.RateLimitError, openai.APIStatusError)):
+    with pytest.raises(openai.RateLimitError):
         small.files.create(file=("a.jsonl", batch_lines(20)), purpose="batch")
+    # One that does not say how long it is, too.
+    connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=10)
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+    sent = {"Authorization": f"Bearer {small.api_key}", "Content-Type": "multipart/form-data; boundary=x"}
+    connection.request("POST", "/v1/files", iter([head, batch_lines(20)]), sent, encode_chunked=True)
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["retry-after"]) == (429, "60")
+    connection.close()
     few = key(locked, "few", "--queued-requests", "5")
     body = {"model": ECHO, "lines": [f"say {row}" for row in range(50)]}
     assert refused(locked, "/v1/jobs", body, Authorization=f"Bearer {few}")[0] == 429

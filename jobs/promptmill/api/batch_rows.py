@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 from ulid import ULID
 
-from promptmill.database import epoch, reading
+from promptmill.database import epoch, lock_name, reading
 from promptmill.ledger.base import counts_of
 from promptmill.tables import batches, jobs
 
@@ -27,10 +27,7 @@ def twin(connection: Connection, idempotency_key: str | None, api_key_id: str | 
     """The batch that was made with this idempotency key. Until the transaction's end nobody else can make one."""
     if idempotency_key is None:
         return None
-    if connection.dialect.name == "postgresql":
-        # SQLite has one writer at a time.
-        lock = sa.func.hashtextextended(f"batch {api_key_id} {idempotency_key}", 0)
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
+    lock_name(connection, f"batch {api_key_id} {idempotency_key}")
     mine = batches.c.api_key_id.is_not_distinct_from(api_key_id)
     return connection.execute(sa.select(batches).where(batches.c.idempotency_key == idempotency_key, mine)).first()
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine, Row
+from sqlalchemy.engine import Connection, Engine, Row
 from ulid import ULID
 
 from promptmill.api.errors import ApiError, not_found
 from promptmill.api.keys import Principal
-from promptmill.database import epoch, reading, writing
+from promptmill.api.limits import too_many
+from promptmill.database import epoch, lock_name, reading, writing
 from promptmill.settings import Settings, data_dir
 from promptmill.tables import files
 
@@ -30,18 +31,21 @@ ORPHAN_S = 3600.0
 class Draft:
     """A file that is being written."""
 
-    def __init__(self, path: Path, most: int | None) -> None:
+    def __init__(self, path: Path, most: int | None, too_large: ApiError | None) -> None:
         self.path = path
         self.bytes = 0
         self._most = most
+        self._too_large = too_large
         self._digest = hashlib.sha256()
         self._file: IO[bytes] = path.open("wb")
 
     def write(self, data: bytes) -> None:
-        """Raises a 413 beyond the largest size."""
+        """Raises a 413, or what else was said, beyond the largest size."""
         self.bytes += len(data)
         if self._most is not None and self.bytes > self._most:
-            raise ApiError(413, f"The file is larger than {self._most:,} bytes.", param="file", code="file_too_large")
+            raise self._too_large or ApiError(
+                413, f"The file is larger than {self._most:,} bytes.", param="file", code="file_too_large"
+            )
         self._digest.update(data)
         self._file.write(data)
 
@@ -74,9 +78,9 @@ class FileStore:
         return self._root / file_id[-2:] / file_id
 
     @contextlib.contextmanager
-    def draft(self, most: int | None = None) -> Iterator[Draft]:
-        """A file to write to; what was not stored in the end is gone."""
-        draft = Draft(self._parts / f"{ULID()}.part", most)
+    def draft(self, most: int | None = None, too_large: ApiError | None = None) -> Iterator[Draft]:
+        """A file to write to, of at most so many bytes; what was not stored in the end is gone."""
+        draft = Draft(self._parts / f"{ULID()}.part", most, too_large)
         try:
             yield draft
         finally:
@@ -90,14 +94,23 @@ class FileStore:
         owner: str | None,
         expires_in_s: float | None,
         file_id: str | None = None,
+        allowed: int | None = None,
     ) -> Row[Any]:
-        """Keep a finished draft; returns its row. The same ``file_id`` again replaces the file."""
+        """Keep a finished draft; returns its row. The same ``file_id`` again replaces the file.
+
+        Raises a 429 where the owner would have more than ``allowed`` bytes.
+        """
         sha256 = draft.finish()
         file_id = file_id or f"file-{str(ULID()).lower()}"
         target = self.path(file_id)
         target.parent.mkdir(exist_ok=True, mode=0o700)
-        os.replace(draft.path, target)
         with writing(self._db) as connection:
+            if allowed is not None:
+                # Uploads that run side by side have each found room for themselves alone.
+                lock_name(connection, f"files {owner}")
+                if _used_bytes(connection, owner) + draft.bytes > allowed:
+                    raise store_full(allowed)
+            os.replace(draft.path, target)
             now = connection.execute(sa.select(epoch())).scalar() or 0.0
             connection.execute(sa.delete(files).where(files.c.id == file_id))
             connection.execute(
@@ -123,10 +136,7 @@ class FileStore:
 
     def used_bytes(self, owner: str | None) -> int:
         with reading(self._db) as connection:
-            total = connection.execute(
-                sa.select(sa.func.coalesce(sa.func.sum(files.c.bytes), 0)).where(files.c.api_key_id == owner)
-            ).scalar()
-        return int(total or 0)
+            return _used_bytes(connection, owner)
 
     def delete(self, file_id: str) -> None:
         """The row first, so that nobody finds a file without bytes."""
@@ -149,3 +159,13 @@ class FileStore:
     def _is_known(self, file_id: str) -> bool:
         with reading(self._db) as connection:
             return connection.execute(sa.select(files.c.id).where(files.c.id == file_id)).scalar() is not None
+
+
+def _used_bytes(db: Connection, owner: str | None) -> int:
+    total = db.execute(sa.select(sa.func.sum(files.c.bytes)).where(files.c.api_key_id == owner)).scalar()
+    return int(total or 0)
+
+
+def store_full(allowed: int) -> ApiError:
+    """A key has stored all that it may."""
+    return too_many(f"This key may store {allowed:,} bytes; delete files first.", 60)

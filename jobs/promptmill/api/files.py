@@ -13,8 +13,7 @@ from starlette.responses import FileResponse, Response
 from promptmill.api import documents
 from promptmill.api.bodies import json_response, number_in, page, query_whole
 from promptmill.api.errors import ApiError, bad, missing
-from promptmill.api.file_store import Draft
-from promptmill.api.limits import too_many
+from promptmill.api.file_store import Draft, store_full
 from promptmill.api.services import Parts, Reader, Submitter, in_thread
 from promptmill.api.uploads import Upload, receive
 from promptmill.database import reading
@@ -48,14 +47,16 @@ def shape(row: Row[Any]) -> dict[str, Any]:
 @router.post("", summary="Upload a file", openapi_extra=documents.UPLOAD, responses=documents.responses(413, 415))
 async def upload(request: Request, parts: Parts, principal: Submitter) -> Response:
     """A file for a batch or a dataset, streamed to the disk. What is cut off leaves nothing."""
-    owner, most = principal.key_id, parts.settings.api_max_file_bytes
-    allowed = parts.limits.of(principal, "stored_bytes")
+    owner, most, too_large = principal.key_id, parts.settings.api_max_file_bytes, None
+    limit = parts.limits.of(principal, "stored_bytes")
+    allowed = None if limit is None else int(limit)
     if allowed is not None:
-        left = int(allowed) - await in_thread(parts.store.used_bytes, owner)
+        left = allowed - await in_thread(parts.store.used_bytes, owner)
         if left <= 0 or int(request.headers.get("content-length") or 0) > left:
-            raise too_many(f"This key may store {int(allowed):,} bytes; delete files first.", 60)
-        most = min(most, left)
-    with parts.store.draft(most) as draft:
+            raise store_full(allowed)
+        if left < most:
+            most, too_large = left, store_full(allowed)
+    with parts.store.draft(most, too_large) as draft:
         form = await receive(request, draft)
         purpose, expires_in_s = _checked(form)
         name = _name(form)
@@ -63,7 +64,7 @@ async def upload(request: Request, parts: Parts, principal: Submitter) -> Respon
             _require_batch_format(draft, name)
         elif not draft.bytes:
             raise bad("The file is empty.", "file", "invalid_value")
-        row = await in_thread(parts.store.store, draft, name, purpose, owner, expires_in_s)
+        row = await in_thread(parts.store.store, draft, name, purpose, owner, expires_in_s, None, allowed)
     return json_response(shape(row))
 
 
