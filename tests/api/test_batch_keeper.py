@@ -12,11 +12,13 @@ import sqlalchemy as sa
 from promptmill.api import batch_keeper, batch_rows
 from promptmill.api.batch_claims import Claims
 from promptmill.api.batch_keeper import Keeper
+from promptmill.api.errors import ApiError
 from promptmill.api.file_store import FileStore
+from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
 from promptmill.database import reading, writing
 from promptmill.settings import Settings
-from promptmill.tables import api_keys, batches, jobs, workers
+from promptmill.tables import api_keys, batches, files, jobs, workers
 from promptmill.types import JobState
 from tests.api.conftest import batch_lines
 
@@ -116,6 +118,22 @@ def test_keys_take_turns(keeper: Keeper) -> None:
     few = [made(keeper.db, key_id="few") for _ in range(2)]
     order = [each for _ in range(8) for each in keep(keeper)]
     assert order == [many[0], few[0], many[1], few[1], *many[2:]]
+
+
+def test_a_file_that_expired_is_used_no_more(keeper: Keeper) -> None:
+    file_id = uploaded(keeper.store, batch_lines(1, "demo"))
+    assert keeper.store.find(file_id, LOCAL).id == file_id
+    with writing(keeper.db) as connection:
+        connection.execute(sa.update(files).values(expires_at=1.0))
+    with pytest.raises(ApiError, match="No such File"):
+        keeper.store.find(file_id, LOCAL)
+    assert keeper.store.used_bytes(None) == 0
+    batch_id = made(keeper.db, file_id)
+    keep(keeper)
+    (error,) = json.loads(state_of(keeper.db, batch_id).errors)
+    assert "Cannot find file" in error["message"]
+    keeper.store.sweep()
+    assert not keeper.store.path(file_id).exists()
 
 
 def test_a_batch_waits_for_a_worker_that_is_gone(keeper: Keeper) -> None:

@@ -16,6 +16,8 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.api import batches
+from promptmill.database import connect, writing
+from promptmill.tables import files, jobs
 from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, finished
 from tests.conftest import wait_until
 
@@ -57,6 +59,17 @@ def test_lists_are_paged_to_their_end(client: openai.OpenAI) -> None:
     newest = [each.id for each in client.files.list(limit=2)]
     assert newest[:5] == made[::-1]
     assert client.files.list(purpose="batch_output", limit=1, after=made[0]).data == []
+
+
+def test_a_file_that_expired_is_in_no_list(client: openai.OpenAI, served: Server) -> None:
+    file = upload(client, batch_lines(1), expires_after={"anchor": "created_at", "seconds": 3600})
+    db = connect(served.command.environment["JOBS_DATABASE_URL"])
+    with writing(db) as connection:
+        connection.execute(sa.update(files).where(files.c.id == file.id).values(expires_at=1.0))
+    db.dispose()
+    assert file.id not in [each.id for each in client.files.list()]
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file.id)
 
 
 def test_a_batch_runs_from_upload_to_content(client: openai.OpenAI) -> None:
@@ -310,11 +323,6 @@ def test_a_batch_expires_and_a_killed_keeper_is_replaced(start: Starter) -> None
     keeper.kill()
     wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress", "the batch runs", 100)
     # The end of its window, moved here.
-    import sqlalchemy as sa
-
-    from promptmill.database import connect, writing
-    from promptmill.tables import jobs
-
     db = connect(server.command.environment["JOBS_DATABASE_URL"])
     with writing(db) as connection:
         connection.execute(sa.update(jobs).values(deadline_at=1.0))

@@ -25,7 +25,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 from promptmill.api.batch_claims import AT_ONCE, Claims
 from promptmill.api.batch_rows import move
 from promptmill.api.batch_validation import validate
-from promptmill.api.file_store import FileStore
+from promptmill.api.file_store import FileStore, usable
 from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
 from promptmill.broker import Broker
@@ -211,7 +211,7 @@ class Keeper:
             mine = LOCAL.owned(files.c.api_key_id)
         with reading(self.db) as connection:
             return connection.execute(
-                sa.select(files).where(files.c.id == batch.input_file_id, mine, files.c.status == "processed")
+                sa.select(files).where(files.c.id == batch.input_file_id, mine, usable())
             ).one_or_none()
 
     def _is_admin(self, key_id: str) -> bool:

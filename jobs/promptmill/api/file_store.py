@@ -126,9 +126,7 @@ class FileStore:
         """The file's row. Raises a 404 for one that is not there, or is another key's."""
         with reading(self._db) as connection:
             row = connection.execute(
-                sa.select(files).where(
-                    files.c.id == file_id, principal.owned(files.c.api_key_id), files.c.status == "processed"
-                )
+                sa.select(files).where(files.c.id == file_id, principal.owned(files.c.api_key_id), usable())
             ).one_or_none()
         if row is None:
             raise not_found(f"No such File object: {file_id[:100]}")
@@ -162,8 +160,13 @@ class FileStore:
 
 
 def _used_bytes(db: Connection, owner: str | None) -> int:
-    total = db.execute(sa.select(sa.func.sum(files.c.bytes)).where(files.c.api_key_id == owner)).scalar()
+    total = db.execute(sa.select(sa.func.sum(files.c.bytes)).where(files.c.api_key_id == owner, usable())).scalar()
     return int(total or 0)
+
+
+def usable() -> sa.ColumnElement[bool]:
+    """The condition on files that are there and have not expired, whether or not they were swept away yet."""
+    return sa.and_(files.c.status == "processed", sa.or_(files.c.expires_at.is_(None), files.c.expires_at > epoch()))
 
 
 def store_full(allowed: int) -> ApiError:

@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, Response
 from promptmill.api import documents
 from promptmill.api.bodies import json_response, number_in, page, query_whole
 from promptmill.api.errors import ApiError, bad, missing
-from promptmill.api.file_store import Draft, store_full
+from promptmill.api.file_store import Draft, store_full, usable
 from promptmill.api.services import Parts, Reader, Submitter, in_thread
 from promptmill.api.uploads import Upload, receive
 from promptmill.database import reading
@@ -122,7 +122,7 @@ async def list_files(request: Request, parts: Parts, principal: Reader) -> Respo
     order = request.query_params.get("order", "desc")
     if order not in ("asc", "desc"):
         raise bad(f"Invalid value: '{order[:40]}'. Supported values are: 'asc', 'desc'.", "order", "invalid_value")
-    query = sa.select(files).where(principal.owned(files.c.api_key_id), files.c.status == "processed")
+    query = sa.select(files).where(principal.owned(files.c.api_key_id), usable())
     if purpose := request.query_params.get("purpose"):
         query = query.where(files.c.purpose == purpose)
     if after := request.query_params.get("after"):
