@@ -56,9 +56,9 @@ def translate(body: Mapping[str, Any], url: str, known: Collection[str] = KNOWN)
     asked |= _tools(asked.pop("tools", None), asked.pop("tool_choice", None), asked, url)
     if url == COMPLETIONS:
         asked |= _completions_logprobs(asked.pop("logprobs", None))
+    if "temperature" in asked:
+        asked["temperature"] = _temperature(asked["temperature"])
     found = check_parameters(asked)
-    if found.get("temperature", 0) > HOTTEST:
-        raise BadParameter(f"'temperature' must be a number from 0 to {HOTTEST}")
     if url == EMBEDDINGS:
         if found:
             raise BadParameter(f"unsupported parameter 'body.{min(found)}' of an embedding")
@@ -66,13 +66,27 @@ def translate(body: Mapping[str, Any], url: str, known: Collection[str] = KNOWN)
     return found
 
 
+def _temperature(value: Any) -> float:
+    problem = BadParameter(f"'temperature' must be a number from 0 to {HOTTEST}")
+    try:
+        found: float = check_parameter("temperature", value)
+    except BadParameter:
+        # Its words are those of our own lines, which may be hotter.
+        raise problem from None
+    if found > HOTTEST:
+        raise problem
+    return found
+
+
 def refusal_of(message: str) -> tuple[str | None, str]:
     """The field that a request was refused for, None where the message begins with none, and the code of the error."""
-    named = re.match(r"(?:unsupported parameter )?'(?:body\.)?([\w.\[\]]{1,80})'", message)
-    if named is None:
+    named = re.match(r"(?:unsupported (?:parameter )?)?'(?:body\.)?([\w.\[\]]{1,80})'", message)
+    # Of a message of a chat: what is wrong with it, or that it has a key too many.
+    name = named[1] if named else "messages" if re.match(r"(?:unsupported key '.*' in )?messages\[", message) else None
+    if name is None:
         return None, "invalid_request"
     is_unsupported = message.startswith("unsupported") or message.endswith("knows no tools")
-    return named[1], "unsupported_parameter" if is_unsupported else "invalid_value"
+    return name, "unsupported_parameter" if is_unsupported else "invalid_value"
 
 
 def _tools(tools: Any, choice: Any, asked: dict[str, Any], url: str) -> dict[str, Any]:

@@ -101,8 +101,13 @@ def common_sampling(db: Engine, job_id: str) -> dict[str, Any]:
     return found
 
 
-def openai_line(row: Row[Any], model: str, common: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
-    """A line of a batch output file (2xx) or error file (the rest). ``common``: sampling parameters of the job."""
+def openai_line(
+    row: Row[Any], model: str, common: Mapping[str, Any] = NOTHING, question: str | None = None
+) -> dict[str, Any]:
+    """A line of a batch output file (2xx) or error file (the rest).
+
+    ``common``: sampling parameters of the job; ``question``: the field that a row asks with, where that is known.
+    """
     name = f"{row.job_id}-{row.row}"
     line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": None, "error": None}
     if row.state == "ok":
@@ -116,16 +121,16 @@ def openai_line(row: Row[Any], model: str, common: Mapping[str, Any] = NOTHING) 
     else:
         status = HTTP_STATUS.get(row.error_class, 500)
         kind = "invalid_request_error" if status < 500 else "server_error"
-        param, code = _param_and_code(row)
+        param, code = _param_and_code(row, question)
         problem = {"message": row.error_message, "type": kind, "param": param, "code": code}
         line["response"] = {"status_code": status, "request_id": f"req_{name}", "body": {"error": problem}}
     return line
 
 
-def _param_and_code(row: Row[Any]) -> tuple[str | None, str]:
+def _param_and_code(row: Row[Any], question: str | None) -> tuple[str | None, str]:
     """What the same request alone would be told."""
     if row.error_class == "context_overflow":
-        return "messages", "context_length_exceeded"
+        return question or ("prompt" if _is_raw(row) else "messages"), "context_length_exceeded"
     if row.error_class == "invalid_request":
         return refusal_of(row.error_message or "")
     return None, row.error_class
@@ -140,7 +145,7 @@ def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any])
             "model": model,
             "usage": {"prompt_tokens": row.prompt_tokens, "total_tokens": row.prompt_tokens},
         }
-    raw = bool(json.loads(row.input or "{}").get("raw"))
+    raw = _is_raw(row)
     first = {
         "text": row.text, "finish_reason": row.finish_reason, "reasoning": row.reasoning,
         "logprobs": json.loads(row.logprobs) if row.logprobs else None,
@@ -157,6 +162,10 @@ def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any])
         "choices": [openai_choice(index, each, raw, offer, name) for index, each in enumerate(answers)],
         "usage": openai_usage(row),
     }
+
+
+def _is_raw(row: Row[Any]) -> bool:
+    return bool(json.loads(row.input or "{}").get("raw"))
 
 
 def openai_usage(counts: Any) -> dict[str, Any]:

@@ -182,7 +182,13 @@ def test_an_unknown_model_and_a_prompt_too_long_have_their_codes(client: openai.
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
         chat(client, "word " * 140_000)
-    assert long.value.code == "context_length_exceeded"
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model=ECHO, prompt="word " * 140_000)
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError) as long:
+        client.embeddings.create(model=ECHO, input="word " * 140_000)
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "input")
     with pytest.raises(openai.BadRequestError, match="could not parse the JSON"):
         client.post("/chat/completions", content=b"{", cast_to=object)
 

@@ -135,6 +135,37 @@ def test_bad_rows_end_in_the_error_file_and_the_batch_completes(client: openai.O
     assert (problem["param"], problem["code"]) == ("temperature", "invalid_value")
 
 
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 101}, {"temperature": "hot"}, {"temperature": 9}, {"messages": [IMAGE]}, {"messages": []},
+        {"messages": [{"role": "user", "content": "x", "cache": 1}]},
+    ],
+)  # fmt: skip
+def test_a_line_is_told_what_the_same_request_alone_is_told(client: openai.OpenAI, changes: dict[str, Any]) -> None:
+    record = json.loads(batch_lines(1))
+    record["body"] |= changes
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**record["body"])
+    batch = run_batch(client, json.dumps(record).encode())
+    (line,) = lines_of(client, batch.error_file_id)
+    problem = line["response"]["body"]["error"]
+    assert (problem["param"], problem["code"]) == (caught.value.param, caught.value.code)
+    assert problem["message"].rstrip(".").lower() in caught.value.message.lower()
+
+
+def test_a_text_that_is_too_long_is_called_as_its_endpoint_calls_it(client: openai.OpenAI) -> None:
+    for url, name in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
+        line = {"custom_id": "a", "method": "POST", "url": url, "body": {"model": ECHO, name: "word " * 140_000}}
+        batch = run_batch(client, json.dumps(line).encode(), endpoint=url)
+        (found,) = lines_of(client, batch.error_file_id)
+        problem = found["response"]["body"]["error"]
+        assert (problem["param"], problem["code"]) == (name, "context_length_exceeded")
+
+
 def test_a_long_task_holds_nobody_else_up(served: Server) -> None:
     named = ", ".join(f"a{number}: b{number}" for number in range(12_000))
     body = {"input_file_id": "x", "endpoint": "/v1/chat/completions", "completion_window": "24h"}

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 
 from promptmill.api.batch_claims import AT_ONCE, Claims
 from promptmill.api.batch_rows import move
-from promptmill.api.batch_validation import validate
+from promptmill.api.batch_validation import QUESTIONS, validate
 from promptmill.api.file_store import FileStore, usable
 from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
@@ -329,7 +329,7 @@ def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]
                 "error": {"code": code, "message": message},
             }  # fmt: skip
         else:
-            yield openai_line(row, batch.model or "", common)
+            yield openai_line(row, batch.model or "", common, QUESTIONS[batch.endpoint])
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import orjson
@@ -17,10 +17,12 @@ from promptmill import catalog, service
 from promptmill.api import bodies, documents, job_creation
 from promptmill.api.bodies import json_response, page, query_whole
 from promptmill.api.errors import ApiError, bad, not_found
+from promptmill.api.errors import of as error_of
 from promptmill.api.keys import Principal
 from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread
 from promptmill.api.streams import EventStream, event
 from promptmill.database import reading
+from promptmill.errors import PromptmillError
 from promptmill.preparing import check_max_errors, check_name
 from promptmill.sampling import check_parameters
 from promptmill.tables import jobs, requests, results
@@ -104,9 +106,10 @@ def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dic
     if body.get("task") and (body.get("template") or body.get("system")):
         raise bad("Give 'task', or 'template' and 'system': a task file holds its prompts.", "task", "invalid_value")
     label = bodies.text(body, "name", longest=100)
-    check_name(label)
+    _checked("name", check_name, label)
     max_errors = bodies.text(body, "max_errors", longest=16)
-    check_max_errors(max_errors)
+    _checked("max_errors", check_max_errors, max_errors)
+    deadline = bodies.text(body, "deadline", longest=40)
     limit = parts.limits.of(principal, "queued_requests")
     return {
         "model": model, "task": bodies.text(body, "task", longest=1_000_000),
@@ -116,8 +119,16 @@ def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dic
         "skip_invalid": bodies.flag(body, "skip_invalid"), "api_key_id": principal.key_id,
         "key_limit": None if limit is None else int(limit),
         "format": bodies.one_of(body, "format", job_creation.FORMATS),
-        "deadline_at": moment(bodies.text(body, "deadline", longest=40), "deadline"), "name_of_file": "lines.jsonl",
+        "deadline_at": _checked("deadline", moment, deadline, "deadline"), "name_of_file": "lines.jsonl",
     }  # fmt: skip
+
+
+def _checked(name: str, check: Callable[..., Any], *given: Any) -> Any:
+    """What ``check`` returns. Raises a 400 that names the field where it raises an error of ours."""
+    try:
+        return check(*given)
+    except PromptmillError as problem:
+        raise bad(error_of(problem).message, name, "invalid_value") from None
 
 
 @router.get("", summary="List jobs", openapi_extra=documents.JOB_LIST, responses=documents.responses())

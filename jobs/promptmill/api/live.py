@@ -66,15 +66,22 @@ STATUSES = {
 NO_REDIS = "A service is not reachable; try again later."
 
 
-def failure(error_class: str, message: str) -> ApiError:
+def failure(request: LiveRequest, error_class: str, message: str) -> ApiError:
     """What a client is told of a request that failed."""
     status, code = STATUSES.get(error_class, (502, error_class))
-    param = "messages" if code == "context_length_exceeded" else None
+    param = _question(request) if code == "context_length_exceeded" else None
     if code == "invalid_request":
         param, code = refusal_of(message)
     # What broke inside is for the log of the worker.
     shown = message if status < 500 or status == 504 else "The model could not answer this request."
     return ApiError(status, shown, param=param, code=code)
+
+
+def _question(request: LiveRequest) -> str:
+    """The field that its body asked with."""
+    if request.messages is not None:
+        return "messages"
+    return "input" if request.sampling.get("embedding") else "prompt"
 
 
 class Call:
@@ -266,7 +273,7 @@ class Live:
         elif kind == DONE:
             call.put(DONE, rest[0])
         else:
-            call.put(FAILED, failure(*rest))
+            call.put(FAILED, failure(call.request, *rest))
 
     def _cancel_unknown(self, call_id: str, worker: str) -> None:
         """It was taken just before it was withdrawn."""
@@ -292,7 +299,7 @@ class Live:
         for call in [each for each in self._calls.values() if each.worker == worker]:
             call.worker = None
             if call.told or call.request.tries >= MOST_TRIES:
-                call.put(FAILED, failure("worker_lost", "its worker is gone"))
+                call.put(FAILED, failure(call.request, "worker_lost", "its worker is gone"))
             else:
                 call.request = replace(call.request, tries=call.request.tries + 1)
                 self._push(live_queue(call.request.model), call.request.encode())
