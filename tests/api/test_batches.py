@@ -312,6 +312,8 @@ def test_an_idempotency_key_makes_one_batch(client: openai.OpenAI) -> None:
     assert first.id == second.id
     with pytest.raises(openai.ConflictError):
         client.batches.create(**asked, metadata={"a": "b"})
+    with pytest.raises(openai.ConflictError):
+        client.batches.create(**asked, output_expires_after={"anchor": "created_at", "seconds": 3600})
     finished(client, first.id)
 
 
@@ -320,6 +322,7 @@ def test_an_idempotency_key_makes_one_batch_of_calls_at_the_same_time(database: 
     values = {
         "input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h", "metadata": None,
         "priority": 5, "task_text": None, "idempotency_key": "once", "api_key_id": None,
+        "output_expires_after_s": None,
     }  # fmt: skip
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: batches._create(parts, values, 3600.0).id, range(24)))

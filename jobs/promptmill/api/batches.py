@@ -97,7 +97,9 @@ def _life_s(value: Any) -> int | None:
 
 
 #: What makes two creations with one idempotency key the same.
-SAME = ("input_file_id", "endpoint", "completion_window", "metadata", "priority", "task_text")
+SAME = (
+    "input_file_id", "endpoint", "completion_window", "metadata", "priority", "task_text", "output_expires_after_s",
+)  # fmt: skip
 
 
 def _create(parts: Services, values: dict[str, Any], window_s: float) -> Row[Any]:
