@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,9 @@ import orjson
 
 from promptmill.errors import DatasetError
 from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS
+from promptmill.readers.fields import BadLine
 from promptmill.readers.ids import IdTable
+from promptmill.readers.jsonl import decoder
 from promptmill.readers.source import Source
 
 #: Errors that a batch lists; a file of another kind altogether would have one for each line.
@@ -53,14 +56,16 @@ class _Bad(Exception):
 
 def validate(path: str, endpoint: str, resolve: Resolve) -> Findings:
     """Look at every line of the file."""
-    findings, seen = Findings(), IdTable()
+    findings, seen, decode = Findings(), IdTable(), decoder().decode
     try:
         for number, text, problem in _lines(path):
             findings.lines += 1
             try:
                 if problem:
                     raise _Bad("invalid_json_line", "This line is not parseable as valid JSON.", None)
-                _check(orjson.loads(text), number, endpoint, resolve, findings, seen)
+                record = orjson.loads(text)
+                _refuse_what_readers_refuse(text, decode)
+                _check(record, number, endpoint, resolve, findings, seen)
             except orjson.JSONDecodeError:
                 findings.note("invalid_json_line", "This line is not parseable as valid JSON.", number)
             except _Bad as bad:
@@ -84,6 +89,17 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
         source.close()
 
 
+def _refuse_what_readers_refuse(text: str, decode: Callable[[str], Any]) -> None:
+    """What is JSON and no reader takes, such as a key that is there twice: it would become a row without its id."""
+    # Of what is nested too deeply the reader speaks, in the error file.
+    with contextlib.suppress(RecursionError):
+        try:
+            decode(text)
+        except (BadLine, ValueError) as problem:
+            why = str(problem) if isinstance(problem, BadLine) else "a number is too long"
+            raise _Bad("invalid_json_line", f"This line is not parseable as valid JSON: {why}.", None) from None
+
+
 def _check(record: Any, number: int, endpoint: str, resolve: Resolve, findings: Findings, seen: IdTable) -> None:
     if not isinstance(record, dict):
         raise _Bad("invalid_request", "Each line must be a JSON dictionary object.", None)
@@ -93,6 +109,8 @@ def _check(record: Any, number: int, endpoint: str, resolve: Resolve, findings: 
     custom_id, body = record["custom_id"], record["body"]
     if not isinstance(custom_id, str):
         raise _Bad("invalid_type", "Invalid type for 'custom_id': expected a string.", "custom_id")
+    if not custom_id:
+        raise _Bad("invalid_value", "Invalid 'custom_id': it is empty.", "custom_id")
     if "\0" in custom_id:
         raise _Bad("invalid_value", "Invalid 'custom_id': it holds a NUL character.", "custom_id")
     if record["method"] != "POST":
