@@ -74,6 +74,27 @@ def test_a_revoked_key_is_refused(locked: Server) -> None:
         client.models.list()
 
 
+def test_a_revoked_key_loses_its_open_streams(start: Starter) -> None:
+    start.worker(SLOW, slots=4)
+    server = start.server("--require-key")
+    secret = key(server, "stream", "--scope", "submit")
+    body = {"model": SLOW, "lines": ["word " * 2_000]}
+    job = call(server, "/v1/jobs", body, Authorization=f"Bearer {secret}")
+    asked = urllib.request.Request(f"{server.url}/v1/jobs/{job['id']}/events")
+    asked.add_header("Authorization", f"Bearer {secret}")
+    message = [{"role": "user", "content": "word " * 2_000}]
+    chat = server.client(secret).chat.completions.create(model=SLOW, messages=message, max_tokens=2_000, stream=True)
+    with urllib.request.urlopen(asked, timeout=30) as followed:
+        next(chat)
+        assert server.command("keys", "revoke", "stream").code == 0
+        revoked_at = time.monotonic()
+        with pytest.raises(openai.APIError, match="Incorrect API key"):
+            list(chat)
+        last = followed.read().decode().rstrip().splitlines()[-1]
+        assert "invalid_api_key" in last
+    assert time.monotonic() - revoked_at < 8
+
+
 def test_scopes_are_kept(locked: Server) -> None:
     client = locked.client(key(locked, "reader", "--scope", "read"))
     client.models.list()

@@ -18,7 +18,7 @@ from promptmill.api.errors import ApiError
 from promptmill.api.keys import Principal
 from promptmill.api.live import Call
 from promptmill.api.questions import Question
-from promptmill.api.services import Parts, Services, Submitter, in_thread
+from promptmill.api.services import Parts, Services, Submitter, in_thread, refusal_of
 from promptmill.api.streams import ClientGone, EventStream, event, unless_gone
 from promptmill.live_wire import DONE, FAILED, TEXT
 from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS
@@ -149,7 +149,7 @@ async def _streamed(
         first = await _or_gone(request, anext(replies))
         if first is None:
             return Response(status_code=GONE)
-        return EventStream(_events(question, first, replies, stack.pop_all()))
+        return EventStream(_events(question, first, replies, stack.pop_all()), refusal_of(request, principal))
     raise AssertionError
 
 

@@ -19,7 +19,7 @@ from promptmill.api.bodies import json_response, page, query_whole
 from promptmill.api.errors import ApiError, bad, not_found
 from promptmill.api.errors import of as error_of
 from promptmill.api.keys import Principal
-from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread
+from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread, refusal_of
 from promptmill.api.streams import EventStream, event
 from promptmill.database import reading
 from promptmill.errors import PromptmillError
@@ -275,7 +275,7 @@ _verb("retry", "Run the errors of an ended job again.")
     "/{job_id}/events", summary="Events", response_class=StreamingResponse,
     responses=documents.content(404, kind="text/event-stream"),
 )  # fmt: skip
-async def events(job_id: str, parts: Parts, principal: Reader) -> Response:
+async def events(job_id: str, request: Request, parts: Parts, principal: Reader) -> Response:
     """Server-sent events: ``progress`` whenever a count changes, ``end`` with the last of them."""
     first = await in_thread(status, parts, job_id, principal)
     held = parts.limits.running(principal)
@@ -296,4 +296,4 @@ async def events(job_id: str, parts: Parts, principal: Reader) -> Response:
         finally:
             held.__exit__(None, None, None)
 
-    return EventStream(followed())
+    return EventStream(followed(), refusal_of(request, principal))

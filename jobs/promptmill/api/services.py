@@ -16,6 +16,7 @@ from promptmill.api.errors import ApiError
 from promptmill.api.file_store import FileStore
 from promptmill.api.keys import LOCAL, Principal
 from promptmill.api.limits import Limits
+from promptmill.api.streams import Refusal
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings
 from promptmill.tables import api_keys
@@ -108,6 +109,19 @@ async def identify(request: Request) -> Principal:
             401, "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'.", code="missing_api_key"
         )
     raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+
+
+def refusal_of(request: Request, principal: Principal) -> Refusal | None:
+    """What a stream asks again and again: its key may be revoked before its end. None where no key was asked for."""
+
+    async def refusal() -> ApiError | None:
+        try:
+            await identify(request)
+        except ApiError as problem:
+            return problem
+        return None
+
+    return None if principal.key_id is None else refusal
 
 
 def _requires(scope: str) -> Any:
