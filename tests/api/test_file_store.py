@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,3 +45,20 @@ def test_uploads_side_by_side_keep_to_the_limit_of_their_key(
         statuses = list(threads.map(upload, range(6)))
     assert sorted(statuses) == [200] * 3 + [429] * 3
     assert store.used_bytes(owner) == sum(path.stat().st_size for path in files_in(tmp_path)) == 900
+
+
+def test_parts_of_a_process_that_died_are_gone_at_once(store: FileStore, tmp_path: Path) -> None:
+    with store.draft() as alive, store.draft() as dead:
+        for each in (alive, dead):
+            each.write(b"x")
+            each.finish()
+        # As the end of its process does.
+        dead._file.close()
+        elsewhere = dead.path.with_name("01J.0123456789ab.part")
+        elsewhere.write_bytes(b"of another machine")
+        store.sweep()
+        assert set(files_in(tmp_path)) == {alive.path, elsewhere}
+        os.utime(elsewhere, (1, 1))
+        store.sweep()
+        assert files_in(tmp_path) == [alive.path]
+        assert store.store(alive, "a.jsonl", "batch", None, None).bytes == 1

@@ -42,7 +42,9 @@ def test_a_server_killed_in_an_upload_leaves_no_file(start: Starter) -> None:
     wait_until(lambda: any(parts.iterdir()), "the upload has begun")
     kill(server)
     connection.close()
+    assert any(parts.iterdir())
     assert list(start.server().client().files.list()) == []
+    wait_until(lambda: not any(parts.iterdir()), "nothing of the upload is left", 20)
 
 
 def test_a_server_killed_in_streams_frees_every_slot(start: Starter) -> None:

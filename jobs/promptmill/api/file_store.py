@@ -6,8 +6,10 @@ A file appears whole: it is written aside, brought to the disk, renamed, and onl
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,20 +26,20 @@ from promptmill.database import epoch, lock_name, reading, writing
 from promptmill.settings import Settings, data_dir
 from promptmill.tables import files
 
-#: Seconds after which bytes that no row names are taken for the rest of a server that died.
+#: Seconds after which bytes that no row names are taken for the rest of a server that died, on whichever machine.
 ORPHAN_S = 3600.0
 
 
 class Draft:
     """A file that is being written."""
 
-    def __init__(self, path: Path, most: int | None, too_large: ApiError | None) -> None:
-        self.path = path
+    def __init__(self, file: IO[bytes], most: int | None, too_large: ApiError | None) -> None:
+        self.path = Path(file.name)
         self.bytes = 0
         self._most = most
         self._too_large = too_large
         self._digest = hashlib.sha256()
-        self._file: IO[bytes] = path.open("wb")
+        self._file = file
 
     def write(self, data: bytes) -> None:
         """Raises a 413, or what else was said, beyond the largest size."""
@@ -56,7 +58,6 @@ class Draft:
         """On the disk; returns the SHA-256."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         return self._digest.hexdigest()
 
     def discard(self) -> None:
@@ -80,7 +81,7 @@ class FileStore:
     @contextlib.contextmanager
     def draft(self, most: int | None = None, too_large: ApiError | None = None) -> Iterator[Draft]:
         """A file to write to, of at most so many bytes; what was not stored in the end is gone."""
-        draft = Draft(self._parts / f"{ULID()}.part", most, too_large)
+        draft = Draft(_new_part(self._parts), most, too_large)
         try:
             yield draft
         finally:
@@ -151,12 +152,53 @@ class FileStore:
         limit = time.time() - ORPHAN_S
         for path in self._root.glob("*/*"):
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime < limit and (path.parent == self._parts or not self._is_known(path.name)):
+                is_part = path.parent == self._parts
+                is_old = path.stat().st_mtime < limit
+                if (is_old and (is_part or not self._is_known(path.name))) or (is_part and _is_dead(path)):
                     path.unlink()
 
     def _is_known(self, file_id: str) -> bool:
         with reading(self._db) as connection:
             return connection.execute(sa.select(files.c.id).where(files.c.id == file_id)).scalar() is not None
+
+
+def _here() -> str:
+    """How names of parts end on this machine: several may share the folder, and locks may not reach from one to all."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        machine = platform.node()
+    return f".{hashlib.sha256(machine.encode()).hexdigest()[:12]}.part"
+
+
+def _new_part(folder: Path) -> IO[bytes]:
+    """A part that is held until it is closed: one that nobody holds is the rest of a process that died."""
+    while True:
+        file = (folder / f"{ULID()}{_here()}").open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # A sweep was faster, and takes it for such a rest.
+            file.close()
+            continue
+        except OSError:
+            # No locks there; parts go when they are old.
+            return file
+        if Path(file.name).exists():
+            return file
+        file.close()
+
+
+def _is_dead(part: Path) -> bool:
+    """Whether the process of this machine that wrote the part is gone."""
+    if not part.name.endswith(_here()):
+        return False
+    with part.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def _used_bytes(db: Connection, owner: str | None) -> int:
