@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill.api import batch_keeper, batch_rows
+from promptmill.api import batch_claims, batch_keeper, batch_rows
 from promptmill.api.batch_claims import Claims
 from promptmill.api.batch_keeper import Keeper
 from promptmill.api.errors import ApiError
 from promptmill.api.file_store import FileStore
 from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
-from promptmill.database import reading, writing
+from promptmill.database import epoch, reading, writing
 from promptmill.settings import Settings
 from promptmill.tables import api_keys, batches, files, jobs, workers
 from promptmill.types import JobState
 from tests.api.conftest import batch_lines
+from tests.conftest import wait_until
 
 
 @pytest.fixture
@@ -47,6 +48,11 @@ def uploaded(store: FileStore, content: bytes) -> str:
 def state_of(db: sa.Engine, batch_id: str) -> Any:
     with reading(db) as connection:
         return connection.execute(sa.select(batches).where(batches.c.id == batch_id)).one()
+
+
+def now_of(db: sa.Engine) -> float:
+    with reading(db) as connection:
+        return float(connection.execute(sa.select(epoch())).scalar() or 0)
 
 
 def keep(keeper: Keeper) -> list[str]:
@@ -95,8 +101,8 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
         # Another server leaves it alone too.
         assert Claims(keeper.db).due() == []
         row = state_of(keeper.db, batch_id)
+        now = now_of(keeper.db)
         with writing(keeper.db) as connection:
-            now = float(connection.execute(sa.select(batch_rows.epoch())).scalar() or 0)
             connection.execute(sa.update(batches).values(claimed_until=now - 1))
         assert row.state == "validating"
         waits.append(round(row.claimed_until - now))
@@ -104,6 +110,42 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
     monkeypatch.undo()
     keep(keeper)
     assert state_of(keeper.db, batch_id).state == "in_progress"
+
+
+def test_what_a_dead_server_held_is_taken_over_soon(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch_id = made(keeper.db)
+    assert Claims(keeper.db).due() == [batch_id]
+    held_s = state_of(keeper.db, batch_id).claimed_until - now_of(keeper.db)
+    assert 4 * batch_claims.RENEW_S <= held_s <= 15
+    assert keeper.claims.due() == []
+    with writing(keeper.db) as connection:
+        connection.execute(sa.update(batches).values(claimed_until=now_of(keeper.db) + 0.2))
+    wait_until(lambda: keeper.claims.due() == [batch_id], "its time is over", 5)
+    # Who lives keeps it.
+    monkeypatch.setattr(batch_claims, "RENEW_S", 0.05)
+    before = state_of(keeper.db, batch_id).claimed_until
+    with keeper.claims.renewing(batch_id):
+        wait_until(lambda: state_of(keeper.db, batch_id).claimed_until > before, "it is renewed", 5)
+
+
+def test_two_servers_with_one_batch_leave_one_job(
+    keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "demo")))
+    other, submitted = Keeper(keeper.settings, keeper.db), keeper._submit
+
+    def late(*given: Any) -> str:
+        other._keep(batch_id)
+        return submitted(*given)
+
+    monkeypatch.setattr(keeper, "_submit", late)
+    keeper._keep(batch_id)
+    row = state_of(keeper.db, batch_id)
+    with reading(keeper.db) as connection:
+        found = connection.execute(sa.select(jobs.c.id, jobs.c.state)).all()
+    assert row.state == "in_progress"
+    assert len(found) == 2
+    assert [each.id for each in found if each.state != JobState.CANCELLED] == [row.job_id]
 
 
 def test_keys_take_turns(keeper: Keeper) -> None:

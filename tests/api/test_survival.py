@@ -83,7 +83,7 @@ def test_a_server_killed_after_a_cancel_ends_the_batch_when_it_is_back(start: St
     client.batches.cancel(batch.id)
     kill(server)
     again = start.server().client()
-    ended = finished(again, batch.id, 100)
+    ended = finished(again, batch.id, 30)
     assert ended.status == "cancelled"
     lines = [
         json.loads(line)["custom_id"]

@@ -16,8 +16,10 @@ from promptmill.database import epoch, reading, writing
 from promptmill.tables import batches, jobs
 from promptmill.types import JobState
 
-#: Seconds that a batch stays with the server that looks after it, unrenewed.
-CLAIM_S = 60.0
+#: Seconds that a batch stays with the server that looks after it, unrenewed, and between two renewals: four may be
+#: missed. So long does a batch wait, and who cancels it, for a server that died.
+CLAIM_S = 15.0
+RENEW_S = 3.0
 
 #: Batches worked on at one time.
 AT_ONCE = 2
@@ -102,7 +104,7 @@ class Claims:
         ended = threading.Event()
 
         def renew() -> None:
-            while not ended.wait(CLAIM_S / 4):
+            while not ended.wait(RENEW_S):
                 with contextlib.suppress(Exception):
                     self._renew(batch_id)
 

@@ -196,10 +196,13 @@ class Keeper:
                 # It was cancelled meanwhile: its end is that of its job.
                 connection.execute(
                     sa.update(batches)
-                    .where(batches.c.id == batch.id, batches.c.state == "cancelling")
+                    .where(batches.c.id == batch.id, batches.c.state == "cancelling", batches.c.job_id.is_(None))
                     .values(job_id=job_id, model=findings.model, total=findings.lines)
                 )
         if not moved:
+            if self._read(batch.id).job_id != job_id:
+                # Another server took it over, and has made a job of its own.
+                self.ledger.cancel(job_id)
             return
         with contextlib.suppress(BrokerError):
             # Without Redis the job waits: any worker publishes it later.
