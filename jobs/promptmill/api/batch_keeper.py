@@ -119,13 +119,22 @@ class Keeper:
         """A score run of each job that ended and came with a task, batches among them."""
         try:
             for job in unscored(self.db, SCORED_WITHIN_S):
-                if (job.id, job.finished_at) in self._scored:
-                    continue
-                with contextlib.suppress(TaskFileError):
-                    keep_scores(self.db, job)
-                self._scored.add((job.id, job.finished_at))
-        except (PromptmillError, sa.exc.SQLAlchemyError) as problem:
+                if (job.id, job.finished_at) not in self._scored:
+                    self._score(job)
+                    self._scored.add((job.id, job.finished_at))
+        except PASSING as problem:
             log.warning("scores wait: %s", str(problem).splitlines()[0][:200])
+
+    def _score(self, job: Row[Any]) -> None:
+        """What cannot be scored once will not be the next time either."""
+        try:
+            with contextlib.suppress(TaskFileError):
+                keep_scores(self.db, job)
+        except PASSING:
+            raise
+        except Exception as problem:
+            # Its message may hold an answer.
+            log.error("job %s is not scored: %s", job.id, type(problem).__name__)
 
     def _keep(self, batch_id: str) -> None:
         try:
