@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,12 @@ FETCH_S = 3600.0
 #: Rows changed in one transaction.
 BATCH_ROWS = 10_000
 
+#: Beginning of the input of a row that is done: no line of a dataset becomes such an input, whatever it holds.
+_DONE_INPUT = '{"hashed": true, '
+
+#: The expected value of a done row that has no input: of a line that could not be read.
+_HASH = re.compile('"sha256:[0-9a-f]{64}"')
+
 #: Columns of results with what the model wrote, besides the text itself.
 WRITTEN = ("reasoning", "choices", "logprobs", "choice_probs", "continuations", "embedding", "error_message")
 
@@ -29,7 +36,7 @@ WRITTEN = ("reasoning", "choices", "logprobs", "choice_probs", "continuations", 
 def redact(db: Engine, job_id: str, how: str) -> None:
     """Replace prompts and answers of an ended job by their hashes ('hash') or remove them ('none').
 
-    Cut off half-way it goes on when asked again: a hash is not hashed twice.
+    Cut off half-way it goes on when asked again: a row that is done says so, whatever its texts look like.
     """
     with reading(db) as connection:
         last = connection.execute(sa.select(sa.func.max(requests.c.row)).where(requests.c.job_id == job_id)).scalar()
@@ -46,14 +53,13 @@ def _redact_rows(db: Connection, job_id: str, span: tuple[int, int], how: str) -
     answered = [results.c.job_id == job_id, results.c.row.between(*span)]
     if how == "hash":
         prompts = db.execute(sa.select(requests.c.row, requests.c.input, requests.c.expected).where(*asked)).all()
-        texts = db.execute(sa.select(results.c.row, results.c.text).where(*answered)).all()
-        known = {row: hashed(text) for row, text in texts}
-        _update(db, requests, job_id, [
-            {"input": _json({"prompt": hashed(text)}) if text and not _is_hashed(text) else text,
-             "expected": _json(hashed(expected)) if expected and not _is_hashed(expected) else expected, "at_row": row}
-            for row, text, expected in prompts
-        ])  # fmt: skip
-        _update(db, results, job_id, [{"text": text, "at_row": row} for row, text in known.items()])
+        left = [each for each in prompts if not (each.input or "").startswith(_DONE_INPUT)]
+        _update(db, requests, job_id, [_hashed_request(*each) for each in left])
+        texts = {
+            row: hashed(text) for row, text in db.execute(sa.select(results.c.row, results.c.text).where(*answered))
+        }
+        known = [{"text": texts[each.row], "at_row": each.row} for each in left if each.row in texts]
+        _update(db, results, job_id, known)
     else:
         db.execute(sa.update(requests).where(*asked).values(input=None, expected=None))
         db.execute(sa.update(results).where(*answered).values(text=None))
@@ -61,6 +67,15 @@ def _redact_rows(db: Connection, job_id: str, span: tuple[int, int], how: str) -
     db.execute(sa.update(results).where(*answered).values(**gone))
     own = (retries.c.job_id == job_id, retries.c.row.between(*span))
     db.execute(sa.update(retries).where(*own).values(error_message=None))
+
+
+def _hashed_request(row: int, text: str | None, expected: str | None) -> dict[str, Any]:
+    done = text is None and _HASH.fullmatch(expected or "")
+    return {
+        "input": _json({"hashed": True, "prompt": hashed(text)}) if text else text,
+        "expected": _json(hashed(expected)) if expected and not done else expected,
+        "at_row": row,
+    }
 
 
 def _update(db: Connection, table: sa.Table, job_id: str, rows: list[dict[str, Any]]) -> None:
@@ -72,14 +87,8 @@ def _update(db: Connection, table: sa.Table, job_id: str, rows: list[dict[str, A
 
 
 def hashed(text: str | None) -> str | None:
-    """``sha256:`` and the hexadecimal digest of the text in UTF-8. What is one already stays."""
-    if text is None or text.startswith("sha256:"):
-        return text
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_hashed(text: str) -> bool:
-    return text.startswith(('"sha256:', '{"prompt": "sha256:'))
+    """``sha256:`` and the hexadecimal digest of the text in UTF-8."""
+    return None if text is None else "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def _json(value: Any) -> str:

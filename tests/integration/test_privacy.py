@@ -147,6 +147,19 @@ def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engi
     assert texts(db) == once
 
 
+@pytest.mark.parametrize("text", ["sha256:my secret", "sha256:" + "0123456789abcdef" * 4])
+def test_a_text_that_looks_like_a_hash_is_hashed(db: sa.Engine, text: str) -> None:
+    store(db, [answer(0, text=text)], expected={0: text}, finished_at=START)
+    with db.begin() as connection:
+        connection.execute(sa.update(requests).values(input=json.dumps({"prompt": text})))
+    redact(db, JOB, "hash")
+    assert text not in str(texts(db))
+    assert texts(db)[0][2] == hashed(text)
+    once = texts(db)
+    redact(db, JOB, "hash")
+    assert texts(db) == once
+
+
 def test_jobs_of_the_queue_are_redacted_an_hour_after_their_end(db: sa.Engine) -> None:
     fill(db, store="none")
     store(db, [answer(0)], job_id="01FULL", finished_at=START)
