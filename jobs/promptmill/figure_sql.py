@@ -44,6 +44,10 @@ FIGURE_SQL = {
     "success_rate": f"SELECT 1.0 * COUNT(CASE WHEN state = 'ok' THEN 1 END) / NULLIF(COUNT(*), 0) {_ROWS}",
     "wall_s": f"SELECT {_WALL}",
     "items_per_s": f"SELECT COUNT(*) / {_WALL} {_OK}",
+    "valid_per_s": (
+        f"SELECT MIN(n) / {_WALL} FROM (SELECT 1.0 * SUM(CASE WHEN outcome IN ('scored', 'abstain', 'scorer_error') "
+        "THEN 1 ELSE 0 END) AS n FROM scores WHERE score_run_id = 'RUN' GROUP BY metric) AS readable"
+    ),
     "output_tps": f"SELECT SUM(output_tokens) / {_WALL} {_OWN}",
     "total_tps": f"SELECT SUM(prompt_tokens - cached_tokens + output_tokens) / {_WALL} {_OWN}",
     "prefill_tps": f"SELECT SUM(prefill_tokens) / NULLIF(SUM(prefill_s), 0) {_TRIED}",
@@ -60,6 +64,9 @@ FIGURE_SQL = {
         "SELECT MAX(active) FROM (SELECT SUM(change) OVER (ORDER BY moment, change ROWS UNBOUNDED PRECEDING) AS active "
         f"FROM (SELECT admitted_at AS moment, 1 AS change {_SLOT} UNION ALL SELECT finished_at, -1 {_SLOT}) AS steps) "
         "AS curve"
+    ),
+    "batch_efficiency": (
+        f"SELECT 1.0 * SUM(decode_tokens) / NULLIF(SUM(steps * slots), 0) {_TRIED} AND slots IS NOT NULL"
     ),
     "starved_share": f"SELECT SUM(starved_s) / {_ENGINE_S} {_TRIED}",
     "idle_share": f"SELECT SUM(idle_s) / {_ENGINE_S} {_TRIED}",

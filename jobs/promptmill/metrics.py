@@ -157,6 +157,15 @@ _ALL = (
     Metric("success_rate", "success", Unit.SHARE, Kind.SUCCESS, _HIGHER, "ok / attempted"),
     Metric("wall_s", "wall", Unit.SECONDS, Kind.WALL_TIME, _LOWER, _WALL),
     Metric("items_per_s", "requests/s", Unit.REQUESTS_PER_SECOND, Kind.REQUEST_RATE, _HIGHER, "ok / wall_s"),
+    Metric(
+        "valid_per_s",
+        "valid",
+        Unit.REQUESTS_PER_SECOND,
+        Kind.REQUEST_RATE,
+        _HIGHER,
+        "ok rows whose answer the task could read, not cut off before it was whole, by the score that read the fewest "
+        "(of the rows that expect something) / wall_s",
+    ),
     Metric("output_tps", "output", Unit.TOKENS_PER_SECOND, Kind.OUTPUT_RATE, _HIGHER, "sum of output_tokens / wall_s"),
     Metric(
         "total_tps",
@@ -211,6 +220,15 @@ _ALL = (
         Kind.OCCUPANCY,
         _NEITHER,
         "most rows between admitted_at and finished_at at one time",
+    ),
+    Metric(
+        "batch_efficiency",
+        "batch efficiency",
+        Unit.SHARE,
+        Kind.OCCUPANCY,
+        _HIGHER,
+        "sum of attempts.decode_tokens / sum of (attempts.steps x attempts.slots): tokens by the most that so many "
+        "steps could make",
     ),
     Metric("slots", "slots", Unit.SEQUENCES, _COUNT, _NEITHER, "most slots of workers with rows at one time"),
     Metric(

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from promptmill.database import connect
 from promptmill.errors import UnknownName
+from promptmill.figure_sql import FIGURE_SQL
 from promptmill.metrics import METRICS
 from promptmill.registry import resolve
 from promptmill.reports import REPORTS, distributions, times
@@ -23,7 +24,9 @@ from promptmill.reports.checks import Check
 from promptmill.reports.scan import Series
 from promptmill.reports.summary import JSON_KEYS, Summary, summarise
 from promptmill.reports.terminal import render
+from promptmill.service import keep_scores
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, worker_samples, workers
+from promptmill.task_file import parse_task
 
 JOB, WORKER = "01JOB", "box/cpu/1"
 
@@ -350,6 +353,35 @@ def test_the_parts_of_an_engines_time_add_up_to_its_workers_time(db: sa.Engine) 
     assert check(found, "time").ok is True
     assert (found.prefill_tps, found.starved_share, found.idle_share) == (50, 0.05, 0.1)
     assert found.decode_tps == pytest.approx(110 / 6)
+
+
+def test_batch_efficiency_is_of_attempts_with_all_their_counters(db: sa.Engine) -> None:
+    lost = counters(number=1, slots=None, outcome="lost", steps=50, decode_tokens=7)
+    store(db, [answer(row) for row in range(10)], tried=[counters(), lost])
+    found = summarise(db, JOB)
+    assert found.batch_efficiency == 110 / (90 * 4)
+    with db.connect() as connection:
+        sql = FIGURE_SQL["batch_efficiency"].replace("JOB", JOB)
+        assert connection.execute(sa.text(sql)).scalar() == pytest.approx(found.batch_efficiency)
+
+
+def test_valid_output_is_what_the_task_could_read_in_the_time_of_the_job(db: sa.Engine) -> None:
+    broken = [answer(6, text="no idea"), answer(7, text='{"is_ad": tr', finish_reason="length"), failure(8)]
+    rows = [*(answer(row) for row in range(6)), *broken]
+    task = TASK + "  - {exact: is_ad, as: again}\n"
+    sha = parse_task(task, "ads").sha256
+    labels = {row: {"is_ad": True} for row in range(9)}
+    store(db, rows, expected=labels, task_text=task, task_sha256=sha)
+    found = summarise(db, JOB)
+    assert found.valid_per_s == 6 / 9
+    assert "0.889 requests/s, 0.667 valid" in page(found)
+    keep_scores(JOB, db)
+    with db.connect() as connection:
+        run = connection.execute(sa.text("SELECT id FROM score_runs")).scalar()
+        sql = FIGURE_SQL["valid_per_s"].replace("JOB", JOB).replace("RUN", str(run))
+        assert connection.execute(sa.text(sql)).scalar() == pytest.approx(6 / 9)
+    store(db, [answer(0)], job_id="01PLAIN")
+    assert summarise(db, "01PLAIN").valid_per_s is None
 
 
 def test_chunks_that_ran_together_share_their_workers_time(db: sa.Engine) -> None:

@@ -52,6 +52,8 @@ class Budget:
     starved_s: float | None
     generated_tokens: int | None
     wasted_tokens: int | None
+    #: Tokens of attempts with all their counters, by the tokens that as many steps could have made in all slots.
+    batch_efficiency: float | None
     #: Attempts whose worker or host was lost: known up to their last stored results.
     lost_attempts: int
     missing: str | None
@@ -107,10 +109,16 @@ def budget(attempts: Sequence[sa.Row[Any]], shared: int, worker_tokens: Mapping[
         starved_s=_total(counted, "starved_s"),
         generated_tokens=None if missing else generated,
         wasted_tokens=wasted,
+        batch_efficiency=_batch_efficiency(counted),
         lost_attempts=lost,
         missing=missing,
         unbalanced=unbalanced,
     )
+
+
+def _batch_efficiency(counted: Sequence[sa.Row[Any]]) -> float | None:
+    whole = [each for each in counted if each.slots is not None and each.steps is not None]
+    return _ratio(sum(each.decode_tokens for each in whole), sum(each.steps * each.slots for each in whole))
 
 
 def _missing(attempts: Sequence[sa.Row[Any]], shared: int) -> str | None:

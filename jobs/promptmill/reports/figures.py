@@ -8,9 +8,9 @@ from promptmill.reports.summary import Summary
 #: Figures of the job as a whole that are printed, in order.
 SINGLE = (
     "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "copied", "success_rate", "wall_s", "items_per_s",
-    "output_tps", "total_tps", "prefill_tps", "decode_tps", "prompt_tokens", "cached_tokens", "output_tokens",
-    "reasoning_tokens", "wasted_tokens", "cached_share", "mean_output_tokens", "mean_active", "peak_active", "slots",
-    "starved_share", "idle_share",
+    "valid_per_s", "output_tps", "total_tps", "prefill_tps", "decode_tps", "prompt_tokens", "cached_tokens",
+    "output_tokens", "reasoning_tokens", "wasted_tokens", "cached_share", "mean_output_tokens", "mean_active",
+    "peak_active", "slots", "batch_efficiency", "starved_share", "idle_share",
 )  # fmt: skip
 
 #: Figures with a value for each row.

@@ -315,13 +315,14 @@ def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _definitions(summary: Summary, details: Details) -> str:
     """The definition of every figure, and the query that gives it."""
-    job = {"JOB": summary.job_id}
+    run = {"RUN": details.score_run} if details.score_run else {}
+    job = {"JOB": summary.job_id} | run
     shown = [(metric.name, metric, "not measured" if value is None else metric.text(value), job)
              for metric, value in singles(summary)]  # fmt: skip
     shown += [(name, METRICS[name], "see above", job) for name in DISTRIBUTIONS]
     for name, score in summary.scores.items():
         figures = score.all_figures | {"majority_baseline": score.majority_baseline}
-        names = {"SCORE": name} | ({"RUN": details.score_run} if details.score_run else {})
+        names = {"SCORE": name} | run
         shown += [(score_name(name, each), METRICS[each], METRICS[each].text(value), names)
                   for each, value in figures.items() if value is not None]  # fmt: skip
     for worker in summary.workers:

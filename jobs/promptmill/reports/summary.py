@@ -101,6 +101,7 @@ class Summary:
     decode_tps: float | None
     starved_share: float | None
     idle_share: float | None
+    batch_efficiency: float | None
     latency_s: Distribution
     ttft_s: Distribution
     tpot_s: Distribution
@@ -134,6 +135,12 @@ class Summary:
     @property
     def items_per_s(self) -> float | None:
         return ratio(self.ok, self.wall_s)
+
+    @property
+    def valid_per_s(self) -> float | None:
+        """None where no task reads the answers."""
+        read = [score.readable for score in self.scores.values() if score.readable is not None]
+        return ratio(min(read), self.wall_s) if read else None
 
     @property
     def output_tps(self) -> float | None:
@@ -195,7 +202,7 @@ JSON_KEYS = (
     "prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "wasted_tokens", "cached_share",
     "mean_output_tokens", "mean_active", "peak_active", "slots", "starved_share", "idle_share",
     "latency_s", "ttft_s", "tpot_s", "queue_s", "errors_by_class", "error_examples", "checks", "scores", "workers",
-    "curve", "gates",
+    "curve", "gates", "valid_per_s", "batch_efficiency",
 )  # fmt: skip
 
 
@@ -284,7 +291,7 @@ JOB_FIELDS = (
 )  # fmt: skip
 TOKEN_FIELDS = ("prompt_tokens", "cached_tokens", "reasoning_tokens")
 TIME_FIELDS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
-ENGINE_FIELDS = ("prefill_tps", "decode_tps", "starved_share", "idle_share", "wasted_tokens")
+ENGINE_FIELDS = ("prefill_tps", "decode_tps", "starved_share", "idle_share", "wasted_tokens", "batch_efficiency")
 
 
 def _columns(facts: Facts, books: Budget) -> dict[str, Any]:

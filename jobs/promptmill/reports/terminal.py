@@ -174,9 +174,12 @@ def _rates(summary: Summary) -> list[tuple[str, Text]]:
     cut = f"{summary.cut_off:,} at max_tokens"
     if summary.copied:
         cut += f", {summary.copied:,} copied"
+    items = _with_unit("items_per_s", summary.items_per_s)
+    if summary.valid_per_s is not None:
+        items += f", {METRICS['valid_per_s'].text(summary.valid_per_s)} valid"
     return [
         ("wall", Text(_wall(summary.wall_s))),
-        ("throughput", Text(_with_unit("items_per_s", summary.items_per_s))),
+        ("throughput", Text(items)),
         ("output", Text(_with_unit("output_tps", summary.output_tps))),
         ("prefill", Text(_with_unit("prefill_tps", summary.prefill_tps))),
         ("prompt tokens", Text(prompt)),
@@ -185,6 +188,7 @@ def _rates(summary: Summary) -> list[tuple[str, Text]]:
         ("wasted", Text(_with_unit("wasted_tokens", summary.wasted_tokens))),
         ("mean active", Text(active)),
         ("starved", Text(_with_unit("starved_share", summary.starved_share))),
+        ("batch efficiency", Text(_with_unit("batch_efficiency", summary.batch_efficiency))),
     ]
 
 

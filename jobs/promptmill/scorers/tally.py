@@ -136,6 +136,13 @@ class Score:
         return self.points / self.n if self.n else None
 
     @property
+    def readable(self) -> int | None:
+        """Answers in which it could be read, of rows that expect something; None where no row does."""
+        if not self.n + self.left_out + self.abstain + self.infra_error:
+            return None
+        return self.n + self.left_out + self.abstain - self.unparsed - self.truncated
+
+    @property
     def is_rate(self) -> bool:
         return self.metric == "accuracy"
 
