@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.annotations import add_tags, remove_tags, tagged, tags_of
+from promptmill.database import open_database
 from promptmill.errors import PromptmillError, UnknownName
 from promptmill.preparing import RunOptions
 from promptmill.reports.summary import summarise
@@ -136,14 +137,22 @@ def _with_a_score(mean: Callable[[Setting, str], float | None]) -> Callable[[Set
     return lambda self, name: 0.5 if name.endswith(".accuracy") else mean(self, name)
 
 
-def test_a_tag_of_other_work_is_refused_before_anything_runs(db: sa.Engine, tmp_path: Path) -> None:
+@pytest.fixture
+def file_db(tmp_path: Path) -> Iterator[sa.Engine]:
+    """A database that threads of a worker may share."""
+    engine = open_database(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    yield engine
+    engine.dispose()
+
+
+def test_a_tag_of_other_work_is_refused_before_anything_runs(file_db: sa.Engine, tmp_path: Path) -> None:
     for name in ("two", "other"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {row}"}}\n' for row in range(3)))
     options = RunOptions(dataset=str(tmp_path / "two.jsonl"), model="echo", sampling={"temperature": 0.0})
     plan = Plan(options, {"slots": [1, 2], "max_tokens": [5, 10]}, 1, "swp")
     settings = Settings(runtime_dir=str(tmp_path / "run"))
-    first, _ = sweep(plan, settings, db)
-    again, _ = sweep(plan, settings, db)
+    first, _ = sweep(plan, settings, file_db)
+    again, _ = sweep(plan, settings, file_db)
     jobs = [[run.job_id for run in each.runs] for each in first.settings]
     assert [[run.job_id for run in each.runs] for each in again.settings] == jobs
     for change, what in (
@@ -153,5 +162,5 @@ def test_a_tag_of_other_work_is_refused_before_anything_runs(db: sa.Engine, tmp_
         ({"sampling": {"temperature": 1.0}}, "sampling"),
     ):
         with pytest.raises(PromptmillError, match=rf"tag 'swp' holds runs of other work \(job .*: {what} differs\)"):
-            sweep(replace(plan, options=replace(options, **change)), settings, db)
-    assert [each.id for each in tagged(db, "swp")] == [each[0] for each in jobs]
+            sweep(replace(plan, options=replace(options, **change)), settings, file_db)
+    assert [each.id for each in tagged(file_db, "swp")] == [each[0] for each in jobs]
