@@ -45,8 +45,8 @@ def swept(db: sa.Engine) -> Sweep:
 
 def test_f14_capacity_is_what_a_sweep_measured_at_its_knee(db: sa.Engine) -> None:
     found = swept(db)
-    assert found.best is found.settings[2]
-    (knee,) = found.knees().values()
+    assert found.best(found.settings[0]) is found.settings[2]
+    (knee,) = found.knees()
     assert knee is found.settings[1]
     assert verdict(found).startswith("smallest within 5 % of the best: slots=4: ")
     assert recommended(knee) == "JOBS_SLOTS=4\n# --param n=1"
@@ -54,6 +54,25 @@ def test_f14_capacity_is_what_a_sweep_measured_at_its_knee(db: sa.Engine) -> Non
     assert change is not None
     assert change.ci95 is not None
     assert change.ci95[1] < -0.5
+
+
+def test_settings_of_other_work_have_a_knee_and_a_best_of_their_own(db: sa.Engine) -> None:
+    """Ten tokens an answer are more tokens a second than five at any number of slots."""
+    settings = []
+    for most, seconds in ((5, {1: 40.0, 4: 20.0}), (10, {1: 10.0, 4: 9.9})):
+        for slots, took in seconds.items():
+            name = f"01W{most:02}{slots}"
+            job(db, name, took)
+            settings.append(Setting({"slots": slots, "max_tokens": most}, (summarise(db, name),)))
+    found = Sweep("work", tuple(settings))
+    assert [dict(each.values) for each in found.knees()] == [
+        {"slots": 4, "max_tokens": 5}, {"slots": 1, "max_tokens": 10}
+    ]  # fmt: skip
+    assert [each["best"] for each in found.to_json()["settings"]] == [False, True, False, True]
+    change = found.against_best(settings[0])
+    assert change is not None
+    assert -0.55 < change.value < -0.45
+    assert verdict(found).count(" of the best") == 3
 
 
 @pytest.mark.parametrize("form", ["md", "json", "csv", "html"])

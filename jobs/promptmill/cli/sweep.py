@@ -147,6 +147,6 @@ def _print(found: Any) -> None:
         bar = "█" * round(44 * rate / top) if top else ""
         console.print(Text(f"  {found.label(each)[-34:]:<34} {bar} {rate:,.1f}"))
     console.print(Text(f"\n{verdict(found)}", style="bold"))
-    for knee in found.knees().values():
+    for knee in found.knees():
         console.print(Text(recommended(knee)))
     console.print(Text(f"jobs: promptmill trend --tag {found.tag}", style="dim"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from promptmill.reports import markdown, plots
+from promptmill.reports.compare import SAME_WORK
 from promptmill.reports.figures import metric_of, score_name, value_of
 from promptmill.reports.html import document, safe, section, table
 from promptmill.reports.statistics import Change, repeated_ratio
@@ -83,26 +84,31 @@ class Sweep:
         varying = [name for name in setting.values if len({str(each.values[name]) for each in self.settings}) > 1]
         return ", ".join(f"{name}={setting.values[name]}" for name in varying) or setting.label
 
-    @property
-    def best(self) -> Setting | None:
-        """The fastest setting."""
-        done = [each for each in self.settings if each.mean("output_tps")]
+    def best(self, setting: Setting) -> Setting | None:
+        """The fastest setting that did the same work as this one."""
+        done = [each for each in self.settings if _work(each) == _work(setting) and each.mean("output_tps")]
         return max(done, key=lambda each: each.mean("output_tps") or 0.0, default=None)
 
-    def knees(self) -> dict[str, Setting]:
-        """Model -> the smallest setting within 5 % of that model's best: in the order of the settings."""
-        found: dict[str, Setting] = {}
-        for model in dict.fromkeys(_model(each) for each in self.settings):
-            own = [each for each in self.settings if _model(each) == model and each.mean("output_tps")]
-            top = max((each.mean("output_tps") or 0.0 for each in own), default=0.0)
-            near = [each for each in own if (each.mean("output_tps") or 0.0) >= KNEE_SHARE * top]
-            if near:
-                found[model] = min(near, key=_size)
+    def rivals(self, setting: Setting) -> list[Setting]:
+        """Settings of the same model that did the same work: which of them is the smallest to be fast enough?"""
+        own = (_model(setting), _work(setting))
+        return [each for each in self.settings if (_model(each), _work(each)) == own and each.mean("output_tps")]
+
+    def knees(self) -> list[Setting]:
+        """Of each model and each work the smallest setting within 5 % of the best: in the order of the settings."""
+        found: list[Setting] = []
+        for setting in self.settings:
+            rivals = self.rivals(setting)
+            top = max((each.mean("output_tps") or 0.0 for each in rivals), default=0.0)
+            near = [each for each in rivals if (each.mean("output_tps") or 0.0) >= KNEE_SHARE * top]
+            knee = min(near, key=_size, default=None)
+            if knee is not None and not any(knee is each for each in found):
+                found.append(knee)
         return found
 
     def against_best(self, setting: Setting) -> Change | None:
         """Change of the output rate against the fastest setting; with an interval from three runs of each on."""
-        best = self.best
+        best = self.best(setting)
         if best is None or best is setting or not setting.runs:
             return None
         rates = [[run.output_tps or 0.0 for run in each.runs] for each in (best, setting)]
@@ -113,14 +119,14 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         names = [*FIGURES, *self.score_names()]
-        knees = list(self.knees().values())
+        knees = self.knees()
         return {
             "schema_version": 1, "tag": self.tag,
             "settings": [
                 {
                     "values": dict(each.values), "jobs": [run.job_id for run in each.runs],
                     "failures": list(each.failures), "figures": {name: each.mean(name) for name in names},
-                    "output_tps_cv": each.cv("output_tps"), "knee": each in knees, "best": each is self.best,
+                    "output_tps_cv": each.cv("output_tps"), "knee": each in knees, "best": each is self.best(each),
                 }
                 for each in self.settings
             ],
@@ -130,6 +136,11 @@ class Sweep:
 
 def _model(setting: Setting) -> str:
     return str(setting.values.get("model") or (setting.runs[0].model if setting.runs else ""))
+
+
+def _work(setting: Setting) -> list[tuple[str, Any]]:
+    """Swept sampling that makes other work: tokens of short answers a second are no better than those of long ones."""
+    return sorted((name, str(value)) for name, value in setting.values.items() if name in SAME_WORK)
 
 
 def _size(setting: Setting) -> tuple[tuple[int, float, str], ...]:
@@ -155,11 +166,11 @@ def rows(found: Sweep) -> tuple[list[str], list[list[str]]]:
     if any((each.mean("success_rate") or 0.0) < 1 for each in found.settings):
         names.append("success_rate")
         titles.append("success %")
-    knees = list(found.knees().values())
+    knees = found.knees()
     cells = []
     for each in found.settings:
         cv = each.cv("output_tps")
-        marks = [word for word, holds in (("best", each is found.best), ("knee", each in knees)) if holds]
+        marks = [word for word, holds in (("best", each is found.best(each)), ("knee", each in knees)) if holds]
         marks += [f"failed: {message}" for message in each.failures[:1]]
         cells.append([
             found.label(each), str(len(each.runs)), _shown(each, "output_tps"),
@@ -182,11 +193,10 @@ def _against(change: Change | None) -> str:
 
 
 def verdict(found: Sweep) -> str:
-    """What to do, in a sentence for each model."""
+    """What to do, in a sentence for each model and work."""
     parts = []
-    for model, knee in found.knees().items():
-        own = [each for each in found.settings if _model(each) == model]
-        top = max(each.mean("output_tps") or 0.0 for each in own)
+    for knee in found.knees():
+        top = max(each.mean("output_tps") or 0.0 for each in found.rivals(knee))
         rate = knee.mean("output_tps") or 0.0
         parts.append(f"{found.label(knee)}: {rate:,.1f} tok/s, {100 * rate / top:.0f} % of the best")
     return "smallest within 5 % of the best: " + "; ".join(parts) if parts else "no setting ran to its end"
@@ -202,7 +212,7 @@ def text(found: Sweep, format_: str) -> str:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerows([columns, *cells])
         return stream.getvalue()
-    blocks = [recommended(each) for each in found.knees().values()]
+    blocks = [recommended(each) for each in found.knees()]
     if format_ == "md":
         kept = "".join(f"```\n{block}\n```\n" for block in blocks)
         return (
