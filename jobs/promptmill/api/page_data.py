@@ -27,7 +27,8 @@ SHOWN_CHARS = 400
 #: Jobs of up to so many rows get their throughput from rows; larger ones from their workers' samples.
 COUNTED_ROWS = 50_000
 
-#: Steps of the throughput's time axis, and the newest results that the histogram looks at.
+#: Most steps of the throughput's time axis, which are whole seconds: shorter ones hold an answer or none, and a step
+#: stays where it is while the job grows. And the newest results that the histogram looks at.
 STEPS = 60
 NEWEST_RESULTS = 2_000
 
@@ -160,7 +161,7 @@ def series(parts: Services, job: Row[Any]) -> dict[str, Any]:
 
 
 def _by_rows(db: Connection, job_id: str, start: float, end: float) -> dict[str, list[float]]:
-    width = max(0.25, (end - start) / STEPS)
+    width = max(1, math.ceil((end - start) / STEPS))
     step = sa.cast(sa.func.floor((results.c.finished_at - start) / width), sa.Integer)
     rows = db.execute(
         sa.select(step, sa.func.sum(results.c.output_tokens), sa.func.count())
@@ -170,7 +171,7 @@ def _by_rows(db: Connection, job_id: str, start: float, end: float) -> dict[str,
     found = {int(row[0]): (float(row[1] or 0) / width, row[2] / width) for row in rows if row[0] is not None}
     steps = range(max(0, math.ceil((end - start) / width)) + 1)
     return {
-        "at": [round(each * width, 3) for each in steps],
+        "at": [float(each * width) for each in steps],
         "tokens": [round(found.get(each, (0.0, 0.0))[0], 2) for each in steps],
         "requests": [round(found.get(each, (0.0, 0.0))[1], 2) for each in steps],
     }
