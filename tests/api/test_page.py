@@ -168,7 +168,45 @@ def test_a_bad_dataset_is_told_beside_the_form_and_what_was_typed_stays(
     submit(page, site, str(bad), model="echo", name="kept")
     expect(page.locator(".note.bad[role=alert]").last).to_contain_text("bad.jsonl:1")
     expect(page.locator("#name")).to_have_value("kept")
+    # In words of the form, which has a place for what they advise.
+    told = page.locator(".note.bad[role=alert]").last.inner_text()
+    label = page.locator("label", has=page.locator("#skip_invalid")).inner_text()
+    assert "tick 'Keep bad lines as errors'" in told
+    assert label.startswith("Keep bad lines as errors")
+    assert not re.search(r"skip_invalid|failed=true|--", told)
     shot(page, "refused")
+    # The address of the answer can be loaded too.
+    page.goto(f"{site.url}/jobs")
+    assert page.url == f"{site.url}/"
+    bad.write_text('{"prompt": 1}\n{"prompt": "fine"}\n')
+    page.fill("#model", "echo")
+    page.set_input_files("#file", str(bad))
+    page.check("#skip_invalid")
+    page.click("button.primary")
+    expect(page.locator("#job .state")).to_have_text("completed", timeout=30_000)
+    expect(page.locator("#job dd.bad")).to_have_text("1")
+
+
+def test_words_are_whole_and_run_in_their_direction(page: Page, site: Server, tmp_path: Path) -> None:
+    file = tmp_path / "turned.jsonl"
+    file.write_text(json.dumps({"prompt": "left \u202e right of it all", "max_tokens": 3}))
+    submit(page, site, str(file), model="echo", name="turned")
+    expect(page.locator("#job .state")).to_have_text("completed", timeout=30_000)
+    page.reload()
+    cut = page.locator("#answers .dim", has_text="(cut off)")
+    places = """node => [0, 8].map(at => {
+        const range = document.createRange();
+        range.setStart(node.firstChild, at);
+        range.setEnd(node.firstChild, at + 1);
+        return range.getBoundingClientRect().x;
+    })"""
+    first, last = cut.evaluate(places)
+    assert first < last
+    # Just wide enough for the table, where its columns are narrowest.
+    page.set_viewport_size({"width": 720, "height": 900})
+    page.goto(site.url)
+    for state in page.locator("#jobs .state").all():
+        assert state.evaluate("node => node.getClientRects().length") == 1
 
 
 def test_everything_is_reached_with_the_keyboard(page: Page, site: Server, tmp_path: Path) -> None:

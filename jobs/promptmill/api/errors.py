@@ -94,17 +94,21 @@ def response(problem: ApiError) -> Response:
     return Response(orjson.dumps(problem.body()), problem.status, headers, "application/json")
 
 
-def of(problem: PromptmillError) -> ApiError:
-    """One of our errors as an answer."""
+def of(problem: PromptmillError, in_words: Callable[[str], str] = str) -> ApiError:
+    """One of our errors as an answer. ``in_words`` says a message of the command line as who asked knows things."""
     status = next((code for kind, code in STATUSES.items() if isinstance(problem, kind)), 400)
-    message = _in_fields(f"{problem.message}. {problem.hint}" if problem.hint else problem.message)
+    message = _in_fields(in_words(f"{problem.message}. {problem.hint}" if problem.hint else problem.message))
     # Where the servers are is no business of a client.
     return ApiError(status, "A service is not reachable; try again later." if status == 503 else message)
 
 
+#: What a hint of the command line says of where rows that failed are shown.
+SHOWN_BY = " ('promptmill results --failed')"
+
+
 def _in_fields(message: str) -> str:
     """A message of the command line for who sent a body: options are the fields of the same names."""
-    message = message.replace(" ('promptmill results --failed')", " ('results?failed=true')")
+    message = message.replace(SHOWN_BY, " ('results?failed=true')")
     return OPTIONS.sub(lambda found: "'" + found[1].replace("-", "_") + "'", message)
 
 

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from promptmill.api import job_creation, jobs, keys, login, page_data, reference
 from promptmill.api.bodies import json_response, number_in
-from promptmill.api.errors import ApiError
+from promptmill.api.errors import SHOWN_BY, ApiError
 from promptmill.api.errors import of as error_of
 from promptmill.api.keys import Principal
 from promptmill.api.services import Parts, Services, identify, in_thread, services
@@ -125,6 +125,22 @@ async def workers_part(request: Request, parts: Parts) -> Response:
     return _page("_workers.html", workers=await in_thread(page_data.worker_views, parts, principal))
 
 
+@router.get("/jobs")
+async def after_submit() -> Response:
+    """Where the form's errors are shown: loaded again, or come back to, it is the first page."""
+    return RedirectResponse("/", 303)
+
+
+#: What the form calls ``--skip-invalid``.
+TICK = "'Keep bad lines as errors'"
+
+
+def _in_form(message: str) -> str:
+    """A message of the command line for who filled in the form."""
+    message = message.replace(SHOWN_BY, "").replace("give --skip-invalid", f"tick {TICK}")
+    return message.replace("--skip-invalid", TICK)
+
+
 @router.post("/jobs")
 async def submit(request: Request, parts: Parts) -> Response:
     """The form: a dataset, a model, a task. What is wrong with it is said beside it, and what was typed stays."""
@@ -139,13 +155,14 @@ async def submit(request: Request, parts: Parts) -> Response:
                 raise ApiError(400, "Choose a dataset with at least one line.")
             body: dict[str, Any] = {name: text for name, text in values.items() if text.strip()}
             priority = number_in(body.get("priority", "5"))
+            body["skip_invalid"] = "skip_invalid" in body
             body["priority"] = -1 if priority is None else priority
             wanted = await in_thread(jobs.order_of, parts, principal, body)
             wanted |= {"path": str(draft.path.absolute()), "name_of_file": form.filename or "dataset.jsonl"}
             job_id = await job_creation.create(parts.settings, parts.db, wanted)
         return RedirectResponse(f"/jobs/{job_id}", 303)
     except (ApiError, PromptmillError) as problem:
-        found = problem if isinstance(problem, ApiError) else error_of(problem)
+        found = problem if isinstance(problem, ApiError) else error_of(problem, _in_form)
     return _page(
         "index.html", found.status, jobs=await in_thread(page_data.job_views, parts, principal),
         workers=await in_thread(page_data.worker_views, parts, principal), models=parts.models.models,
