@@ -62,8 +62,9 @@ def _end(arena: Arena) -> None:
     check(arena)
 
 
-#: Rows of a job of the demo model: some 15 seconds of an idle machine.
+#: Rows of a job of the demo model: some 15 seconds of an idle machine; and what they may take on a busy one.
 DEMO_ROWS = 4000
+UNDISTURBED_S = 600
 
 #: Jobs that are begun until a victim is caught while it holds a lease.
 CATCHES = 5
@@ -232,7 +233,7 @@ def real_answers(arena: Arena, rng: random.Random) -> None:
     else:
         raise Violation(f"missed: no second victim held a lease in {CATCHES} jobs")
     caught[0].kill()
-    arena.wait_for_end(120)
+    arena.wait_for_end(UNDISTURBED_S)
     # Of the host's worker some may have been lost with it before it could say that they failed.
     if not set(arena.outcomes(of_host)) <= {"failed", "lost"} or set(arena.outcomes(caught[1])) != {"lost"}:
         raise Violation(f"hit attempts ended as {arena.outcomes(of_host)} and {arena.outcomes(caught[1])}")
@@ -240,7 +241,7 @@ def real_answers(arena: Arena, rng: random.Random) -> None:
     path = str(arena.folder / "prompts.jsonl")
     given = ("--max-tokens", "6", "--param", "ignore_eos=true", "--slots", "4", "--device", "cpu", "--json")
     if not (arena.folder / "said.jsonl").exists():
-        arena("run", path, "--model", "demo", *given, "-o", str(arena.folder / "said.jsonl"))
+        arena("run", path, "--model", "demo", *given, "-o", str(arena.folder / "said.jsonl"), timeout=UNDISTURBED_S)
     arena.environment = environment
     said = [json.loads(line)["text"] for line in (arena.folder / "said.jsonl").read_text().splitlines()]
     check(arena, answer=said.__getitem__)
