@@ -188,6 +188,15 @@ def test_a_verdict_names_what_no_test_was_made_of(db: sa.Engine) -> None:
     assert found.to_json()["verdict"] == found.verdict
 
 
+def test_a_time_that_both_jobs_have_none_of_is_not_named(db: sa.Engine) -> None:
+    for job_id in ("01A", "01B"):
+        rows = [answer(row, first_token_at=START + 1 + row, finished_at=START + 1 + row) for row in range(8)]
+        store(db, rows, job_id=job_id)
+    verdict = compare(db, "01A", "01B").verdict
+    assert "latency_s" not in verdict
+    assert "()" not in verdict
+
+
 def test_score_runs_that_are_equal_row_by_row_show_no_difference(db: sa.Engine) -> None:
     store(db, [answer(row) for row in range(8)], job_id="01A")
     store_score_runs(db, 8, {"R1": 3, "R2": 3})

@@ -112,7 +112,9 @@ class Comparison:
 
     def _untested(self) -> list[str]:
         """Figures that both have and no test was made of, the most changed first, by the reason."""
-        lines = [line for line in self.lines if not line.word and None not in (line.before, line.after)]
+        known = [line for line in self.lines if not line.word and None not in (line.before, line.after)]
+        # A change from nothing to nothing has no size.
+        lines = [line for line in known if line.change is not None or line.note.startswith("not comparable")]
         lines.sort(key=lambda line: -abs(line.change or 0.0))
         found = []
         for reason in dict.fromkeys(map(_reason, lines)):
