@@ -228,7 +228,7 @@ def _scores(summary: Summary, details: Details) -> str:
         metric = METRICS[score.metric]
         rows.append((
             f"{name} {metric.label}", metric.shown(score.value), metric.interval(score.ci95), f"{score.n:,}",
-            f"{score.unparsed:,}", f"{score.truncated:,}", METRICS["majority_baseline"].text(score.majority_baseline),
+            f"{score.unparsed:,}", f"{score.truncated:,}", METRICS["majority_baseline"].shown(score.majority_baseline),
         ))  # fmt: skip
         for figure, each in score.figures.values.items():
             made = METRICS[figure]
