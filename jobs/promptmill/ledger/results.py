@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -163,13 +164,24 @@ class Results(Jobs):
         """Add to the attempt's counters: if its worker is lost, what it did up to here is known."""
         if counters is None:
             return
-        values: dict[str, Any] = {}
-        for each in fields(EngineCounters):
-            column, amount = attempts.c[each.name], getattr(counters, each.name)
-            before = sa.func.coalesce(column, 0)
-            is_peak = each.name.startswith("peak_")
-            values[each.name] = sa.case((before > amount, before), else_=amount) if is_peak else before + amount
-        db.execute(sa.update(attempts).where(is_attempt(lease)).values(values))
+        more = {f"more_{each.name}": getattr(counters, each.name) for each in fields(EngineCounters)}
+        of = {"of_job": lease.chunk.job_id, "of_number": lease.chunk.number, "of_attempt": lease.attempt}
+        db.execute(self._counters_query, of | more)
+
+    @cached_property
+    def _counters_query(self) -> sa.Update:
+        """Put together once: for each batch of results that costs more than all other measuring."""
+        each = attempts.c
+        values: dict[str, sa.ColumnElement[Any]] = {}
+        for name in (field.name for field in fields(EngineCounters)):
+            before: sa.ColumnElement[Any] = sa.func.coalesce(each[name], 0)
+            more = sa.bindparam(f"more_{name}", type_=each[name].type)
+            values[name] = sa.case((before > more, before), else_=more) if name.startswith("peak_") else before + more
+        is_attempt = sa.and_(
+            each.job_id == sa.bindparam("of_job"), each.number == sa.bindparam("of_number"),
+            each.attempt == sa.bindparam("of_attempt"),
+        )  # fmt: skip
+        return sa.update(attempts).where(is_attempt).values(values)
 
     # --- trying again ------------------------------------------------------------------------------------------------
 
