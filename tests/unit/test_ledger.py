@@ -16,6 +16,7 @@ from promptmill.types import (
     ChunkId,
     EngineCounters,
     ErrorClass,
+    Extras,
     Failed,
     FinishReason,
     JobState,
@@ -156,6 +157,23 @@ def test_a_chunk_with_missing_rows_cannot_be_finished(ledger: Ledger, db: sa.Eng
     assert not ledger.finish(lease)
     assert ledger.release(lease)
     assert ledger.claim(ChunkId(JOB, 0), "b") is not None
+
+
+def test_tokens_of_copied_answers_are_counted_nowhere(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 3, 3)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    copied = Ok(1, "answer", FinishReason.STOP, Usage(5, 0, 100), None, Extras(deduplicated=True))
+    ledger.record(lease, [ok(0), (copied, 16)])
+    assert ledger.progress(JOB).output_tokens == 3
+    for _ in range(3):
+        ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+        with db.begin() as connection:
+            connection.execute(sa.update(chunks).values(not_before=None))
+        lease = ledger.claim_next(JOB, "a") or lease
+    # The pieces that the chunk was split into know as much.
+    assert column(db, sa.select(sa.func.count()).select_from(chunks)) == [4]
+    assert ledger.progress(JOB).output_tokens == 3
 
 
 def test_the_last_chunk_completes_the_job(ledger: Ledger, db: sa.Engine) -> None:

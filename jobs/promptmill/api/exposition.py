@@ -202,8 +202,10 @@ def _items(db: Connection) -> Iterator[str]:
         ("output_tokens", results.c.output_tokens, "Tokens of answers."),
         ("reasoning_tokens", results.c.reasoning_tokens, "Of these, reasoning."),
     ):
-        query = _of_results(jobs.c.model, results.c.worker_id, sa.func.sum(column)).group_by(
-            jobs.c.model, results.c.worker_id
+        query = (
+            _of_results(jobs.c.model, results.c.worker_id, sa.func.sum(column))
+            .where(results.c.deduplicated.is_(False))
+            .group_by(jobs.c.model, results.c.worker_id)
         )
         yield from family(f"promptmill_{name}_total", "counter", text, _pairs(db, query, "model", "worker"))
 

@@ -6,16 +6,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection, Engine, Row
 
 from promptmill.api.jobs import newest
 from promptmill.api.keys import Principal
 from promptmill.api.services import Services
 from promptmill.catalog import job_summary
 from promptmill.database import epoch, reading
+from promptmill.reports.totals import began_and_ended
 from promptmill.tables import attempts, jobs, requests, results, worker_samples
 from promptmill.types import JobState
 
@@ -44,12 +46,15 @@ VERBS = {
 }
 
 
-def job_view(summary: dict[str, Any], now: float) -> dict[str, Any]:
-    """A job with its progress, rate and time left."""
+def job_view(db: Engine, summary: dict[str, Any], now: float) -> dict[str, Any]:
+    """A job with its progress, rate and time left. The rates of one that has ended are those of its report."""
     done = summary["ok"] + summary["errors"]
     started, ended = summary["started_at"], summary["finished_at"]
     running_s = max(0.0, (ended or now) - started) if started else 0.0
-    rate = done / running_s if running_s > 0 and done else None
+    rate, tps = _per_second(done, running_s), _per_second(summary["output_tokens"], running_s)
+    if ended:
+        wall_s = _wall_s(db, summary["job_id"], ended)
+        rate, tps = _per_second(summary["ok"], wall_s), _per_second(summary["output_tokens"], wall_s)
     open_ = summary["state"] in (JobState.QUEUED, JobState.RUNNING)
     left = summary["rows"] - done
     verbs = VERBS.get(JobState(summary["state"]), ())
@@ -59,15 +64,27 @@ def job_view(summary: dict[str, Any], now: float) -> dict[str, Any]:
         "done": done, "percent": round(100 * done / summary["rows"], 1) if summary["rows"] else 0.0,
         "rate": rate, "left_s": left / rate if rate and left and open_ else None, "running_s": running_s,
         "verbs": verbs if summary["mode"] == "queue" else (), "is_final": JobState(summary["state"]).is_final,
-        "tps": summary["output_tokens"] / running_s if running_s > 0 else None,
+        "tps": tps,
     }  # fmt: skip
+
+
+def _per_second(count: int, seconds: float) -> float | None:
+    return count / seconds if seconds > 0 and count else None
+
+
+@lru_cache(maxsize=1000)
+def _wall_s(db: Engine, job_id: str, ended_at: float) -> float:
+    """``wall_s`` of a job that ended then, as reports have it; 0 where no row had a slot."""
+    with reading(db) as connection:
+        span = began_and_ended(connection, job_id)
+    return span[1] - span[0] if span else 0.0
 
 
 def job_views(parts: Services, principal: Principal) -> list[dict[str, Any]]:
     found = newest(parts, principal, SHOWN_JOBS)
     with reading(parts.db) as db:
         now = _now(db)
-    return [job_view(each, now) for each in found]
+    return [job_view(parts.db, each, now) for each in found]
 
 
 def worker_views(parts: Services, principal: Principal) -> list[dict[str, Any]]:
@@ -90,7 +107,7 @@ def detail(parts: Services, job: Row[Any]) -> dict[str, Any]:
     """One job: its counts, errors by class with examples, and samples of answers."""
     with reading(parts.db) as db:
         fresh = db.execute(sa.select(jobs).where(jobs.c.id == job.id)).one()
-        view = job_view(job_summary(db, fresh), _now(db))
+        view = job_view(parts.db, job_summary(db, fresh), _now(db))
         by_class = db.execute(
             sa.select(results.c.error_class, sa.func.count(), sa.func.min(results.c.error_message))
             .where(results.c.job_id == job.id, results.c.state == "error")

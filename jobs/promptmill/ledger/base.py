@@ -93,13 +93,14 @@ def counts_of(db: Connection, job_id: str) -> tuple[int, int]:
 def counts_between(
     db: Connection, job_id: str, span: range, except_rows: sa.Select[tuple[int]]
 ) -> tuple[int, int, int]:
-    """Answers, errors and output tokens stored for the rows of ``span``, without those of a query."""
+    """Answers, errors and generated tokens stored for the rows of ``span``, without those of a query."""
     is_ok = results.c.state == "ok"
+    generated = sa.and_(is_ok, ~results.c.deduplicated)
     ok, total, tokens = db.execute(
         sa.select(
             sa.func.sum(sa.case((is_ok, 1), else_=0)),
             sa.func.count(),
-            sa.func.sum(sa.case((is_ok, results.c.output_tokens), else_=0)),
+            sa.func.sum(sa.case((generated, results.c.output_tokens), else_=0)),
         )
         .where(results.c.job_id == job_id, results.c.row.between(span.start, span.stop - 1))
         .where(results.c.row.not_in(except_rows))

@@ -140,7 +140,7 @@ class Results(Jobs):
                 ok=chunks.c.ok + len(answers),
                 errors=chunks.c.errors + failures,
                 moved=chunks.c.moved + len(again),
-                output_tokens=chunks.c.output_tokens + sum(each.usage.output_tokens for each in answers),
+                output_tokens=chunks.c.output_tokens + sum(_generated(each) for each in answers),
                 leased_until=now + self.lease_s,
             )
         )
@@ -226,6 +226,11 @@ def is_attempt(lease: Lease) -> sa.ColumnElement[bool]:
         attempts.c.number == lease.chunk.number,
         attempts.c.attempt == lease.attempt,
     )
+
+
+def _generated(answer: Ok) -> int:
+    """Tokens that were computed for this answer: none of one that was copied."""
+    return 0 if answer.extras is not None and answer.extras.deduplicated else answer.usage.output_tokens
 
 
 def _result_row(lease: Lease, result: Result, max_tokens: int, now: float) -> tuple[Any, ...]:
