@@ -159,6 +159,19 @@ def test_a_chunk_with_missing_rows_cannot_be_finished(ledger: Ledger, db: sa.Eng
     assert ledger.claim(ChunkId(JOB, 0), "b") is not None
 
 
+def test_answers_that_a_cancelled_job_does_not_take_are_wasted(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 3, 3)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    ledger.record(lease, [ok(0)], EngineCounters(decode_tokens=3))
+    ledger.cancel(JOB)
+    assert ledger.record(lease, [ok(1, tokens=7)], EngineCounters(decode_tokens=7)) == 0
+    assert ledger.release(lease, EngineCounters(decode_tokens=7), 4, [ok(0), ok(1, tokens=7)])
+    with db.connect() as connection:
+        books = connection.execute(sa.select(attempts.c.decode_tokens, attempts.c.wasted_tokens)).one()
+    assert tuple(books) == (10, 7)
+
+
 def test_tokens_of_copied_answers_are_counted_nowhere(ledger: Ledger, db: sa.Engine) -> None:
     add_job(db, 3, 3)
     lease = ledger.claim(ChunkId(JOB, 0), "a")

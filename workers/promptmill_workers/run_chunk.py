@@ -43,6 +43,18 @@ WATCH_S = 0.5
 Outcomes = list[tuple[Result, int]]
 
 
+@dataclass(slots=True)
+class Refused:
+    """What the ledger did not take, because the job had ended or the lease was lost: it still was computed."""
+
+    outcomes: Outcomes = field(default_factory=list)
+    counters: EngineCounters = field(default_factory=EngineCounters)
+
+    def add(self, outcomes: Outcomes, counters: EngineCounters) -> None:
+        self.outcomes += outcomes
+        self.counters = self.counters.plus(counters)
+
+
 class ChunkRunner:
     """Runs chunks of any job on the hosts of one device. Its threads may run several chunks at once."""
 
@@ -76,6 +88,7 @@ class ChunkRunner:
         self._record(lease, [(failure, 0) for failure in failures])
         # The last results are stored together with the chunk's end, in one transaction.
         last: Outcomes = []
+        refused = Refused()
         try:
             with (
                 # Renewal begins first: loading a model or waiting for another one may take longer than a lease.
@@ -89,11 +102,13 @@ class ChunkRunner:
                     self._keep(lease, batch)
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
                     if limits:
-                        self._record(lease, outcomes, session.take_counters())
+                        counters = session.take_counters()
+                        if not self._record(lease, outcomes, counters):
+                            refused.add(outcomes, counters)
                     else:
                         last = outcomes
                 watched.all_answered = True
-                self._finish(lease, hold, session, last)
+                self._finish(lease, hold, session, last, refused)
         except HostDied as death:
             self._host_died(lease, last, death)
         except NotWanted:
@@ -105,15 +120,15 @@ class ChunkRunner:
             ledger.stop(lease.chunk.job_id, problem.message)
             ledger.release(lease)
 
-    def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> None:
-        self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
+    def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> int:
+        return self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
 
-    def _finish(self, lease: Lease, hold: Hold, session: Session, last: Outcomes) -> None:
+    def _finish(self, lease: Lease, hold: Hold, session: Session, last: Outcomes, refused: Refused) -> None:
         """Close the attempt while its session is open: what the engine idles until the database takes it is its own.
 
         The lease counts as held until its counters are taken, which is when the database says that its attempt ended.
         """
-        ledger, slots, counters = self._ledger, self._hosts.slots, EngineCounters()
+        ledger, slots, counters = self._ledger, self._hosts.slots, refused.counters
 
         def close(again: bool) -> bool:
             nonlocal counters
@@ -123,7 +138,7 @@ class ChunkRunner:
             closed_at = time.monotonic()
             if ledger.finish(lease, counters, slots, last, maybe_stored=again, closed_at=closed_at):
                 return True
-            return ledger.release(lease, counters, slots)
+            return ledger.release(lease, counters, slots, [*refused.outcomes, *last])
 
         self._patiently(close)
 

@@ -11,10 +11,10 @@ from sqlalchemy.engine import Connection
 
 from promptmill.database import writing
 from promptmill.ledger.base import counts_between, held_by, is_chunk, log, storable
-from promptmill.ledger.results import Results, is_attempt
+from promptmill.ledger.results import Results, generated, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
 from promptmill.tables import attempts, chunks, jobs, results, retries
-from promptmill.types import ChunkId, ChunkState, EngineCounters, ErrorClass, JobState, Lease, Result
+from promptmill.types import ChunkId, ChunkState, EngineCounters, ErrorClass, JobState, Lease, Ok, Result
 
 
 class Endings(Results):
@@ -57,9 +57,22 @@ class Endings(Results):
             self._complete_if_done(db, lease.chunk.job_id)
         return True
 
-    def release(self, lease: Lease, counters: EngineCounters | None = None, slots: int | None = None) -> bool:
-        """Give the chunk back: this worker stops, or the work is not wanted. It does not count as a failed attempt."""
+    def release(
+        self,
+        lease: Lease,
+        counters: EngineCounters | None = None,
+        slots: int | None = None,
+        refused: Sequence[tuple[Result, int]] = (),
+    ) -> bool:
+        """Give the chunk back: this worker stops, or the work is not wanted. It does not count as a failed attempt.
+
+        ``refused``: answers that may not have been taken, because the job had ended. The tokens of those that were not
+        are wasted.
+        """
         with writing(self.db) as db:
+            if counters is not None and refused:
+                lost = sum(generated(each) for each, _ in self._unstored(db, lease, refused) if isinstance(each, Ok))
+                counters = counters.plus(EngineCounters(wasted_tokens=lost))
             changed = db.execute(
                 sa.update(chunks)
                 .where(held_by(lease))

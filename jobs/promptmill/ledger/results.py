@@ -87,7 +87,7 @@ class Results(Jobs):
         *,
         maybe_stored: bool = False,
     ) -> int:
-        """Store results, each with the ``max_tokens`` it ran under, in one transaction. Returns how many were taken.
+        """Store results, each with the ``max_tokens`` it ran under, in one transaction. Returns how many are stored.
 
         ``counters``: what the engine did since the last record of this lease. Nothing is stored when the lease was
         overtaken, or when its job has ended meanwhile. ``maybe_stored``: an earlier call with this batch may have been
@@ -96,9 +96,8 @@ class Results(Jobs):
         if not batch:
             return 0
         with writing(self.db) as db:
-            if maybe_stored:
-                batch = self._unstored(db, lease, batch)
-            return self._record(db, lease, batch, counters)
+            left = self._unstored(db, lease, batch) if maybe_stored else batch
+            return len(batch) - len(left) + self._record(db, lease, left, counters)
 
     def _unstored(
         self, db: Connection, lease: Lease, batch: Sequence[tuple[Result, int]]
@@ -140,7 +139,7 @@ class Results(Jobs):
                 ok=chunks.c.ok + len(answers),
                 errors=chunks.c.errors + failures,
                 moved=chunks.c.moved + len(again),
-                output_tokens=chunks.c.output_tokens + sum(_generated(each) for each in answers),
+                output_tokens=chunks.c.output_tokens + sum(generated(each) for each in answers),
                 leased_until=now + self.lease_s,
             )
         )
@@ -228,7 +227,7 @@ def is_attempt(lease: Lease) -> sa.ColumnElement[bool]:
     )
 
 
-def _generated(answer: Ok) -> int:
+def generated(answer: Ok) -> int:
     """Tokens that were computed for this answer: none of one that was copied."""
     return 0 if answer.extras is not None and answer.extras.deduplicated else answer.usage.output_tokens
 
