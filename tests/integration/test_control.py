@@ -123,7 +123,7 @@ def test_a_person_is_asked_before_the_same_is_submitted_again(command: Command, 
 
 
 def test_no_worker_is_waited_for_by_who_attaches_to_an_embedded_job(command: Command, tmp_path: Path) -> None:
-    path = dataset(tmp_path, *[f"one two three {row}" for row in range(60)])
+    path = dataset(tmp_path, *[f"one two three {row}" for row in range(1000)])
     with command.start("run", path, "--model", "echo:token_s=0.2") as process:
         wait_until(lambda: state_of_last(command) == "running", "the job runs")
         elsewhere = Command(command.folder, {**command.environment, "JOBS_RUNTIME_DIR": str(tmp_path / "other")})
