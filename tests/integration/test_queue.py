@@ -190,7 +190,7 @@ def test_a_device_has_one_host_though_its_supervisor_was_killed(queue: Command, 
 def test_resuming_what_runs_is_no_change(queue: Command, workers: Any, tmp_path: Path) -> None:
     model = "echo:token_s=0.1"
     workers("--device", "sim:1", "--model", model, "--slots", "2", count=1)
-    queue("submit", dataset(tmp_path, 40), "--model", model)
+    queue("submit", dataset(tmp_path, 100), "--model", model)
     wait_until(lambda: rows_in(queue, "SELECT state FROM jobs") == [("running",)], "the job runs")
     done = queue("resume", "@last")
     assert done.code == 0
