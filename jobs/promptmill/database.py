@@ -104,6 +104,15 @@ def _postgresql(url: sa.URL) -> Engine:
     return engine
 
 
+def libpq_address(engine: Engine) -> str:
+    """The connection string of a PostgreSQL engine, for another driver that is made of libpq."""
+    from psycopg import conninfo, pq
+
+    asked = {**CONNECTION, **engine.dialect.create_connect_args(engine.url)[1]}
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    return conninfo.make_conninfo(**{name: value for name, value in asked.items() if name in known})
+
+
 def _leave_read_only(context: Any) -> None:
     """A connection that was opened while the server was read-only stays so: it is not to be used again."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
+from psycopg.conninfo import conninfo_to_dict
 
-from promptmill import parallel, parquet_form
+from promptmill import arrow_tables, parallel, parquet_form
 from promptmill.database import connect, upgrade, writing
+from promptmill.errors import DatabaseError
 from promptmill.figure_sql import FIGURE_SQL
 from promptmill.metrics import METRICS
 from promptmill.queries import querying
-from promptmill.reports import times
+from promptmill.reports import sources, times
 from promptmill.reports.figures import DISTRIBUTIONS, SINGLE
 from promptmill.reports.html import text as page
 from promptmill.reports.summary import summarise
@@ -117,47 +119,99 @@ def test_blocks_of_any_size_give_the_same_report(db: sa.Engine, monkeypatch: pyt
 
 
 @pytest.fixture
-def several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "WORTH_ROWS", 100)
-    monkeypatch.setattr(parallel, "RANGE_ROWS", 90)
+def read_in_ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The queries that are asked in ranges."""
+    monkeypatch.setattr(arrow_tables, "WORTH_ROWS", 100)
     monkeypatch.setattr(parallel, "_most", 2)
+    monkeypatch.setattr(parquet_form, "GROUP_ROWS", 90)
+    monkeypatch.setattr(sources, "BLOCK_ROWS", 90)
+    asked: list[str] = []
+
+    def noted(db: sa.Engine, queries: Iterable[str]) -> Iterator[Any]:
+        asked.extend(queries := list(queries))
+        return arrow_tables.tables(db, queries)
+
+    monkeypatch.setattr(sources, "tables", noted)
+    monkeypatch.setattr(parquet_form, "tables", noted)
+    return asked
 
 
-@pytest.mark.usefixtures("several_processes")
 @pytest.mark.parametrize("exact", [True, False], ids=["held", "counted"])
-def test_several_processes_report_and_export_the_same(
-    db: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+def test_ranges_report_and_export_the_same(
+    db: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool, read_in_ranges: list[str]
 ) -> None:
     fill(db)
     if not exact:
         monkeypatch.setattr(times, "EXACT_ROWS", 100)
-    found, exported = summarise(db, JOB).to_json(), tmp_path / "many.parquet"
+    found = summarise(db, JOB).to_json()
+    # Twice, for the attempts do not name the workers.
+    assert len(read_in_ranges) == 2 * (5 if exact else 10)
+    exported = tmp_path / "many.parquet"
     parquet_form.write(db, JOB, str(exported), prompts=True)
-    asked: list[Any] = []
-    monkeypatch.setattr(parallel, "readers", asked.append)
-    monkeypatch.setattr(parallel, "_most", 1)
+    assert len(read_in_ranges) == 2 * (5 if exact else 10) + 5
+    read_in_ranges.clear()
+    monkeypatch.setattr(arrow_tables, "WORTH_ROWS", ROWS + 1)
     alone = summarise(db, JOB).to_json()
+    assert not read_in_ranges
     parquet_form.write(db, JOB, str(tmp_path / "one.parquet"), prompts=True)
-    assert not asked
     assert found.pop("curve")["output_tps"] == pytest.approx(alone.pop("curve")["output_tps"])
     for name in ("wall_s", "mean_active", "latency_s", "ttft_s", "tpot_s", "queue_s"):
         assert found.pop(name) == pytest.approx(alone.pop(name), rel=1e-9), name
     found.pop("checks"), alone.pop("checks")
     assert str(found) == str(alone)
     assert pq.read_table(exported).equals(pq.read_table(tmp_path / "one.parquet"))
+    assert pq.read_table(exported)["row"].to_pylist() == list(range(ROWS))
 
 
-@pytest.mark.usefixtures("several_processes")
-def test_of_a_job_that_goes_on_one_moment_is_reported(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_that_are_empty_in_some_ranges_only(
+    db: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_in_ranges: list[str]
+) -> None:
+    fill(db)
+    with writing(db) as connection:
+        for rows, values in (
+            (results.c.row < 200, {"text": None, "reasoning_tokens": None, "first_token_at": None, "worker_id": None}),
+            (results.c.row >= 200, {"text": "100 %% 'of' \"it\"\n", "error_message": ""}),
+        ):
+            connection.execute(sa.update(results).where(rows).values(values))
+    parquet_form.write(db, JOB, str(tmp_path / "many.parquet"))
+    assert len(read_in_ranges) == 5
+    monkeypatch.setattr(arrow_tables, "WORTH_ROWS", ROWS + 1)
+    parquet_form.write(db, JOB, str(tmp_path / "one.parquet"))
+    assert pq.read_table(tmp_path / "many.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
+
+
+def test_of_a_job_that_goes_on_one_moment_is_reported(db: sa.Engine, read_in_ranges: list[str]) -> None:
     fill(db)
     with writing(db) as connection:
         connection.execute(sa.update(jobs).values(state="running"))
-    # Several processes would see several moments.
-    monkeypatch.setattr(parallel, "readers", pytest.fail)
+    # Several connections would see several moments.
     assert summarise(db, JOB).attempted == ROWS
+    assert not read_in_ranges
 
 
-@pytest.mark.usefixtures("several_processes")
+def test_the_address_for_the_other_driver() -> None:
+    engine = connect("postgresql://me:p%40ss%20word@host.example:5433/name?sslmode=require&connect_timeout=3")
+    asked = conninfo_to_dict(arrow_tables.libpq_address(engine))
+    given = {
+        "host": "host.example", "port": "5433", "user": "me", "password": "p@ss word", "dbname": "name",
+        "sslmode": "require", "connect_timeout": "3",
+    }  # fmt: skip
+    assert given.items() <= asked.items()
+    assert asked["application_name"] == "promptmill"
+
+
+def test_a_server_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(DatabaseError, match="cannot read the database") as found:
+        list(arrow_tables.tables(connect("postgresql://me:secret@127.0.0.1:1/name"), ["SELECT 1 AS n"]))
+    assert "secret" not in str(found.value)
+
+
+def test_what_the_driver_says_is_one_clear_error(db: sa.Engine) -> None:
+    with pytest.raises(DatabaseError, match=r"cannot read the database .*nothing_here"):
+        list(arrow_tables.tables(db, ["SELECT 1 AS n", "SELECT * FROM nothing_here"]))
+
+
+@pytest.mark.usefixtures("read_in_ranges")
 def test_a_job_that_changed_meanwhile_is_read_again(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(db)
     seen: list[str] = []
@@ -180,7 +234,7 @@ def test_a_worker_that_only_the_results_name_is_found(db: sa.Engine) -> None:
     assert "nobody/knows/9" in {worker.id for worker in found.workers}
 
 
-@pytest.mark.usefixtures("several_processes")
+@pytest.mark.usefixtures("read_in_ranges")
 def test_ranges_without_a_result_are_no_obstacle(db: sa.Engine) -> None:
     fill(db)
     with writing(db) as connection:

@@ -9,13 +9,13 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill import parallel
+from promptmill.arrow_tables import is_worth
 from promptmill.reports import times
 from promptmill.reports.distributions import CURVE_SLICES, Active, Curve, Spread, add_output, queued, tpot
 from promptmill.reports.scan import Floats, Ints, Key, Places, Series, Truths, UnknownKey, parted
-from promptmill.reports.sources import Here, Source, is_as_it_was, shared
+from promptmill.reports.sources import Here, InRanges, Source, is_as_it_was
 from promptmill.reports.times import Times
-from promptmill.reports.totals import Totals
+from promptmill.reports.totals import Totals, totals_of
 
 #: Slices of plots over time, and points of the scatter plot: more are a blot, and megabytes.
 PLOT_SLICES = 240
@@ -76,9 +76,8 @@ class Folded:
 
 def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
     """Read the job once; ``detailed``: what plots need, too."""
-    if parallel.is_worth(job.state, job.rows):
-        with shared(db, job) as source:
-            folded = _fold_all(source, db, job, detailed)
+    if is_worth(db.engine, job.state, job.rows):
+        folded = _fold_all(InRanges(db.engine, job), db, job, detailed)
         if is_as_it_was(db, job):
             return folded
     return _fold_all(Here(db, job.id), db, job, detailed)
@@ -99,10 +98,14 @@ def _fold(source: Source, places: Places, rows: int, detailed: bool) -> Folded:
     shape = None if exact else _Shape.over(source.began_and_ended(), rows, False, plotted)
     held = _Held()
     answered = np.array([key.state == "ok" for key in known], dtype=bool)
-    for block in source.blocks(places, detailed):
-        at, series = parted(block)
+    totals = Totals()
+    for block in source.blocks(places):
+        at, series, tokens = parted(block)
+        totals += totals_of(series, tokens, answered[at])
         if detailed:
             series = replace(series, worker=places.worker_of(at))
+        else:
+            series = replace(series, prefill_tokens=np.empty(0))
         timed = series.timed
         counts.add(at, series, timed)
         at, series = at[timed], series.where(timed)
@@ -115,7 +118,7 @@ def _fold(source: Source, places: Places, rows: int, detailed: bool) -> Folded:
     if exact:
         shape = held.shape(rows, plotted)
     folded = Folded(groups=counts.groups()) if shape is None else shape.folded(counts.groups())
-    return replace(folded, totals=source.totals())
+    return replace(folded, totals=totals)
 
 
 #: Workers whose rows are plotted; None: nothing is.
@@ -167,8 +170,18 @@ class _Counts:
         self._rows += np.bincount(places, minlength=count)
         self._timed += np.bincount(places[timed], minlength=count)
         self._tokens += np.bincount(places, series.output_tokens, count)
-        np.minimum.at(self._first, places[timed], series.admitted_at[timed])
-        np.maximum.at(self._last, places[timed], series.finished_at[timed])
+        # ufunc.at takes half the time of a report.
+        keys = places[timed]
+        # Numbers of 16 bits are sorted by their digits.
+        order = np.argsort(keys.astype(np.min_scalar_type(count)), kind="stable")
+        keys = keys[order]
+        if not len(keys):
+            return
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
+        for ends, ufunc, column in (
+            (self._first, np.minimum, series.admitted_at), (self._last, np.maximum, series.finished_at),
+        ):  # fmt: skip
+            ends[keys[begins]] = ufunc(ends[keys[begins]], ufunc.reduceat(column[timed][order], begins))
 
     def groups(self) -> tuple[Group, ...]:
         columns = zip(self._known, self._rows, self._timed, self._tokens, self._first, self._last, strict=True)

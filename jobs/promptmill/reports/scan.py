@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.reports.totals import Span, among
+from promptmill.arrow_tables import literal
 from promptmill.tables import attempts, results
 from promptmill.types import ErrorClass, FinishReason
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Truths = NDArray[np.bool_]
 
-#: Rows of a block.
+#: Rows of a block at most.
 BLOCK_ROWS = 50_000
 
 #: An array as PostgreSQL sends it (``array_send``): five numbers of 4 bytes (dimensions, whether there are NULLs, type,
@@ -51,7 +51,7 @@ class Series:
     first_token_at: Floats
     finished_at: Floats
     output_tokens: Floats
-    #: Prompt tokens that were computed; empty where they were not asked for.
+    #: Prompt tokens that were computed; empty where no plot needs them.
     prefill_tokens: Floats = field(default_factory=lambda: np.empty(0))
     #: Place of the row's worker among the workers that were asked for; empty where no plot needs it.
     worker: Floats = field(default_factory=lambda: np.empty(0))
@@ -85,6 +85,18 @@ class Series:
             found.append(np.concatenate(column) if column else np.empty(0))
             column.clear()
         return Series(*found)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of rows, copies with those of the row that they were copied from. -1: unknown."""
+
+    output: Floats
+    prompt: Floats
+    cached: Floats
+    reasoning: Floats
+    most: Floats
+    is_copy: Truths
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,79 +160,77 @@ def _place(column: sa.Column[Any], values: Sequence[str | None]) -> sa.ColumnEle
     return sa.case((column.is_(None), values.index(None)), else_=known) if None in values else known
 
 
-def blocks(
-    db: Connection, job_id: str, places: Places, prefill: bool = False, rows: Span | None = None
-) -> Iterator[Floats]:
-    """All results of the job, once each and in no order, as numbers: one line for each row, for :func:`parted`.
-
-    ``prefill`` asks for the column of that name; ``rows``: of these only.
-    """
+def blocks(db: Connection, job_id: str, places: Places) -> Iterator[list[Floats]]:
+    """All results of the job, once each and in no order, as columns of numbers for :func:`parted`."""
+    query = block_query(db.dialect.name, job_id, places)
     if db.dialect.name == "postgresql":
-        columns = [sa.func.coalesce(places.sql, -1), *_columns("'NaN'::float8", prefill)]
-        for span in _spans(db, job_id) if rows is None else [rows]:
-            yield from _from_postgresql(db, columns, job_id, span)
+        for first in _firsts(db, job_id):
+            among = results.c.row.between(first, first + BLOCK_ROWS - 1)
+            yield from _from_postgresql(db, query.where(among))
     else:
-        # SQLite has no NaN.
-        columns = [sa.func.coalesce(places.sql, -1), *_columns("9e999", prefill)]
-        yield from _from_sqlite(db, _literal(db, columns, job_id, rows), len(columns))
+        yield from _from_sqlite(db, query)
 
 
-def _spans(db: Connection, job_id: str) -> Iterator[Span]:
-    """Spans of BLOCK_ROWS, up to the last row that has a result."""
+def block_query(dialect: str, job_id: str, places: Places) -> sa.Select[Any]:
+    """The numbers of :func:`blocks`: of each row its key, four stamps, tokens of five kinds, and whether it is a copy.
+
+    A column has one type in all rows, and no NULL: -1 stands for tokens and keys that are unknown.
+    """
+    each = results.c
+    # SQLite has no NaN.
+    none: sa.ColumnElement[float] = sa.literal_column("'NaN'::float8" if dialect == "postgresql" else "9e999")
+    stamps = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at)
+    tokens = (each.output_tokens, each.prompt_tokens, each.cached_tokens, each.reasoning_tokens, each.max_tokens)
+    columns = (
+        sa.func.coalesce(places.sql, -1),
+        *(sa.func.coalesce(stamp, none) for stamp in stamps),
+        *(sa.func.coalesce(count, -1) for count in tokens),
+        sa.case((each.deduplicated, 1), else_=0),
+    )
+    return sa.select(*columns).where(each.job_id == job_id)
+
+
+def _firsts(db: Connection, job_id: str) -> Iterable[int]:
+    """First rows of blocks, up to the last row that has a result."""
     last = db.execute(sa.select(sa.func.max(results.c.row)).where(results.c.job_id == job_id)).scalar()
-    for first in range(0, -1 if last is None else last + 1, BLOCK_ROWS):
-        yield first, first + BLOCK_ROWS
+    return range(0, -1 if last is None else last + 1, BLOCK_ROWS)
 
 
-def _literal(db: Connection, columns: Sequence[sa.ColumnElement[Any]], job_id: str, rows: Span | None) -> str:
-    """The query as a driver takes it."""
-    query = sa.select(*columns).where(results.c.job_id == job_id, *among(rows))
-    # The compiler doubles percent signs for a driver that fills parameters in; here are none.
-    return str(query.compile(db, compile_kwargs={"literal_binds": True})).replace("%%", "%")
-
-
-def parted(block: Floats) -> tuple[Ints, Series]:
-    """The places of the rows' keys, and their columns. Raises :class:`UnknownKey`."""
-    # From SQLite what is missing comes as infinity.
-    block[np.isinf(block)] = np.nan
-    key, *others = (np.ascontiguousarray(column) for column in block.T)
+def parted(block: list[Floats]) -> tuple[Ints, Series, Tokens]:
+    """Of the rows of a block the places of their keys, their columns, and their tokens. Raises :class:`UnknownKey`."""
+    key, enqueued, admitted, first, finished, output, prompt, cached, reasoning, most, copied = block
     if (key < 0).any():
         raise UnknownKey
-    return key.astype(np.int64), Series(*others)
+    for stamp in (enqueued, admitted, first, finished):
+        # From SQLite what is missing comes as infinity.
+        stamp[np.isinf(stamp)] = np.nan
+    is_copy = copied > 0
+    generated = np.where(is_copy, 0.0, np.maximum(output, 0.0))
+    prefill = np.where(is_copy | (prompt < 0), 0.0, prompt - np.maximum(cached, 0.0))
+    series = Series(enqueued, admitted, first, finished, generated, prefill)
+    return key.astype(np.int64), series, Tokens(output, prompt, cached, reasoning, most, is_copy)
 
 
-def _columns(none: str, prefill: bool) -> list[sa.ColumnElement[Any]]:
-    """``none``: SQL of what stands for a stamp that is missing."""
-    each = results.c
-    missing: sa.ColumnElement[float] = sa.literal_column(none)
-    stamps = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at)
-    counts = [each.output_tokens, each.prompt_tokens - each.cached_tokens] if prefill else [each.output_tokens]
-    return [
-        *(sa.func.coalesce(stamp, missing) for stamp in stamps),
-        *(sa.case((each.deduplicated, 0), else_=sa.func.coalesce(count, 0)) for count in counts),
-    ]
-
-
-def _from_sqlite(db: Connection, sql: str, width: int) -> Iterator[Floats]:
+def _from_sqlite(db: Connection, query: sa.Select[Any]) -> Iterator[list[Floats]]:
+    width = len(query.selected_columns)
     driver: Any = db.connection.driver_connection
     cursor = driver.cursor()
     try:
-        cursor.execute(sql)
+        cursor.execute(literal(db.engine, query))
         while rows := cursor.fetchmany(BLOCK_ROWS):
-            yield np.fromiter(chain.from_iterable(rows), np.float64, len(rows) * width).reshape(-1, width)
+            block = np.fromiter(chain.from_iterable(rows), np.float64, len(rows) * width).reshape(-1, width)
+            yield [np.ascontiguousarray(column) for column in block.T]
     finally:
         cursor.close()
 
 
-def _from_postgresql(
-    db: Connection, columns: Sequence[sa.ColumnElement[Any]], job_id: str, span: Span
-) -> Iterator[Floats]:
+def _from_postgresql(db: Connection, query: sa.Select[Any]) -> Iterator[list[Floats]]:
     """Each column as one array: a message for each row takes longer than all the rest."""
-    arrays = [sa.func.array_agg(sa.cast(column, sa.Double)) for column in columns]
+    columns = list(query.selected_columns)
+    arrays = query.with_only_columns(*(sa.func.array_agg(sa.cast(column, sa.Double)) for column in columns))
     driver: Any = db.connection.driver_connection
     with driver.cursor(binary=True) as cursor:
-        cursor.execute(_literal(db, arrays, job_id, span))
-        found = [cursor.pgresult.get_value(0, place) for place in range(len(arrays))]
+        cursor.execute(literal(db.engine, arrays))
+        found = [cursor.pgresult.get_value(0, place) for place in range(len(columns))]
     if found[0] is not None:
-        values = [np.frombuffer(data, ARRAY_ITEM, offset=ARRAY_HEADER)["value"] for data in found]
-        yield np.column_stack(values).astype(np.float64)
+        yield [np.frombuffer(data, ARRAY_ITEM, offset=ARRAY_HEADER)["value"].astype(np.float64) for data in found]

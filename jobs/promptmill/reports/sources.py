@@ -1,19 +1,18 @@
-"""Where the rows of a report come from: one connection that sees one moment, or several processes."""
+"""Where the rows of a report come from: one connection that sees one moment, or several that read ranges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
-from promptmill import parallel
+from promptmill.arrow_tables import literal, ranges, tables
 from promptmill.database import reading
-from promptmill.reports.scan import Floats, Places, blocks
-from promptmill.reports.totals import Span, Totals, began_and_ended, totals
+from promptmill.reports.scan import BLOCK_ROWS, Floats, Places, block_query, blocks
+from promptmill.reports.totals import began_and_ended, span_of, span_query
 from promptmill.tables import jobs
 
 
@@ -22,10 +21,7 @@ class Source(Protocol):
 
     def began_and_ended(self) -> tuple[float, float] | None: ...
 
-    def blocks(self, places: Places, prefill: bool) -> Iterator[Floats]: ...
-
-    def totals(self) -> Totals:
-        """To be asked after the last of the blocks."""
+    def blocks(self, places: Places) -> Iterator[list[Floats]]: ...
 
 
 class Here:
@@ -37,52 +33,37 @@ class Here:
     def began_and_ended(self) -> tuple[float, float] | None:
         return began_and_ended(self._db, self._job_id)
 
-    def blocks(self, places: Places, prefill: bool) -> Iterator[Floats]:
-        return blocks(self._db, self._job_id, places, prefill)
-
-    def totals(self) -> Totals:
-        return totals(self._db, self._job_id)
+    def blocks(self, places: Places) -> Iterator[list[Floats]]:
+        return blocks(self._db, self._job_id, places)
 
 
-class Shared:
-    """Rows shared out among processes."""
+class InRanges:
+    """Ranges of rows of a job that has ended, several at a time."""
 
-    def __init__(self, readers: parallel.Readers, job: sa.Row[Any]) -> None:
-        self._readers, self._job = readers, job
-        self._totals = Totals()
+    def __init__(self, db: Engine, job: sa.Row[Any]) -> None:
+        self._db, self._job = db, job
 
     def began_and_ended(self) -> tuple[float, float] | None:
-        found = [each for each in self._each(_span_of) if each is not None]
-        return (min(begin for begin, _ in found), max(end for _, end in found)) if found else None
+        found = [table.to_pylist()[0] for table in self._tables(span_query(self._job.id))]
+        spans = [span for each in found if (span := span_of(list(each.values()))) is not None]
+        return (min(begin for begin, _ in spans), max(end for _, end in spans)) if spans else None
 
-    def blocks(self, places: Places, prefill: bool) -> Iterator[Floats]:
-        self._totals = Totals()
-        for rows, sums in self._each(_read, places, prefill):
-            self._totals += sums
-            if len(rows):
-                yield rows
+    def blocks(self, places: Places) -> Iterator[list[Floats]]:
+        for table in self._tables(block_query(self._db.dialect.name, self._job.id, places)):
+            for batch in table.to_batches():
+                # By DLPack: ``to_numpy`` imports pandas where that is installed.
+                yield [np.from_dlpack(column).astype(np.float64) for column in batch.columns]
 
-    def totals(self) -> Totals:
-        return self._totals
-
-    def _each(self, work: Any, *arguments: Any) -> Iterator[Any]:
-        return self._readers.each(work, parallel.ranges(self._job.rows), self._job.id, *arguments)
-
-
-def _span_of(db: Connection, span: Span, job_id: str) -> tuple[float, float] | None:
-    return began_and_ended(db, job_id, span)
-
-
-def _read(db: Connection, span: Span, job_id: str, places: Places, prefill: bool) -> tuple[Floats, Totals]:
-    found = list(blocks(db, job_id, places, prefill, span))
-    return np.concatenate(found) if found else np.empty((0, 0)), totals(db, job_id, span)
-
-
-@contextmanager
-def shared(db: Connection, job: sa.Row[Any]) -> Iterator[Shared]:
-    """The job's rows by several processes."""
-    with parallel.readers(db.engine) as readers:
-        yield Shared(readers, job)
+    def _tables(self, query: sa.Select[Any]) -> Iterator[Any]:
+        # Compiled once, for it takes as long as reading thousands of rows; the condition is its last clause.
+        text = literal(self._db, query)
+        return tables(
+            self._db,
+            (
+                f'{text} AND results."row" >= {first} AND results."row" < {end}'
+                for first, end in ranges(self._job.rows, BLOCK_ROWS)
+            ),
+        )
 
 
 def is_as_it_was(db: Connection, job: sa.Row[Any]) -> bool:

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from promptmill.gates import Verdict, judge
 from promptmill.privacy import DONE
 from promptmill.reports import checks
 from promptmill.reports.budget import Budget, budget
@@ -27,6 +26,9 @@ from promptmill.scorers.intervals import wilson
 from promptmill.scorers.scoring import score_job
 from promptmill.scorers.tally import Score
 from promptmill.types import ErrorClass, FinishReason, JobState
+
+if TYPE_CHECKING:
+    from promptmill.gates import Verdict
 
 #: Of the JSON report: goes up when a key leaves or changes its meaning.
 SCHEMA_VERSION = 1
@@ -241,6 +243,7 @@ def _gates(job: Row[Any], summary: Summary) -> tuple[Verdict, ...]:
     """A verdict on each gate of the job's task; none before the job has ended."""
     if job.task_text is None or "gates" not in job.task_text or not summary.state.is_final:
         return ()
+    from promptmill.gates import judge
     from promptmill.task_file import parse_task
 
     asked = parse_task(job.task_text, job.task_name or "task", job.task_folder).model.gates

@@ -1,20 +1,20 @@
-"""Sums over a job's rows that a database makes."""
+"""Sums over a job's rows, and when they began and ended."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.reports.scan import Floats, Series, Tokens, Truths
 from promptmill.tables import results
 
 #: Seconds by which two clocks may disagree before a row counts as out of order: SQLite's clock ticks in milliseconds,
 #: and clocks of different machines are set by Redis to a few more.
 CLOCK_TOLERANCE_S = 0.010
-
-#: The first row, and the first one after the last.
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +37,40 @@ class Totals:
         return Totals(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
-def totals(db: Connection, job_id: str, rows: Span | None = None) -> Totals:
-    """Of the job's results; ``rows``: of these only."""
-    each = results.c
-    computed = sa.and_(each.state == "ok", ~each.deduplicated)
-    disordered = sa.or_(each.first_token_at < each.admitted_at, each.finished_at < each.first_token_at)
-    query = sa.select(
-        # PostgreSQL sums integers to bigint; of nothing, both databases sum to NULL.
-        *(
-            sa.func.coalesce(sa.func.sum(column).filter(computed), 0)
-            for column in (each.prompt_tokens, each.cached_tokens, each.reasoning_tokens)
-        ),
-        sa.func.count().filter(sa.and_(each.state == "ok", each.deduplicated)),
-        sa.func.count().filter(each.output_tokens > each.max_tokens),
-        sa.func.count().filter(each.cached_tokens > each.prompt_tokens),
-        sa.func.count().filter(disordered),
-        sa.func.count().filter(each.enqueued_at > each.admitted_at + CLOCK_TOLERANCE_S),
-    ).where(each.job_id == job_id, *among(rows))
-    return Totals(*(int(count) for count in db.execute(query).one()))
+def totals_of(series: Series, tokens: Tokens, ok: Truths) -> Totals:
+    """Of some rows; ``ok``: which of them have an answer."""
+    computed = ok & ~tokens.is_copy
+    order = (series.first_token_at < series.admitted_at) | (series.finished_at < series.first_token_at)
 
+    def summed(column: Floats) -> int:
+        return int(column[computed & (column > 0)].sum())
 
-def began_and_ended(db: Connection, job_id: str, rows: Span | None = None) -> tuple[float, float] | None:
-    """First admission and last end of the rows that had a slot, in seconds since the epoch; None: there are none."""
-    each = results.c
-    query = sa.select(sa.func.min(each.admitted_at), sa.func.max(each.finished_at)).where(
-        each.job_id == job_id, each.admitted_at.is_not(None), each.finished_at.is_not(None), *among(rows)
+    return Totals(
+        prompt_tokens=summed(tokens.prompt),
+        cached_tokens=summed(tokens.cached),
+        reasoning_tokens=summed(tokens.reasoning),
+        copied=int((ok & tokens.is_copy).sum()),
+        over_max_tokens=int(((tokens.most >= 0) & (tokens.output > tokens.most)).sum()),
+        over_cached=int(((tokens.prompt >= 0) & (tokens.cached > tokens.prompt)).sum()),
+        disordered=int(order.sum()),
+        early=int((series.enqueued_at > series.admitted_at + CLOCK_TOLERANCE_S).sum()),
     )
-    begin, end = db.execute(query).one()
+
+
+def began_and_ended(db: Connection, job_id: str) -> tuple[float, float] | None:
+    """First admission and last end of the rows that had a slot, in seconds since the epoch; None: there are none."""
+    return span_of(db.execute(span_query(job_id)).one())
+
+
+def span_of(found: Sequence[Any]) -> tuple[float, float] | None:
+    """What a :func:`span_query` found."""
+    begin, end = found
     return None if begin is None else (float(begin), float(end))
 
 
-def among(rows: Span | None) -> tuple[sa.ColumnElement[bool], ...]:
-    """The condition that a result is of these rows."""
-    return () if rows is None else (results.c.row >= rows[0], results.c.row < rows[1])
+def span_query(job_id: str) -> sa.Select[Any]:
+    """First admission and last end."""
+    each = results.c
+    return sa.select(sa.func.min(each.admitted_at), sa.func.max(each.finished_at)).where(
+        each.job_id == job_id, each.admitted_at.is_not(None), each.finished_at.is_not(None)
+    )
