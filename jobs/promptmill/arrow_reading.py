@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -13,8 +15,9 @@ class ReadingFailed(Exception):
     """A query could not be answered. Unlike the driver's own errors it passes from a process to another."""
 
 
-def fetched(connection: Any, query: str, **options: str) -> Any:
-    """The table, by an ``AdbcConnection``. Raises :class:`ReadingFailed`."""
+@contextmanager
+def answering(connection: Any, query: str, **options: str) -> Iterator[Any]:
+    """A ``RecordBatchReader`` of what an ``AdbcConnection`` finds. Raises :class:`ReadingFailed`."""
     import pyarrow as pa
     from adbc_driver_manager import AdbcStatement, Error
 
@@ -24,7 +27,7 @@ def fetched(connection: Any, query: str, **options: str) -> Any:
             statement.set_sql_query(query)
             stream, _ = statement.execute_query()
             with pa.RecordBatchReader.from_stream(stream) as reader:
-                return reader.read_all()
+                yield reader
     except (Error, pa.ArrowException, OSError) as problem:
         raise ReadingFailed(str(problem)) from None
 
@@ -33,10 +36,13 @@ def read_file(address: str, query: str) -> bytes:
     """The table from a SQLite file, packed for the way to another process."""
     import pyarrow as pa
 
-    table = fetched(_connection(address), query, **{"adbc.sqlite.query.batch_rows": BATCH_ROWS})
     sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
-        writer.write_table(table)
+    with (
+        answering(_connection(address), query, **{"adbc.sqlite.query.batch_rows": BATCH_ROWS}) as reader,
+        pa.ipc.new_stream(sink, reader.schema, options=options) as writer,
+    ):
+        for batch in reader:
+            writer.write_batch(batch)
     packed: bytes = sink.getvalue().to_pybytes()
     return packed
 

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from promptmill import parallel
-from promptmill.arrow_reading import ReadingFailed, fetched, read_file
+from promptmill.arrow_reading import ReadingFailed, answering, read_file
 from promptmill.database import libpq_address
 from promptmill.errors import DatabaseError
 from promptmill.types import JobState
@@ -78,6 +78,20 @@ def tables(db: Engine, queries: Iterable[str]) -> Iterator[pa.Table]:
                     yield reader.read_all()
 
 
+def streamed(db: Engine, query: str) -> Iterator[pa.RecordBatch]:
+    """What one query on PostgreSQL finds, of one moment, as it comes. Raises :class:`DatabaseError`."""
+    import adbc_driver_postgresql
+    from adbc_driver_manager import AdbcConnection
+
+    with (
+        _told(db),
+        adbc_driver_postgresql.connect(libpq_address(db)) as database,
+        AdbcConnection(database) as connection,
+        answering(connection, query) as reader,
+    ):
+        yield from reader
+
+
 @contextmanager
 def _told(db: Engine) -> Iterator[None]:
     """What went wrong as one clear error."""
@@ -109,7 +123,8 @@ def _threads(address: str) -> Iterator[tuple[Executor, Read]]:
         def read(query: str) -> Any:
             connection = free.get()
             try:
-                return fetched(connection, query)
+                with answering(connection, query) as reader:
+                    return reader.read_all()
             finally:
                 free.put(connection)
 

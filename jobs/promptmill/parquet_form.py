@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.arrow_tables import is_worth, literal, ranges, tables
+from promptmill.arrow_tables import is_worth, literal, ranges, streamed, tables
 from promptmill.database import reading
 from promptmill.tables import jobs
 
@@ -76,16 +76,20 @@ def record_batches(db: Engine, job_id: str, failed_only: bool = False, prompts: 
 
     A large job that has ended is read in ranges; any other by one query, which sees one moment.
     """
+    schema = schema_of(prompts)
     with reading(db) as connection:
         job = connection.execute(sa.select(jobs.c.state, jobs.c.rows).where(jobs.c.id == job_id)).one_or_none()
-        spans: list[Span | None] = [None]
-        if job is not None and is_worth(db, job.state, job.rows):
-            spans = list(ranges(job.rows, GROUP_ROWS))
-        queries = [literal(db, _query(job_id, span, failed_only, prompts)) for span in spans]
-        if db.dialect.name == "sqlite" and spans == [None]:
-            yield from _from_driver(connection, queries[0], schema_of(prompts))
+        in_ranges = job is not None and is_worth(db, job.state, job.rows)
+        query = literal(db, _query(job_id, None, failed_only, prompts))
+        if db.dialect.name == "sqlite" and not in_ranges:
+            yield from _from_driver(connection, query, schema)
             return
-    yield from _from_tables(db, queries, schema_of(prompts))
+    if in_ranges and job is not None:
+        spans = ranges(job.rows, GROUP_ROWS)
+        yield from _from_ranges(db, [literal(db, _query(job_id, span, failed_only, prompts)) for span in spans], schema)
+    else:
+        for batch in streamed(db, query):
+            yield batch.cast(schema)
 
 
 def _query(job_id: str, span: Span | None, failed_only: bool, prompts: bool) -> sa.TextClause:
@@ -101,7 +105,7 @@ def _query(job_id: str, span: Span | None, failed_only: bool, prompts: bool) -> 
     ).bindparams(job=job_id)
 
 
-def _from_tables(db: Engine, queries: Sequence[str], schema: Any) -> Iterator[Any]:
+def _from_ranges(db: Engine, queries: Sequence[str], schema: Any) -> Iterator[Any]:
     is_sqlite = db.dialect.name == "sqlite"
     if is_sqlite:
         queries = [_typed(query, schema) for query in queries]

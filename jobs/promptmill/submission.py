@@ -8,7 +8,7 @@ import json
 import platform
 import socket
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -29,7 +29,7 @@ from promptmill.sampling import refuse_repeats
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
-from promptmill.types import ChunkState, DatasetLine, ErrorClass, JobState
+from promptmill.types import ChunkState, DatasetLine, ErrorClass, JobState, SamplingParams
 
 #: Rows of one INSERT or COPY: large enough to be cheap, small enough to keep memory flat.
 BATCH_ROWS = 5_000
@@ -125,6 +125,8 @@ class Preparer:
         self._system = order.system
         self._sampling = order.sampling
         self._defaults = resolve_sampling(order.sampling, {})
+        #: Of the last line that had some: its parameters, the same as text, and resolved.
+        self._own: tuple[Mapping[str, Any], str, SamplingParams] | None = None
         self._gauge = gauge
         self._skip_invalid = order.skip_invalid
         self.tally = Tally()
@@ -155,8 +157,7 @@ class Preparer:
         )
 
     def _valid(self, line: DatasetLine, row: int) -> PreparedRow:
-        sampling = resolve_sampling(self._sampling, line.sampling) if line.sampling else self._defaults
-        refuse_repeats(sampling)
+        asked, sampling = self._sampling_of(line)
         body = payload(line)
         custom_id = line.custom_id if line.custom_id is not None else f"row-{row}"
         if self._template is not None or self._gauge is not None:
@@ -169,9 +170,22 @@ class Preparer:
             input=text,
             expected=_json(line.expected),
             meta=_json(line.meta),
-            sampling=_json(line.sampling) if line.sampling else None,
+            sampling=asked,
             cost=len(text) // BYTES_PER_TOKEN + sampling.max_tokens,
         )
+
+    def _sampling_of(self, line: DatasetLine) -> tuple[str | None, SamplingParams]:
+        """The line's parameters as they are stored, and resolved; once where lines ask the same, as in most files."""
+        if not line.sampling:
+            refuse_repeats(self._defaults)
+            return None, self._defaults
+        if self._own is None or line.sampling is not self._own[0]:
+            asked = _encode(line.sampling)
+            if self._own is None or asked != self._own[1]:
+                sampling = resolve_sampling(self._sampling, line.sampling)
+                refuse_repeats(sampling)
+                self._own = (line.sampling, asked, sampling)
+        return self._own[1], self._own[2]
 
 
 def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = None) -> str:

@@ -180,12 +180,14 @@ def test_columns_that_are_empty_in_some_ranges_only(
     assert pq.read_table(tmp_path / "many.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
 
 
-def test_of_a_job_that_goes_on_one_moment_is_reported(db: sa.Engine, read_in_ranges: list[str]) -> None:
+def test_of_a_job_that_goes_on_one_moment_is_read(db: sa.Engine, tmp_path: Path, read_in_ranges: list[str]) -> None:
     fill(db)
     with writing(db) as connection:
         connection.execute(sa.update(jobs).values(state="running"))
     # Several connections would see several moments.
     assert summarise(db, JOB).attempted == ROWS
+    assert parquet_form.write(db, JOB, str(tmp_path / "out.parquet")) == ROWS
+    assert pq.read_table(tmp_path / "out.parquet")["row"].to_pylist() == list(range(ROWS))
     assert not read_in_ranges
 
 

@@ -437,6 +437,23 @@ def test_a_flat_record_with_a_body_of_text_is_no_batch_line(write: Write) -> Non
         assert dataset.format == "jsonl"
 
 
+def test_parameters_are_those_of_their_own_line(write: Write) -> None:
+    bodies = [
+        {"max_tokens": 1},
+        {"max_tokens": True},
+        {"max_tokens": 1},
+        {"n": 2, "temperature": 1},
+        {},
+        {"max_tokens": 2},
+    ]
+    made = [batch_line(**body) | {"custom_id": str(place)} for place, body in enumerate(bodies)]
+    found = read(write("a.jsonl", jsonl(*made)))
+    assert "max_tokens" in (found[1].error or "")
+    wanted = [{"max_tokens": 1}, {}, {"max_tokens": 1}, {"n": 2, "temperature": 1.0}, {}, {"max_tokens": 2}]
+    assert [line.sampling for line in found] == wanted
+    assert [line.error is None for line in found] == [True, False, True, True, True, True]
+
+
 def test_a_chat_line_is_messages(write: Write) -> None:
     line = one(write, batch_line(max_completion_tokens=5, temperature=0.5, top_p=None, user="u", n=1, stream=False))
     assert (line.custom_id, line.messages) == ("a", (Message("user", "hi"),))

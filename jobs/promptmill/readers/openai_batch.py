@@ -21,10 +21,26 @@ QUESTIONS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 
 
 def read(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]:
-    return read_objects(lines, _line)
+    parameters = _Parameters()
+    return read_objects(lines, lambda number, record: _line(number, record, parameters))
 
 
-def _line(number: int, record: dict[str, Any]) -> DatasetLine:
+class _Parameters:
+    """Translates the parameters of bodies. Most files ask the same in each line: such lines share what was found."""
+
+    def __init__(self) -> None:
+        self._asked = ""
+        self._found: dict[str, Any] = {}
+
+    def of(self, body: dict[str, Any], url: str) -> dict[str, Any]:
+        # Not by equality, to which true is 1.
+        asked = f"{url} {body!r}"
+        if asked != self._asked:
+            self._found, self._asked = translate(body, url), asked
+        return self._found
+
+
+def _line(number: int, record: dict[str, Any], parameters: _Parameters) -> DatasetLine:
     missing = [key for key in KEYS if record.get(key) is None]
     if missing:
         raise BadLine(f"missing '{missing[0]}': a batch line has custom_id, method, url and body")
@@ -39,10 +55,10 @@ def _line(number: int, record: dict[str, Any]) -> DatasetLine:
         raise BadLine(f"custom_id is {kind(record['custom_id'])}, not a text")
     if not isinstance(record["body"], dict):
         raise BadLine(f"'body' is {kind(record['body'])}, not an object")
-    return _request(number, as_id(record["custom_id"]), record)
+    return _request(number, as_id(record["custom_id"]), record, parameters)
 
 
-def _request(number: int, custom_id: str, record: dict[str, Any]) -> DatasetLine:
+def _request(number: int, custom_id: str, record: dict[str, Any], parameters: _Parameters) -> DatasetLine:
     body = dict(record["body"])
     question = QUESTIONS[record["url"]]
     if question not in body:
@@ -50,7 +66,7 @@ def _request(number: int, custom_id: str, record: dict[str, Any]) -> DatasetLine
     asked = body.pop(question)
     if not isinstance(body.pop("model", ""), str | None):
         raise BadLine("'body.model' is not a text")
-    sampling = translate(body, record["url"])
+    sampling = parameters.of(body, record["url"])
     expected, meta = record.get("expected"), take_object(record, "meta")
     if question == "messages":
         turns = messages_of(asked)
