@@ -10,13 +10,17 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.arrow_tables import is_worth, literal, ranges, streamed, tables
 from promptmill.database import reading
-from promptmill.tables import jobs
+from promptmill.tables import jobs, requests, results
 
 #: Most rows of a row group. Of a range of so many PostgreSQL joins by its indices; of 50,000 it sorts on its disk.
 GROUP_ROWS = 25_000
 
 #: The first row, and the first one after the last.
 Span = tuple[int, int]
+
+#: Most characters of a group by the mean of its first SAMPLE rows: groups of long texts have fewer rows.
+GROUP_CHARACTERS = 32 * 2**20
+SAMPLE = 1_000
 
 #: Column -> its type by Arrow's name and where it comes from (r: results, q: requests).
 COLUMNS = {
@@ -80,16 +84,29 @@ def record_batches(db: Engine, job_id: str, failed_only: bool = False, prompts: 
     with reading(db) as connection:
         job = connection.execute(sa.select(jobs.c.state, jobs.c.rows).where(jobs.c.id == job_id)).one_or_none()
         in_ranges = job is not None and is_worth(db, job.state, job.rows)
+        size = _group_rows(connection, job_id, prompts)
         query = literal(db, _query(job_id, None, failed_only, prompts))
         if db.dialect.name == "sqlite" and not in_ranges:
-            yield from _from_driver(connection, query, schema)
+            yield from _from_driver(connection, query, schema, size)
             return
     if in_ranges and job is not None:
-        spans = ranges(job.rows, GROUP_ROWS)
+        spans = ranges(job.rows, size)
         yield from _from_ranges(db, [literal(db, _query(job_id, span, failed_only, prompts)) for span in spans], schema)
     else:
         for batch in streamed(db, query):
             yield batch.cast(schema)
+
+
+def _group_rows(connection: Connection, job_id: str, prompts: bool) -> int:
+    """Rows of a group of usual size, of which several are held at a time."""
+    asked, answers = requests.c, results.c
+    lengths: sa.ColumnElement[int] = sa.func.coalesce(sa.func.length(answers.text), 0)
+    if prompts:
+        lengths += sa.func.coalesce(sa.func.length(asked.input), 0)
+    both = results.join(requests, (asked.job_id == answers.job_id) & (asked.row == answers.row))
+    sample = sa.select(lengths.label("length")).select_from(both).where(answers.job_id == job_id).limit(SAMPLE)
+    mean = connection.execute(sa.select(sa.func.avg(sample.subquery().c.length))).scalar()
+    return max(1, min(GROUP_ROWS, int(GROUP_CHARACTERS // max(1, int(mean or 0)))))
 
 
 def _query(job_id: str, span: Span | None, failed_only: bool, prompts: bool) -> sa.TextClause:
@@ -122,7 +139,7 @@ def _typed(query: str, schema: Any) -> str:
     return f"SELECT {named} UNION ALL {query}"
 
 
-def _from_driver(connection: Connection, query: str, schema: Any) -> Iterator[Any]:
+def _from_driver(connection: Connection, query: str, schema: Any, size: int) -> Iterator[Any]:
     """Plain tuples of the driver: a row object for each of a million rows costs seconds."""
     import pyarrow as pa
 
@@ -130,7 +147,7 @@ def _from_driver(connection: Connection, query: str, schema: Any) -> Iterator[An
     cursor = driver.cursor()
     try:
         cursor.execute(query)
-        while rows := cursor.fetchmany(GROUP_ROWS):
+        while rows := cursor.fetchmany(size):
             columns = [_array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
             yield pa.record_batch(columns, schema=schema)
     finally:
