@@ -1,27 +1,30 @@
 """Queries on large jobs as Arrow tables, by drivers that make no Python object of any value (ADBC).
 
-PostgreSQL is read by threads. A SQLite file is read by processes of their own: the driver brings its own SQLite, and
-two of these in one process lift each other's locks on a file (https://sqlite.org/howtocorrupt.html, 2.2.1).
+PostgreSQL is read by threads, whose connections see what the caller's transaction sees. A SQLite file is read by
+processes of their own: the driver brings its own SQLite, and two of these in one process lift each other's locks on a
+file (https://sqlite.org/howtocorrupt.html, 2.2.1). Each query there sees its own moment.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from promptmill import parallel
-from promptmill.arrow_reading import ReadingFailed, answering, read_file
-from promptmill.database import libpq_address
+from promptmill.arrow_reading import ReadingFailed, execute, failing, fetched, read_file
+from promptmill.database import LOCK_S, LOCKED, libpq_address, reading
 from promptmill.errors import DatabaseError
+from promptmill.tables import jobs, results
 from promptmill.types import JobState
 
 if TYPE_CHECKING:
@@ -37,19 +40,37 @@ Read = Callable[[str], Any]
 
 
 def is_worth(db: Engine, state: str, rows: int) -> bool:
-    """Whether a job is to be read in ranges: each has its own moment, so its rows must stay as they are."""
-    if not JobState(state).is_final or rows < WORTH_ROWS:
+    """Whether a job is to be read in ranges. On SQLite its rows must stay as they are meanwhile."""
+    if rows < WORTH_ROWS:
         return False
-    return db.dialect.name == "postgresql" or (_is_file(db) and parallel.processes() > 1)
+    if db.dialect.name == "postgresql":
+        return True
+    return bool(JobState(state).is_final) and _is_file(db) and parallel.processes() > 1
 
 
 def _is_file(db: Engine) -> bool:
     return bool(db.url.database) and not str(db.url.database).startswith((":memory:", "file:"))
 
 
-def ranges(rows: int, size: int) -> list[tuple[int, int]]:
-    """Rows 0 to ``rows`` in ranges of ``size``: the first one, and the first one after it."""
-    return [(first, min(first + size, rows)) for first in range(0, rows, size)]
+def is_as_it_was(db: Engine, job: Any) -> bool:
+    """Whether the job is now what it was when ``job`` was read: nobody has retried or removed it."""
+    if db.dialect.name == "postgresql":
+        # All was of one moment.
+        return True
+    query = sa.select(jobs.c.state, jobs.c.finished_at).where(jobs.c.id == job.id)
+    with reading(db) as now:
+        return now.execute(query).one_or_none() == (job.state, job.finished_at)
+
+
+def rows_with_results(db: Connection, job_id: str) -> int:
+    """The last row that has a result, counted from 1; 0 where none has."""
+    last = db.execute(sa.select(sa.func.max(results.c.row)).where(results.c.job_id == job_id)).scalar()
+    return 0 if last is None else int(last) + 1
+
+
+def ranges(first: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Rows ``first`` to before ``end`` in ranges of ``size``: the first one, and the first one after it."""
+    return [(start, min(start + size, end)) for start in range(first, end, size)]
 
 
 def literal(db: Engine, query: sa.ClauseElement) -> str:
@@ -59,7 +80,7 @@ def literal(db: Engine, query: sa.ClauseElement) -> str:
     return text.replace("%%", "%") if db.dialect.name == "postgresql" else text
 
 
-def tables(db: Engine, queries: Iterable[str]) -> Iterator[pa.Table]:
+def tables(db: Connection, queries: Iterable[str]) -> Iterator[pa.Table]:
     """What each of ``queries`` finds, in their order. Raises :class:`DatabaseError`.
 
     On SQLite a column must have one type in all rows, and its first value tells it.
@@ -67,10 +88,10 @@ def tables(db: Engine, queries: Iterable[str]) -> Iterator[pa.Table]:
     import pyarrow as pa
 
     if db.dialect.name == "postgresql":
-        with _told(db), _threads(libpq_address(db)) as (pool, read):
+        with _told(db), _threads(db) as (pool, read):
             yield from parallel.in_turn(pool, THREADS, read, ((query,) for query in queries))
     else:
-        address = Path(str(db.url.database)).absolute().as_uri() + "?mode=ro"
+        address = Path(str(db.engine.url.database)).absolute().as_uri() + "?mode=ro"
         with _told(db), _processes() as pool:
             pieces = ((address, query) for query in queries)
             for packed in parallel.in_turn(pool, parallel.processes(), read_file, pieces):
@@ -78,57 +99,71 @@ def tables(db: Engine, queries: Iterable[str]) -> Iterator[pa.Table]:
                     yield reader.read_all()
 
 
-def streamed(db: Engine, query: str) -> Iterator[pa.RecordBatch]:
-    """What one query on PostgreSQL finds, of one moment, as it comes. Raises :class:`DatabaseError`."""
-    import adbc_driver_postgresql
-    from adbc_driver_manager import AdbcConnection
-
-    with (
-        _told(db),
-        adbc_driver_postgresql.connect(libpq_address(db)) as database,
-        AdbcConnection(database) as connection,
-        answering(connection, query) as reader,
-    ):
-        yield from reader
-
-
 @contextmanager
-def _told(db: Engine) -> Iterator[None]:
+def _told(db: Connection) -> Iterator[None]:
     """What went wrong as one clear error."""
-    from adbc_driver_manager import Error
-
     try:
         yield
-    except (ReadingFailed, Error, BrokenProcessPool) as problem:
-        where = db.url.render_as_string(hide_password=True)
-        first = str(problem).strip().splitlines()[0][:200]
-        raise DatabaseError(f"cannot read the database {where}: {first}", hint="Try again.") from problem
+    except ReadingFailed as problem:
+        if problem.sqlstate == LOCKED:
+            raise DatabaseError(
+                f"another transaction has kept the database from being read for {LOCK_S} s",
+                hint="Try again; pg_stat_activity shows who holds locks.",
+            ) from None
+        raise _unreadable(db, problem.message) from None
+    except BrokenProcessPool:
+        raise _unreadable(db, "a process that read it was ended") from None
+
+
+def _unreadable(db: Connection, problem: str) -> DatabaseError:
+    where = db.engine.url.render_as_string(hide_password=True)
+    # The driver begins with the query.
+    told = re.search(r"(?:ERROR|FATAL):\s*(.+)", problem) or re.search(r"(.+)", problem)
+    why = told[1].strip()[:200] if told else "no reason was given"
+    return DatabaseError(
+        f"cannot read the database {where}: {why}",
+        hint="Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it).",
+    )
 
 
 @contextmanager
-def _threads(address: str) -> Iterator[tuple[Executor, Read]]:
-    """Threads with a connection each."""
+def _threads(db: Connection) -> Iterator[tuple[Executor, Read]]:
+    """Threads with a connection each that sees what ``db`` sees."""
     # Without the ``dbapi`` of these packages, whose import takes as long as reading a million rows.
     import adbc_driver_postgresql
     from adbc_driver_manager import AdbcConnection
 
+    seen = db.execute(sa.select(sa.func.pg_export_snapshot())).scalar_one()
+    all_: list[Any] = []
+    free: SimpleQueue[Any] = SimpleQueue()
+
+    def read(query: str) -> Any:
+        connection = free.get()
+        try:
+            return fetched(connection, query)
+        finally:
+            free.put(connection)
+
     with ExitStack() as stack:
-        free: SimpleQueue[Any] = SimpleQueue()
+        with failing():
+            database = stack.enter_context(adbc_driver_postgresql.connect(libpq_address(db)))
+            for _ in range(THREADS):
+                all_.append(stack.enter_context(AdbcConnection(database)))
+        for connection in all_:
+            execute(connection, f"SET lock_timeout = '{LOCK_S}s'")
+            execute(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            execute(connection, f"SET TRANSACTION SNAPSHOT '{seen}'")
+            free.put(connection)
         pool = ThreadPoolExecutor(THREADS)
-        database = stack.enter_context(adbc_driver_postgresql.connect(address))
-        for _ in range(THREADS):
-            free.put(stack.enter_context(AdbcConnection(database)))
         stack.callback(pool.shutdown, cancel_futures=True)
-
-        def read(query: str) -> Any:
-            connection = free.get()
-            try:
-                with answering(connection, query) as reader:
-                    return reader.read_all()
-            finally:
-                free.put(connection)
-
-        yield pool, read
+        try:
+            yield pool, read
+        except BaseException:
+            # Whoever was interrupted does not wait for the end of a query.
+            for connection in all_:
+                with suppress(ReadingFailed), failing():
+                    connection.cancel()
+            raise
 
 
 @contextmanager

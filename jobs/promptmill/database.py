@@ -104,13 +104,17 @@ def _postgresql(url: sa.URL) -> Engine:
     return engine
 
 
-def libpq_address(engine: Engine) -> str:
-    """The connection string of a PostgreSQL engine, for another driver that is made of libpq."""
+def libpq_address(db: Connection) -> str:
+    """The connection string of the PostgreSQL server that ``db`` is connected to, for another driver made of libpq."""
     from psycopg import conninfo, pq
 
-    asked = {**CONNECTION, **engine.dialect.create_connect_args(engine.url)[1]}
+    asked = {**CONNECTION, **db.dialect.create_connect_args(db.engine.url)[1]}
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-    return conninfo.make_conninfo(**{name: value for name, value in asked.items() if name in known})
+    # Where the URL leaves something open, or names several servers, two libraries may choose differently.
+    info: Any = db.connection.driver_connection.info  # type: ignore[union-attr]
+    there = {"host": info.host, "port": info.port, "dbname": info.dbname, "user": info.user, "client_encoding": "UTF8"}
+    given = {name: value for name, value in asked.items() if name in known and name != "hostaddr"}
+    return conninfo.make_conninfo(**(given | there))
 
 
 def _leave_read_only(context: Any) -> None:

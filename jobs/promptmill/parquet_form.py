@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.arrow_tables import is_worth, literal, ranges, streamed, tables
+from promptmill.arrow_tables import is_as_it_was, is_worth, literal, ranges, rows_with_results, tables
 from promptmill.database import reading
+from promptmill.errors import DatabaseError
 from promptmill.tables import jobs, requests, results
 
 #: Most rows of a row group. Of a range of so many PostgreSQL joins by its indices; of 50,000 it sorts on its disk.
@@ -18,9 +19,9 @@ GROUP_ROWS = 25_000
 #: The first row, and the first one after the last.
 Span = tuple[int, int]
 
-#: Most characters of a group by the mean of its first SAMPLE rows: groups of long texts have fewer rows.
-GROUP_CHARACTERS = 32 * 2**20
-SAMPLE = 1_000
+#: Most characters of a group, of which a few are held at a time: groups of long texts have fewer rows.
+GROUP_CHARACTERS = 16 * 2**20
+SAMPLED = 50
 
 #: Column -> its type by Arrow's name and where it comes from (r: results, q: requests).
 COLUMNS = {
@@ -76,60 +77,58 @@ def schema_of(prompts: bool) -> Any:
 
 
 def record_batches(db: Engine, job_id: str, failed_only: bool = False, prompts: bool = False) -> Iterator[Any]:
-    """The job's results in the order of its rows as Arrow record batches.
+    """The job's results in the order of its rows, of one moment, as Arrow record batches.
 
-    A large job that has ended is read in ranges; any other by one query, which sees one moment.
+    Raises :class:`DatabaseError` for a job that changes while it is read, where it cannot be read as it was.
     """
     schema = schema_of(prompts)
+    wanted = sa.select(jobs.c.id, jobs.c.state, jobs.c.finished_at, jobs.c.rows).where(jobs.c.id == job_id)
     with reading(db) as connection:
-        job = connection.execute(sa.select(jobs.c.state, jobs.c.rows).where(jobs.c.id == job_id)).one_or_none()
-        in_ranges = job is not None and is_worth(db, job.state, job.rows)
-        size = _group_rows(connection, job_id, prompts)
-        query = literal(db, _query(job_id, None, failed_only, prompts))
-        if db.dialect.name == "sqlite" and not in_ranges:
-            yield from _from_driver(connection, query, schema, size)
+        job = connection.execute(wanted).one_or_none()
+        if job is None:
             return
-    if in_ranges and job is not None:
-        spans = ranges(job.rows, size)
-        yield from _from_ranges(db, [literal(db, _query(job_id, span, failed_only, prompts)) for span in spans], schema)
-    else:
-        for batch in streamed(db, query):
-            yield batch.cast(schema)
+        spans = _spans(connection, job_id, prompts)
+        queries = (literal(db, _query(job_id, span, failed_only, prompts)) for span in spans)
+        if db.dialect.name == "postgresql":
+            for table in tables(connection, queries):
+                yield from table.cast(schema).combine_chunks().to_batches()
+        elif is_worth(db, job.state, job.rows):
+            for table in tables(connection, (_typed(query, schema) for query in queries)):
+                # The row that tells types has the number -1.
+                yield from table.slice(1).cast(schema).combine_chunks().to_batches()
+            if not is_as_it_was(db, job):
+                raise DatabaseError(f"job {job_id} changed while it was read", hint="Try again when it has ended.")
+        else:
+            yield from _from_driver(connection, queries, schema)
 
 
-def _group_rows(connection: Connection, job_id: str, prompts: bool) -> int:
-    """Rows of a group of usual size, of which several are held at a time."""
-    asked, answers = requests.c, results.c
-    lengths: sa.ColumnElement[int] = sa.func.coalesce(sa.func.length(answers.text), 0)
-    if prompts:
-        lengths += sa.func.coalesce(sa.func.length(asked.input), 0)
-    both = results.join(requests, (asked.job_id == answers.job_id) & (asked.row == answers.row))
-    sample = sa.select(lengths.label("length")).select_from(both).where(answers.job_id == job_id).limit(SAMPLE)
-    mean = connection.execute(sa.select(sa.func.avg(sample.subquery().c.length))).scalar()
-    return max(1, min(GROUP_ROWS, int(GROUP_CHARACTERS // max(1, int(mean or 0)))))
+def _spans(connection: Connection, job_id: str, prompts: bool) -> Iterator[Span]:
+    """The ranges of rows that are groups. How large their texts are is told by SAMPLED rows of each GROUP_ROWS."""
+    asked, found = requests.c, results.c
+    texts = [found.text, found.error_message, *((asked.input, asked.expected, asked.meta) if prompts else ())]
+    lengths: sa.ColumnElement[int] = sa.literal(0)
+    for text in texts:
+        lengths += sa.func.coalesce(sa.func.length(text), 0)
+    both = results.join(requests, (asked.job_id == found.job_id) & (asked.row == found.row))
+    among = found.row.in_(sa.bindparam("sample", expanding=True))
+    mean = sa.select(sa.func.avg(lengths)).select_from(both).where(found.job_id == job_id, among)
+    for first, end in ranges(0, rows_with_results(connection, job_id), GROUP_ROWS):
+        sample = list(range(first, end, max(1, (end - first) // SAMPLED)))
+        each = int(connection.execute(mean, {"sample": sample}).scalar() or 0)
+        yield from ranges(first, end, max(1, min(GROUP_ROWS, GROUP_CHARACTERS // max(1, each))))
 
 
-def _query(job_id: str, span: Span | None, failed_only: bool, prompts: bool) -> sa.TextClause:
+def _query(job_id: str, span: Span, failed_only: bool, prompts: bool) -> sa.TextClause:
     chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
     selected = ", ".join(f'{source} AS "{name}"' for name, (_, source) in chosen.items())
     only = " AND r.state = 'error'" if failed_only else ""
     # Of both tables, or PostgreSQL reads all of one for each range.
-    among = "".join(f' AND {each}."row" >= {span[0]} AND {each}."row" < {span[1]}' for each in "rq") if span else ""
+    among = "".join(f' AND {each}."row" >= {span[0]} AND {each}."row" < {span[1]}' for each in "rq")
     return sa.text(
         f"SELECT {selected} FROM results r JOIN requests q "  # noqa: S608 - our names
         'ON q.job_id = r.job_id AND q."row" = r."row" '
         f"WHERE r.job_id = :job AND q.job_id = :job{only}{among} ORDER BY 1"
     ).bindparams(job=job_id)
-
-
-def _from_ranges(db: Engine, queries: Sequence[str], schema: Any) -> Iterator[Any]:
-    is_sqlite = db.dialect.name == "sqlite"
-    if is_sqlite:
-        queries = [_typed(query, schema) for query in queries]
-    for table in tables(db, queries):
-        # The row that tells types has the number -1.
-        found = table.slice(1) if is_sqlite else table
-        yield from found.cast(schema).combine_chunks().to_batches()
 
 
 def _typed(query: str, schema: Any) -> str:
@@ -139,19 +138,15 @@ def _typed(query: str, schema: Any) -> str:
     return f"SELECT {named} UNION ALL {query}"
 
 
-def _from_driver(connection: Connection, query: str, schema: Any, size: int) -> Iterator[Any]:
+def _from_driver(connection: Connection, queries: Iterable[str], schema: Any) -> Iterator[Any]:
     """Plain tuples of the driver: a row object for each of a million rows costs seconds."""
     import pyarrow as pa
 
     driver: Any = connection.connection.driver_connection
-    cursor = driver.cursor()
-    try:
-        cursor.execute(query)
-        while rows := cursor.fetchmany(size):
+    for query in queries:
+        if rows := driver.execute(query).fetchall():
             columns = [_array(values, each.type) for values, each in zip(zip(*rows, strict=True), schema, strict=True)]
             yield pa.record_batch(columns, schema=schema)
-    finally:
-        cursor.close()
 
 
 def _array(values: Sequence[Any], kind: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,6 +189,20 @@ def test_tokens_of_copied_answers_are_counted_nowhere(ledger: Ledger, db: sa.Eng
     # The pieces that the chunk was split into know as much.
     assert column(db, sa.select(sa.func.count()).select_from(chunks)) == [4]
     assert ledger.progress(JOB).output_tokens == 3
+
+
+def test_an_attempt_begins_when_its_worker_knows_of_it(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 1, 1)
+    lease = ledger.claim(ChunkId(JOB, 0), "w1")
+    assert lease is not None
+    # The claim took 0.7 s to be committed, the work 0.2 s, and the worker waited 5 s for others to be closed.
+    clock.now += 5.9
+    began, closed = time.monotonic() - 5.2, time.monotonic() - 5.0
+    assert ledger.finish(replace(lease, taken_at=began), last=[ok(0)], closed_at=closed)
+    with db.connect() as connection:
+        row = connection.execute(sa.select(attempts)).one()
+    assert row.ended_at - row.started_at == pytest.approx(0.2, abs=0.001)
+    assert clock.now - row.ended_at == pytest.approx(5.0, abs=0.1)
 
 
 def test_the_last_chunk_completes_the_job(ledger: Ledger, db: sa.Engine) -> None:

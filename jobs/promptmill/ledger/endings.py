@@ -33,14 +33,16 @@ class Endings(Results):
         """Record the ``last`` results and close the chunk, and its job when it was the last chunk: one transaction.
 
         ``closed_at``: when ``counters`` were taken, by ``time.monotonic()``: the attempt ends there, for many workers
-        may wait for each other's locks. None: now.
+        may wait for each other's locks, and begins when its worker knew of it, for a claim may take long to be
+        committed. The engine's counters are of this time. None: it ends now.
 
         False when the lease was overtaken, or rows of the chunk have no result; results that count are kept.
         """
         with writing(self.db) as db:
-            ended_at = db.execute(sa.select(self._now())).scalar()
-            if closed_at is not None and ended_at is not None:
-                ended_at -= time.monotonic() - closed_at
+            span = None
+            if closed_at is not None:
+                now = db.execute(sa.select(self._now())).scalar_one() - time.monotonic()
+                span = now + lease.taken_at, now + closed_at
             if maybe_stored and last:
                 last = self._unstored(db, lease, last)
             self._record(db, lease, last)
@@ -53,7 +55,7 @@ class Endings(Results):
                 if not last:
                     self._tell_overtaken(db, lease, "ended")
                 return False
-            self._end_attempt(db, lease, "done", counters, slots, ended_at)
+            self._end_attempt(db, lease, "done", counters, slots, span)
             self._complete_if_done(db, lease.chunk.job_id)
         return True
 
@@ -112,13 +114,14 @@ class Endings(Results):
         outcome: str,
         counters: EngineCounters | None,
         slots: int | None,
-        ended_at: float | None = None,
+        span: tuple[float, float] | None = None,
     ) -> None:
-        """``ended_at``: now, where it is None."""
+        """``span``: when the attempt began and ended, where that is not the claim and now."""
+        times = {"ended_at": self._now()} if span is None else {"started_at": _later(span[0]), "ended_at": span[1]}
         ended = db.execute(
             sa.update(attempts)
             .where(is_attempt(lease), attempts.c.ended_at.is_(None))
-            .values(ended_at=self._now() if ended_at is None else ended_at, outcome=outcome, slots=slots)
+            .values(**times, outcome=outcome, slots=slots)
         )
         # An attempt ends once, and its counters come with its end: a worker that was not told that its commit went
         # through says it all again.
@@ -228,3 +231,9 @@ def _pieces(first_row: int, rows: int) -> list[range]:
     size = max(1, -(-rows // SPLIT_PIECES))
     end = first_row + rows
     return [range(start, min(start + size, end)) for start in range(first_row, end, size)]
+
+
+def _later(moment: float) -> sa.ColumnElement[float]:
+    """The later one of an attempt's begin and ``moment``."""
+    begin = attempts.c.started_at
+    return sa.case((begin < moment, moment), else_=begin)

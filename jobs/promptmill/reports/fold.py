@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.arrow_tables import is_worth
+from promptmill.arrow_tables import is_as_it_was, is_worth
 from promptmill.reports import times
 from promptmill.reports.distributions import CURVE_SLICES, Active, Curve, Spread, add_output, queued, tpot
 from promptmill.reports.scan import Floats, Ints, Key, Places, Series, Truths, UnknownKey, parted
-from promptmill.reports.sources import Here, InRanges, Source, is_as_it_was
+from promptmill.reports.sources import Here, InRanges, Source
 from promptmill.reports.times import Times
 from promptmill.reports.totals import Totals, totals_of
 
@@ -77,9 +78,11 @@ class Folded:
 def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
     """Read the job once; ``detailed``: what plots need, too."""
     if is_worth(db.engine, job.state, job.rows):
-        folded = _fold_all(InRanges(db.engine, job), db, job, detailed)
-        if is_as_it_was(db, job):
-            return folded
+        # A job that was retried meanwhile may have rows of workers that nobody knew of.
+        with suppress(UnknownKey):
+            folded = _fold_all(InRanges(db, job.id), db, job, detailed)
+            if is_as_it_was(db.engine, job):
+                return folded
     return _fold_all(Here(db, job.id), db, job, detailed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.arrow_tables import literal
+from promptmill.arrow_tables import literal, ranges, rows_with_results
 from promptmill.tables import attempts, results
 from promptmill.types import ErrorClass, FinishReason
 
@@ -164,8 +164,8 @@ def blocks(db: Connection, job_id: str, places: Places) -> Iterator[list[Floats]
     """All results of the job, once each and in no order, as columns of numbers for :func:`parted`."""
     query = block_query(db.dialect.name, job_id, places)
     if db.dialect.name == "postgresql":
-        for first in _firsts(db, job_id):
-            among = results.c.row.between(first, first + BLOCK_ROWS - 1)
+        for first, end in ranges(0, rows_with_results(db, job_id), BLOCK_ROWS):
+            among = results.c.row.between(first, end - 1)
             yield from _from_postgresql(db, query.where(among))
     else:
         yield from _from_sqlite(db, query)
@@ -188,12 +188,6 @@ def block_query(dialect: str, job_id: str, places: Places) -> sa.Select[Any]:
         sa.case((each.deduplicated, 1), else_=0),
     )
     return sa.select(*columns).where(each.job_id == job_id)
-
-
-def _firsts(db: Connection, job_id: str) -> Iterable[int]:
-    """First rows of blocks, up to the last row that has a result."""
-    last = db.execute(sa.select(sa.func.max(results.c.row)).where(results.c.job_id == job_id)).scalar()
-    return range(0, -1 if last is None else last + 1, BLOCK_ROWS)
 
 
 def parted(block: list[Floats]) -> tuple[Ints, Series, Tokens]:

@@ -7,13 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection
 
-from promptmill.arrow_tables import literal, ranges, tables
-from promptmill.database import reading
+from promptmill.arrow_tables import literal, ranges, rows_with_results, tables
 from promptmill.reports.scan import BLOCK_ROWS, Floats, Places, block_query, blocks
 from promptmill.reports.totals import began_and_ended, span_of, span_query
-from promptmill.tables import jobs
 
 
 class Source(Protocol):
@@ -38,36 +36,29 @@ class Here:
 
 
 class InRanges:
-    """Ranges of rows of a job that has ended, several at a time."""
+    """Ranges of rows, several at a time."""
 
-    def __init__(self, db: Engine, job: sa.Row[Any]) -> None:
-        self._db, self._job = db, job
+    def __init__(self, db: Connection, job_id: str) -> None:
+        self._db, self._job_id = db, job_id
 
     def began_and_ended(self) -> tuple[float, float] | None:
-        found = [table.to_pylist()[0] for table in self._tables(span_query(self._job.id))]
+        found = [table.to_pylist()[0] for table in self._tables(span_query(self._job_id))]
         spans = [span for each in found if (span := span_of(list(each.values()))) is not None]
         return (min(begin for begin, _ in spans), max(end for _, end in spans)) if spans else None
 
     def blocks(self, places: Places) -> Iterator[list[Floats]]:
-        for table in self._tables(block_query(self._db.dialect.name, self._job.id, places)):
+        for table in self._tables(block_query(self._db.dialect.name, self._job_id, places)):
             for batch in table.to_batches():
                 # By DLPack: ``to_numpy`` imports pandas where that is installed.
                 yield [np.from_dlpack(column).astype(np.float64) for column in batch.columns]
 
     def _tables(self, query: sa.Select[Any]) -> Iterator[Any]:
         # Compiled once, for it takes as long as reading thousands of rows; the condition is its last clause.
-        text = literal(self._db, query)
+        text = literal(self._db.engine, query)
         return tables(
             self._db,
             (
                 f'{text} AND results."row" >= {first} AND results."row" < {end}'
-                for first, end in ranges(self._job.rows, BLOCK_ROWS)
+                for first, end in ranges(0, rows_with_results(self._db, self._job_id), BLOCK_ROWS)
             ),
         )
-
-
-def is_as_it_was(db: Connection, job: sa.Row[Any]) -> bool:
-    """Whether the job is now what it was when ``job`` was read: nobody has retried or removed it."""
-    query = sa.select(jobs.c.state, jobs.c.finished_at).where(jobs.c.id == job.id)
-    with reading(db.engine) as now:
-        return now.execute(query).one_or_none() == (job.state, job.finished_at)
