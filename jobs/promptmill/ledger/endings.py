@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from promptmill.database import writing
-from promptmill.ledger.base import counts_between, held_by, is_chunk, log, storable
+from promptmill.ledger.base import DatabaseClock, counts_between, held_by, is_chunk, log, storable
 from promptmill.ledger.results import Results, generated, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
 from promptmill.tables import attempts, chunks, jobs, results, retries
@@ -41,8 +40,10 @@ class Endings(Results):
         with writing(self.db) as db:
             span = None
             if closed_at is not None:
-                now = db.execute(sa.select(self._now())).scalar_one() - time.monotonic()
-                span = now + lease.taken_at, now + closed_at
+                # A clock of a test moves by itself.
+                clock = DatabaseClock() if self._clock else self._database_clock
+                offset_s = clock.offset_s(lambda: db.execute(sa.select(self._now())).scalar_one())
+                span = offset_s + lease.taken_at, offset_s + closed_at
             if maybe_stored and last:
                 last = self._unstored(db, lease, last)
             self._record(db, lease, last)
@@ -117,7 +118,7 @@ class Endings(Results):
         span: tuple[float, float] | None = None,
     ) -> None:
         """``span``: when the attempt began and ended, where that is not the claim and now."""
-        times = {"ended_at": self._now()} if span is None else {"started_at": _later(span[0]), "ended_at": span[1]}
+        times = {"ended_at": self._now()} if span is None else {"started_at": span[0], "ended_at": span[1]}
         ended = db.execute(
             sa.update(attempts)
             .where(is_attempt(lease), attempts.c.ended_at.is_(None))
@@ -231,9 +232,3 @@ def _pieces(first_row: int, rows: int) -> list[range]:
     size = max(1, -(-rows // SPLIT_PIECES))
     end = first_row + rows
     return [range(start, min(start + size, end)) for start in range(first_row, end, size)]
-
-
-def _later(moment: float) -> sa.ColumnElement[float]:
-    """The later one of an attempt's begin and ``moment``."""
-    begin = attempts.c.started_at
-    return sa.case((begin < moment, moment), else_=begin)
