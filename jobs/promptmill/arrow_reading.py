@@ -10,7 +10,7 @@ from typing import Any
 #: Most rows of a batch of SQLite's driver, which takes the types of all rows from the first batch.
 BATCH_ROWS = "50000"
 
-#: Milliseconds that SQLite waits for another program's lock.
+#: Milliseconds that SQLite waits for another program's lock: as ``database`` has it, whose import takes long.
 BUSY_MS = 30_000
 
 

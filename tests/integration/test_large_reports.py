@@ -190,23 +190,26 @@ def test_of_a_job_that_goes_on_one_moment_is_read(db: sa.Engine, tmp_path: Path,
     assert pq.read_table(tmp_path / "out.parquet")["row"].to_pylist() == list(range(ROWS))
 
 
-def retry(db: sa.Engine) -> None:
-    """As if a new worker had answered the rows that failed, and a tenth were to come."""
+def retry(db: sa.Engine, worker: str | None) -> None:
+    """A tenth of the rows is to come again; ``worker``: as if one that nobody knew of had answered the others."""
     with writing(db) as connection:
         connection.execute(sa.update(jobs).values(state="running", finished_at=None))
         connection.execute(sa.delete(results).where(results.c.row % 10 == 0))
-        connection.execute(sa.update(results).values(worker_id="new/worker/7"))
+        if worker is not None:
+            connection.execute(sa.update(results).values(worker_id=worker))
 
 
-@pytest.fixture
-def retried_meanwhile(db: sa.Engine, read_in_ranges: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[None, "new/worker/7"], ids=["same workers", "a new worker"])
+def retried_meanwhile(
+    db: sa.Engine, read_in_ranges: list[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """The job is retried after the first of the ranges."""
     fill(db)
 
     def changing(connection: sa.Connection, queries: Iterable[str]) -> Iterator[Any]:
         for number, table in enumerate(arrow_tables.tables(connection, queries)):
             if number == 0:
-                retry(db)
+                retry(db, request.param)
             yield table
 
     monkeypatch.setattr(sources, "tables", changing)
