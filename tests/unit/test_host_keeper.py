@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from promptmill.types import Request, SamplingParams
 from promptmill_workers import host_keeper
 from promptmill_workers.devices import parse_devices
-from promptmill_workers.engines.contract import EngineOptions
-from promptmill_workers.host import HostConfig, HostDied
+from promptmill_workers.engines.contract import EngineInfo, EngineOptions
+from promptmill_workers.host import EngineHost, HostConfig, HostDied, Session
 from promptmill_workers.host_keeper import HostKeeper, NotWanted
+from tests.conftest import wait_until
 
 
 @pytest.fixture
@@ -107,3 +109,118 @@ def test_the_loaded_model_goes_first_and_the_other_one_not_too_late(
     assert not hosts.turn_of("echo:token_s=0")
     monkeypatch.setattr(host_keeper, "FAIR_S", -1.0)
     assert hosts.turn_of("echo:token_s=0")
+
+
+@pytest.fixture
+def slow_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Hosts that load until this is set, or until they are ended."""
+    go, ready = threading.Event(), EngineHost.wait_ready
+
+    def wait(host: EngineHost) -> EngineInfo:
+        while host.alive and not go.wait(0.01):
+            pass
+        return ready(host)
+
+    monkeypatch.setattr(EngineHost, "wait_ready", wait)
+    yield go
+    go.set()
+
+
+def loads(hosts: HostKeeper) -> bool:
+    return hosts.pid is not None and hosts.info is None
+
+
+def test_a_lease_taken_while_a_model_loads_is_worked_on_at_once(
+    keepers: list[HostKeeper], slow_load: threading.Event
+) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    loader = threading.Thread(target=use, args=(hosts, "echo"))
+    loader.start()
+    wait_until(lambda: loads(hosts), "the model loads", 10)
+    taken = threading.Event()
+
+    def take() -> None:
+        with hosts.holding(time.monotonic()):
+            taken.set()
+
+    other = threading.Thread(target=take)
+    other.start()
+    assert taken.wait(5), "its renewal would begin after the load"
+    assert loads(hosts)
+    slow_load.set()
+    loader.join()
+    other.join()
+
+
+@pytest.mark.parametrize("end", [HostKeeper.close, HostKeeper.stop_loading])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_load_is_cut_short_by_the_worker_s_end(
+    keepers: list[HostKeeper], slow_load: threading.Event, end: Callable[[HostKeeper], None], plain: bool
+) -> None:
+    options = EngineOptions(slots=2, plain_kernels=plain)
+    hosts = HostKeeper(HostConfig("echo", parse_devices("cpu")[0], options))
+    keepers.append(hosts)
+    found: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            use(hosts, "echo")
+        except BaseException as problem:
+            found.append(problem)
+
+    loader = threading.Thread(target=run)
+    loader.start()
+    wait_until(lambda: loads(hosts), "the model loads", 10)
+    end(hosts)
+    loader.join(10)
+    assert not loader.is_alive()
+    assert [type(each) for each in found] == [HostDied], "a model that was not loaded would end its job"
+    assert hosts.pid is None
+
+
+def test_a_host_that_works_goes_on_when_nothing_more_is_loaded(keepers: list[HostKeeper]) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    with hosts.session("echo") as session:
+        hosts.stop_loading()
+        assert list(session.answer([Request(0, "a", SamplingParams(), prompt="one")]))
+    with pytest.raises(HostDied), hosts.session("echo"):
+        pytest.fail("work began")
+
+
+def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[HostKeeper], monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    order: list[str] = []
+
+    def enter(name: str, alone: bool) -> None:
+        with hosts.session("echo", alone=alone):
+            order.append(name)
+
+    with hosts.session("echo", urgent=True):
+        suspect = threading.Thread(target=enter, args=("suspect", True))
+        suspect.start()
+        wait_until(lambda: hosts.kept_waiting_s("echo") > 0, "the suspect waits", 10)
+        enter("before it waited long", alone=False)
+        monkeypatch.setattr(host_keeper, "FAIR_S", 0.0)
+        # The lane of urgent requests takes no more when it sees this.
+        assert hosts.kept_waiting_s("echo") > host_keeper.FAIR_S
+        late = threading.Thread(target=enter, args=("late", False))
+        late.start()
+        late.join(0.5)
+        assert order == ["before it waited long"]
+    suspect.join(10)
+    late.join(10)
+    assert order == ["before it waited long", "suspect", "late"]
+
+
+@pytest.mark.parametrize("told", [Session.abandon, Session.drain])
+def test_what_a_session_is_told_before_it_begins_is_not_forgotten(
+    keepers: list[HostKeeper], told: Callable[[Session], None]
+) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    some = [Request(row, f"r{row}", SamplingParams(max_tokens=50), prompt=f"one two {row}") for row in range(20)]
+    with hosts.session("echo:token_s=0.05") as session:
+        told(session)
+        answers = [each for batch in session.answer(some) for each in batch]
+    # Those that hold a slot already may run to their end when it is drained.
+    assert len(answers) <= 2
+    assert session.dropped == len(some) - len(answers)

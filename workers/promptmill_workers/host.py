@@ -285,6 +285,9 @@ class Session:
         self._host = host
         self._connection = connection
         self._lock = threading.Lock()
+        # The host knows of no request before it is sent some: what it is told of them waits for that.
+        self._has_begun = False
+        self._told: str | None = None
         self._outstanding = 0
         self._counters = EngineCounters()
         self.active = 0
@@ -303,7 +306,7 @@ class Session:
         result or was dropped. Raises :class:`HostDied`.
         """
         self._outstanding = len(requests)
-        self._send(("add", [wire(request) for request in requests]))
+        self._begin(requests)
         while self._outstanding > 0:
             match self._receive():
                 case ("results", list() as batch, EngineCounters() as counters):
@@ -365,11 +368,24 @@ class Session:
 
     def drain(self) -> None:
         """Give back the requests that hold no slot yet; the others run to their end."""
-        self._send(("drain",))
+        self._tell("drain")
 
     def abandon(self) -> None:
         """Give back every request that has no result, at once."""
-        self._send(("abandon",))
+        self._tell("abandon")
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        with self._lock:
+            self._connection.send(("add", [wire(request) for request in requests]))
+            self._has_begun = True
+            if self._told is not None:
+                self._connection.send((self._told,))
+
+    def _tell(self, what: str) -> None:
+        with self._lock:
+            self._told = what
+            if self._has_begun:
+                self._connection.send((what,))
 
     def _send(self, message: Any) -> None:
         with self._lock:

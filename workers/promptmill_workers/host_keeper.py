@@ -24,6 +24,9 @@ LONGEST_RESTART_S = 30.0
 FAIR_S = 60.0
 
 
+#: What those are told who wait for a host when there will be none.
+STOPPING = "the worker is stopping"
+
 #: Seconds between two looks of those who wait for a turn.
 LOOK_S = 0.2
 
@@ -68,10 +71,14 @@ class HostKeeper:
         # Models of those that wait for a turn: since when the first of them does, and how many are urgent.
         self._waits: dict[str, float] = {}
         self._urgent: Counter[str] = Counter()
+        # Since when each of those waits that must have the host for itself.
+        self._alone_since: list[float] = []
         self._not_before = 0.0
         # Held while a host is loaded, which may take minutes: what others read of this object needs no lock.
         self._changed = threading.Condition()
         self._sessions: tuple[Session, ...] = ()
+        # A lock of their own: who has just taken a lease must begin to renew it, whatever is being loaded.
+        self._counting = threading.Lock()
         self._leases = 0
         self._unheld_s = 0.0
         self._unheld_since = time.monotonic()
@@ -128,9 +135,9 @@ class HostKeeper:
         return time.monotonic() - since > FAIR_S
 
     def kept_waiting_s(self, model: str) -> float:
-        """Seconds that those of another model have waited for this one."""
-        waits = dict(self._waits)
-        return max((time.monotonic() - since for name, since in waits.items() if name != model), default=0.0)
+        """Seconds that those have waited for this model who cannot run beside it."""
+        others = [since for name, since in dict(self._waits).items() if name != model]
+        return max((time.monotonic() - since for since in (*others, *self._alone_since)), default=0.0)
 
     @property
     def model(self) -> str:
@@ -148,7 +155,7 @@ class HostKeeper:
 
         ``since``: when it was taken, by ``time.monotonic()``.
         """
-        with self._changed:
+        with self._counting:
             if self._leases == 0:
                 self._unheld_s += max(0.0, since - self._unheld_since)
             self._leases += 1
@@ -160,7 +167,7 @@ class HostKeeper:
 
     def change_leases(self, by: int) -> None:
         """For :class:`Hold`: one lease fewer, or one that was held all the time after all."""
-        with self._changed:
+        with self._counting:
             self._leases += by
             if by < 0:
                 self._unheld_since = time.monotonic()
@@ -216,6 +223,19 @@ class HostKeeper:
             self._on_change(self)
             return True
 
+    def stop_loading(self) -> None:
+        """No work begins here any more: end a host that is still being loaded. One that works goes on."""
+        # Not under the condition, as of :meth:`close`.
+        self._closed = True
+        host = self._host
+        if host is not None and host.info is None:
+            host.kill()
+
+    def back_off(self) -> None:
+        """The model does not load here: leave work to others for a while, longer each time."""
+        with self._changed:
+            self._count_death()
+
     def close(self) -> None:
         """End the host at once, and start no other."""
         # Not under the condition: a host that is being loaded must be ended too.
@@ -237,16 +257,18 @@ class HostKeeper:
                 return False
             if not urgent and any(each != model for each in self._urgent):
                 return False
+            if not (urgent or alone) and any(time.monotonic() - since > FAIR_S for since in self._alone_since):
+                return False
             return self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
 
-        with self._changed, self._waiting(model, urgent):
+        with self._changed, self._waiting(model, alone, urgent):
             while not self._closed and not may_enter():
                 if unwanted.is_set():
                     raise NotWanted
                 # Nobody notifies of the end of a back-off, or of a job that was cancelled.
                 self._changed.wait(min(LOOK_S, self._back_off_s() or LOOK_S))
             if self._closed:
-                raise HostDied("the worker is stopping")
+                raise HostDied(STOPPING)
             self._ensure(model, context_tokens)
             assert self._host is not None
             self._users += 1
@@ -254,13 +276,18 @@ class HostKeeper:
             return self._host
 
     @contextmanager
-    def _waiting(self, model: str, urgent: bool) -> Iterator[None]:
-        self._waits.setdefault(model, time.monotonic())
+    def _waiting(self, model: str, alone: bool, urgent: bool) -> Iterator[None]:
+        now = time.monotonic()
+        self._waits.setdefault(model, now)
+        if alone:
+            self._alone_since.append(now)
         self._urgent[model] += urgent
         try:
             yield
         finally:
             self._waits.pop(model, None)
+            if alone:
+                self._alone_since.remove(now)
             self._urgent = +(self._urgent - Counter({model: int(urgent)}))
             self._changed.notify_all()
 
@@ -291,7 +318,7 @@ class HostKeeper:
         self.state = "loading"
         self._on_change(self)
         info = self._load()
-        self._unheld_s, self._unheld_since = 0.0, time.monotonic()
+        self._count_unheld(0.0)
         self.state = "idle"
         self._on_change(self)
         log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
@@ -313,11 +340,16 @@ class HostKeeper:
         """Work with a host that stayed loaded; False when it died or has too small a context."""
         self._host = host
         if host.alive and self._serves(self._config.model, context_tokens):
-            self._unheld_s, self._unheld_since = host.unheld_s(), time.monotonic()
+            self._count_unheld(host.unheld_s())
             return True
         host.kill()
         self._host = None
         return False
+
+    def _count_unheld(self, seconds: float) -> None:
+        """What the host that works now has idled so far without a lease."""
+        with self._counting:
+            self._unheld_s, self._unheld_since = seconds, time.monotonic()
 
     def _worked(self, host: EngineHost) -> None:
         """A host that answers is no broken engine, whatever becomes of it; one that was replaced says nothing."""
@@ -331,17 +363,24 @@ class HostKeeper:
             return
         host.kill()
         self._host = None
+        self._count_death()
+
+    def _count_death(self) -> None:
         self.deaths += 1
         self.restarts += 1
         self._not_before = time.monotonic() + min(LONGEST_RESTART_S, RESTART_S * 2.0 ** (self.deaths - 1))
 
     def _load(self) -> EngineInfo:
         """Start a host. One that crashes gets a second chance without the CPU's special kernels."""
+        if self._closed:
+            raise HostDied(STOPPING)
         self._host = EngineHost(self._config)
         try:
             return self._host.wait_ready()
         except HostCrashed as crash:
             self._host = None
+            if self._closed:
+                raise HostDied(STOPPING) from crash
             options = self._config.options
             if options.plain_kernels or options.device != "cpu":
                 raise
