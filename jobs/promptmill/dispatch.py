@@ -73,6 +73,14 @@ class Dispatcher:
             published += len(again) + self.dispatch(job.id, job.model, priority)
         return published
 
+    def is_served_elsewhere(self, model: str, worker_id: str) -> bool:
+        """Whether another live worker that serves the model has a host that works."""
+        others = sa.select(workers.c.models).where(
+            workers.c.state.in_(("idle", "busy")), workers.c.heartbeat_at > epoch() - ALIVE_S, workers.c.id != worker_id
+        )
+        with reading(self._ledger.db) as db:
+            return any(model in json.loads(models) for models in db.execute(others).scalars())
+
     def _forget_lost_messages(self, models: set[str]) -> None:
         """Let chunks that wait without a message be published again, however many messages of others there are.
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from promptmill.database import connect, writing
-from promptmill.errors import JobError
-from promptmill.ledger import LEASE_S, Ledger, Standing, guard_verdict
+from promptmill.errors import DatabaseError, JobError
+from promptmill.ledger import LEASE_S, Ledger, Standing, guard_verdict, recovery
 from promptmill.ledger.base import DatabaseClock
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import (
@@ -509,3 +512,100 @@ def test_a_chunk_given_back_for_rows_that_are_left_is_no_news(
     assert not ledger.finish(lease)
     assert ledger.release(lease)
     assert caplog.text == ""
+
+
+def test_a_claim_whose_answer_was_lost_is_adopted(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 6, 2)
+    known = ledger.claim_next(JOB, "a")
+    lost = ledger.claim_next(JOB, "a")
+    other = ledger.claim_next(JOB, "b")
+    assert known
+    assert lost
+    assert other
+    clock.advance(LEASE_S - 1)
+    adopted = ledger.adopt("a", [known])
+    assert adopted is not None
+    assert (adopted.chunk, adopted.attempt, adopted.rows, adopted.model) == (lost.chunk, 1, 2, "echo")
+    assert ledger.adopt("a", [known, adopted]) is None
+    # It is its own from then on: the other two were not prolonged.
+    clock.advance(2)
+    assert set(ledger.requeue_expired()) == {known.chunk, other.chunk}
+    assert ledger.renew(adopted) is Standing.HELD
+    assert ledger.adopt("a", [adopted]) is None
+
+
+def test_whether_an_attempt_was_closed_by_its_worker(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 6, 2)
+    done, given_back, lost = (ledger.claim_next(JOB, "a") for _ in range(3))
+    assert done
+    assert given_back
+    assert lost
+    assert not any(map(ledger.has_ended, (done, given_back, lost)))
+    ledger.finish(done, last=[ok(0), ok(1)])
+    ledger.release(given_back)
+    lose_lease(ledger, clock)
+    assert [ledger.has_ended(each) for each in (done, given_back, lost)] == [True, True, False]
+
+
+def test_an_overtaken_worker_ends_no_job(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    add_job(db, 2, 2)
+    old = ledger.claim_next(JOB, "a")
+    assert old
+    lose_lease(ledger, clock)
+    new = ledger.claim_next(JOB, "b")
+    assert new
+    assert not ledger.stop(JOB, "the model does not load", old)
+    assert ledger.progress(JOB).state is JobState.RUNNING
+    assert ledger.stop(JOB, "the model does not load", new)
+    assert ledger.progress(JOB).state is JobState.FAILED
+
+
+def test_nobody_is_lost_right_after_the_database_was_away(
+    ledger: Ledger, db: sa.Engine, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim_next(JOB, "a")
+    assert lease
+    clock.advance(LEASE_S + 1)
+    here = [1000.0]
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: here[0]))
+    with monkeypatch.context() as away:
+        away.setattr(recovery, "writing", _refuse)
+        with pytest.raises(DatabaseError):
+            ledger.requeue_expired()
+    here[0] += 0.2 * LEASE_S
+    assert ledger.requeue_expired() == []
+    # It renews first, as it can again.
+    assert ledger.renew(lease) is Standing.HELD
+    here[0] += 0.2 * LEASE_S
+    assert ledger.requeue_expired() == []
+    clock.advance(LEASE_S + 1)
+    assert ledger.requeue_expired() == [lease.chunk]
+
+
+def test_a_database_that_hung_was_away_too(
+    ledger: Ledger, db: sa.Engine, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_job(db, 2, 2)
+    lease = ledger.claim_next(JOB, "a")
+    assert lease
+    clock.advance(LEASE_S + 1)
+    here = [1000.0]
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: here[0]))
+
+    @contextmanager
+    def hanging(db: sa.Engine) -> Iterator[Connection]:
+        with writing(db) as connection:
+            here[0] += LEASE_S
+            yield connection
+
+    with monkeypatch.context() as away:
+        away.setattr(recovery, "writing", hanging)
+        assert ledger.requeue_expired() == []
+    assert ledger.requeue_expired() == []
+    here[0] += 0.4 * LEASE_S
+    assert ledger.requeue_expired() == [lease.chunk]
+
+
+def _refuse(db: sa.Engine) -> NoReturn:
+    raise DatabaseError("the database is away")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +17,17 @@ import sqlalchemy as sa
 from promptmill.database import connect
 from promptmill.ledger import Ledger, Standing
 from promptmill.tables import attempts, metadata, results
-from promptmill.types import ChunkId, JobState, Lease
+from promptmill.types import ChunkId, JobState, Lease, Request, SamplingParams
 from promptmill_workers import run_chunk
+from promptmill_workers.claims import Claims
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineOptions
-from promptmill_workers.host import HostConfig
+from promptmill_workers.host import HostConfig, HostCrashed, HostDied
 from promptmill_workers.host_keeper import HostKeeper
 from promptmill_workers.patience import Patience
 from promptmill_workers.run_chunk import ChunkRunner
 from promptmill_workers.stopping import Stop
-from tests.unit.test_ledger import JOB, add_job
+from tests.unit.test_ledger import JOB, add_job, ok
 
 
 @pytest.fixture
@@ -121,6 +124,163 @@ def test_leases_are_renewed_by_the_clock(monkeypatch: pytest.MonkeyPatch, clock:
     waits = [later - earlier for earlier, later in zip(ledger.renewed, ledger.renewed[1:], strict=False)]
     assert waits
     assert max(waits) <= ledger.lease_s / run_chunk.RENEWALS + 1
+
+
+class LosingLedger(Ledger):
+    """Commits a claim and the end of a chunk, and loses the answer, once each."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.to_lose = ["claim_next", "finish"]
+        #: Done between the end of a chunk and the loss of the answer.
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def _lose(self, name: str) -> None:
+        if name in self.to_lose:
+            self.to_lose.remove(name)
+            raise sa.exc.OperationalError("COMMIT", {}, Exception("away"), connection_invalidated=True)
+
+    def claim_next(self, job_id: str, worker_id: str) -> Lease | None:
+        lease = super().claim_next(job_id, worker_id)
+        self._lose("claim_next")
+        return lease
+
+    def finish(self, *arguments: Any, **named: Any) -> bool:
+        done = super().finish(*arguments, **named)
+        if "finish" in self.to_lose:
+            self.meanwhile()
+        self._lose("finish")
+        return done
+
+
+def test_answers_of_the_database_that_are_lost_cost_nothing(db: sa.Engine, hosts: HostKeeper) -> None:
+    model = "echo:token_s=0.02"
+    add_job(db, 6, 2, model=model)
+    stop = Stop()
+    ledger, patiently = LosingLedger(db), Patience(stop)
+    runner, claims = ChunkRunner(ledger, hosts, stop, patiently), Claims(ledger, "a", patiently)
+    told: list[Any] = []
+    with hosts.session(model) as beside:
+
+        def meanwhile() -> None:
+            # Half of an answer: the first of the two sessions that asks is told what it cost.
+            running.start()
+            time.sleep(0.3)
+
+        def answer() -> None:
+            request = Request(9, "b", SamplingParams(max_tokens=40), prompt="two " * 40)
+            told.extend(each for batch in beside.answer([request]) for each in batch)
+
+        running = threading.Thread(target=answer)
+        ledger.meanwhile = meanwhile
+        while True:
+            with claims.taken(lambda: ledger.claim_next(JOB, "a")) as lease:
+                if lease is None:
+                    break
+                runner.run(lease)
+        running.join()
+        counters = beside.counters()
+    assert ledger.to_lose == []
+    assert ledger.progress(JOB).ok == 6
+    with db.connect() as connection:
+        tried = connection.execute(sa.select(attempts)).all()
+        # Answers that were copied from another row's cost nothing.
+        sums = sa.select(sa.func.sum(results.c.output_tokens)).where(~results.c.deduplicated)
+        tokens = connection.execute(sums).scalar_one()
+    assert [each.outcome for each in tried] == ["done"] * 3
+    sampled = sum(each.decode_tokens for each in tried) + counters.decode_tokens
+    assert sampled == tokens + sum(each.usage.output_tokens for each in told)
+
+
+class SickHosts:
+    """A device on which hosts end, or do not load."""
+
+    slots = 4
+
+    def __init__(self, problem: Exception, restarts: int = 0) -> None:
+        self.problem, self.restarts = problem, restarts
+
+    @contextmanager
+    def holding(self, since: float) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(take_again=lambda: None, let_go=lambda: None)
+
+    @contextmanager
+    def session(self, *arguments: Any, **named: Any) -> Iterator[None]:
+        self.restarts += isinstance(self.problem, HostDied)
+        raise self.problem
+        yield
+
+    def back_off(self) -> None:
+        self.restarts += 1
+
+
+def run_sick(ledger: Ledger, hosts: SickHosts, *, others: bool) -> None:
+    stop = Stop()
+    runner = ChunkRunner(ledger, cast(HostKeeper, hosts), stop, Patience(stop), lambda model: others)
+    for _ in range(100):
+        lease = ledger.claim_next(JOB, "sick")
+        if lease is None:
+            return
+        runner.run(lease)
+
+
+def test_a_machine_that_cannot_load_a_model_ends_no_job_of_others(db: sa.Engine) -> None:
+    add_job(db, 6, 2)
+    ledger = Ledger(db)
+    healthy = ledger.claim_next(JOB, "healthy")
+    assert healthy is not None
+    sick = ledger.claim_next(JOB, "sick")
+    assert sick is not None
+    stop = Stop()
+    hosts = SickHosts(HostCrashed("no memory"))
+    runner = ChunkRunner(ledger, cast(HostKeeper, hosts), stop, Patience(stop), lambda model: True)
+    runner.run(sick)
+    assert ledger.progress(JOB).state is JobState.RUNNING
+    assert ledger.record(healthy, [ok(0), ok(1)]) == 2
+    # Its chunk is there for another one at once, and no failure of it is counted.
+    again = ledger.claim(sick.chunk, "healthy")
+    assert again is not None
+    assert again.failures == 0
+    assert hosts.restarts == 1
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_model_that_loads_nowhere_ends_its_job(db: sa.Engine, others: bool) -> None:
+    add_job(db, 6, 2)
+    ledger = Ledger(db)
+    hosts = SickHosts(HostCrashed("no memory"))
+    run_sick(ledger, hosts, others=others)
+    progress = ledger.progress(JOB)
+    assert (progress.state, progress.stop_reason) == (JobState.FAILED, "no memory")
+    assert hosts.restarts == (run_chunk.DEATHS_IN_A_ROW if others else 0)
+
+
+def test_deaths_under_other_jobs_are_not_this_one_s(db: sa.Engine) -> None:
+    add_job(db, 2, 2)
+    ledger = Ledger(db)
+    stop = Stop()
+    hosts = SickHosts(HostDied("signal 9"), restarts=1000)
+    runner = ChunkRunner(ledger, cast(HostKeeper, hosts), stop, Patience(stop))
+    lease = ledger.claim_next(JOB, "sick")
+    assert lease is not None
+    runner.run(lease)
+    assert ledger.progress(JOB).state is JobState.RUNNING
+
+
+def test_a_job_that_others_answer_is_not_given_up_by_one_whose_hosts_die(db: sa.Engine, clock: Any) -> None:
+    add_job(db, 100, 1)
+    ledger = Ledger(db, clock=clock)
+    stop = Stop()
+    runner = ChunkRunner(ledger, cast(HostKeeper, SickHosts(HostDied("signal 9"))), stop, Patience(stop))
+    for _ in range(run_chunk.DEATHS_IN_A_ROW + 5):
+        bad, good = ledger.claim_next(JOB, "sick"), None
+        assert bad is not None
+        good = ledger.claim(ChunkId(JOB, 99 - bad.attempt - bad.chunk.number), "healthy")
+        if good is not None:
+            assert ledger.finish(good, last=[ok(good.first_row)])
+        runner.run(bad)
+        clock.advance(100)
+    assert ledger.progress(JOB).state is JobState.RUNNING
 
 
 class ReluctantLedger(Ledger):

@@ -30,6 +30,7 @@ from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.types import ChunkId, Lease
 from promptmill_workers.beat import Beat
+from promptmill_workers.claims import Claims
 from promptmill_workers.control import Control
 from promptmill_workers.devices import Device
 from promptmill_workers.host import HostConfig
@@ -89,7 +90,14 @@ class Worker:
         )
         self._ended = threading.Event()
         self._patiently = Patience(self.stop)
-        self._runner = ChunkRunner(self.ledger, self.hosts, self.stop, self._patiently)
+        self._claims = Claims(self.ledger, self.id, self._patiently)
+        self._runner = ChunkRunner(
+            self.ledger,
+            self.hosts,
+            self.stop,
+            self._patiently,
+            lambda model: self.dispatcher.is_served_elsewhere(model, self.id),
+        )
         self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
         self._beat = Beat(self.id, settings.redis_url, self.hosts)
         _register(self.app, self)
@@ -129,10 +137,10 @@ class Worker:
             # The message is read and gone: another worker is to get a new one soon.
             self.ledger.unpublish_chunk(chunk)
             return
-        lease = self._patiently(lambda again: self._choose(chunk))
-        if lease is None:
-            return
-        self._run(lease)
+        with self._claims.taken(lambda: self._choose(chunk)) as lease:
+            if lease is None:
+                return
+            self._run(lease)
         try:
             self.dispatcher.dispatch(lease.chunk.job_id, lease.model, lease.priority)
         except (BrokerError, *PASSING) as problem:
@@ -184,9 +192,13 @@ class Worker:
     def _shutting_down(self, **_: Any) -> None:
         """SIGTERM: what runs may end within the grace period, the rest is given back."""
         self.stop.draining.set()
-        timer = threading.Timer(self.config.grace_s, self.stop.abandoning.set)
+        timer = threading.Timer(self.config.grace_s, self._abandon)
         timer.daemon = True
         timer.start()
+
+    def _abandon(self) -> None:
+        self.stop.abandoning.set()
+        self.hosts.stop_loading()
 
 
 def _register(app: Celery, worker: Worker) -> None:

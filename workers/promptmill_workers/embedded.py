@@ -17,6 +17,7 @@ from ulid import ULID
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger, Progress
 from promptmill.types import Lease
+from promptmill_workers.claims import Claims
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
@@ -57,6 +58,7 @@ class EmbeddedWorker:
         self._interrupted_at: float | None = None
         self._hosts = HostKeeper(config)
         self._patiently = Patience(self._stop, limit_s=DATABASE_S)
+        self._claims = Claims(ledger, self._id, self._patiently)
         self._runner = ChunkRunner(ledger, self._hosts, self._stop, self._patiently)
         self._presence = Presence(ledger, self._id, config.device, self._hosts, self._stop)
         self._threads = ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunk")
@@ -144,10 +146,10 @@ class EmbeddedWorker:
     def _work(self, job_id: str) -> None:
         """One of the threads: claim a chunk, run it, until none is left."""
         while not self._stop.draining.is_set():
-            lease = self._patiently(lambda again: self._ledger.claim_next(job_id, self._id))
-            if lease is not None:
-                self._run_chunk(lease)
-            elif not self._wait_for_chunk(job_id):
+            with self._claims.taken(lambda: self._ledger.claim_next(job_id, self._id)) as lease:
+                if lease is not None:
+                    self._run_chunk(lease)
+            if lease is None and not self._wait_for_chunk(job_id):
                 return
 
     def _run_chunk(self, lease: Lease) -> None:

@@ -7,9 +7,11 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from promptmill.answer_cache import keep, key_of, look_up
 from promptmill.errors import DeviceError, ModelError, PromptmillError
@@ -39,6 +41,9 @@ RENEWALS = 6
 #: Seconds between looks at whether the job was cancelled or the worker told to stop.
 WATCH_S = 0.5
 
+#: Jobs of which something is remembered: a worker lives for months.
+KEPT_JOBS = 256
+
 #: Results with the ``max_tokens`` each ran under.
 Outcomes = list[tuple[Result, int]]
 
@@ -58,12 +63,24 @@ class Refused:
 class ChunkRunner:
     """Runs chunks of any job on the hosts of one device. Its threads may run several chunks at once."""
 
-    def __init__(self, ledger: Ledger, hosts: HostKeeper, stop: Stop, patience: Patience) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        hosts: HostKeeper,
+        stop: Stop,
+        patience: Patience,
+        others_serve: Callable[[str], bool] = lambda model: False,
+    ) -> None:
+        """``others_serve``: whether another worker has a model loaded, so that its jobs can do without this one."""
         self._ledger = ledger
+        self._others_serve = others_serve
         self._hosts = hosts
         self._stop = stop
         self._patiently = patience
-        self._specs: dict[str, tuple[JobSpec, Template | None]] = {}
+        self._specs: OrderedDict[str, tuple[JobSpec, Template | None]] = OrderedDict()
+        #: Hosts that ended under a job with no answer of anybody between: how many, the answers then, and which the
+        #: last one was.
+        self._ends: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
         #: Of the chunks that run: row -> key of the cache.
         self._keys: dict[ChunkId, dict[int, str]] = {}
 
@@ -114,11 +131,32 @@ class ChunkRunner:
         except NotWanted:
             ledger.release(lease)
         except (ModelError, DeviceError) as problem:
-            # No attempt on this job can go better. Any other error, such as a database that is away, leaves the chunk
-            # to its next attempt.
-            log.error("job %s: %s", lease.chunk.job_id, problem.message)
-            ledger.stop(lease.chunk.job_id, problem.message)
-            ledger.release(lease)
+            self._not_loaded(lease, problem)
+
+    def _not_loaded(self, lease: Lease, problem: PromptmillError) -> None:
+        """No attempt on this job can go better here. Any other error leaves the chunk to its next attempt."""
+        ledger, job_id = self._ledger, lease.chunk.job_id
+        log.error("job %s: %s", job_id, problem.message)
+        if self._others_serve(lease.model):
+            # One machine whose memory is full, or whose file is gone, must not end what others do well.
+            self._hosts.back_off()
+            if not self._is_hopeless(job_id):
+                ledger.release(lease)
+                return
+        ledger.stop(job_id, problem.message, lease)
+        ledger.release(lease)
+
+    def _is_hopeless(self, job_id: str) -> bool:
+        """Another host ended: whether so many did, one after the other, with no answer to the job between."""
+        answers, which = self._ledger.progress(job_id).ok, self._hosts.restarts
+        count, before, last = self._ends.get(job_id, (0, answers, -1))
+        if answers != before:
+            count = 0
+        # Two chunks tell of one death.
+        count += which != last
+        self._ends[job_id] = count, answers, which
+        _forget_oldest(self._ends)
+        return count >= DEATHS_IN_A_ROW
 
     def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> int:
         return self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
@@ -132,6 +170,9 @@ class ChunkRunner:
 
         def close(again: bool) -> bool:
             nonlocal counters
+            # Counters that are taken and not stored would be missing in the books of whoever runs beside it.
+            if again and ledger.has_ended(lease):
+                return True
             hold.take_again()
             counters = counters.plus(session.counters())
             hold.let_go()
@@ -143,15 +184,16 @@ class ChunkRunner:
         self._patiently(close)
 
     def _host_died(self, lease: Lease, last: Outcomes, death: HostDied) -> None:
-        ledger, hosts = self._ledger, self._hosts
+        ledger = self._ledger
         if self._stop.abandoning.is_set():
             ledger.release(lease)
             return
         log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
+        words = f"the engine ended {DEATHS_IN_A_ROW} times in a row: {death}"
         self._record(lease, last)
+        hopeless = self._patiently(lambda again: self._is_hopeless(lease.chunk.job_id))
+        self._patiently(lambda again: hopeless and ledger.stop(lease.chunk.job_id, words, lease))
         self._patiently(lambda again: ledger.fail(lease, death.error_class, str(death)))
-        if hosts.deaths >= DEATHS_IN_A_ROW:
-            ledger.stop(lease.chunk.job_id, f"the engine ended {hosts.deaths} times in a row: {death}")
 
     def _broke(self, lease: Lease, problem: Exception) -> None:
         """A bug, or a row that the database will never take: a failure that is counted, as that of a host is."""
@@ -211,12 +253,18 @@ class ChunkRunner:
             spec = self._ledger.job_spec(job_id)
             task = parse_task(spec.task_text, spec.task_name or "task") if spec.task_text else None
             self._specs[job_id] = spec, task.template if task else None
+            _forget_oldest(self._specs)
         return self._specs[job_id]
 
 
 def _limit(request: Request) -> int:
     """Tokens that all answers of the request may have together, as ``results.max_tokens`` can hold them."""
     return min(request.sampling.max_tokens * request.sampling.n, LARGEST_WHOLE)
+
+
+def _forget_oldest(of_jobs: OrderedDict[str, Any]) -> None:
+    while len(of_jobs) > KEPT_JOBS:
+        of_jobs.popitem(last=False)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.database import writing
+from promptmill.database import reading, writing
 from promptmill.ledger.base import DatabaseClock, counts_between, held_by, is_chunk, log, storable
 from promptmill.ledger.results import Results, generated, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
@@ -59,6 +59,12 @@ class Endings(Results):
             self._end_attempt(db, lease, "done", counters, slots, span)
             self._complete_if_done(db, lease.chunk.job_id)
         return True
+
+    def has_ended(self, lease: Lease) -> bool:
+        """Whether its worker has closed the attempt: for one that was not told that its commit went through."""
+        outcome = sa.select(attempts.c.outcome).where(is_attempt(lease))
+        with reading(self.db) as db:
+            return db.execute(outcome).scalar() in ("done", "released")
 
     def release(
         self,

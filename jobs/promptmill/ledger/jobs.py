@@ -10,10 +10,10 @@ from sqlalchemy.engine import Connection
 
 from promptmill.database import reading, writing
 from promptmill.errors import JobError
-from promptmill.ledger.base import LedgerBase, counts_of, storable
+from promptmill.ledger.base import LedgerBase, counts_of, held_by, storable
 from promptmill.ledger.values import OPEN_STATES, Progress, Standing, guard_verdict
 from promptmill.tables import chunks, jobs
-from promptmill.types import ChunkState, JobState
+from promptmill.types import ChunkState, JobState, Lease
 
 #: States from which a job can still be ended.
 UNENDED = (*OPEN_STATES, JobState.PAUSED.value)
@@ -37,9 +37,16 @@ class Jobs(LedgerBase):
         with writing(self.db) as db:
             return self._close(db, job_id, JobState.CANCELLED, UNENDED, "cancelled")
 
-    def stop(self, job_id: str, reason: str) -> bool:
-        """End the job as failed because it cannot go on (its model does not load). False when it had ended already."""
+    def stop(self, job_id: str, reason: str, lease: Lease | None = None) -> bool:
+        """End the job as failed because it cannot go on (its model does not load). False when it had ended already.
+
+        ``lease``: of the worker that says so. One that was overtaken has no say any more: False.
+        """
         with writing(self.db) as db:
+            if lease is not None:
+                held = db.execute(sa.select(chunks.c.number).where(held_by(lease)).with_for_update()).scalar()
+                if held is None:
+                    return False
             return self._close(db, job_id, JobState.FAILED, OPEN_STATES, reason)
 
     def pause(self, job_id: str) -> bool:

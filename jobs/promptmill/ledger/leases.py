@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from promptmill.database import connecting, reading, writing
-from promptmill.ledger.base import held_by
+from promptmill.ledger.base import held_by, is_chunk
 from promptmill.ledger.endings import Endings
 from promptmill.ledger.values import OPEN_STATES, Standing
 from promptmill.tables import FAILED, attempts, chunks, jobs
@@ -64,6 +65,31 @@ class Leases(Endings):
             ).one_or_none()  # fmt: skip
             return None if found is None else self._claim(db, ChunkId(found.job_id, found.number), worker_id)
 
+    def adopt(self, worker_id: str, known: Collection[Lease]) -> Lease | None:
+        """A lease that this worker has and does not know of, for the answer to its claim was lost; None without one.
+
+        ``known``: the leases that it does know of.
+        """
+        running = {(lease.chunk, lease.attempt) for lease in known}
+        own = sa.select(chunks.c.job_id, chunks.c.number, chunks.c.attempt).where(
+            chunks.c.state == ChunkState.LEASED.value, chunks.c.worker_id == worker_id
+        )
+        with writing(self.db) as db:
+            for job_id, number, attempt in db.execute(own).all():
+                chunk = ChunkId(job_id, number)
+                if (chunk, attempt) not in running:
+                    return self._prolong(db, chunk, attempt, worker_id)
+        return None
+
+    def _prolong(self, db: Connection, chunk: ChunkId, attempt: int, worker_id: str) -> Lease | None:
+        kept = db.execute(
+            sa.update(chunks)
+            .where(is_chunk(chunk), chunks.c.state == ChunkState.LEASED.value, chunks.c.attempt == attempt)
+            .values(leased_until=self._now() + self.lease_s)
+            .returning(*_OF_CHUNK)
+        ).one_or_none()
+        return None if kept is None else self._begin(db, chunk, worker_id, kept)
+
     def model_of(self, chunk: ChunkId) -> str | None:
         """The model of the chunk's job; None when there is no such job."""
         with reading(self.db) as db:
@@ -91,7 +117,7 @@ class Leases(Endings):
                 not_before=None,
                 published_at=sa.func.coalesce(chunks.c.published_at, self._now()),
             )
-            .returning(chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
+            .returning(*_OF_CHUNK)
         )
 
     @cached_property
@@ -126,9 +152,6 @@ class Leases(Endings):
         claimed = db.execute(self._take(chunk.job_id, chunk.number, worker_id)).one_or_none()
         if claimed is None:
             return None
-        job = db.execute(sa.select(*_JOB).where(jobs.c.id == chunk.job_id)).one()
-        if job.state == JobState.QUEUED.value:
-            self._start_job(db, chunk.job_id)
         db.execute(
             sa.insert(attempts).values(
                 job_id=chunk.job_id,
@@ -138,6 +161,12 @@ class Leases(Endings):
                 started_at=self._now(),
             )
         )
+        return self._begin(db, chunk, worker_id, claimed)
+
+    def _begin(self, db: Connection, chunk: ChunkId, worker_id: str, claimed: Any) -> Lease:
+        job = db.execute(sa.select(*_JOB).where(jobs.c.id == chunk.job_id)).one()
+        if job.state == JobState.QUEUED.value:
+            self._start_job(db, chunk.job_id)
         return _lease(chunk, worker_id, claimed, job, time.monotonic())
 
     def renew(self, lease: Lease) -> Standing:
@@ -161,7 +190,8 @@ class Leases(Endings):
             return self._standing(db, lease.chunk.job_id) if held else Standing.LOST
 
 
-#: What a lease holds of its job.
+#: What a lease holds of its chunk, and of its job.
+_OF_CHUNK = (chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
 _JOB = (jobs.c.model, jobs.c.state, jobs.c.context_tokens, jobs.c.priority)
 
 

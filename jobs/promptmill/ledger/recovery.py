@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from promptmill.database import reading, writing
 from promptmill.ledger.base import is_chunk
@@ -14,9 +16,19 @@ from promptmill.ledger.values import Standing
 from promptmill.tables import attempts, chunks, workers
 from promptmill.types import ChunkId, ChunkState, ErrorClass
 
+#: Seconds that the database may take to begin a transaction, in leases, before it counts as having been away.
+AWAY_LEASES = 0.1
+
+#: Seconds of its time, in leases, that those who hold chunks then have for renewing them: more than they wait between
+#: two renewals.
+RETURN_LEASES = 0.3
+
 
 class Recovery(Retrying):
     """What reconcilers and commands do; any number of them may do it at once."""
+
+    #: By ``time.monotonic()``: until then nobody's lease is taken for lost.
+    _patient_until = 0.0
 
     def take_window(self, job_id: str, size: int) -> list[ChunkId]:
         """Mark the next chunks as published so that at most ``size`` are under way; the caller sends their messages.
@@ -88,7 +100,26 @@ class Recovery(Retrying):
         return changed.rowcount
 
     def requeue_expired(self) -> list[ChunkId]:
-        """Take back chunks whose lease ran out: their worker is dead, or cut off. Returns them."""
+        """Take back chunks whose lease ran out: their worker is dead, or cut off. Returns them.
+
+        None while a database that was away is back for less than a renewal: nobody could renew, and all may live.
+        """
+        asked = time.monotonic()
+        try:
+            with writing(self.db) as db:
+                db.execute(sa.select(1))
+                now = time.monotonic()
+                if now - asked > AWAY_LEASES * self.lease_s:
+                    self._be_patient()
+                return [] if now < self._patient_until else self._take_back(db)
+        except BaseException:
+            self._be_patient()
+            raise
+
+    def _be_patient(self) -> None:
+        self._patient_until = time.monotonic() + RETURN_LEASES * self.lease_s
+
+    def _take_back(self, db: Connection) -> list[ChunkId]:
         expired = (
             sa.select(chunks.c.job_id, chunks.c.number, chunks.c.attempt)
             .where(chunks.c.state == ChunkState.LEASED.value, chunks.c.leased_until < self._now())
@@ -96,13 +127,12 @@ class Recovery(Retrying):
             .order_by(chunks.c.job_id, chunks.c.number)
             .with_for_update(skip_locked=True)
         )
-        with writing(self.db) as db:
-            found = db.execute(expired).all()
-            for job_id, number, attempt in found:
-                chunk = ChunkId(job_id, number)
-                self._end_attempts_before(db, chunk, attempt + 1)
-                self._requeue(db, chunk, ErrorClass.WORKER_LOST, "the worker that ran this chunk was lost")
-                self._complete_if_done(db, job_id)
+        found = db.execute(expired).all()
+        for job_id, number, attempt in found:
+            chunk = ChunkId(job_id, number)
+            self._end_attempts_before(db, chunk, attempt + 1)
+            self._requeue(db, chunk, ErrorClass.WORKER_LOST, "the worker that ran this chunk was lost")
+            self._complete_if_done(db, job_id)
         return [ChunkId(row.job_id, row.number) for row in found]
 
     def holders(self, job_id: str) -> list[sa.Row[Any]]:
