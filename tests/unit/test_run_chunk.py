@@ -185,11 +185,11 @@ def test_answers_of_the_database_that_are_lost_cost_nothing(db: sa.Engine, hosts
     with db.connect() as connection:
         tried = connection.execute(sa.select(attempts)).all()
         # Answers that were copied from another row's cost nothing.
-        sums = sa.select(sa.func.sum(results.c.output_tokens)).where(~results.c.deduplicated)
+        sums = sa.select(sa.func.sum(results.c.prompt_tokens - results.c.cached_tokens)).where(~results.c.deduplicated)
         tokens = connection.execute(sums).scalar_one()
     assert [each.outcome for each in tried] == ["done"] * 3
-    sampled = sum(each.decode_tokens for each in tried) + counters.decode_tokens
-    assert sampled == tokens + sum(each.usage.output_tokens for each in told)
+    computed = sum(each.prefill_tokens for each in tried) + counters.prefill_tokens
+    assert computed == tokens + sum(each.usage.prompt_tokens - each.usage.cached_tokens for each in told)
 
 
 class SickHosts:
