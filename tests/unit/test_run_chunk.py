@@ -210,8 +210,9 @@ class SickHosts:
         raise self.problem
         yield
 
-    def back_off(self) -> None:
+    def back_off(self) -> float:
         self.restarts += 1
+        return 0.01
 
 
 def run_sick(ledger: Ledger, hosts: SickHosts, *, others: bool) -> None:

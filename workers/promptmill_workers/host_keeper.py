@@ -231,10 +231,11 @@ class HostKeeper:
         if host is not None and host.info is None:
             host.kill()
 
-    def back_off(self) -> None:
-        """The model does not load here: leave work to others for a while, longer each time."""
+    def back_off(self) -> float:
+        """The model does not load here: leave work to others for so many seconds, more of them each time."""
         with self._changed:
             self._count_death()
+        return self._back_off_s()
 
     def close(self) -> None:
         """End the host at once, and start no other."""

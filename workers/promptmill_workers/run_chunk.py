@@ -139,9 +139,11 @@ class ChunkRunner:
         log.error("job %s: %s", job_id, problem.message)
         if self._others_serve(lease.model):
             # One machine whose memory is full, or whose file is gone, must not end what others do well.
-            self._hosts.back_off()
+            wait_s = self._hosts.back_off()
             if not self._is_hopeless(job_id):
                 ledger.release(lease)
+                # Meanwhile this thread takes no chunk that another worker could run.
+                self._stop.draining.wait(wait_s)
                 return
         ledger.stop(job_id, problem.message, lease)
         ledger.release(lease)
