@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -239,6 +241,36 @@ def test_submitting_without_redis_keeps_the_job(queue: Command, tmp_path: Path) 
     assert "warning: cannot reach Redis" in done.err
     assert "is stored" in done.err
     assert rows_in(queue, "SELECT state, rows FROM jobs") == [("queued", 10)]
+
+
+def test_a_worker_whose_database_takes_nothing_says_so(
+    queue: Command, workers: Any, tmp_path: Path, postgres_url: str
+) -> None:
+    workers("--device", "sim:1", "--model", "echo:token_s=0.02", "--slots", "2", count=1)
+    queue("submit", dataset(tmp_path), "--model", "echo:token_s=0.02")
+    wait_until(lambda: rows_in(queue, "SELECT count(*) FROM results")[0][0] > 0, "results are stored", 30)
+    with contextlib.closing(psycopg.connect(postgres_url, autocommit=True)) as server:
+        refuse_changes(server, True)
+        try:
+            wait_until(lambda: states(queue) == ["blocked"], "the worker says that it cannot store", 30)
+        finally:
+            refuse_changes(server, False)
+    assert queue("watch", "@last").code == 0
+    assert len(results(queue)) == ROWS
+
+
+def refuse_changes(server: psycopg.Connection[Any], on: bool) -> None:
+    """For all connections but this one, which are made anew."""
+    name = server.info.dbname
+    server.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = {"on" if on else "off"}')
+    server.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE pid <> pg_backend_pid() AND datname = current_database()"
+    )
+
+
+def states(queue: Command) -> list[str]:
+    return [worker["state"] for worker in json.loads(queue("workers", "--json").out)]
 
 
 def test_a_database_that_was_not_upgraded_is_refused(tmp_path: Path, postgres_url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from redis import Redis
@@ -21,9 +22,10 @@ log = logging.getLogger("promptmill.worker")
 class Beat:
     """Writes it from a thread of its own; it ends by itself when the worker does."""
 
-    def __init__(self, worker_id: str, redis_url: str, hosts: HostKeeper) -> None:
+    def __init__(self, worker_id: str, redis_url: str, hosts: HostKeeper, state: Callable[[], str]) -> None:
         self._key = beat_key(worker_id)
         self._hosts = hosts
+        self._worker_state = state
         self._redis: Any = Redis.from_url(
             redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         )
@@ -54,6 +56,6 @@ class Beat:
     def _state(self) -> dict[str, Any]:
         active, waiting = self._hosts.load()
         return {
-            "active": active, "waiting": waiting, "slots": self._hosts.slots, "model": self._hosts.model,
-            "commits": COMMITS.cumulative(),
+            "state": self._worker_state(), "active": active, "waiting": waiting, "slots": self._hosts.slots,
+            "model": self._hosts.model, "commits": COMMITS.cumulative(),
         }  # fmt: skip

@@ -99,7 +99,7 @@ class Worker:
             lambda model: self.dispatcher.is_served_elsewhere(model, self.id),
         )
         self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
-        self._beat = Beat(self.id, settings.redis_url, self.hosts)
+        self._beat = Beat(self.id, settings.redis_url, self.hosts, self.presence.state)
         _register(self.app, self)
 
     def run(self) -> None:

@@ -92,7 +92,7 @@ class Presence:
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "state": self._state(),
+            "state": self.state(),
             "models": self._models,
             "device_asked": self._device.name,
             "device_got": info.device_got if info else None,
@@ -108,7 +108,8 @@ class Presence:
             "host_restarts": self._hosts.restarts,
         }
 
-    def _state(self) -> str:
+    def state(self) -> str:
+        """What the worker does, as ``promptmill workers`` shows it."""
         if self._stop.is_blocked:
             return "blocked"
         if self._stop.draining.is_set():

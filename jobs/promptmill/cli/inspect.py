@@ -253,11 +253,10 @@ def _logprobs(found: list[dict[str, Any]]) -> str:
 @json_option
 def workers(as_json: bool) -> None:
     """List the workers that are alive: device asked for and got, layers offloaded, model, slots, speed."""
-    from promptmill.catalog import list_workers
-    from promptmill.dispatch import ALIVE_S
+    from promptmill.service import live_workers
 
-    _, db = open_all()
-    found = list_workers(db, ALIVE_S)
+    settings, db = open_all()
+    found = live_workers(settings, db)
     if as_json:
         print_json([dict(worker) for worker in found])
         return
