@@ -140,6 +140,27 @@ def test_a_chunk_that_gave_rows_away_can_still_be_split(ledger: Ledger, db: sa.E
     assert read(db, sa.select(sa.func.sum(chunks.c.ok), sa.func.sum(chunks.c.rows - chunks.c.moved))) == [(16, 16)]
 
 
+def test_a_row_that_was_given_away_before_a_split_is_run_again_by_hand(
+    ledger: Ledger, db: sa.Engine, clock: Any
+) -> None:
+    """The piece that spans it is younger than the chunk it was given to, and has given it away."""
+    add_job(db, 16)
+    ledger.record(lease := claim(ledger), [late(5)])
+    for _ in range(3):
+        ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
+        clock.advance(60)
+        lease = ledger.claim(ChunkId(JOB, 0), "a") or lease
+    while (lease := ledger.claim_next(JOB, "b")) is not None:
+        ledger.finish(lease, last=[broken(row) if row == 5 else ok(row) for row in rows_of(ledger, lease)])
+    for _ in range(2):
+        assert ledger.retry(JOB) == 1
+        again = claim(ledger)
+        assert rows_of(ledger, again) == [5]
+        assert ledger.finish(again, last=[broken(5)])
+    counts = sa.select(sa.func.sum(chunks.c.ok), sa.func.sum(chunks.c.errors), sa.func.min(chunks.c.errors))
+    assert read(db, counts) == [(15, 1, 0)]
+
+
 def test_errors_of_an_ended_job_are_run_again_by_hand(ledger: Ledger, db: sa.Engine) -> None:
     add_job(db, 6)
     assert ledger.finish(claim(ledger), last=[ok(0), broken(1), broken(2), ok(3), broken(4), ok(5)])

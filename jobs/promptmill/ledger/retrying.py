@@ -89,13 +89,17 @@ class Retrying(Leases):
             )
 
     def _owners(self, db: Connection, job_id: str, rows: Sequence[int]) -> list[int]:
-        """The chunk that each of the ascending ``rows`` counts in: of those that span it, the youngest.
+        """The chunk that each of the ascending ``rows`` counts in: the youngest that spans it and did not give it away.
 
-        Splits and earlier retries may have made it another one than that whose attempt answered the row.
+        Splits and earlier retries may have made it another one than that whose attempt answered the row. The pieces of
+        a split are younger than the chunk that a row was given to before.
         """
+        gave = sa.select(retries.c.row, retries.c.chunk).where(retries.c.job_id == job_id)
+        given = {(row, number) for row, number in db.execute(gave)}
         spans = sa.select(chunks.c.number, chunks.c.first_row, chunks.c.rows).where(chunks.c.job_id == job_id)
         owners = [0] * len(rows)
         for number, first_row, size in db.execute(spans.where(chunks.c.rows > 0).order_by(chunks.c.number)):
-            begin, end = bisect_left(rows, first_row), bisect_left(rows, first_row + size)
-            owners[begin:end] = [number] * (end - begin)
+            for place in range(bisect_left(rows, first_row), bisect_left(rows, first_row + size)):
+                if (rows[place], number) not in given:
+                    owners[place] = number
         return owners
