@@ -143,8 +143,10 @@ def require_unheld(job_id: str, ledger: Ledger) -> None:
 
     for holder in ledger.holders(job_id):
         if holder.host != socket.gethostname() or psutil.pid_exists(holder.pid):
+            # Its row may not be there any more, or not yet.
+            who = "another process" if holder.host is None else f"process {holder.pid} on {holder.host}"
             raise JobError(
-                f"job {job_id} is being run by process {holder.pid} on {holder.host}",
+                f"job {job_id} is being run by {who}",
                 hint=f"Wait for it, or stop it first. If it is dead, its lease ends in {holder.seconds_left:.0f} s.",
             )
 
