@@ -472,6 +472,25 @@ def test_a_finished_job_cannot_be_resumed(ledger: Ledger, db: sa.Engine) -> None
         ledger.resume(JOB)
 
 
+def test_a_job_waits_while_none_of_its_chunks_runs(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
+    """However long one is renewed: the job is not to move up for it."""
+    add_job(db, 2, 1, submitted_at=clock() - 7)
+
+    def waited_s() -> float:
+        return float(ledger.open_jobs("queue")[0].waited_s)
+
+    assert waited_s() == 7
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    for _ in range(60):
+        clock.advance(10)
+        ledger.renew(lease)
+    assert waited_s() == 0
+    ledger.release(lease)
+    clock.advance(9)
+    assert waited_s() == 9
+
+
 def test_a_text_with_a_nul_is_stored(ledger: Ledger, db: sa.Engine) -> None:
     add_job(db, 1, 1)
     lease = ledger.claim(ChunkId(JOB, 0), "a")

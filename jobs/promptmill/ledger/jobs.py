@@ -12,7 +12,7 @@ from promptmill.database import reading, writing
 from promptmill.errors import JobError
 from promptmill.ledger.base import LedgerBase, counts_of, held_by, storable
 from promptmill.ledger.values import OPEN_STATES, Progress, Standing, guard_verdict
-from promptmill.tables import chunks, jobs
+from promptmill.tables import attempts, chunks, jobs
 from promptmill.types import ChunkState, JobState, Lease
 
 #: States from which a job can still be ended.
@@ -203,9 +203,11 @@ class Jobs(LedgerBase):
     def open_jobs(self, mode: str) -> list[sa.Row[Any]]:
         """Jobs of a mode ('queue' or 'embedded') that are queued or running: id, model, priority, waited_s.
 
-        ``waited_s``: seconds since one of its chunks was last leased, or since it was submitted.
+        ``waited_s``: seconds since one of its chunks last ran, or since it was submitted; none while one runs.
         """
-        last_seen = sa.select(sa.func.max(chunks.c.leased_at)).where(chunks.c.job_id == jobs.c.id).scalar_subquery()
+        # A chunk that runs has an attempt without an end, however long ago it was leased.
+        seen = sa.func.max(sa.func.coalesce(attempts.c.ended_at, self._now()))
+        last_seen = sa.select(seen).where(attempts.c.job_id == jobs.c.id).scalar_subquery()
         with reading(self.db) as db:
             return list(
                 db.execute(
