@@ -36,11 +36,27 @@ LOCK_S = 30
 #: SQLSTATE lock_not_available of PostgreSQL.
 LOCKED = "55P03"
 
-#: PostgreSQL's state of an ``idle_in_transaction_session_timeout``.
-STOOD_STILL = "25P03"
-
 #: Its read_only_sql_transaction: services that run it for others set that when a disk is full, and so does a failover.
 READ_ONLY = "25006"
+
+#: SQLSTATE -> what PostgreSQL refuses through no fault of the statement, and what to do.
+REFUSALS = {
+    LOCKED: (
+        f"another transaction has kept the database from this change for {LOCK_S} s",
+        "Nothing was changed. Try again; pg_stat_activity shows who holds locks.",
+    ),
+    READ_ONLY: ("the database takes no changes: it is read-only", "Nothing was changed. Is its disk full?"),
+    # An idle_in_transaction_session_timeout.
+    "25P03": ("the database ended a transaction in which nothing happened", "Nothing of it was stored."),
+    "40P01": ("this transaction and another one waited for each other: the database ended it", "Try again."),
+    "53100": ("the disk of the database is full", "Nothing was changed. Make room on it, then try again."),
+    "53200": ("the database has run out of memory", "Nothing was changed. Give its server more, then try again."),
+    "53300": ("the database has no connection left", "End other programs that use it, or raise its max_connections."),
+    "57014": ("the database ended a statement", "Try again. If its statement_timeout ended it, raise that."),
+}
+
+#: Beginnings of SQLSTATEs that say that the connection is gone: its own errors, and a server that stops.
+AWAY = ("08", "57P")
 
 #: Parameters of libpq. A server that is cut off is noticed within about ten seconds, and not after the two hours that
 #: TCP would wait: first probe after 4 s, two more after 3 s each; the last is milliseconds that sent bytes wait for
@@ -234,52 +250,54 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def connecting(engine: Engine) -> Iterator[None]:
-    """Turn "the database is not there" into one clear error."""
+    """Turn what the database refuses, and "it is not there", into one clear error."""
     try:
         yield
-    except sa.exc.InternalError as problem:
-        state = getattr(problem.orig, "sqlstate", None)
-        if state == READ_ONLY:
-            raise DatabaseError(
-                "the database takes no changes: it is read-only", hint="Nothing was changed. Is its disk full?"
-            ) from problem
-        if state == STOOD_STILL:
-            raise DatabaseError(
-                "the database ended a transaction in which nothing happened", hint="Nothing of it was stored."
-            ) from problem
-        raise
-    except sa.exc.OperationalError as problem:
-        if problem.connection_invalidated or not _was_connected(problem):
-            raise DatabaseError(
-                f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
-                hint="Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it).",
-            ) from problem
-        if getattr(problem.orig, "sqlstate", None) == LOCKED:
-            raise DatabaseError(
-                f"another transaction has kept the database from this change for {LOCK_S} s",
-                hint="Nothing was changed. Try again; pg_stat_activity shows who holds locks.",
-            ) from problem
-        if _is_unusable_file(problem):
-            raise DatabaseError(
-                f"cannot use the database {engine.url.render_as_string(hide_password=True)}: {_first_line(problem)}",
-                hint="Check which other program writes to it, and that its disk has room; then try again.",
-            ) from problem
+    except Exception as problem:
+        if (clear := _refusal(problem) or _unusable(engine, problem)) is not None:
+            raise clear from problem
         raise
 
 
-def _is_unusable_file(problem: sa.exc.OperationalError) -> bool:
+def _refusal(problem: Exception) -> DatabaseError | None:
+    # COPY goes past SQLAlchemy, which would wrap its errors.
+    state = getattr(getattr(problem, "orig", problem), "sqlstate", None)
+    if state not in REFUSALS:
+        return None
+    what, hint = REFUSALS[state]
+    return DatabaseError(what, hint=hint)
+
+
+def _unusable(engine: Engine, problem: Exception) -> DatabaseError | None:
+    if _is_away(engine, problem):
+        hint = "Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it)."
+    elif _is_unusable_file(problem):
+        hint = "Check which other program writes to it, and that its disk has room; then try again."
+    else:
+        return None
+    url = engine.url.render_as_string(hide_password=True)
+    return DatabaseError(f"cannot use the database {url}: {_first_line(problem)}", hint=hint)
+
+
+def _is_away(engine: Engine, problem: Exception) -> bool:
+    if isinstance(problem, sa.exc.OperationalError) and (problem.connection_invalidated or problem.statement is None):
+        # An error of a statement has the statement; one of connecting has none.
+        return True
+    cause = getattr(problem, "orig", problem)
+    state = getattr(cause, "sqlstate", None)
+    is_away = state.startswith(AWAY) if state else cause is problem
+    return is_away and isinstance(cause, engine.dialect.loaded_dbapi.OperationalError)
+
+
+def _is_unusable_file(problem: Exception) -> bool:
     # The low byte is the kind, what is above it a closer description.
-    code = getattr(problem.orig, "sqlite_errorcode", None)
+    code = getattr(getattr(problem, "orig", None), "sqlite_errorcode", None)
     return code is not None and code & 0xFF in SQLITE_UNUSABLE
 
 
-def _was_connected(problem: sa.exc.OperationalError) -> bool:
-    """An error of a statement has the statement; one of connecting has none."""
-    return problem.statement is not None
-
-
-def _first_line(problem: sa.exc.DBAPIError) -> str:
-    return str(problem.orig).strip().splitlines()[0] if str(problem.orig).strip() else type(problem.orig).__name__
+def _first_line(problem: Exception) -> str:
+    cause = getattr(problem, "orig", problem)
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
 def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

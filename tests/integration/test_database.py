@@ -10,9 +10,12 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from psycopg import OperationalError, errors
 
 from promptmill.database import (
     connect,
+    connecting,
+    copy_rows,
     current_revision,
     end_idle_transactions,
     head_revision,
@@ -23,7 +26,7 @@ from promptmill.database import (
 )
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
-from promptmill.tables import attempts, chunks, jobs, metadata, results
+from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import ChunkId, ErrorClass, JobState
 from promptmill_workers.patience import PASSING
 from tests.conftest import wait_until
@@ -234,6 +237,54 @@ def test_a_server_that_is_read_only_for_a_while_is_waited_for(postgres_url: str)
     assert Ledger(engine).claim(ChunkId(JOB, 0), "a") is not None
     engine.dispose()
     admin.dispose()
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (errors.DiskFull("could not extend file"), "the disk of the database is full"),
+        (errors.OutOfMemory("out of memory"), "has run out of memory"),
+        (errors.TooManyConnections("too many clients"), "has no connection left"),
+        (errors.DeadlockDetected("deadlock detected"), "waited for each other"),
+        (errors.QueryCanceled("canceling statement"), "ended a statement"),
+        (errors.AdminShutdown("terminating connection"), "cannot use the database .*: terminating connection"),
+        (OperationalError("consuming input failed"), "cannot use the database .*: consuming input failed"),
+    ],
+)
+def test_what_a_server_refuses_is_one_clear_sentence(problem: OperationalError, said: str) -> None:
+    """As SQLAlchemy raises it, and as COPY does."""
+    engine = connect("postgresql://nobody@localhost/nothing")
+    with pytest.raises(DatabaseError, match=said), connecting(engine):
+        raise problem
+    wrapped = sa.exc.OperationalError("INSERT", {}, problem, connection_invalidated=problem.sqlstate is None)
+    with pytest.raises(DatabaseError, match=said), connecting(engine):
+        raise wrapped
+
+
+def test_an_error_that_is_a_fault_of_ours_stays_what_it_is() -> None:
+    engine = connect("postgresql://nobody@localhost/nothing")
+    for fault in (errors.UniqueViolation("duplicate key"), errors.ProgramLimitExceeded("row is too big")):
+        with pytest.raises(type(fault)), connecting(engine):
+            raise fault
+
+
+def test_a_copy_that_a_lock_or_a_time_limit_ends_says_so(postgres_url: str) -> None:
+    engine = connect(postgres_url)
+    upgrade(engine)
+    add_job(engine, 2, 2)
+    columns, row = ("job_id", "row", "custom_id"), (JOB, 2, "r2")
+
+    def copy_within(limit: str) -> None:
+        with writing(engine) as connection:
+            connection.exec_driver_sql(f"SET LOCAL {limit} = '100ms'")
+            copy_rows(connection, requests, columns, [row])
+
+    with writing(engine) as other:
+        copy_rows(other, requests, columns, [row])
+        for limit, said in (("lock_timeout", "another transaction"), ("statement_timeout", "ended a statement")):
+            with pytest.raises(DatabaseError, match=said):
+                copy_within(limit)
+    engine.dispose()
 
 
 def test_an_error_of_a_statement_names_no_text_of_anybody(database: sa.Engine) -> None:
