@@ -304,7 +304,9 @@ def reconcile(settings: Settings, db: Engine) -> tuple[int, int]:
     from promptmill.dispatch import Dispatcher
 
     ledger = ledger_of(db, settings)
-    taken_back = len(ledger.requeue_expired())
+    taken_back = 0
+    while expired := ledger.requeue_expired():
+        taken_back += len(expired)
     return taken_back, Dispatcher(ledger, Broker(settings.redis_url)).reconcile()
 
 

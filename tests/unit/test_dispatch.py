@@ -8,11 +8,12 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
-from promptmill import broker
+from promptmill import broker, service
 from promptmill.broker import Broker, queue_name
 from promptmill.database import connect, epoch, upgrade, writing
 from promptmill.dispatch import AGE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
-from promptmill.ledger import Ledger
+from promptmill.ledger import Ledger, recovery
+from promptmill.settings import Settings
 from promptmill.tables import chunks, jobs
 from promptmill.types import ChunkId
 
@@ -118,3 +119,15 @@ def test_messages_of_others_are_passed_over(redis_url: str) -> None:
     with Redis.from_url(redis_url) as redis:
         redis.lpush(queue_name(MODEL), b"no json", b'{"body": "IQ=="}', b"[1]", b'{"body": "e30="}')
     assert Broker(redis_url).waiting_chunks(MODEL) == set()
+
+
+def test_the_command_takes_back_all_chunks_of_dead_workers(
+    ledger: Ledger, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "MOST_AT_ONCE", 3)
+    for job_id in ("urgent", "busy"):
+        while ledger.claim_next(job_id, "dead") is not None:
+            pass
+    with writing(ledger.db) as db:
+        db.execute(sa.update(chunks).values(leased_until=1.0))
+    assert service.reconcile(Settings(redis_url=redis_url), ledger.db)[0] == 8

@@ -472,6 +472,21 @@ def test_a_finished_job_cannot_be_resumed(ledger: Ledger, db: sa.Engine) -> None
         ledger.resume(JOB)
 
 
+def test_many_chunks_of_dead_workers_are_taken_back_some_at_a_time(
+    ledger: Ledger, db: sa.Engine, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "MOST_AT_ONCE", 2)
+    add_job(db, 5, 1)
+    while ledger.claim_next(JOB, "a") is not None:
+        pass
+    clock.advance(LEASE_S + 1)
+    taken_back = []
+    while found := ledger.requeue_expired():
+        assert len(found) <= 2
+        taken_back += [chunk.number for chunk in found]
+    assert taken_back == [0, 1, 2, 3, 4]
+
+
 def test_a_job_waits_while_none_of_its_chunks_runs(ledger: Ledger, db: sa.Engine, clock: Any) -> None:
     """However long one is renewed: the job is not to move up for it."""
     add_job(db, 2, 1, submitted_at=clock() - 7)
