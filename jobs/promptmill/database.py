@@ -330,11 +330,13 @@ def _wait_for_locks(connection: Connection) -> None:
 
 
 def refresh_statistics(connection: Connection, *tables: sa.Table) -> None:
-    """Tell PostgreSQL's planner about rows that were just loaded; its own daemon may come a minute late."""
+    """Tell PostgreSQL's planner about rows that were just loaded; its own daemon may come a minute late.
+
+    A table that is being vacuumed, or analysed by somebody else, is left out: it is not worth waiting for.
+    """
     if connection.dialect.name == "postgresql":
-        _wait_for_locks(connection)
         names = ", ".join(f'"{table.name}"' for table in tables)
-        connection.exec_driver_sql(f"ANALYZE {names}")
+        connection.exec_driver_sql(f"ANALYZE (SKIP_LOCKED) {names}")
 
 
 # --- the schema's revision -------------------------------------------------------------------------------------------

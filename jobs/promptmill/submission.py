@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -16,10 +17,11 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 from ulid import ULID
 
 from promptmill.database import copy_rows, epoch, lock_name, refresh_statistics, writing
-from promptmill.errors import BadLines, DatasetError, JobExists, PromptmillError, QueueFull
+from promptmill.errors import BadLines, DatabaseError, DatasetError, JobExists, PromptmillError, QueueFull
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
@@ -227,8 +229,16 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
                 finished_at=now if all_invalid else None,
             )
         )
-        refresh_statistics(connection, requests, chunks)
+    _refresh_statistics(db)
     return job_id
+
+
+def _refresh_statistics(db: Engine) -> None:
+    """In a transaction of its own: others wait for the locks of the submission, and the job is stored without it."""
+    if db.dialect.name != "postgresql":
+        return
+    with contextlib.suppress(SQLAlchemyError, DatabaseError), writing(db) as connection:
+        refresh_statistics(connection, requests, chunks)
 
 
 def _key(dataset: Dataset, order: JobOrder) -> str:

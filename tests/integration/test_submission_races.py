@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from promptmill import submission
+from promptmill.database import connect, reading, upgrade
 from promptmill.errors import JobExists, QueueFull
 from promptmill.readers import open_dataset
 from promptmill.submission import JobOrder, submit
 from promptmill.tables import jobs
+from tests.conftest import wait_until
 
 ORDER = JobOrder(model="echo", mode="queue")
 
@@ -49,3 +52,34 @@ def test_of_four_that_ask_the_same_one_is_stored(database: sa.Engine, path: Path
 def test_four_do_not_fill_the_queue_above_its_limit(database: sa.Engine, path: Path) -> None:
     became = at_once(database, path, replace(ORDER, queue_limit=7000))
     assert became.count("QueueFull") == 2
+
+
+def test_a_table_that_is_vacuumed_keeps_no_submission_waiting(postgres_url: str, path: Path) -> None:
+    database = connect(postgres_url)
+    upgrade(database)
+    with open_dataset(str(path)) as dataset, ThreadPoolExecutor(1) as threads:
+        with database.begin() as vacuum:
+            vacuum.exec_driver_sql("LOCK TABLE requests, chunks IN SHARE UPDATE EXCLUSIVE MODE")
+            stored = threads.submit(submit, database, dataset, ORDER)
+            wait_until(stored.done, "the job is stored", 20)
+        assert stored.result()
+    database.dispose()
+
+
+def test_a_job_is_stored_whatever_becomes_of_the_statistics(
+    postgres_url: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = connect(postgres_url)
+    upgrade(database)
+    seen = []
+
+    def refused(connection: sa.Connection, *tables: sa.Table) -> None:
+        # Others see the job by now: its locks are gone.
+        with reading(database) as db:
+            seen.extend(db.execute(sa.select(jobs.c.id)).scalars())
+        raise sa.exc.OperationalError("ANALYZE", {}, Exception("no room"))
+
+    monkeypatch.setattr(submission, "refresh_statistics", refused)
+    with open_dataset(str(path)) as dataset:
+        assert [submit(database, dataset, ORDER)] == seen
+    database.dispose()
