@@ -12,12 +12,12 @@ from sqlalchemy.engine import Engine
 from promptmill import catalog
 from promptmill.database import reading
 from promptmill.errors import JobError, UnknownName
-from promptmill.privacy import DONE
 from promptmill.registry import suggestion
 from promptmill.reports.kept import kept_run
 from promptmill.scorers import Outcome
 from promptmill.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.tables import requests, results, scores
+from promptmill.types import WITHOUT_TEXTS
 
 #: Rows fetched at a time.
 FETCH_ROWS = 2_000
@@ -64,7 +64,7 @@ def judged_rows(db: Engine, reference: str, score: str | None = None) -> Iterato
     Raises :class:`UnknownName` for an unknown run or score, :class:`JobError` for a job without scores.
     """
     job, run_id = catalog.find_scored(db, reference)
-    if run_id is None and job.store in DONE.values():
+    if run_id is None and job.store in WITHOUT_TEXTS:
         with reading(db) as connection:
             run_id = kept_run(connection, job.id)
     if run_id is not None:

@@ -12,10 +12,13 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import epoch, reading, writing
 from promptmill.tables import jobs, requests, results, retries
-from promptmill.types import JobState
+from promptmill.types import GOING, GONE, JobState
 
-#: What ``--store`` asks for -> what ``jobs.store`` says when it is done.
-DONE = {"hash": "hashed", "none": "removed"}
+#: ``jobs.store`` of jobs that are to lose their texts -> how: of those that wait for it, and those half-way.
+LEFT_TO_DO = {store: how for how, going in GOING.items() for store in (how, going)}
+
+#: States in which a job loses its texts.
+ENDED = [state.value for state in JobState if state.is_final]
 
 #: Seconds after the end of a job of the queue that its texts can still be fetched.
 FETCH_S = 3600.0
@@ -33,18 +36,32 @@ _HASH = re.compile('"sha256:[0-9a-f]{64}"')
 WRITTEN = ("reasoning", "choices", "logprobs", "choice_probs", "continuations", "embedding", "error_message")
 
 
-def redact(db: Engine, job_id: str, how: str) -> None:
+def redact(db: Engine, job_id: str, how: str) -> bool:
     """Replace prompts and answers of an ended job by their hashes ('hash') or remove them ('none').
 
     Cut off half-way it goes on when asked again: a row that is done says so, whatever its texts look like.
+    False for a job that was resumed or retried meanwhile: it has all its texts.
     """
+    if not _begin(db, job_id, how):
+        return False
     with reading(db) as connection:
         last = connection.execute(sa.select(sa.func.max(requests.c.row)).where(requests.c.job_id == job_id)).scalar()
     for first in range(0, (last if last is not None else -1) + 1, BATCH_ROWS):
         with writing(db) as connection:
             _redact_rows(connection, job_id, (first, first + BATCH_ROWS - 1), how)
     with writing(db) as connection:
-        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(store=DONE[how]))
+        connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(store=GONE[how]))
+    return True
+
+
+def _begin(db: Engine, job_id: str, how: str) -> bool:
+    """Let nothing of the job be run again from now on; False when it has not ended, or goes on."""
+    with writing(db) as connection:
+        # Who opens it again locks its row and looks at this: one of the two comes first.
+        changed = connection.execute(
+            sa.update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(ENDED)).values(store=GOING[how])
+        )
+    return changed.rowcount == 1
 
 
 def _redact_rows(db: Connection, job_id: str, span: tuple[int, int], how: str) -> None:
@@ -96,10 +113,9 @@ def _json(value: Any) -> str:
 
 
 def overdue(db: Engine) -> list[tuple[str, str]]:
-    """Jobs of the queue that ended FETCH_S ago and asked for it, each with what it asked."""
-    ended = [state.value for state in JobState if state.is_final]
+    """Jobs of the queue that ended FETCH_S ago and asked for it, or are half-way, each with what is to be done."""
     query = sa.select(jobs.c.id, jobs.c.store).where(
-        jobs.c.store.in_(DONE), jobs.c.state.in_(ended), jobs.c.finished_at < epoch() - FETCH_S
+        jobs.c.store.in_(LEFT_TO_DO), jobs.c.state.in_(ENDED), jobs.c.finished_at < epoch() - FETCH_S
     )
     with reading(db) as connection:
-        return [(job_id, how) for job_id, how in connection.execute(query)]
+        return [(job_id, LEFT_TO_DO[store]) for job_id, store in connection.execute(query)]

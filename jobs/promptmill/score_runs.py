@@ -17,12 +17,11 @@ from ulid import ULID
 from promptmill.database import copy_rows, epoch, reading, writing
 from promptmill.errors import JobError
 from promptmill.parallel import begin_process, processes
-from promptmill.privacy import DONE
 from promptmill.scorers.scoring import Answer, Judge, answers_query, judge_of
 from promptmill.scorers.tally import Judgement, Score, Tally
 from promptmill.tables import jobs, results, score_runs, scores
 from promptmill.task_file import Task, parse_task
-from promptmill.types import JobState
+from promptmill.types import WITHOUT_TEXTS, JobState
 
 COLUMNS = ("score_run_id", "row", "metric", "value", "predicted", "expected", "outcome", "confidence", "error")
 
@@ -136,7 +135,7 @@ def unscored(db: Engine, within_s: float) -> list[sa.Row[Any]]:
     own = sa.exists().where(_SINCE, score_runs.c.task_sha256 == jobs.c.task_sha256).correlate(jobs)
     query = sa.select(jobs).where(
         jobs.c.mode == "queue", jobs.c.state == JobState.COMPLETED.value, jobs.c.task_text.is_not(None),
-        jobs.c.task_folder.is_(None), jobs.c.store.not_in(DONE.values()), jobs.c.finished_at > epoch() - within_s, ~own,
+        jobs.c.task_folder.is_(None), jobs.c.store.not_in(WITHOUT_TEXTS), jobs.c.finished_at > epoch() - within_s, ~own,
     )  # fmt: skip
     with reading(db) as connection:
         return list(connection.execute(query.order_by(jobs.c.id)))

@@ -34,7 +34,7 @@ from promptmill.registry import suggestion
 from promptmill.settings import Settings
 from promptmill.submission import submit as store
 from promptmill.task_file import Task, load_task, parse_task
-from promptmill.types import ErrorClass, JobState, Request
+from promptmill.types import WITHOUT_TEXTS, ErrorClass, JobState, Request
 
 if TYPE_CHECKING:
     from promptmill_workers.devices import Device
@@ -78,14 +78,13 @@ def score_again(
 ) -> dict[str, Any]:
     """Append a score run to a job, by its own task or by another one, and judge that task's gates."""
     from promptmill.gates import judge
-    from promptmill.privacy import DONE
     from promptmill.reports.summary import summarise
     from promptmill.score_runs import append_score_run
 
     job = catalog.find_job(db, reference)
     if task_path is None and job.task_text is None:
         raise JobError(f"job {job.id} has no task", hint="Give --task FILE.")
-    if job.store in DONE.values():
+    if job.store in WITHOUT_TEXTS:
         raise JobError(
             f"job {job.id} keeps no prompts or answers: there is nothing to score",
             hint=f"The scores it had stay: promptmill report {job.id}.",
@@ -105,10 +104,8 @@ def score_again(
 
 def keep_scores(job_id: str, db: Engine) -> None:
     """Keep what the scores of a completed job's task say of each row, once: as :func:`score_again` does."""
-    from promptmill.privacy import DONE
-
     job = catalog.find_job(db, job_id)
-    if job.task_text is not None and job.state == JobState.COMPLETED and job.store not in DONE.values():
+    if job.task_text is not None and job.state == JobState.COMPLETED and job.store not in WITHOUT_TEXTS:
         from promptmill import score_runs
 
         score_runs.keep_scores(db, job)

@@ -84,6 +84,7 @@ jobs = Table(
     # JSON: settings of the engine that a sweep chose for this job.
     Column("engine_settings", Text),
     # What is kept of prompts and answers once the job has ended: 'full', 'hash' or 'none'.
+    # While they go it is 'hashing' or 'removing', and then 'hashed' or 'removed'.
     Column("store", String(8), nullable=False, server_default="full"),
     Column("env", Text, nullable=False),
     Column("submitted_at", Double, nullable=False),

@@ -12,6 +12,14 @@ from typing import Any
 JsonValue = Any
 
 
+#: What ``--store`` asks for -> what ``jobs.store`` says while prompts and answers go, and once they are gone.
+GOING = {"hash": "hashing", "none": "removing"}
+GONE = {"hash": "hashed", "none": "removed"}
+
+#: ``jobs.store`` of jobs whose prompts and answers are not all there: nothing can be run again, or scored.
+WITHOUT_TEXTS = (*GOING.values(), *GONE.values())
+
+
 class JobState(StrEnum):
     """``queued -> running -> completed | failed | cancelled | expired``, with ``paused`` beside the first two."""
 

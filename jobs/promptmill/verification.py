@@ -22,12 +22,11 @@ from promptmill import catalog
 from promptmill.database import epoch, reading, writing
 from promptmill.errors import JobError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger
-from promptmill.privacy import DONE
 from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.settings import Settings
 from promptmill.tables import chunks, jobs, requests, results, verifications
 from promptmill.task_file import parse_task
-from promptmill.types import Failed, Ok, Request, Result
+from promptmill.types import WITHOUT_TEXTS, Failed, Ok, Request, Result
 
 #: Characters of both texts that a mismatch shows, from where they part.
 SHOWN = 40
@@ -168,7 +167,7 @@ def _stored(db: Engine, spec: JobSpec, chosen: Sequence[int]) -> Iterator[tuple[
         found = connection.execute(query).all()
         store = connection.execute(sa.select(jobs.c.store).where(jobs.c.id == spec.job_id)).scalar()
     for each in found:
-        if store in DONE.values() or each.input is None or each.text is None:
+        if store in WITHOUT_TEXTS or each.input is None or each.text is None:
             raise JobError(f"job {spec.job_id} keeps no prompts or answers: there is nothing to compare")
         sampling = resolve_sampling(spec.sampling, json.loads(each.sampling) if each.sampling else {})
         meta = json.loads(each.meta) if each.meta else None

@@ -49,6 +49,13 @@ def count(command: Command, table: str) -> int:
     return int(found)
 
 
+def execute(command: Command, statement: str) -> None:
+    engine = sa.create_engine(command.environment["JOBS_DATABASE_URL"])
+    with engine.begin() as connection:
+        connection.execute(sa.text(statement))
+    engine.dispose()
+
+
 def test_run_answers_every_line_and_reports(command: Command, tmp_path: Path) -> None:
     done = command("run", prompts(tmp_path, 300), "--model", "echo", "-o", "out.jsonl", "--json")
     assert done.code == 0, done.err
@@ -163,6 +170,26 @@ def test_what_store_asked_for_is_done_at_the_end_of_a_resumed_run(command: Comma
     assert (count(command, "results"), count(command, "results WHERE text IS NOT NULL")) == (100, 0)
     assert count(command, "requests WHERE input IS NOT NULL") == 0
     assert "(not kept)" in command("show", "@last", "0").out
+
+
+@pytest.mark.parametrize("store", ["hash", "none"])
+def test_a_run_that_failed_and_lost_its_prompts_is_not_run_again(command: Command, tmp_path: Path, store: str) -> None:
+    failing = ("--model", "echo:error_on=number 3", "--max-errors", "0", "--slots", "2", "--store", store)
+    assert command("run", prompts(tmp_path, 200), *failing).code == 1
+    before = _stored(command)
+    for again in ("resume", "retry"):
+        done = command(again, "@last")
+        assert (done.code, "has lost its prompts, as --store" in done.err) == (2, True), done.err
+    assert _stored(command) == before < 200
+
+
+def test_what_store_asked_for_is_done_at_the_end_of_a_retry(command: Command, tmp_path: Path) -> None:
+    command("run", prompts(tmp_path, 8), "--model", "echo:error_on=number 3")
+    # As if its process had been killed right after its last row.
+    execute(command, "UPDATE jobs SET store = 'none'")
+    assert command("retry", "@last").code == 0
+    assert count(command, "retries") == 1
+    assert count(command, "requests WHERE input IS NOT NULL") == 0
 
 
 def test_a_killed_run_goes_on_where_it_was(command: Command, tmp_path: Path) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from promptmill import privacy
 from promptmill.database import connect, upgrade
 from promptmill.errors import JobError
 from promptmill.forgetting import forget, forget_overdue
 from promptmill.judged_rows import judged_rows
-from promptmill.privacy import hashed, redact
+from promptmill.ledger import Ledger
+from promptmill.privacy import hashed, overdue, redact
 from promptmill.reports.compare import compare
 from promptmill.reports.summary import summarise
 from promptmill.score_runs import unscored
@@ -65,8 +67,7 @@ def test_texts_go_and_every_figure_and_score_stays(db: sa.Engine, how: str) -> N
     # Messages of errors may quote a prompt: they are gone too.
     assert [each.pop("error_examples")[0]["class"] for each in (before, after)] == ["timeout", "timeout"]
     assert after == before
-    with db.connect() as connection:
-        assert connection.execute(sa.select(jobs.c.store)).scalar() == {"hash": "hashed", "none": "removed"}[how]
+    assert stored(db) == {"hash": "hashed", "none": "removed"}[how]
 
 
 @pytest.mark.parametrize("how", ["hash", "none"])
@@ -145,6 +146,56 @@ def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engi
     once = texts(db)
     redact(db, JOB, "hash")
     assert texts(db) == once
+
+
+@pytest.mark.parametrize("how", ["hash", "none"])
+def test_a_job_that_goes_on_meanwhile_keeps_all_its_texts(db: sa.Engine, how: str) -> None:
+    fill(db, store=how, state="failed")
+    before = texts(db)
+    assert overdue(db) == [(JOB, how)]
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(state="running"))
+    assert not redact(db, JOB, how)
+    assert not forget(db, JOB, how)
+    assert texts(db) == before
+    assert stored(db) == how
+
+
+@pytest.mark.parametrize("how", ["hash", "none"])
+def test_nothing_is_run_again_while_texts_go(db: sa.Engine, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off it stays so, and goes on by itself; the scores are those of the texts."""
+    fill(db, store=how, mode="queue")
+    before = summarise(db, JOB).to_json()["scores"]
+    with monkeypatch.context() as patch:
+        patch.setattr(privacy, "BATCH_ROWS", 4)
+        patch.setattr(privacy, "_redact_rows", cut_off_after(2))
+        with pytest.raises(InterruptedError):
+            forget(db, JOB, how)
+    with pytest.raises(JobError, match="has lost its prompts"):
+        Ledger(db).retry(JOB)
+    assert summarise(db, JOB).to_json()["scores"] == before != {}
+    assert stored(db) not in (how, "hashed", "removed")
+    assert SECRET in str(texts(db))
+    assert forget_overdue(db) == [JOB]
+    assert SECRET not in str(texts(db))
+    assert summarise(db, JOB).to_json()["scores"] == before
+
+
+def cut_off_after(batches: int) -> Callable[..., None]:
+    left = iter(range(batches - 1))
+    redact_rows = privacy._redact_rows
+
+    def some(*asked: Any) -> None:
+        if next(left, None) is None:
+            raise InterruptedError
+        redact_rows(*asked)
+
+    return some
+
+
+def stored(db: sa.Engine) -> Any:
+    with db.connect() as connection:
+        return connection.execute(sa.select(jobs.c.store)).scalar()
 
 
 @pytest.mark.parametrize("text", ["sha256:my secret", "sha256:" + "0123456789abcdef" * 4])

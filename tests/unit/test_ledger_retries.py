@@ -13,6 +13,7 @@ from promptmill.errors import JobError
 from promptmill.ledger import Ledger, Standing, waiting_requests
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, retries
 from promptmill.types import (
+    WITHOUT_TEXTS,
     ChunkId,
     EngineCounters,
     ErrorClass,
@@ -159,6 +160,18 @@ def test_a_row_that_was_given_away_before_a_split_is_run_again_by_hand(
         assert ledger.finish(again, last=[broken(5)])
     counts = sa.select(sa.func.sum(chunks.c.ok), sa.func.sum(chunks.c.errors), sa.func.min(chunks.c.errors))
     assert read(db, counts) == [(15, 1, 0)]
+
+
+@pytest.mark.parametrize("store", WITHOUT_TEXTS)
+def test_nothing_is_run_again_without_its_prompts(ledger: Ledger, db: sa.Engine, store: str) -> None:
+    add_job(db, 2, store=store)
+    ledger.record(claim(ledger), [broken(0)])
+    ledger.stop(JOB, "too many errors")
+    before = read(db, sa.select(jobs)) + read(db, sa.select(chunks))
+    for again in (ledger.retry, ledger.resume):
+        with pytest.raises(JobError, match="has lost its prompts"):
+            again(JOB)
+    assert read(db, sa.select(jobs)) + read(db, sa.select(chunks)) == before
 
 
 def test_errors_of_an_ended_job_are_run_again_by_hand(ledger: Ledger, db: sa.Engine) -> None:

@@ -46,7 +46,7 @@ def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None
     """Run the errors of JOB, which has ended, again. Answers stay; the errors are kept in the table 'retries'."""
     from promptmill import service
     from promptmill.cli.progress import ProgressView
-    from promptmill.cli.run import end, show_warning
+    from promptmill.cli.run import end, forget_texts, show_warning
 
     settings, db = open_all()
     with ProgressView() as view:
@@ -57,7 +57,10 @@ def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None
         what = f"errors of class {error_class}" if error_class else "errors"
         click.echo(f"job {outcome.job_id} has no {what} to run again")
     elif outcome.state.is_final:
-        end(outcome, db, as_json, as_json)
+        try:
+            end(outcome, db, as_json, as_json)
+        finally:
+            forget_texts(db, outcome)
     elif as_json:
         print_json({"job_id": outcome.job_id, "rows": rows, "state": outcome.state.value})
     else:

@@ -40,16 +40,15 @@ def _ask(question: str) -> None:
 def gc(older_than: str, keep_scores: bool, dry_run: bool, as_json: bool) -> None:
     """Remove jobs that ended long ago, with their prompts, results and scores."""
     from promptmill.forgetting import forget
-    from promptmill.privacy import DONE
     from promptmill.retention import collect, old_jobs
+    from promptmill.types import GONE
 
     _, db = open_all()
     found = old_jobs(db, older_than)
     if keep_scores:
-        found = [job for job in found if job.store not in DONE.values()]
+        found = [job for job in found if job.store not in GONE.values()]
     if not dry_run and keep_scores:
-        for job in found:
-            forget(db, job.id, "none")
+        found = [job for job in found if forget(db, job.id, "none")]
     elif not dry_run:
         collect(db, older_than)
     if as_json:

@@ -52,17 +52,18 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
     try:
         end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None, junit=values["junit"])
     finally:
-        _forget(db, outcome)
+        forget_texts(db, outcome)
 
 
-def _forget(db: Engine, outcome: Outcome) -> None:
+def forget_texts(db: Engine, outcome: Outcome) -> None:
     """What ``--store`` asked for, after everything that reads the texts; a job that goes on needs them still."""
     from promptmill.catalog import find_job
     from promptmill.forgetting import forget
+    from promptmill.privacy import LEFT_TO_DO
 
     job = find_job(db, outcome.job_id)
-    if job.mode == "embedded" and job.store != "full" and outcome.finished and outcome.state.is_final:
-        forget(db, job.id, job.store)
+    if job.mode == "embedded" and job.store in LEFT_TO_DO and outcome.finished and outcome.state.is_final:
+        forget(db, job.id, LEFT_TO_DO[job.store])
 
 
 @click.command(epilog="Example: promptmill resume @last")
@@ -81,7 +82,7 @@ def resume(job: str, device: str, as_json: bool) -> None:
         try:
             end(outcome, db, as_json, as_json)
         finally:
-            _forget(db, outcome)
+            forget_texts(db, outcome)
     elif as_json:
         print_json({"job_id": outcome.job_id, "state": outcome.state.value})
     elif outcome.was_open:

@@ -13,7 +13,7 @@ from promptmill.errors import JobError
 from promptmill.ledger.base import LedgerBase, counts_of, held_by, storable
 from promptmill.ledger.values import OPEN_STATES, Progress, Standing, guard_verdict
 from promptmill.tables import attempts, chunks, jobs
-from promptmill.types import ChunkState, JobState, Lease
+from promptmill.types import WITHOUT_TEXTS, ChunkState, JobState, Lease
 
 #: States from which a job can still be ended.
 UNENDED = (*OPEN_STATES, JobState.PAUSED.value)
@@ -63,7 +63,8 @@ class Jobs(LedgerBase):
         """Open the job again; returns the state it had. Its time limit goes on where it was paused or stopped.
 
         One that is open stays as it is. A job whose rows all have a result is completed instead. Raises
-        :class:`JobError` when it had completed, was cancelled or expired, or has failed and is past its deadline.
+        :class:`JobError` when it had completed, was cancelled or expired, or has failed and lost its prompts or is past
+        its deadline.
         """
         with writing(self.db) as db:
             job = db.execute(
@@ -74,7 +75,7 @@ class Jobs(LedgerBase):
             if before in ended or (before.is_final and sum(counts_of(db, job_id)) == job.rows):
                 raise JobError(f"job {job_id} is {before.value}: there is nothing to resume")
             if before.is_final:
-                self._refuse_overdue(db, job_id)
+                self._refuse_rerun(db, job_id)
             if before.value in OPEN_STATES:
                 return before
             stood_still_s = self._now() - sa.func.coalesce(jobs.c.paused_at, jobs.c.finished_at, self._now())
@@ -87,10 +88,16 @@ class Jobs(LedgerBase):
         values = {"state": JobState.QUEUED.value, "finished_at": None, "stop_reason": None, "paused_at": None}
         db.execute(sa.update(jobs).where(jobs.c.id == job_id).values(**values, limit_from=limit_from))
 
-    def _refuse_overdue(self, db: Connection, job_id: str) -> None:
-        """Raise JobError for a job that would expire at once."""
-        overdue = sa.select(jobs.c.deadline_at < self._now()).where(jobs.c.id == job_id)
-        if db.execute(overdue).scalar():
+    def _refuse_rerun(self, db: Connection, job_id: str) -> None:
+        """Raise JobError for an ended job that has no prompts, or would expire at once. The caller holds its lock."""
+        asked = sa.select(jobs.c.store, (jobs.c.deadline_at < self._now()).label("overdue"))
+        job = db.execute(asked.where(jobs.c.id == job_id)).one()
+        if job.store in WITHOUT_TEXTS:
+            raise JobError(
+                f"job {job_id} has lost its prompts, as --store or gc --keep-scores asked: nothing of it is run again",
+                hint="Submit its dataset anew.",
+            )
+        if job.overdue:
             raise JobError(f"job {job_id} is past its deadline: nothing of it is run again", hint="Submit it anew.")
 
     def _start_job(self, db: Connection, job_id: str) -> None:

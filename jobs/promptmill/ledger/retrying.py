@@ -29,8 +29,8 @@ class Retrying(Leases):
     def retry(self, job_id: str, error_class: ErrorClass | None = None) -> int:
         """Run the rows of an ended job again that ended as an error (of ``error_class``); returns how many.
 
-        Their time limit starts with them. Raises :class:`JobError` for a job that has not ended, was cancelled, or is
-        past its deadline.
+        Their time limit starts with them. Raises :class:`JobError` for a job that has not ended, was cancelled, lost
+        its prompts, or is past its deadline.
         """
         with writing(self.db) as db:
             # Chunks before their job, as everybody locks them: two who do it the other way round wait for each other.
@@ -55,7 +55,7 @@ class Retrying(Leases):
             )
         if state in (JobState.CANCELLED, JobState.EXPIRED):
             raise JobError(f"job {job_id} is {state.value}: nothing of it is run again", hint="Submit it anew.")
-        self._refuse_overdue(db, job_id)
+        self._refuse_rerun(db, job_id)
 
     def _failed_rows(self, db: Connection, job_id: str, error_class: ErrorClass | None) -> list[sa.Row[Any]]:
         """Errors of rows that could be read, in order of the rows."""

@@ -10,12 +10,12 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.privacy import DONE
 from promptmill.reports.kept import kept_run
 from promptmill.reports.scan import Floats, Ints, Truths
 from promptmill.scorers import Outcome
 from promptmill.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.tables import jobs, requests, results, scores
+from promptmill.types import WITHOUT_TEXTS
 
 #: Rows fetched at a time.
 FETCH_ROWS = 20_000
@@ -134,7 +134,7 @@ def _worth(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
     Of texts that were removed on purpose, as the score run that was kept has it.
     """
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
-    if job.store in DONE.values():
+    if job.store in WITHOUT_TEXTS:
         kept = kept_run(db, job_id)
         return {} if kept is None else _stored(db, kept, places)
     judge = judge_of(job)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from promptmill.privacy import DONE
 from promptmill.reports import checks
 from promptmill.reports.budget import Budget, budget
 from promptmill.reports.checks import Check, Occupancy
@@ -25,7 +24,7 @@ from promptmill.reports.times import Distribution
 from promptmill.scorers.intervals import wilson
 from promptmill.scorers.scoring import score_job
 from promptmill.scorers.tally import Score
-from promptmill.types import ErrorClass, FinishReason, JobState
+from promptmill.types import WITHOUT_TEXTS, ErrorClass, FinishReason, JobState
 
 if TYPE_CHECKING:
     from promptmill.gates import Verdict
@@ -226,7 +225,7 @@ def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[S
     with consistent(db) as connection:
         facts = read_facts(connection, job_id, detailed)
         # Of texts that were removed on purpose the scores are those that were stored before.
-        removed = facts.job.store in DONE.values()
+        removed = facts.job.store in WITHOUT_TEXTS
         scores = kept_scores(connection, job_id) if removed else score_job(connection, facts.job)
     summary = _summary(facts, scores)
     return replace(summary, gates=_gates(facts.job, summary)), facts.folded.plots
