@@ -32,7 +32,7 @@ from tests.faults.arena import (
     prompt_of,
     until,
 )
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import TROUBLES, Proxy
 
 Scenario = Callable[[Arena, random.Random], None]
 
@@ -310,10 +310,13 @@ def proxied(arena: Arena, rng: random.Random) -> None:
         arena.start_workers(2, wait=False)
         arena.environment = direct
         until(lambda: arena.alive() >= 2, "2 workers are alive", 60)
-        arena.submit(160)
-        for _ in range(5):
+        arena.submit(240)
+        # Each kind of trouble to each of both, in random order.
+        for proxy, kind in rng.sample([(each, kind) for each in (to_redis, to_postgres) for kind in TROUBLES], 6):
             time.sleep(rng.uniform(0.2, 0.8))
-            rng.choice([to_redis, to_postgres]).trouble()
+            proxy.trouble(kind)
+        if arena.state in ENDED:
+            raise Missed("missed: the job had ended before the last trouble")
         _end(arena)
 
 
