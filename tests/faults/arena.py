@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ ENDED = ("completed", "failed", "cancelled", "expired")
 
 #: Seconds that a process is given to end.
 ENDING_S = 60
+
+#: What a command says that met a bug.
+BUGS = ("internal error", "Traceback")
 
 #: A word in a prompt that the model trips over -> the class and the message of the error it ends as.
 TRIPS = {
@@ -186,12 +189,13 @@ class Arena:
             client.flushall()
         self("db", "upgrade")
 
-    def __call__(self, *arguments: str, check: bool = True, timeout: float = 120) -> str:
+    def __call__(self, *arguments: str, codes: Container[int] = (0,), timeout: float = 120) -> str:
+        """What the command printed. Raises :class:`Violation` for another exit code, and for a bug that it reports."""
         done = subprocess.run(
             [PROMPTMILL, *arguments], env=os.environ | self.environment, capture_output=True, text=True,
             timeout=timeout, check=False,
         )  # fmt: skip
-        if check and done.returncode != 0:
+        if done.returncode not in codes or any(word in done.stderr for word in BUGS):
             raise Violation(f"promptmill {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-500:]}")
         return done.stdout
 
