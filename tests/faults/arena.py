@@ -252,6 +252,14 @@ class Arena:
             )
         ]
 
+    def chunks_done_by(self, consumer: int) -> int:
+        """Chunks that the worker with this process id has run to their end."""
+        [(count,)] = self.rows(
+            "SELECT count(*) FROM attempts a JOIN workers w ON w.id = a.worker_id "
+            f"WHERE a.outcome = 'done' AND w.pid = {consumer}"
+        )
+        return int(count)
+
     def outcomes(self, held: list[tuple[int, int]]) -> list[str | None]:
         """How these attempts of the last job ended; None while one is open."""
         ended = {(number, attempt): outcome for number, attempt, outcome in self.rows(

@@ -294,10 +294,14 @@ def wrong_clock(arena: Arena, rng: random.Random) -> None:
         raise Skipped("faketime is not installed")
     arena.fresh()
     arena.start_workers(1)
+    right = {each.pid for each in arena.consumers()}
     arena.start_workers(1, wait=False, prefix=("faketime", "-f", rng.choice(["+600s", "-600s"])), runtime="elsewhere")
-    until(lambda: len(arena.hosts()) >= 2, "both have a host", 60)
+    until(lambda: arena.alive() >= 2, "both are alive", 60)
+    [wrong] = [each.pid for each in arena.consumers() if each.pid not in right]
     arena.submit(160)
     _end(arena)
+    if not arena.chunks_done_by(wrong):
+        raise Violation("missed: the worker with the wrong clock ran no chunk")
 
 
 def proxied(arena: Arena, rng: random.Random) -> None:
