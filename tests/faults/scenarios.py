@@ -57,6 +57,17 @@ def _begin(
     raise Missed(f"missed: four jobs of up to {length} rows had ended before anything was broken")
 
 
+def _begin_in_redis(arena: Arena, rng: random.Random) -> None:
+    """A job under way of which a part still waits in Redis: workers finish what they hold without it."""
+    _begin(arena, rng, rows=320, latest=0.5)
+
+
+def _require_unclaimed(arena: Arena) -> None:
+    """A chunk still needs Redis, which has just been broken."""
+    if not arena.rows("SELECT 1 FROM chunks WHERE state = 'queued'"):
+        raise Missed("missed: every chunk was claimed before Redis was broken")
+
+
 def _end(arena: Arena) -> None:
     arena.wait_for_end()
     check(arena)
@@ -149,42 +160,51 @@ def suspend_worker(arena: Arena, rng: random.Random) -> None:
 
 
 def redis_killed(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
+    _begin_in_redis(arena, rng)
     arena.stop_redis(signal.SIGKILL)
+    _require_unclaimed(arena)
     time.sleep(rng.uniform(0.1, 3))
     arena.start_redis()
     _end(arena)
 
 
 def redis_empty(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
+    _begin_in_redis(arena, rng)
     arena.stop_redis(signal.SIGKILL)
+    _require_unclaimed(arena)
     time.sleep(rng.uniform(0.1, 3))
     arena.start_redis(empty=True)
     _end(arena)
 
 
 def redis_flushed(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng, rows=320)
-    for _ in range(3):
+    _begin_in_redis(arena, rng)
+    for turn in range(3):
         with arena.redis() as client:
             client.flushall()
+        if turn == 0:
+            _require_unclaimed(arena)
         time.sleep(rng.uniform(0.1, 1))
     _end(arena)
 
 
 def redis_hangs(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
+    _begin_in_redis(arena, rng)
     with arena.redis() as client:
-        client.execute_command("DEBUG", "SLEEP", 20)
+        hanging = client.connection_pool.get_connection()
+        hanging.send_command("DEBUG", "SLEEP", 20)
+        _require_unclaimed(arena)
+        hanging.read_response()
     _end(arena)
 
 
 def redis_connections_cut(arena: Arena, rng: random.Random) -> None:
-    _begin(arena, rng)
-    for _ in range(5):
+    _begin_in_redis(arena, rng)
+    for turn in range(5):
         with contextlib.suppress(redis.RedisError), arena.redis() as client:
             client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        if turn == 0:
+            _require_unclaimed(arena)
         time.sleep(1)
     _end(arena)
 
