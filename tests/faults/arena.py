@@ -242,6 +242,14 @@ class Arena:
                             found.append(child)
         return found
 
+    def holders(self) -> list[psutil.Process]:
+        """The workers that hold a lease, or all of them while none does."""
+        pids = {pid for (pid,) in self.rows(
+            "SELECT w.pid FROM chunks c JOIN workers w ON w.id = c.worker_id WHERE c.state = 'leased'"
+        )}  # fmt: skip
+        consumers = self.consumers()
+        return [each for each in consumers if each.pid in pids] or consumers
+
     def held_by(self, consumer: int) -> list[tuple[int, int]]:
         """Chunk and attempt of each lease that the worker with this process id holds."""
         return [

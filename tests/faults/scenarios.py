@@ -10,14 +10,18 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import redis
 import sqlalchemy as sa
 
+from promptmill.broker import Broker
+from promptmill.types import ChunkId
 from tests.faults.arena import (
     ENDED,
     ENDING_S,
@@ -79,6 +83,13 @@ UNDISTURBED_S = 600
 
 #: Jobs that are begun until a victim is caught while it holds a lease.
 CATCHES = 5
+
+#: Rows of a job that is one chunk; the model that takes 4 s for it; rounds of each who races for it, at least; and the
+#: priority of a job that is given none.
+CHUNK_ROWS = 16
+SLOW_MODEL = MODEL.replace("token_s=0.05", "token_s=0.2")
+RACE_ROUNDS = 3
+DEFAULT_PRIORITY = 5
 
 #: Exit codes of a command that did what was wished, or said in a sentence why it cannot be done now.
 DONE_OR_REFUSED = (0, 2)
@@ -290,22 +301,60 @@ def stall(arena: Arena, rng: random.Random) -> None:
 
 
 def race(arena: Arena, rng: random.Random) -> None:
-    """Ten workers and two reconcilers around few chunks."""
+    """Ten workers and two reconcilers around one chunk, whose holder is killed: all of them see its lease run out."""
     arena.fresh()
+    arena.model = SLOW_MODEL
     arena.start_workers(10)
-    arena.submit(160)
-    reconcilers = [
-        subprocess.Popen([PROMPTMILL, "reconcile"], env=_env(arena), stdout=subprocess.DEVNULL) for _ in "12"
-    ]
-    deadline = time.monotonic() + 120
-    while arena.state not in ENDED:
-        if time.monotonic() > deadline:
-            raise Violation("waited 120 s in vain until the job ends")
-        _send_again(arena, rng, times=10)
-        time.sleep(0.2)
-    for each in reconcilers:
-        each.wait(timeout=60)
-    _end(arena)
+    job = arena.submit(CHUNK_ROWS)
+    if (chunks := arena.rows("SELECT count(*) FROM chunks")) != [(1,)]:
+        raise Violation(f"missed: the job has {chunks[0][0]} chunks")
+    ended = threading.Event()
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            racing = [threads.submit(_reconcile_until, arena, ended) for _ in range(2)]
+            racing.append(threads.submit(_publish_until, arena, job, ended))
+            arena.wait_for_results(rng.randint(0, CHUNK_ROWS // 2))
+            caught = _catch(arena, rng, arena.holders)
+            if caught is None:
+                raise Missed("missed: nobody was caught with the chunk")
+            caught[0].kill()
+            arena.wait_for_end()
+        finally:
+            ended.set()
+    rounds = [each.result() for each in racing]
+    if min(rounds) < RACE_ROUNDS:
+        raise Violation(f"missed: reconcilers and publisher had only {rounds} rounds")
+    check(arena)
+    _require_two_attempts(arena)
+
+
+def _require_two_attempts(arena: Arena) -> None:
+    """However many saw that the lease had run out: it was taken back once, counted once and given out once."""
+    found = arena.rows(
+        "SELECT a.attempt, a.outcome, c.failures FROM attempts a JOIN chunks c ON c.number = a.number "
+        "ORDER BY a.attempt"
+    )
+    if found != [(1, "lost", 1), (2, "done", 1)]:
+        raise Violation(f"attempts, their outcomes and the chunk's failures are {found}")
+
+
+def _reconcile_until(arena: Arena, ended: threading.Event) -> int:
+    """Reconcile again and again; returns how often."""
+    rounds = 0
+    while not ended.is_set():
+        arena("reconcile")
+        rounds += 1
+    return rounds
+
+
+def _publish_until(arena: Arena, job: str, ended: threading.Event) -> int:
+    """Several messages of the job's first chunk, again and again, for every worker at once; returns how often."""
+    broker = Broker(arena.redis_url)
+    rounds = 0
+    while not ended.wait(0.2):
+        broker.publish([ChunkId(job, 0)] * 20, arena.model, DEFAULT_PRIORITY)
+        rounds += 1
+    return rounds
 
 
 def wrong_clock(arena: Arena, rng: random.Random) -> None:
@@ -466,12 +515,12 @@ def delivered_twice(arena: Arena, rng: random.Random) -> None:
     _end(arena)
 
 
-def _send_again(arena: Arena, rng: random.Random, times: int = 1) -> None:
-    """Every message that waits, ``times`` times, in random order."""
+def _send_again(arena: Arena, rng: random.Random) -> None:
+    """Every message that waits, in random order."""
     with arena.redis() as client:
         for key in client.scan_iter("bulk.*"):
             if client.type(key) == b"list":
-                messages = client.lrange(key, 0, -1) * times
+                messages = client.lrange(key, 0, -1)
                 rng.shuffle(messages)
                 if messages:
                     client.rpush(key, *messages)
