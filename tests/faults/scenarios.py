@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import redis
@@ -90,6 +91,9 @@ CHUNK_ROWS = 16
 SLOW_MODEL = MODEL.replace("token_s=0.05", "token_s=0.2")
 RACE_ROUNDS = 3
 DEFAULT_PRIORITY = 5
+
+#: Leases that PostgreSQL is away for, where none is to outlast it.
+AWAY_LEASES = 1.5
 
 #: Exit codes of a command that did what was wished, or said in a sentence why it cannot be done now.
 DONE_OR_REFUSED = (0, 2)
@@ -236,6 +240,34 @@ def postgres_read_only(arena: Arena, rng: random.Random) -> None:
     _end(arena)
     if lost := arena.rows("SELECT number, attempt FROM attempts WHERE outcome <> 'done'"):
         raise Violation(f"attempts were given up: {lost}")
+
+
+def postgres_away(arena: Arena, rng: random.Random) -> None:
+    """The server takes no changes, or is stopped, for longer than a lease: what ran then may be run again."""
+    _begin(arena, rng, rows=320, latest=0.5)
+    read_only = rng.random() < 0.5
+    if read_only:
+        arena.set_read_only(True)
+    before = _stored(arena)
+    if not arena.rows("SELECT 1 FROM chunks WHERE state = 'leased'"):
+        raise Missed("missed: no chunk ran when the database went away")
+    if read_only:
+        time.sleep(AWAY_LEASES * LEASE_S)
+        arena.set_read_only(False)
+    else:
+        arena.restart_postgres("fast", away_s=AWAY_LEASES * LEASE_S)
+    back_at = time.time()
+    _end(arena)
+    if changed := before - _stored(arena):
+        raise Violation(f"results that were stored before have changed: {sorted(changed)[:5]}")
+    again = arena.rows(f"SELECT number, attempt FROM attempts WHERE outcome <> 'done' AND started_at > {back_at}")
+    if again:
+        raise Violation(f"attempts were given up although the database was back: {again}")
+
+
+def _stored(arena: Arena) -> set[tuple[Any, ...]]:
+    """Each row's result, and the attempt that it is of."""
+    return set(arena.rows("SELECT row, chunk, attempt, state, text FROM results"))
 
 
 def postgres_connections_cut(arena: Arena, rng: random.Random) -> None:
@@ -583,4 +615,5 @@ SCENARIOS: dict[int, Scenario] = {
     12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
     19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
     23: embedded_run, 24: log_disk_full, 25: postgres_read_only,
+    26: postgres_away,
 }  # fmt: skip
