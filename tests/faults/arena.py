@@ -36,6 +36,11 @@ ENDED = ("completed", "failed", "cancelled", "expired")
 #: Seconds that a process is given to end.
 ENDING_S = 60
 
+#: Books of tokens: measured to the token; with lost attempts, whose waste is what is missing; and not measured.
+EXACT = "exact"
+BY_SUBTRACTION = "by subtraction"
+OPEN = "not measured"
+
 #: What a command says that met a bug.
 BUGS = ("internal error", "Traceback")
 
@@ -69,6 +74,8 @@ class Arena:
         self.supervisors: list[subprocess.Popen[bytes]] = []
         self.environment: dict[str, str] = {}
         self.model = MODEL
+        #: How well the books of tokens closed in the last check; None before one.
+        self.books: str | None = None
         #: What supervisors, workers and hosts say.
         self.log = self.folder / "workers.log"
         with warnings.catch_warnings():
@@ -348,9 +355,11 @@ def check(
     bad: dict[int, str] | None = None,
     state: str = "completed",
     answer: Callable[[int], str] = lambda row: prompt_of(row),
+    lossy: bool = False,
 ) -> None:
     """Every invariant, for the last job of the database. ``bad``: rows that must end as an error, each with the word of
-    TRIPS that its prompt holds; ``answer``: of a row in an undisturbed run.
+    TRIPS that its prompt holds; ``answer``: of a row in an undisturbed run; ``lossy``: attempts may have been lost, and
+    with them a part of their counters: of every other job the books of tokens must close to the token.
 
     Raises :class:`Violation`.
     """
@@ -418,5 +427,16 @@ def check(
         problems.append(f"rows {wrong[:5]} have another answer than an undisturbed run")
     report = json.loads(arena("report", job, "--json"))
     problems += [f"check {each['name']}: {each['detail']}" for each in report["checks"] if each["ok"] is False]
+    arena.books = _books(report)
+    if not lossy and arena.books != EXACT:
+        problems.append(f"the books of tokens are {arena.books}, expected {EXACT}")
     if problems:
         raise Violation("; ".join(problems))
+
+
+def _books(report: dict[str, Any]) -> str:
+    """How well the report's check of tokens closes: EXACT, BY_SUBTRACTION or OPEN."""
+    [tokens] = [each for each in report["checks"] if each["name"] == "tokens"]
+    if tokens["ok"] is None:
+        return OPEN
+    return BY_SUBTRACTION if BY_SUBTRACTION in tokens["detail"] else EXACT

@@ -21,5 +21,4 @@ def arena() -> Iterator[Arena]:
 @pytest.mark.parametrize("number", [1, 2, 7, 11, 19], ids=lambda number: SCENARIOS[number].__name__)
 def test_nothing_is_lost(arena: Arena, number: int) -> None:
     seed = secrets.randbelow(1_000_000)
-    outcome, _ = run_one(arena, number, seed)
-    assert outcome == "ok", f"python -m tests.faults.run --scenario {number} --seed {seed}"
+    assert run_one(arena, number, seed).outcome == "ok", f"python -m tests.faults.run --scenario {number} --seed {seed}"
