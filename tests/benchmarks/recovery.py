@@ -11,7 +11,13 @@ import statistics
 import subprocess
 import time
 
-from tests.faults.arena import LEASE_S, MODEL, PROMPTMILL, Arena, check, until
+from tests.faults.arena import LEASE_S, MODEL, PROMPTMILL, Arena, Violation, check, until
+
+#: Chunks of the job whose Redis is emptied, at least; the rows that make as many; and the model that runs them in a
+#: minute.
+LEAST_CHUNKS = 100
+FLUSHED_ROWS = 9000
+FAST_MODEL = MODEL.replace("token_s=0.05", "token_s=0.01")
 
 
 def held_by(arena: Arena, pid: int) -> list[tuple[int, int]]:
@@ -74,20 +80,30 @@ def host(arena: Arena) -> tuple[float, float]:
 
 
 def flushed(arena: Arena) -> int:
-    """A job of some 100 chunks whose Redis is emptied while one worker holds nothing; returns its chunks."""
+    """A job of LEAST_CHUNKS or more whose Redis is emptied in its middle, while a worker holds nothing.
+
+    Returns its chunks. That worker must find work again by itself.
+    """
     arena.fresh()
-    arena.start_workers(2)
-    arena.submit(4500)
-    arena.wait_for_results(1000)
-    for process in arena.consumers()[:1]:
-        process.suspend()
+    arena.model = FAST_MODEL
+    arena.start_workers(3)
+    idle = arena.consumers()[0]
+    # It waits for a message: suspended before there is one, it leases nothing.
+    idle.suspend()
+    arena.submit(FLUSHED_ROWS)
+    arena.wait_for_results(FLUSHED_ROWS // 2)
+    if held := held_by(arena, idle.pid):
+        raise Violation(f"the worker that was to hold nothing holds {held}")
     with arena.redis() as client:
         client.flushall()
-    for process in arena.consumers()[:1]:
-        process.resume()
+    idle.resume()
     arena.wait_for_end(300)
     check(arena)
+    if not arena.chunks_done_by(idle.pid):
+        raise Violation("the worker that held nothing ran no chunk after it")
     [(chunks,)] = arena.rows("SELECT count(*)::int FROM chunks")
+    if chunks < LEAST_CHUNKS:
+        raise Violation(f"the job had {chunks} chunks only")
     return int(chunks)
 
 
@@ -104,7 +120,9 @@ def main() -> None:
         beyond = [again - load_s for again, load_s in hosts]
         print(f"host killed: requests run again after {statistics.median(again for again, _ in hosts):.2f} s, at most "
               f"{max(beyond):.2f} s beyond the model's load (bar 2)", flush=True)  # fmt: skip
-        print(f"Redis emptied in the middle of {flushed(arena)} chunks: nothing lost, no hand needed", flush=True)
+        chunks = flushed(arena)
+        print(f"Redis emptied in the middle of {chunks} chunks (bar {LEAST_CHUNKS}) while a worker held nothing: "
+              "no request lost, no hand needed, and that worker ran chunks after it", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
