@@ -144,18 +144,15 @@ class Broker:
             raise self._unreachable(problem) from problem
         return found
 
-    def beats(self, worker_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """What those of the workers that live say of themselves here; nothing where Redis is away."""
+    def look_up(self, keys: Sequence[str]) -> list[bytes | None]:
+        """What each key holds, if it is there. Nothing is while Redis is away."""
         from redis.exceptions import RedisError
-
-        from promptmill.live_wire import beat_key
 
         try:
             with self._redis() as redis:
-                found = redis.mget([beat_key(each) for each in worker_ids]) if worker_ids else []
+                return list(redis.mget(keys)) if keys else []
         except (RedisError, OSError):
-            return {}
-        return {worker: json.loads(text) for worker, text in zip(worker_ids, found, strict=True) if text}
+            return [None] * len(keys)
 
     def clock_offset_s(self) -> float:
         """Seconds that Redis' clock is ahead of this machine's, by the fastest of CLOCK_READINGS round trips.
