@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from typing import Any
@@ -26,6 +28,7 @@ from promptmill.database import (
 )
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
+from promptmill.silence import end_silent_connections
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import ChunkId, ErrorClass, JobState
 from promptmill_workers.patience import PASSING
@@ -221,6 +224,35 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     with writing(other) as connection:
         connection.execute(change)
     other.dispose()
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(postgres_url: str) -> None:
+    engine = connect(postgres_url)
+    end_silent_connections(engine, 1.0)
+    upgrade(engine)
+    add_job(engine, 2, 2)
+    ledger = Ledger(engine)
+    with engine.connect() as connection:
+        server = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+    # The one connection of the pool. It lives, as TCP sees it, and says nothing.
+    os.kill(server, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        # The look at the connection before its use finds it silent: another one is made.
+        assert ledger.claim(ChunkId(JOB, 0), "a") is not None
+        assert 0.9 < time.monotonic() - began < 10
+        with engine.connect() as connection:
+            server_too = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+            os.kill(server_too, signal.SIGSTOP)
+            try:
+                with pytest.raises(sa.exc.OperationalError, match="no answer within 1 s"):
+                    connection.execute(sa.text("SELECT 1"))
+            finally:
+                os.kill(server_too, signal.SIGCONT)
+        assert ledger.progress(JOB).ok == 0
+    finally:
+        os.kill(server, signal.SIGCONT)
+        engine.dispose()
 
 
 def test_a_server_that_is_read_only_for_a_while_is_waited_for(postgres_url: str) -> None:

@@ -28,6 +28,7 @@ from promptmill.dispatch import Dispatcher
 from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
+from promptmill.silence import end_silent_connections
 from promptmill.types import ChunkId, Lease
 from promptmill_workers.beat import Beat
 from promptmill_workers.claims import Claims
@@ -74,6 +75,8 @@ class Worker:
         self.broker = Broker(settings.redis_url, self.app)
         db = open_database(settings.database_url)
         end_idle_transactions(db, settings.lease_s / 2)
+        # By then others have the chunks of a worker that hears nothing.
+        end_silent_connections(db, 2 * settings.lease_s)
         self.ledger = Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
         self.dispatcher = Dispatcher(self.ledger, self.broker)
         host = HostConfig.of(
