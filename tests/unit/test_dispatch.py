@@ -11,10 +11,10 @@ from redis import Redis
 from promptmill import broker, service
 from promptmill.broker import Broker, queue_name
 from promptmill.database import connect, epoch, upgrade, writing
-from promptmill.dispatch import AGE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
+from promptmill.dispatch import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
 from promptmill.ledger import Ledger, recovery
 from promptmill.settings import Settings
-from promptmill.tables import chunks, jobs
+from promptmill.tables import chunks, jobs, workers
 from promptmill.types import ChunkId
 
 MODEL = "echo"
@@ -131,3 +131,25 @@ def test_the_command_takes_back_all_chunks_of_dead_workers(
     with writing(ledger.db) as db:
         db.execute(sa.update(chunks).values(leased_until=1.0))
     assert service.reconcile(Settings(redis_url=redis_url), ledger.db)[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("state", "models", "silent_s", "expected"),
+    [
+        ("busy", '["other", "echo"]', 0, True),
+        ("idle", '["echo"]', 0, True),
+        ("restarting", '["echo"]', 0, False),
+        ("loading", '["echo"]', 0, False),
+        ("idle", '["other"]', 0, False),
+        ("idle", '["echo"]', ALIVE_S + 1, False),
+    ],
+)
+def test_who_else_has_a_model_loaded(
+    ledger: Ledger, redis_url: str, state: str, models: str, silent_s: float, expected: bool
+) -> None:
+    own = {"host": "h", "pid": 1, "device_asked": "cpu", "versions": "{}", "started_at": epoch()}
+    with writing(ledger.db) as db:
+        for name, says, serves, age_s in (("me", "idle", '["echo"]', 0.0), ("other", state, models, silent_s)):
+            row = {"id": name, "state": says, "models": serves, "heartbeat_at": epoch() - age_s}
+            db.execute(sa.insert(workers).values(own | row))
+    assert Dispatcher(ledger, Broker(redis_url)).is_served_elsewhere(MODEL, "me") is expected
