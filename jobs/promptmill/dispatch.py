@@ -75,11 +75,7 @@ class Dispatcher:
 
     def is_served_elsewhere(self, model: str, worker_id: str) -> bool:
         """Whether another live worker that serves the model has a host that works."""
-        others = sa.select(workers.c.models).where(
-            workers.c.state.in_(("idle", "busy")), workers.c.heartbeat_at > epoch() - ALIVE_S, workers.c.id != worker_id
-        )
-        with reading(self._ledger.db) as db:
-            return any(model in json.loads(models) for models in db.execute(others).scalars())
+        return self._serving(model, workers.c.state.in_(("idle", "busy")), workers.c.id != worker_id) > 0
 
     def _forget_lost_messages(self, models: set[str]) -> None:
         """Let chunks that wait without a message be published again, however many messages of others there are.
@@ -117,8 +113,10 @@ class Dispatcher:
 
     def _alive(self, model: str) -> int:
         """Workers that serve the model, whichever they have loaded."""
-        alive = sa.select(workers.c.models).where(
-            workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - ALIVE_S
-        )
+        return self._serving(model, workers.c.state != "stopped")
+
+    def _serving(self, model: str, *such: sa.ColumnElement[bool]) -> int:
+        """Workers with a heartbeat that are such, and serve the model."""
+        alive = sa.select(workers.c.models).where(workers.c.heartbeat_at > epoch() - ALIVE_S, *such)
         with reading(self._ledger.db) as db:
             return sum(model in json.loads(models) for models in db.execute(alive).scalars())

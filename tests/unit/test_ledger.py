@@ -26,6 +26,7 @@ from promptmill.types import (
     Failed,
     FinishReason,
     JobState,
+    Lease,
     Ok,
     Timing,
     Usage,
@@ -594,15 +595,27 @@ def test_an_overtaken_worker_ends_no_job(ledger: Ledger, db: sa.Engine, clock: A
     assert ledger.progress(JOB).state is JobState.FAILED
 
 
-def test_nobody_is_lost_right_after_the_database_was_away(
-    ledger: Ledger, db: sa.Engine, clock: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of ``time.monotonic`` where leases are taken back; it stands still."""
+    moment = [1000.0]
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: moment[0]))
+    return moment
+
+
+@pytest.fixture
+def overdue(ledger: Ledger, db: sa.Engine, clock: Any) -> Lease:
+    """A lease that has run out."""
     add_job(db, 2, 2)
     lease = ledger.claim_next(JOB, "a")
     assert lease
     clock.advance(LEASE_S + 1)
-    here = [1000.0]
-    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: here[0]))
+    return lease
+
+
+def test_nobody_is_lost_right_after_the_database_was_away(
+    ledger: Ledger, overdue: Lease, clock: Any, here: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as away:
         away.setattr(recovery, "writing", _refuse)
         with pytest.raises(DatabaseError):
@@ -610,23 +623,16 @@ def test_nobody_is_lost_right_after_the_database_was_away(
     here[0] += 0.2 * LEASE_S
     assert ledger.requeue_expired() == []
     # It renews first, as it can again.
-    assert ledger.renew(lease) is Standing.HELD
+    assert ledger.renew(overdue) is Standing.HELD
     here[0] += 0.2 * LEASE_S
     assert ledger.requeue_expired() == []
     clock.advance(LEASE_S + 1)
-    assert ledger.requeue_expired() == [lease.chunk]
+    assert ledger.requeue_expired() == [overdue.chunk]
 
 
 def test_a_database_that_hung_was_away_too(
-    ledger: Ledger, db: sa.Engine, clock: Any, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, overdue: Lease, here: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_job(db, 2, 2)
-    lease = ledger.claim_next(JOB, "a")
-    assert lease
-    clock.advance(LEASE_S + 1)
-    here = [1000.0]
-    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: here[0]))
-
     @contextmanager
     def hanging(db: sa.Engine) -> Iterator[Connection]:
         with writing(db) as connection:
@@ -638,7 +644,7 @@ def test_a_database_that_hung_was_away_too(
         assert ledger.requeue_expired() == []
     assert ledger.requeue_expired() == []
     here[0] += 0.4 * LEASE_S
-    assert ledger.requeue_expired() == [lease.chunk]
+    assert ledger.requeue_expired() == [overdue.chunk]
 
 
 def _refuse(db: sa.Engine) -> NoReturn:

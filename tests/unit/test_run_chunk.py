@@ -195,8 +195,6 @@ def test_answers_of_the_database_that_are_lost_cost_nothing(db: sa.Engine, hosts
 class SickHosts:
     """A device on which hosts end, or do not load."""
 
-    slots = 4
-
     def __init__(self, problem: Exception, restarts: int = 0) -> None:
         self.problem, self.restarts = problem, restarts
 
@@ -274,7 +272,7 @@ def test_a_job_that_others_answer_is_not_given_up_by_one_whose_hosts_die(db: sa.
     stop = Stop()
     runner = ChunkRunner(ledger, cast(HostKeeper, SickHosts(HostDied("signal 9"))), stop, Patience(stop))
     for _ in range(run_chunk.DEATHS_IN_A_ROW + 5):
-        bad, good = ledger.claim_next(JOB, "sick"), None
+        bad = ledger.claim_next(JOB, "sick")
         assert bad is not None
         good = ledger.claim(ChunkId(JOB, 99 - bad.attempt - bad.chunk.number), "healthy")
         if good is not None:

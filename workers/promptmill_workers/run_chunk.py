@@ -191,10 +191,10 @@ class ChunkRunner:
             ledger.release(lease)
             return
         log.warning("chunk %s/%d: %s", lease.chunk.job_id, lease.chunk.number, death)
-        words = f"the engine ended {DEATHS_IN_A_ROW} times in a row: {death}"
         self._record(lease, last)
-        hopeless = self._patiently(lambda again: self._is_hopeless(lease.chunk.job_id))
-        self._patiently(lambda again: hopeless and ledger.stop(lease.chunk.job_id, words, lease))
+        if self._patiently(lambda again: self._is_hopeless(lease.chunk.job_id)):
+            words = f"the engine ended {DEATHS_IN_A_ROW} times in a row: {death}"
+            self._patiently(lambda again: ledger.stop(lease.chunk.job_id, words, lease))
         self._patiently(lambda again: ledger.fail(lease, death.error_class, str(death)))
 
     def _broke(self, lease: Lease, problem: Exception) -> None:
