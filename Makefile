@@ -10,7 +10,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest
+# A file's tests stay in one process: they share its server.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 .PHONY: demo test setup lint types unit integration faults benchmark build clean
 

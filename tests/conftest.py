@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,14 +132,81 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """URL of an empty PostgreSQL database."""
+    with _new_database(postgres_server) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _new_database(server: str, options: str = "") -> Iterator[str]:
     name = f"t{uuid.uuid4().hex[:12]}"
-    admin = sa.create_engine(sa.make_url(postgres_server).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool)
-    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(sa.text(f'CREATE DATABASE "{name}"'))
-    yield sa.make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
-    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with _administering(server) as connection:
+        connection.execute(sa.text(f'CREATE DATABASE "{name}"{options}'))
+    yield _database_of(server, name)
+    with _administering(server) as connection:
         connection.execute(sa.text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+@contextlib.contextmanager
+def _administering(server: str) -> Iterator[sa.Connection]:
+    admin = sa.create_engine(sa.make_url(server).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool)
+    with admin.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        yield connection
     admin.dispose()
+
+
+def _database_of(server: str, name: str) -> str:
+    return sa.make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+def migrate(url: str) -> None:
+    """Bring a database to the newest revision: a SQLite file by copying one that was migrated once."""
+    from promptmill.database import connect, upgrade
+
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        Path(parsed.database).write_bytes(_migrated_file())
+        return
+    engine = connect(url)
+    upgrade(engine)
+    engine.dispose()
+
+
+@functools.cache
+def _migrated_file() -> bytes:
+    from promptmill.database import connect, upgrade
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "migrated.sqlite"
+        engine = connect(f"sqlite:///{path}")
+        upgrade(engine)
+        engine.dispose()
+        return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres_server: str) -> str:
+    """Name of a migrated database of the private PostgreSQL, to be copied."""
+    with _administering(postgres_server) as connection:
+        connection.execute(sa.text('CREATE DATABASE "migrated"'))
+    migrate(_database_of(postgres_server, "migrated"))
+    return "migrated"
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_server: str, migrated_template: str) -> Iterator[str]:
+    """URL of a migrated PostgreSQL database without rows."""
+    with _new_database(postgres_server, f' TEMPLATE "{migrated_template}"') as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a migrated database of each kind in turn, without rows."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+        migrate(url)
+        return url
+    return str(request.getfixturevalue("migrated_postgres_url"))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -148,14 +218,31 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[sa.Engine]:
+def database(migrated_url: str) -> Iterator[sa.Engine]:
     """A migrated database of each kind in turn."""
-    from promptmill.database import connect, upgrade
+    from promptmill.database import connect
 
-    engine = connect(database_url)
-    upgrade(engine)
+    engine = connect(migrated_url)
     yield engine
     engine.dispose()
+
+
+def workers_alive(environment: Mapping[str, str]) -> int:
+    """Workers that are ready, by the rows they write: asking the command for them costs a process each time."""
+    from promptmill.database import connect
+    from promptmill.service import live_workers
+    from promptmill.settings import Settings
+
+    settings = Settings(
+        database_url=environment["JOBS_DATABASE_URL"],
+        redis_url=environment["JOBS_REDIS_URL"],
+        lease_s=float(environment["JOBS_LEASE_S"]),
+    )
+    engine = connect(settings.database_url)
+    try:
+        return sum(each["state"] in ("idle", "busy") for each in live_workers(settings, engine))
+    finally:
+        engine.dispose()
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:

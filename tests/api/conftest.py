@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.conftest import Command, wait_until
+from tests.conftest import Command, migrate, wait_until, workers_alive
 
 #: A fast echo, and one that takes its time.
 ECHO, SLOW = "echo", "echo:prefill_s=0.001,token_s=0.02"
@@ -79,15 +79,11 @@ class Starter:
 
     def worker(self, *models: str, slots: int = 16) -> subprocess.Popen[str]:
         options = [part for model in models for part in ("--model", model)]
-        before = self._alive()
+        before = workers_alive(self.command.environment)
         process = self.command.start("worker", "--device", "cpu", "--slots", str(slots), *options)
         self.started.append(process)
-        wait_until(lambda: self._alive() > before, "the worker is ready", 120)
+        wait_until(lambda: workers_alive(self.command.environment) > before, "the worker is ready", 120)
         return process
-
-    def _alive(self) -> int:
-        found = json.loads(self.command("workers", "--json").out)
-        return sum(each["state"] in ("idle", "busy") for each in found)
 
 
 def log_of(folder: Path) -> str:
@@ -102,7 +98,8 @@ def starter_of(folder: Path, database_url: str, redis_url: str) -> Starter:
             "JOBS_RUNTIME_DIR": str(folder / "run"), "JOBS_FILES_DIR": str(folder / "files"), "JOBS_GRACE_S": "2",
         },
     )  # fmt: skip
-    assert command("db", "upgrade").code == 0
+    if database_url.startswith("sqlite"):
+        migrate(database_url)
     return Starter(command, [])
 
 

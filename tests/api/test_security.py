@@ -254,8 +254,8 @@ def test_numbers_of_forms_are_ascii(served: Server) -> None:
     assert caught.value.param == "expires_after.seconds"
 
 
-def test_a_nul_is_refused_over_postgresql_too(tmp_path: Path, postgres_url: str, redis_url: str) -> None:
-    starter = starter_of(tmp_path, postgres_url, redis_url)
+def test_a_nul_is_refused_over_postgresql_too(tmp_path: Path, migrated_postgres_url: str, redis_url: str) -> None:
+    starter = starter_of(tmp_path, migrated_postgres_url, redis_url)
     try:
         server = starter.server()
         for path in ("/v1/files/%00", "/v1/jobs/%00", "/v1/batches?after=a%00", "/v1/files?purpose=%00", "/jobs/%00"):

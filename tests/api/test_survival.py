@@ -17,8 +17,8 @@ from tests.conftest import wait_until
 
 
 @pytest.fixture
-def start(tmp_path: Path, postgres_url: str, redis_url: str) -> Iterator[Starter]:
-    starter = starter_of(tmp_path, postgres_url, redis_url)
+def start(tmp_path: Path, migrated_postgres_url: str, redis_url: str) -> Iterator[Starter]:
+    starter = starter_of(tmp_path, migrated_postgres_url, redis_url)
     try:
         yield starter
     finally:

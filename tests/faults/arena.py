@@ -24,6 +24,8 @@ import psutil
 import redis
 import sqlalchemy as sa
 
+from tests.conftest import workers_alive
+
 PROMPTMILL = str(Path(sys.executable).with_name("promptmill"))
 
 #: Five tokens of 0.05 s: a quarter of a second an answer, in 20 rounds of 4 slots on 2 workers.
@@ -222,7 +224,7 @@ class Arena:
         return process
 
     def alive(self) -> int:
-        return sum(each["state"] in ("idle", "busy") for each in json.loads(self("workers", "--json")))
+        return workers_alive(self.environment)
 
     def stop_workers(self) -> None:
         for process in self.supervisors:

@@ -23,9 +23,8 @@ from tests.unit.test_reports import JOB, answer, store
 
 
 @pytest.fixture
-def db(postgres_url: str) -> Iterator[sa.Engine]:
-    engine = connect(postgres_url)
-    upgrade(engine)
+def db(migrated_postgres_url: str) -> Iterator[sa.Engine]:
+    engine = connect(migrated_postgres_url)
     yield engine
     engine.dispose()
 

@@ -47,11 +47,11 @@ def test_upgrading_twice_changes_nothing(database: sa.Engine) -> None:
     assert current_revision(database) == head_revision()
 
 
-def test_a_database_of_a_newer_version_is_refused(database: sa.Engine, database_url: str) -> None:
+def test_a_database_of_a_newer_version_is_refused(database: sa.Engine, migrated_url: str) -> None:
     with database.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(DatabaseError, match="revision 9999"):
-        open_database(database_url)
+        open_database(migrated_url)
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://host/db", "postgresql://127.0.0.1:1/none"])
@@ -146,9 +146,8 @@ def test_last_words_with_a_nul_are_stored(database: sa.Engine) -> None:
     assert _scalar(database, sa.select(results.c.error_message)) == "exit\N{REPLACEMENT CHARACTER} code 1"
 
 
-def test_a_retry_and_the_end_of_a_chunk_do_not_wait_for_each_other(postgres_url: str) -> None:
-    database = connect(postgres_url)
-    upgrade(database)
+def test_a_retry_and_the_end_of_a_chunk_do_not_wait_for_each_other(migrated_postgres_url: str) -> None:
+    database = connect(migrated_postgres_url)
     add_job(database, 2, 2)
     ledger = Ledger(database)
     lease = ledger.claim_next(JOB, "a")
@@ -159,7 +158,7 @@ def test_a_retry_and_the_end_of_a_chunk_do_not_wait_for_each_other(postgres_url:
         connection.execute(sa.select(chunks.c.number).with_for_update())
         retrying = threading.Thread(target=ledger.retry, args=(JOB,))
         retrying.start()
-        _wait_for_a_blocked_session(postgres_url)
+        _wait_for_a_blocked_session(migrated_postgres_url)
         connection.execute(sa.text("SET LOCAL lock_timeout = '5s'"))
         connection.execute(sa.select(jobs.c.id).with_for_update(key_share=True))
     retrying.join(timeout=30)
@@ -167,8 +166,8 @@ def test_a_retry_and_the_end_of_a_chunk_do_not_wait_for_each_other(postgres_url:
     database.dispose()
 
 
-def test_a_server_that_is_cut_off_is_noticed_and_a_lock_not_waited_for_for_ever(postgres_url: str) -> None:
-    engine = connect(postgres_url)
+def test_a_server_that_is_cut_off_is_noticed_and_a_lock_not_waited_for_for_ever(migrated_postgres_url: str) -> None:
+    engine = connect(migrated_postgres_url)
     with engine.connect() as connection:
         assert connection.execute(sa.text("SHOW lock_timeout")).scalar() == "30s"
         said = connection.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
@@ -177,10 +176,11 @@ def test_a_server_that_is_cut_off_is_noticed_and_a_lock_not_waited_for_for_ever(
     probes_s = int(said["keepalives_interval"]) * int(said["keepalives_count"])
     assert int(said["keepalives_idle"]) + probes_s <= 10
     assert int(said["tcp_user_timeout"]) <= 10_000
-    patient = connect(f"{postgres_url}{'&' if '?' in postgres_url else '?'}options=-c%20lock_timeout%3D100ms")
+    patient = connect(
+        f"{migrated_postgres_url}{'&' if '?' in migrated_postgres_url else '?'}options=-c%20lock_timeout%3D100ms"
+    )
     with patient.connect() as connection:
         assert connection.execute(sa.text("SHOW lock_timeout")).scalar() == "100ms"
-    upgrade(patient)
     add_job(patient, 2, 2)
     with writing(patient) as other:
         other.execute(sa.select(jobs.c.id).with_for_update())
@@ -201,11 +201,11 @@ def _wait_for_a_blocked_session(url: str) -> None:
     watcher.dispose()
 
 
-def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engine, database_url: str) -> None:
+def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engine, migrated_url: str) -> None:
     """A worker suspended in the middle of one keeps nobody from its chunks; SQLite has no such transactions."""
     if database.dialect.name != "postgresql":
         pytest.skip("SQLite's writers hold no lock while nothing happens in them")
-    other = connect(database_url)
+    other = connect(migrated_url)
     end_idle_transactions(other, 0.5)
     add_job(database, 2, 2, state="running")
     started = time.monotonic()
@@ -226,10 +226,9 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     other.dispose()
 
 
-def test_an_answer_that_never_comes_is_not_waited_for(postgres_url: str) -> None:
-    engine = connect(postgres_url)
+def test_an_answer_that_never_comes_is_not_waited_for(migrated_postgres_url: str) -> None:
+    engine = connect(migrated_postgres_url)
     end_silent_connections(engine, 1.0)
-    upgrade(engine)
     add_job(engine, 2, 2)
     ledger = Ledger(engine)
     with engine.connect() as connection:
@@ -300,9 +299,8 @@ def test_an_error_that_is_a_fault_of_ours_stays_what_it_is() -> None:
             raise fault
 
 
-def test_a_copy_that_a_lock_or_a_time_limit_ends_says_so(postgres_url: str) -> None:
-    engine = connect(postgres_url)
-    upgrade(engine)
+def test_a_copy_that_a_lock_or_a_time_limit_ends_says_so(migrated_postgres_url: str) -> None:
+    engine = connect(migrated_postgres_url)
     add_job(engine, 2, 2)
     columns, row = ("job_id", "row", "custom_id"), (JOB, 2, "r2")
 

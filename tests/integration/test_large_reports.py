@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill import arrow_tables, parallel, parquet_form
-from promptmill.database import connect, reading, upgrade, writing
+from promptmill.database import reading, writing
 from promptmill.errors import DatabaseError
 from promptmill.figure_sql import FIGURE_SQL
 from promptmill.metrics import METRICS
@@ -28,11 +28,8 @@ ROWS = 400
 
 
 @pytest.fixture
-def db(database_url: str) -> Iterator[sa.Engine]:
-    engine = connect(database_url)
-    upgrade(engine)
-    yield engine
-    engine.dispose()
+def db(database: sa.Engine) -> sa.Engine:
+    return database
 
 
 def fill(db: sa.Engine) -> None:

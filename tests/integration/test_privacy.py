@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from promptmill import privacy
-from promptmill.database import connect, upgrade
 from promptmill.errors import JobError
 from promptmill.forgetting import forget, forget_overdue
 from promptmill.judged_rows import judged_rows
@@ -30,11 +29,8 @@ SECRET = '{"is_ad": true}'
 
 
 @pytest.fixture
-def db(database_url: str) -> Iterator[sa.Engine]:
-    engine = connect(database_url)
-    upgrade(engine)
-    yield engine
-    engine.dispose()
+def db(database: sa.Engine) -> sa.Engine:
+    return database
 
 
 def fill(db: sa.Engine, **job: Any) -> None:

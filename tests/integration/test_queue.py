@@ -18,25 +18,23 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.database import connect
-from tests.conftest import Command, wait_until
+from tests.conftest import Command, wait_until, workers_alive
 
 ROWS = 400
 
 
 @pytest.fixture
-def queue(tmp_path: Path, postgres_url: str, redis_url: str) -> Command:
+def queue(tmp_path: Path, migrated_postgres_url: str, redis_url: str) -> Command:
     """The command over PostgreSQL and Redis, with a short lease."""
-    command = Command(
+    return Command(
         tmp_path,
         {
-            "JOBS_DATABASE_URL": postgres_url,
+            "JOBS_DATABASE_URL": migrated_postgres_url,
             "JOBS_REDIS_URL": redis_url,
             "JOBS_LEASE_S": "6",
             "JOBS_RUNTIME_DIR": str(tmp_path / "run"),
         },
     )
-    assert command("db", "upgrade").code == 0
-    return command
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def workers(queue: Command) -> Iterator[Any]:
 
     def start(*arguments: str, count: int) -> subprocess.Popen[str]:
         started.append(queue.start("worker", *arguments))
-        wait_until(lambda: alive(queue) >= count, f"{count} workers are alive", 120)
+        wait_until(lambda: workers_alive(queue.environment) >= count, f"{count} workers are alive", 120)
         return started[-1]
 
     yield start
@@ -59,10 +57,6 @@ def workers(queue: Command) -> Iterator[Any]:
             process.kill()
             process.wait()
             raise
-
-
-def alive(queue: Command) -> int:
-    return sum(worker["state"] in ("idle", "busy") for worker in json.loads(queue("workers", "--json").out))
 
 
 def dataset(folder: Path, rows: int = ROWS) -> str:
@@ -244,12 +238,12 @@ def test_submitting_without_redis_keeps_the_job(queue: Command, tmp_path: Path) 
 
 
 def test_a_worker_whose_database_takes_nothing_says_so(
-    queue: Command, workers: Any, tmp_path: Path, postgres_url: str
+    queue: Command, workers: Any, tmp_path: Path, migrated_postgres_url: str
 ) -> None:
     workers("--device", "sim:1", "--model", "echo:token_s=0.02", "--slots", "2", count=1)
     queue("submit", dataset(tmp_path), "--model", "echo:token_s=0.02")
     wait_until(lambda: rows_in(queue, "SELECT count(*) FROM results")[0][0] > 0, "results are stored", 30)
-    with contextlib.closing(psycopg.connect(postgres_url, autocommit=True)) as server:
+    with contextlib.closing(psycopg.connect(migrated_postgres_url, autocommit=True)) as server:
         refuse_changes(server, True)
         try:
             wait_until(lambda: states(queue) == ["blocked"], "the worker says that it cannot store", 30)

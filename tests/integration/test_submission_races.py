@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill import submission
-from promptmill.database import connect, reading, upgrade
+from promptmill.database import connect, reading
 from promptmill.errors import JobExists, QueueFull
 from promptmill.readers import open_dataset
 from promptmill.submission import JobOrder, submit
@@ -54,9 +54,8 @@ def test_four_do_not_fill_the_queue_above_its_limit(database: sa.Engine, path: P
     assert became.count("QueueFull") == 2
 
 
-def test_a_table_that_is_vacuumed_keeps_no_submission_waiting(postgres_url: str, path: Path) -> None:
-    database = connect(postgres_url)
-    upgrade(database)
+def test_a_table_that_is_vacuumed_keeps_no_submission_waiting(migrated_postgres_url: str, path: Path) -> None:
+    database = connect(migrated_postgres_url)
     with open_dataset(str(path)) as dataset, ThreadPoolExecutor(1) as threads:
         with database.begin() as vacuum:
             vacuum.exec_driver_sql("LOCK TABLE requests, chunks IN SHARE UPDATE EXCLUSIVE MODE")
@@ -67,10 +66,9 @@ def test_a_table_that_is_vacuumed_keeps_no_submission_waiting(postgres_url: str,
 
 
 def test_a_job_is_stored_whatever_becomes_of_the_statistics(
-    postgres_url: str, path: Path, monkeypatch: pytest.MonkeyPatch
+    migrated_postgres_url: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    database = connect(postgres_url)
-    upgrade(database)
+    database = connect(migrated_postgres_url)
     seen = []
 
     def refused(connection: sa.Connection, *tables: sa.Table) -> None:

@@ -10,12 +10,13 @@ from redis import Redis
 
 from promptmill import broker, service
 from promptmill.broker import Broker, queue_name
-from promptmill.database import connect, epoch, upgrade, writing
+from promptmill.database import connect, epoch, writing
 from promptmill.dispatch import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
 from promptmill.ledger import Ledger, recovery
 from promptmill.settings import Settings
 from promptmill.tables import chunks, jobs, workers
 from promptmill.types import ChunkId
+from tests.conftest import migrate
 
 MODEL = "echo"
 
@@ -34,8 +35,9 @@ def test_a_waiting_job_moves_up(priority: int, waited_s: float, expected: int) -
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """With a job of four chunks that is urgent, and one that is not."""
-    db = connect(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
-    upgrade(db)
+    url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    migrate(url)
+    db = connect(url)
     for job_id, priority in (("urgent", 0), ("busy", 5)):
         job = {
             "id": job_id, "state": "queued", "mode": "queue", "dataset_name": "d", "dataset_sha256": "0",
