@@ -251,8 +251,8 @@ async def log_in(request: Request, parts: Parts) -> Response:
         return _page("login.html", 401, next=target, problem="This key is unknown or was revoked.")
     answer = RedirectResponse(target, 303)
     answer.set_cookie(
-        login.COOKIE, login.cookie_of(found[0].key_id, found[1]), max_age=login.LASTS_S, httponly=True,
-        samesite="strict", secure=request.url.scheme == "https", path="/",
+        login.COOKIE, login.cookie_of(parts.login_secret, found[0].key_id, found[1]), max_age=login.LASTS_S,
+        httponly=True, samesite="strict", secure=login.is_over_tls(request), path="/",
     )  # fmt: skip
     return answer
 
