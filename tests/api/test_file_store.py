@@ -81,7 +81,7 @@ def test_parts_of_a_process_that_died_are_gone_at_once(store: FileStore, tmp_pat
 
 def test_a_sweep_leaves_what_the_store_did_not_make(store: FileStore, tmp_path: Path) -> None:
     root = tmp_path / "files"
-    foreign = [root / "photos" / "cat.jpg", root / "models" / "big.gguf", root / "ab" / "notes", root / "parts" / "mine"]
+    foreign = [root / name for name in ("photos/cat.jpg", "models/big.gguf", "ab/notes", "parts/mine")]
     # One whose name could be the store's own, and which no row names: of a database that was put back.
     foreign.append(root / "zz" / "file-01kb3vxs8gq2xj0000000000zz")
     for path in foreign:
@@ -124,9 +124,10 @@ def test_a_file_is_found_once_its_bytes_are_there(
     def broken(*paths: object) -> None:
         raise OSError("the disk is gone")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="the disk is gone"):
+    with monkeypatch.context() as patched:
         patched.setattr("promptmill.api.file_store.os.replace", broken)
-        stored(store)
+        with pytest.raises(OSError, match="the disk is gone"):
+            stored(store)
     assert files_in(tmp_path) == []
     kept = stored(store)
     assert store.find(kept, keys.LOCAL).bytes == 1
