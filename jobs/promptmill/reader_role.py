@@ -69,9 +69,8 @@ def prepare(db: Connection) -> str:
     """Make the reader of this database where it is missing, and let it read what it may not yet; returns its name."""
     lock_name(db, "promptmill reader")
     # Roles are of all databases of a server.
-    name = "promptmill_reader_" + str(
-        db.scalar(sa.text("SELECT oid FROM pg_database WHERE datname = current_database()"))
-    )
+    of_this = db.scalar(sa.text("SELECT oid FROM pg_database WHERE datname = current_database()"))
+    name = f"promptmill_reader_{of_this}"
     if not db.scalar(sa.text("SELECT count(*) FROM pg_roles WHERE rolname = :name"), {"name": name}):
         db.exec_driver_sql(f"CREATE ROLE {name} LOGIN NOINHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION")
     for what in _missing(db, name):

@@ -82,9 +82,7 @@ async def _who(request: Request, scope: str = "read") -> Principal:
         found = await identify(request)
     except ApiError:
         raise _Login(request) from None
-    if scope != "read":
-        # A page that is looked at asks every two seconds by itself.
-        services(request).limits.count(found)
+    services(request).limits.count(found, looks=scope == "read")
     if not found.may(scope):
         raise ApiError(403, f"This key may not do that: it lacks the scope '{scope}'.")
     return found
