@@ -195,7 +195,10 @@ def _keep_private(path: Path) -> None:
         if not folder.exists():
             folder.mkdir(parents=True, mode=0o700)
             folder.chmod(0o700)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        if not path.exists():
+            # Never a file that is there: to close it would free the locks that this process has on it.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         for each in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
             if each.is_file() and each.stat().st_uid == os.geteuid() and each.stat().st_mode & 0o077:
                 each.chmod(0o600)

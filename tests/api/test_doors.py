@@ -234,3 +234,15 @@ def test_idle_connections_of_one_address_keep_nobody_else_out(narrow: Server) ->
             assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
             assert time.monotonic() - began < 2
     assert "Too many open files" not in log_of(narrow.command.folder)
+
+
+def test_a_folder_that_is_not_the_servers_own_is_one_clear_error(command: Command) -> None:
+    photo = command.folder / "data" / "photos" / "cat.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"precious")
+    command.environment["JOBS_FILES_DIR"] = str(command.folder / "data")
+    done = command("api", "--port", str(free_port()))
+    assert done.code == 2
+    assert "holds photos, which is not the API's" in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+    assert photo.read_bytes() == b"precious"
