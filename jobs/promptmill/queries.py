@@ -27,8 +27,8 @@ from promptmill.whole_files import appearing
 #: Rows fetched, and written to Parquet, at a time.
 BATCH_ROWS = 5_000
 
-#: What a statement of SQLite may do besides reading columns. A pragma of this kind is one that reads, as a function.
-READS = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_PRAGMA)
+#: Tables of SQLite that no query reads: secret ones, and those that hold bytes of all others.
+HIDDEN = (*SECRET, "sqlite_dbpage", "sqlite_stat4")
 
 #: Rows that a table for people shows.
 TABLE_ROWS = 1_000
@@ -75,6 +75,8 @@ def _harmless(db: Engine, reader_url: str | None) -> AbstractContextManager[Engi
 def _executed(connection: Connection, text: str, plan: bool) -> sa.CursorResult[Any]:
     """The rows of one statement, streamed; ``plan``: an EXPLAIN, which PostgreSQL has no cursor for."""
     if connection.dialect.name != "postgresql":
+        if not plan:
+            _refuse_hidden(connection, text)
         return connection.execution_options(yield_per=BATCH_ROWS).exec_driver_sql(text)
     if not plan:
         connection = connection.execution_options(yield_per=BATCH_ROWS)
@@ -124,13 +126,22 @@ def _read_only(connection: Connection, seconds: float, late: threading.Event) ->
             connection.exec_driver_sql("PRAGMA query_only = OFF")
 
 
-def _may(action: int, first: str | None, second: str | None, *place: str | None) -> int:
-    """SQLite's question whether a statement may do something: it may read, but for what is secret."""
-    if action == sqlite3.SQLITE_READ:
-        # The pages of the file hold everything.
-        is_secret = second in SECRET.get(first or "", ()) or first == "sqlite_dbpage"
-        return sqlite3.SQLITE_DENY if is_secret else sqlite3.SQLITE_OK
-    return sqlite3.SQLITE_OK if action in READS else sqlite3.SQLITE_DENY
+def _may(action: int, first: str | None, *rest: str | None) -> int:
+    """SQLite's question whether a statement may do something. That nothing is written is seen to by query_only."""
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_READ and first in HIDDEN else sqlite3.SQLITE_OK
+
+
+def _refuse_hidden(connection: Connection, text: str) -> None:
+    """Raises :class:`QueryError` where the program of a statement of SQLite opens a hidden table.
+
+    SQLite does not ask :func:`_may` about columns that are named by USING or NATURAL alone.
+    """
+    names = ", ".join(f"'{name}'" for name in HIDDEN)
+    roots = connection.exec_driver_sql(f"SELECT rootpage FROM sqlite_master WHERE tbl_name IN ({names})")  # noqa: S608 - our names
+    pages = set(roots.scalars())
+    for _, operation, _, page, *_ in connection.exec_driver_sql(f"EXPLAIN {text}"):
+        if operation in ("OpenRead", "OpenWrite", "ReopenIdx") and page in pages:
+            raise QueryError("access to api_keys is prohibited", hint="'promptmill keys list' shows keys.")
 
 
 def _took_longer(seconds: float) -> QueryError:

@@ -16,14 +16,14 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import connect, libpq_address, lock_name, reading, writing
 from promptmill.errors import DatabaseError
-from promptmill.tables import api_keys, metadata
+from promptmill.tables import metadata
 from promptmill.views import VIEWS
 
 #: Seconds for which a password of the reader is good: the time to log in with it.
 PASSWORD_S = 60
 
-#: Table -> its columns that no query shows.
-SECRET = {"api_keys": {"key_sha256"}}
+#: Tables that no query shows.
+SECRET = ("api_keys",)
 
 #: What an administrator does where the reader cannot be made.
 BY_HAND = (
@@ -85,10 +85,6 @@ def _missing(db: Connection, name: str) -> list[str]:
     asked = {f"USAGE ON SCHEMA {quote(schema)}": sa.func.has_schema_privilege(name, schema, "USAGE")}
     for table in ("v_results", *VIEWS, "alembic_version", *(each for each in metadata.tables if each not in SECRET)):
         asked[f"SELECT ON {quote(table)}"] = sa.func.has_table_privilege(name, table, "SELECT")
-    for column in api_keys.c:
-        if column.name not in SECRET["api_keys"]:
-            may = sa.func.has_column_privilege(name, "api_keys", column.name, "SELECT")
-            asked[f"SELECT ({quote(column.name)}) ON api_keys"] = may
     held = db.execute(sa.select(*(each.label(f"p{at}") for at, each in enumerate(asked.values())))).one()
     return [what for what, may in zip(asked, held, strict=True) if not may]
 
