@@ -161,6 +161,33 @@ def test_a_folder_of_an_earlier_version_goes_on(store: FileStore, database: sa.E
     assert (tmp_path / "files" / MARK).exists()
 
 
+def test_files_of_another_database_without_a_mark_are_refused_too(
+    store: FileStore, database: sa.Engine, tmp_path: Path
+) -> None:
+    stored(store)
+    (tmp_path / "files" / MARK).unlink()
+    other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
+    upgrade(other)
+    with pytest.raises(SettingsError, match="belongs to another database"):
+        FileStore(Settings(files_dir=str(tmp_path / "files")), other)
+    other.dispose()
+
+
+def test_databases_without_a_setting_have_folders_of_their_own(
+    database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("promptmill.api.own_folder.data_dir", lambda: tmp_path / "app")
+    other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
+    upgrade(other)
+    first, second = [FileStore(Settings(), each) for each in (database, other)]
+    kept = [stored(store) for store in (first, second)]
+    assert first.root == tmp_path / "app" / "files"
+    assert second.root != first.root
+    again = FileStore(Settings(), other)
+    assert again.path(kept[1]).is_file()
+    other.dispose()
+
+
 def test_servers_over_one_folder_share_one_secret_that_nobody_else_reads(
     store: FileStore, database: sa.Engine, tmp_path: Path
 ) -> None:

@@ -25,9 +25,9 @@ from ulid import ULID
 from promptmill.api.errors import ApiError, not_found
 from promptmill.api.keys import Principal
 from promptmill.api.limits import too_many
-from promptmill.api.own_folder import own
+from promptmill.api.own_folder import own_folder
 from promptmill.database import epoch, lock_name, reading, writing
-from promptmill.settings import Settings, data_dir
+from promptmill.settings import Settings
 from promptmill.tables import files
 
 log = logging.getLogger("promptmill.api.files")
@@ -79,8 +79,7 @@ class FileStore:
 
     def __init__(self, settings: Settings, db: Engine) -> None:
         """Raises :class:`SettingsError` for a folder that is not, and cannot become, this database's."""
-        self.root = Path(settings.files_dir).expanduser() if settings.files_dir else data_dir() / "files"
-        own(self.root, db)
+        self.root = own_folder(settings, db)
         self._parts = self.root / "parts"
         self._parts.mkdir(exist_ok=True, mode=0o700)
         self._db = db
