@@ -59,13 +59,15 @@ def clock() -> Clock:
     return Clock()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _redis_binary() -> str:
+def redis_binary() -> str:
+    """The server's program."""
     found = shutil.which("redis-server")
     if found:
         return found
@@ -81,21 +83,22 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a private Redis."""
     from redis import Redis
 
-    port = _free_port()
+    port = free_port()
     folder = tmp_path_factory.mktemp("redis")
     process = subprocess.Popen(
-        [_redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
+        [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
         stdout=subprocess.DEVNULL,
     )
     client = Redis(port=port)
-    wait_until(lambda: _answers(client), "Redis starts")
+    wait_until(lambda: answers(client), "Redis starts")
     client.close()
     yield f"redis://127.0.0.1:{port}/0"
     process.terminate()
     process.wait()
 
 
-def _answers(client: object) -> bool:
+def answers(client: object) -> bool:
+    """Whether a Redis is there."""
     try:
         return bool(client.ping())  # type: ignore[attr-defined]
     except Exception:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sqlite3
 import threading
 import time
@@ -170,8 +172,9 @@ def end_idle_transactions(engine: Engine, seconds: float) -> None:
 
 def _sqlite(url: sa.URL) -> Engine:
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
-        Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        url = url.set(database=str(Path(url.database).expanduser()))
+        path = Path(url.database).expanduser()
+        _keep_private(path)
+        url = url.set(database=str(path))
         engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000}, hide_parameters=True)
     else:
         engine = sa.create_engine(
@@ -180,6 +183,25 @@ def _sqlite(url: sa.URL) -> Engine:
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _keep_private(path: Path) -> None:
+    """A database file, new or ours, for its user alone, whatever the umask: it holds prompts, answers and keys' hashes.
+
+    SQLite gives the files beside it the same mode. What cannot be made, SQLite itself says of it when it opens it.
+    """
+    with contextlib.suppress(OSError):
+        folder = path.parent
+        if not folder.exists():
+            folder.mkdir(parents=True, mode=0o700)
+            folder.chmod(0o700)
+        if not path.exists():
+            # Never a file that is there: to close it would free the locks that this process has on it.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        for each in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))):
+            if each.is_file() and each.stat().st_uid == os.geteuid() and each.stat().st_mode & 0o077:
+                each.chmod(0o600)
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

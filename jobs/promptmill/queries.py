@@ -7,10 +7,11 @@ import csv
 import json
 import pickle
 import re
+import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,11 +20,15 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import reading
 from promptmill.errors import PromptmillError
+from promptmill.reader_role import SECRET, reader
 from promptmill.views import QUERIES
 from promptmill.whole_files import appearing
 
 #: Rows fetched, and written to Parquet, at a time.
 BATCH_ROWS = 5_000
+
+#: Tables of SQLite that no query reads: secret ones, and those that hold bytes of all others.
+HIDDEN = (*SECRET, "sqlite_dbpage", "sqlite_stat4")
 
 #: Rows that a table for people shows.
 TABLE_ROWS = 1_000
@@ -34,8 +39,13 @@ class QueryError(PromptmillError):
 
 
 @contextmanager
-def querying(db: Engine, sql: str, seconds: float) -> Iterator[tuple[list[str], Iterator[Sequence[Any]]]]:
-    """Column names and rows of ``sql``, a SELECT or the name of a query, streamed. Raises :class:`QueryError`."""
+def querying(
+    db: Engine, sql: str, seconds: float, reader_url: str | None = None
+) -> Iterator[tuple[list[str], Iterator[Sequence[Any]]]]:
+    """Column names and rows of ``sql``, a SELECT or the name of a query, streamed. Raises :class:`QueryError`.
+
+    ``reader_url``: of a user of PostgreSQL that may only read, where the owner cannot make one.
+    """
     text = QUERIES[sql.strip()].sql if sql.strip() in QUERIES else sql.strip().rstrip(";")
     begin = re.match(r"(?is)(?:\s|\(|--[^\n]*\n|/\*.*?\*/)*(select|with|values|explain)\b", text)
     if not begin:
@@ -44,7 +54,7 @@ def querying(db: Engine, sql: str, seconds: float) -> Iterator[tuple[list[str], 
             hint=f"Named queries: {', '.join(QUERIES)}.",
         )
     late = threading.Event()
-    with reading(db) as connection, _read_only(connection, seconds, late):
+    with _harmless(db, reader_url) as reader, reading(reader) as connection, _read_only(connection, seconds, late):
         try:
             found = _executed(connection, text, begin[1].lower() == "explain")
             try:
@@ -57,9 +67,16 @@ def querying(db: Engine, sql: str, seconds: float) -> Iterator[tuple[list[str], 
             raise (_took_longer(seconds) if late.is_set() else _clear(problem)) from None
 
 
+def _harmless(db: Engine, reader_url: str | None) -> AbstractContextManager[Engine]:
+    """The engine on which a query may run."""
+    return reader(db, reader_url) if db.dialect.name == "postgresql" else contextlib.nullcontext(db)
+
+
 def _executed(connection: Connection, text: str, plan: bool) -> sa.CursorResult[Any]:
     """The rows of one statement, streamed; ``plan``: an EXPLAIN, which PostgreSQL has no cursor for."""
     if connection.dialect.name != "postgresql":
+        if not plan:
+            _refuse_hidden(connection, text)
         return connection.execution_options(yield_per=BATCH_ROWS).exec_driver_sql(text)
     if not plan:
         connection = connection.execution_options(yield_per=BATCH_ROWS)
@@ -87,9 +104,9 @@ def _read_only(connection: Connection, seconds: float, late: threading.Event) ->
     postgresql = connection.dialect.name == "postgresql"
     if postgresql:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        _without_powers(connection)
     else:
         connection.exec_driver_sql("PRAGMA query_only = ON")
+        driver.set_authorizer(_may)
 
     def end() -> None:
         late.set()
@@ -105,15 +122,26 @@ def _read_only(connection: Connection, seconds: float, late: threading.Event) ->
         # What it has begun to cancel must not be the next statement.
         timer.join()
         if not postgresql:
+            driver.set_authorizer(None)
             connection.exec_driver_sql("PRAGMA query_only = OFF")
 
 
-def _without_powers(connection: Connection) -> None:
-    """A superuser's query must not read the server's files or end its connections: it runs as one who reads tables."""
-    powerful = connection.exec_driver_sql("SELECT current_setting('is_superuser')").scalar() == "on"
-    # The role came with PostgreSQL 14.
-    if powerful and (connection.dialect.server_version_info or (0,)) >= (14,):
-        connection.exec_driver_sql("SET LOCAL ROLE pg_read_all_data")
+def _may(action: int, first: str | None, *rest: str | None) -> int:
+    """SQLite's question whether a statement may do something. That nothing is written is seen to by query_only."""
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_READ and first in HIDDEN else sqlite3.SQLITE_OK
+
+
+def _refuse_hidden(connection: Connection, text: str) -> None:
+    """Raises :class:`QueryError` where the program of a statement of SQLite opens a hidden table.
+
+    SQLite does not ask :func:`_may` about columns that are named by USING or NATURAL alone.
+    """
+    names = ", ".join(f"'{name}'" for name in HIDDEN)
+    roots = connection.exec_driver_sql(f"SELECT rootpage FROM sqlite_master WHERE tbl_name IN ({names})")  # noqa: S608 - our names
+    pages = set(roots.scalars())
+    for _, operation, _, page, *_ in connection.exec_driver_sql(f"EXPLAIN {text}"):
+        if operation in ("OpenRead", "OpenWrite", "ReopenIdx") and page in pages:
+            raise QueryError("access to api_keys is prohibited", hint="'promptmill keys list' shows keys.")
 
 
 def _took_longer(seconds: float) -> QueryError:

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
 
     database_url: str = Field(default_factory=_default_database, description="Where jobs and results are stored")
+    query_database_url: str | None = Field(
+        None, description="PostgreSQL user of 'query' that may only read; unset: one is made"
+    )
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="The broker that wakes workers")
     model: str | None = Field(None, description="Model of commands that are given none")
     slots: int | None = Field(

@@ -370,6 +370,9 @@ verifications = Table(
     Column("verified_at", Double, nullable=False),
 )
 
+# One row: the id of this database, by which folders are marked that belong to it.
+installation = Table("installation", metadata, Column("id", String(32), primary_key=True))
+
 api_keys = Table(
     "api_keys",
     metadata,
@@ -400,7 +403,7 @@ files = Table(
     Column("api_key_id", String(26), ForeignKey("api_keys.id")),
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
-    # 'processed', or 'deleting' while its bytes are removed.
+    # 'processed'; 'arriving' until its bytes are in their place, 'deleting' while they are removed.
     Column("status", String(16), nullable=False, server_default="processed"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ def appearing(output: str | Path) -> Iterator[Path]:
         # /dev/null and its like are written to, not replaced.
         yield target
         return
-    partial = Path(f"{output}.part-{os.getpid()}")
+    # A name that nobody can have laid a link at, in a folder that others may write to.
+    partial = Path(f"{output}.part-{secrets.token_hex(8)}")
     try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         yield partial
         partial.replace(target)
     finally:

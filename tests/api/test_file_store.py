@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from ulid import ULID
 
 from promptmill.api import keys
 from promptmill.api.errors import ApiError
 from promptmill.api.file_store import FileStore
+from promptmill.api.own_folder import MARK, secret
+from promptmill.database import connect, upgrade, writing
+from promptmill.errors import SettingsError
 from promptmill.settings import Settings
+from promptmill.tables import files
 
 
 @pytest.fixture
@@ -22,7 +27,17 @@ def store(database: sa.Engine, tmp_path: Path) -> FileStore:
 
 
 def files_in(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
+    return [path for path in (tmp_path / "files").rglob("*") if path.is_file() and path.name != MARK]
+
+
+def stored(store: FileStore, text: bytes = b"x", expires_in_s: float | None = None) -> str:
+    with store.draft() as draft:
+        draft.write(text)
+        return str(store.store(draft, "a.jsonl", "batch", None, expires_in_s).id)
+
+
+def age(path: Path) -> None:
+    os.utime(path, (1, 1))
 
 
 def test_uploads_side_by_side_keep_to_the_limit_of_their_key(
@@ -54,7 +69,7 @@ def test_parts_of_a_process_that_died_are_gone_at_once(store: FileStore, tmp_pat
             each.finish()
         # As the end of its process does.
         dead._file.close()
-        elsewhere = dead.path.with_name("01J.0123456789ab.part")
+        elsewhere = dead.path.with_name(f"{ULID()}.0123456789ab.part")
         elsewhere.write_bytes(b"of another machine")
         store.sweep()
         assert set(files_in(tmp_path)) == {alive.path, elsewhere}
@@ -62,3 +77,123 @@ def test_parts_of_a_process_that_died_are_gone_at_once(store: FileStore, tmp_pat
         store.sweep()
         assert files_in(tmp_path) == [alive.path]
         assert store.store(alive, "a.jsonl", "batch", None, None).bytes == 1
+
+
+def test_a_sweep_leaves_what_the_store_did_not_make(store: FileStore, tmp_path: Path) -> None:
+    root = tmp_path / "files"
+    foreign = [root / name for name in ("photos/cat.jpg", "models/big.gguf", "ab/notes", "parts/mine")]
+    # One whose name could be the store's own, and which no row names: of a database that was put back.
+    foreign.append(root / "zz" / "file-01kb3vxs8gq2xj0000000000zz")
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"precious")
+        age(path)
+    store.sweep()
+    assert set(files_in(tmp_path)) == set(foreign)
+
+
+def test_what_expired_is_swept_and_told(
+    store: FileStore, database: sa.Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expired, kept = stored(store, expires_in_s=60), stored(store)
+    with writing(database) as connection:
+        connection.execute(sa.update(files).where(files.c.id == expired).values(expires_at=1))
+    with caplog.at_level("INFO", "promptmill.api.files"):
+        store.sweep()
+    assert files_in(tmp_path) == [store.path(kept)]
+    assert f"{expired} is removed: it expired" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["arriving", "deleting"])
+def test_what_a_server_that_died_left_half_done_is_removed_later(
+    store: FileStore, database: sa.Engine, tmp_path: Path, state: str
+) -> None:
+    half, fresh = stored(store), stored(store)
+    with writing(database) as connection:
+        connection.execute(sa.update(files).values(status=state))
+        connection.execute(sa.update(files).where(files.c.id == half).values(created_at=1))
+    store.sweep()
+    assert files_in(tmp_path) == [store.path(fresh)]
+    with writing(database) as connection:
+        assert connection.execute(sa.select(files.c.id)).scalars().all() == [fresh]
+
+
+def test_a_file_is_found_once_its_bytes_are_there(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*paths: object) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("promptmill.api.file_store.os.replace", broken)
+        with pytest.raises(OSError, match="the disk is gone"):
+            stored(store)
+    assert files_in(tmp_path) == []
+    kept = stored(store)
+    assert store.find(kept, keys.LOCAL).bytes == 1
+
+
+def test_a_folder_that_holds_other_things_is_refused(database: sa.Engine, tmp_path: Path) -> None:
+    for name in ("photos/cat.jpg", "notes.txt", "ab/cat.jpg"):
+        root = tmp_path / name.replace("/", "-")
+        path = root / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"precious")
+        with pytest.raises(SettingsError, match="which is not the API's"):
+            FileStore(Settings(files_dir=str(root)), database)
+        assert [each for each in root.rglob("*") if each.is_file()] == [path]
+
+
+def test_a_folder_of_another_database_is_refused(store: FileStore, database: sa.Engine, tmp_path: Path) -> None:
+    other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
+    upgrade(other)
+    with pytest.raises(SettingsError, match="belongs to another database"):
+        FileStore(Settings(files_dir=str(tmp_path / "files")), other)
+    other.dispose()
+    FileStore(Settings(files_dir=str(tmp_path / "files")), database)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(store: FileStore, database: sa.Engine, tmp_path: Path) -> None:
+    kept = stored(store)
+    (tmp_path / "files" / MARK).unlink()
+    again = FileStore(Settings(files_dir=str(tmp_path / "files")), database)
+    assert again.path(kept).read_bytes() == b"x"
+    assert (tmp_path / "files" / MARK).exists()
+
+
+def test_files_of_another_database_without_a_mark_are_refused_too(
+    store: FileStore, database: sa.Engine, tmp_path: Path
+) -> None:
+    stored(store)
+    (tmp_path / "files" / MARK).unlink()
+    other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
+    upgrade(other)
+    with pytest.raises(SettingsError, match="belongs to another database"):
+        FileStore(Settings(files_dir=str(tmp_path / "files")), other)
+    other.dispose()
+
+
+def test_databases_without_a_setting_have_folders_of_their_own(
+    database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("promptmill.api.own_folder.data_dir", lambda: tmp_path / "app")
+    other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
+    upgrade(other)
+    first, second = [FileStore(Settings(), each) for each in (database, other)]
+    kept = [stored(store) for store in (first, second)]
+    assert first.root == tmp_path / "app" / "files"
+    assert second.root != first.root
+    again = FileStore(Settings(), other)
+    assert again.path(kept[1]).is_file()
+    other.dispose()
+
+
+def test_servers_over_one_folder_share_one_secret_that_nobody_else_reads(
+    store: FileStore, database: sa.Engine, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(lambda _: secret(tmp_path / "files", database), range(4)))
+    (one,) = found
+    assert len(one) == 32
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "files").iterdir() if path.is_file()}
+    assert (modes, (tmp_path / "files").stat().st_mode & 0o777) == ({0o600}, 0o700)

@@ -25,7 +25,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tests.api.conftest import Server, Starter, end_all, free_port, starter_of
-from tests.conftest import _redis_binary
+from tests.conftest import redis_binary
 
 CLIENTS = 200
 CALLS = 6_000
@@ -43,7 +43,7 @@ def stack() -> Iterator[Starter]:
     with tempfile.TemporaryDirectory(prefix="promptmill-") as folder:
         port = free_port()
         redis = subprocess.Popen(
-            [_redis_binary(), "--port", str(port), "--save", "", "--dir", folder], stdout=subprocess.DEVNULL
+            [redis_binary(), "--port", str(port), "--save", "", "--dir", folder], stdout=subprocess.DEVNULL
         )
         while not _answers(port):
             time.sleep(0.05)

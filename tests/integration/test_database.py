@@ -325,3 +325,29 @@ def test_an_error_of_a_statement_names_no_text_of_anybody(database: sa.Engine) -
     with pytest.raises(sa.exc.DBAPIError) as raised, writing(database) as connection:
         connection.execute(statement, row)
     assert "secret" not in str(raised.value)
+
+
+def test_a_sqlite_file_is_for_its_user_alone(tmp_path: Any) -> None:
+    def modes() -> dict[str, int]:
+        return {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+    folder, before = tmp_path / "new", os.umask(0o000)
+    try:
+        for _ in range(2):
+            engine = open_database(f"sqlite:///{folder / 'jobs.sqlite'}")
+            with engine.connect() as connection:
+                connection.execute(sa.text("INSERT INTO answers VALUES ('k', 't', 'stop', 1, 1, 0, NULL, 0)"))
+                assert modes() == dict.fromkeys(("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm"), 0o600)
+                assert folder.stat().st_mode & 0o777 == 0o700
+            # Of an earlier version: whoever could look into the folder could read it.
+            for path in folder.iterdir():
+                path.chmod(0o644)
+            engine.dispose()
+    finally:
+        os.umask(before)
+
+
+def test_a_sqlite_file_in_a_folder_that_is_there_leaves_the_folder_as_it_is(tmp_path: Any) -> None:
+    tmp_path.chmod(0o755)
+    open_database(f"sqlite:///{tmp_path / 'jobs.sqlite'}").dispose()
+    assert tmp_path.stat().st_mode & 0o777 == 0o755

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from redis import Redis
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, answers, free_port, redis_binary, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,40 @@ def test_the_compose_file_is_sound_and_holds_no_secret() -> None:
     assert {"redis", "postgres", "migrate", "worker-cpu", "worker-cuda"} <= services.keys()
     assert services["worker-cpu"]["profiles"] == ["cpu"]
     assert services["worker-cuda"]["profiles"] == ["cuda"]
-    assert "--appendonly" in services["redis"]["command"]
     assert all("healthcheck" in services[name] for name in ("redis", "postgres", "worker-cpu", "worker-cuda"))
     assert "POSTGRES_PASSWORD: ${POSTGRES_PASSWORD:?" in text
+    assert all(each["logging"]["options"].keys() == {"max-size", "max-file"} for each in services.values())
+
+
+def test_redis_of_the_compose_file_keeps_no_prompt_on_the_disk(tmp_path: Path) -> None:
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["redis"]
+    assert "volumes" not in service
+    options, port = service["command"][1:], free_port()
+    process = subprocess.Popen(
+        [redis_binary(), *options, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+    )
+    with Redis(port=port) as client:
+        wait_until(lambda: answers(client), "Redis starts")
+        client.set("live", "the prompt of a chat")
+        process.terminate()
+        process.wait()
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_the_image_makes_the_folder_of_models_for_its_user_and_sees_gpus() -> None:
+    """A volume that is empty takes the owner of the image's folder."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    image = (ROOT / "Dockerfile").read_text()
+    (mount,) = services["services"]["worker-cpu"]["volumes"]
+    name, _, folder = mount.replace("${MODELS_DIR:-models}", "models").partition(":")
+    assert name in services["volumes"]
+    (made,) = [line for line in image.splitlines() if "install -d -o promptmill" in line]
+    assert folder in made.split()
+    assert services["x-settings"]["HF_HOME"].startswith(f"{folder}/")
+    synced = [line for line in image.splitlines() if "uv sync" in line]
+    assert len(synced) == 2
+    assert all("--extra nvidia" in line and "--extra api" in line for line in synced)
 
 
 def test_docker_compose_accepts_the_file() -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from promptmill.database import connect, reading, upgrade, writing
 from promptmill.queries import QueryError, querying, write_jsonl, write_parquet
+from promptmill.tables import api_keys
 from promptmill.views import QUERIES, VIEWS
+from tests.conftest import Command
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
 
 
@@ -70,11 +75,146 @@ def test_a_plan_is_explained_and_nothing_comes_after_it(filled: sa.Engine) -> No
     assert rows_of(filled, "SELECT id FROM jobs")[0]["id"] == JOB
 
 
-def test_a_query_of_a_superuser_reads_tables_and_nothing_else(filled: sa.Engine) -> None:
-    for sql in ("SELECT pg_read_file('postgresql.conf')", "SELECT pg_ls_dir('.')"):
-        with pytest.raises(QueryError, match=r"permission denied|no such function"):
+#: Through a statement that PostgreSQL runs as part of another: as whom it runs, the query itself may have set before.
+INSIDE = """
+WITH a AS MATERIALIZED (SELECT set_config('{setting}', '{value}', true) AS x)
+SELECT t.word FROM a, LATERAL ts_stat('select to_tsvector(''simple'', ({call})::text)' || left(a.x, 0)) t
+"""
+
+#: What a superuser may do, and who reads tables must not.
+POWERS = (
+    "pg_read_file(''PG_VERSION'')", "pg_ls_dir(''.'')", "pg_reload_conf()", "lo_export(987654, ''/tmp/promptmill-lo'')",
+    "pg_terminate_backend({victim})", "pg_read_binary_file(''global/pg_control'')", "lo_import(''/etc/hostname'')",
+)  # fmt: skip
+
+
+def test_a_query_never_has_the_powers_of_who_owns_the_database(postgres_url: str) -> None:
+    db = connect(postgres_url)
+    upgrade(db)
+    try:
+        with db.connect() as victim:
+            pid = victim.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+            owner = victim.exec_driver_sql("SELECT session_user").scalar()
+            assert victim.exec_driver_sql("SELECT current_setting('is_superuser')").scalar() == "on"
+            for power in POWERS:
+                call = power.format(victim=pid)
+                asked = [f"SELECT {call}".replace("''", "'")]
+                for setting in ("role", "session_authorization"):
+                    asked += [INSIDE.format(setting=setting, value=value, call=call) for value in (owner, "none")]
+                for sql in asked:
+                    with pytest.raises(QueryError, match=r"permission denied|must be|cannot|invalid|does not exist"):
+                        rows_of(db, sql)
+            assert victim.exec_driver_sql("SELECT 1").scalar() == 1
+        assert rows_of(db, "SELECT current_user = session_user AS same") == [{"same": True}]
+        with pytest.raises(QueryError, match="permission denied"):
+            rows_of(db, "SELECT * FROM pg_authid")
+    finally:
+        db.dispose()
+
+
+def test_keys_are_shown_to_no_query(filled: sa.Engine) -> None:
+    with writing(filled) as connection:
+        connection.execute(
+            sa.insert(api_keys).values(id="K", name="boss", key_sha256="c0ffee", scopes="admin", created_at=0)
+        )
+    other = "(SELECT 1 AS key_sha256, 2 AS id) b"
+    for sql in (
+        "SELECT key_sha256 FROM api_keys", "SELECT * FROM api_keys", "SELECT max(k.key_sha256) FROM api_keys k",
+        "SELECT name FROM api_keys WHERE key_sha256 LIKE 'c%'", "SELECT count(*) FROM api_keys",
+        f"SELECT key_sha256 FROM {other} FULL JOIN api_keys USING (key_sha256)",
+        f"SELECT id FROM api_keys NATURAL JOIN {other}", "WITH t AS (SELECT * FROM api_keys) SELECT name FROM t",
+        f"SELECT x.* FROM (SELECT key_sha256 FROM {other} FULL JOIN api_keys USING (key_sha256, id)) x",
+        "SELECT count(*) FROM sqlite_dbpage",
+    ):  # fmt: skip
+        with pytest.raises(
+            QueryError, match=r"permission denied|prohibited|not authorized|does not exist|no such table"
+        ):
             rows_of(filled, sql)
-    assert rows_of(filled, "SELECT * FROM v_jobs")
+    assert rows_of(filled, "SELECT count(*) AS n FROM files NATURAL JOIN batches") == [{"n": 0}]
+    # The owner's own connection is as it was.
+    with reading(filled) as connection:
+        assert connection.execute(sa.select(api_keys.c.key_sha256)).scalar() == "c0ffee"
+
+
+@pytest.fixture
+def roles(postgres_url: str) -> Iterator[Callable[[str, str], str]]:
+    """Make a user of PostgreSQL with some rights; returns the URL of its connections."""
+    admin, made = connect(postgres_url), []
+
+    def make(name: str, rights: str) -> str:
+        with admin.begin() as connection:
+            connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN PASSWORD 'p' {rights}")
+        made.append(name)
+        return sa.make_url(postgres_url).set(username=name, password="p").render_as_string(hide_password=False)
+
+    yield make
+    with admin.begin() as connection:
+        for name in made:
+            connection.exec_driver_sql(f"DROP OWNED BY {name} CASCADE")
+            connection.exec_driver_sql(f"DROP ROLE {name}")
+    admin.dispose()
+
+
+def test_where_no_reader_can_be_made_a_query_says_what_to_do(
+    postgres_url: str, roles: Callable[[str, str], str], tmp_path: Path
+) -> None:
+    name = f"plain_{uuid.uuid4().hex[:8]}"
+    url = roles(name, "")
+    admin = connect(postgres_url)
+    with admin.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA own AUTHORIZATION {name}")
+        connection.exec_driver_sql(f"ALTER ROLE {name} SET search_path = own")
+    command = Command(tmp_path, {"JOBS_DATABASE_URL": url})
+    assert command("db", "upgrade").code == 0
+    done = command("query", "jobs")
+    assert (done.code, done.out) == (2, "")
+    assert "permission denied to create role" in done.err
+    assert "JOBS_QUERY_DATABASE_URL" in done.err
+    # What it says is what helps.
+    told = " ".join(done.err.split())
+    told = told[told.index("CREATE ROLE") :].partition("; then")[0]
+    readers = f"reader_{uuid.uuid4().hex[:8]}"
+    roles(readers, "")
+    with admin.begin() as connection:
+        for statement in told.replace("promptmill_reader", readers).split("; ")[1:]:
+            connection.exec_driver_sql(statement)
+    reader_url = sa.make_url(url).set(username=readers).render_as_string(hide_password=False)
+    command.environment["JOBS_QUERY_DATABASE_URL"] = reader_url
+    done = command("query", "SELECT count(*) AS n FROM v_jobs", "--format", "csv")
+    assert (done.code, done.out) == (0, "n\n0\n"), done.err
+    # One that may do more is no reader.
+    for wrong, said in ((postgres_url, "may do more than"), (url, "may do more"), ("sqlite:///x", "no postgresql")):
+        command.environment["JOBS_QUERY_DATABASE_URL"] = wrong
+        done = command("query", "jobs")
+        assert done.code == 2
+        assert said in " ".join(done.err.split())
+    admin.dispose()
+
+
+def test_queries_side_by_side_each_log_in(postgres_url: str) -> None:
+    db = connect(postgres_url)
+    upgrade(db)
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda _: rows_of(db, "SELECT count(*) AS n FROM v_jobs"), range(12)))
+    assert found == [[{"n": 0}]] * 12
+    db.dispose()
+
+
+def test_a_view_that_was_made_again_is_read_again(postgres_url: str) -> None:
+    db = connect(postgres_url)
+    upgrade(db)
+    assert rows_of(db, "jobs") == []
+    with writing(db) as connection:
+        connection.exec_driver_sql("DROP VIEW v_jobs")
+        connection.exec_driver_sql(f"CREATE VIEW v_jobs AS {VIEWS['v_jobs']}")
+    assert rows_of(db, "jobs") == []
+    db.dispose()
+
+
+def test_a_query_finds_out_what_columns_there_are(filled: sa.Engine) -> None:
+    place = "pragma_table_info('jobs')" if filled.dialect.name == "sqlite" else "information_schema.columns"
+    name = "name" if filled.dialect.name == "sqlite" else "column_name"
+    assert {"name": "dataset_sha256"} in rows_of(filled, f"SELECT {name} AS name FROM {place}")
 
 
 def test_a_query_without_end_is_ended(filled: sa.Engine) -> None:

@@ -218,7 +218,7 @@ class FileLock:
 
     def acquire(self) -> str | None:
         """Take the lock; None on success, else the id of the process that has it."""
-        file = open(self._path, "a+")  # noqa: SIM115 - stays open: closing it would free the lock
+        file = open(self._path, "a+", opener=_private)  # noqa: SIM115 - stays open: closing it would free the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -244,15 +244,22 @@ class FileLock:
             self._file = None
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 def _runtime_dir() -> Path:
     """A folder of this user for locks. The same in every session: XDG_RUNTIME_DIR is not, cron and containers lack it.
 
     Raises :class:`DeviceError` when it belongs to somebody else.
     """
-    folder = Path(load_settings().runtime_dir or f"/tmp/promptmill-{os.getuid()}")  # noqa: S108 - owner checked
+    asked = load_settings().runtime_dir
+    folder = Path(asked or f"/tmp/promptmill-{os.getuid()}")  # noqa: S108 - owner checked
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if (not asked and folder.is_symlink()) or folder.stat().st_uid != os.getuid():
         raise DeviceError(f"{folder} belongs to another user", hint="Set JOBS_RUNTIME_DIR to a folder of your own.")
+    if not asked and folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
     return folder
 
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from sqlalchemy.engine import Engine
 from starlette.staticfiles import StaticFiles
 
-from promptmill.api import batches, chat, errors, exposition, files, jobs, models, pages, system
+from promptmill.api import batches, chat, errors, exposition, files, jobs, models, own_folder, pages, system
 from promptmill.api.file_store import FileStore
 from promptmill.api.limits import Limits
 from promptmill.api.live import Live
@@ -42,15 +42,17 @@ of promptmill, on one queue. Set the base URL of a client to this server's addre
 def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     """The application over an open database. ``locked``: a key is asked for."""
     timings = Timings()
+    store = FileStore(settings, db)
     parts = Services(
         settings=settings,
         db=db,
         ledger=Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts),
-        store=FileStore(settings, db),
+        store=store,
         limits=Limits(settings),
         models=ModelDirectory(db),
         live=Live(settings.redis_url, settings.api_timeout_s),
         locked=locked,
+        login_secret=own_folder.secret(store.root, db),
     )
 
     @contextlib.asynccontextmanager

@@ -1,8 +1,14 @@
-"""Connections with limits: on the size of a request's head, on the time to send it, and to take what is sent."""
+"""Connections with limits: on their number, on the size of a head, on the time to send it, and to take what is sent."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
+import resource
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -15,11 +21,77 @@ TAKE_S = 60.0
 #: Largest head of a request, in bytes; also what may come in a row that belongs to no body.
 LARGEST_HEAD = 65_536
 
+#: Most connections at one time, where the process may have so many descriptors.
+MOST_CONNECTIONS = 4_000
+
+#: Descriptors for all else: databases, Redis, children, and connections that are refused but not closed yet.
+OTHER_DESCRIPTORS = 256
+
+#: Descriptors of one connection: its own, and that of a file that it sends or fetches.
+DESCRIPTORS_EACH = 2
+
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+
+
+@dataclass(slots=True)
+class Crowd:
+    """Who is connected. One address has at most half of all connections: whoever floods, others come in."""
+
+    #: Most connections, and most that wait to be taken in: each of these has a descriptor before it can be refused.
+    most: int
+    backlog: int
+    _by_address: Counter[str] = field(default_factory=Counter)
+
+    def enter(self, address: str) -> bool:
+        """Whether one more connection may come from there; then :meth:`leave` has to follow."""
+        if self._by_address.total() >= self.most or self._by_address[address] >= max(1, self.most // 2):
+            return False
+        self._by_address[address] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        self._by_address[address] -= 1
+        if not self._by_address[address]:
+            del self._by_address[address]
+
+
+def crowd() -> Crowd:
+    """As many as this process has descriptors for, after asking the system for all that it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = MOST_CONNECTIONS * DESCRIPTORS_EACH + OTHER_DESCRIPTORS
+    wanted = enough if hard == resource.RLIM_INFINITY else min(hard, enough)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # A Mac may have a lower limit than it tells.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    usable = enough if soft == resource.RLIM_INFINITY else min(soft, enough)
+    others = min(OTHER_DESCRIPTORS, usable // 2)
+    return Crowd(max(2, (usable - others) // DESCRIPTORS_EACH), max(8, others // 2))
+
+
+def _network(transport: asyncio.BaseTransport) -> str:
+    """Whose connection it is: an address, and of version 6 the network that one subscriber has."""
+    try:
+        address = ipaddress.ip_address(transport.get_extra_info("peername")[0].partition("%")[0])
+    except (TypeError, ValueError, IndexError, AttributeError):
+        return ""
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 class Connection(HttpToolsProtocol):
     """uvicorn's, which waits for ever for the end of a head, however long, and for a client that stops to read."""
+
+    def __init__(self, *arguments: Any, crowd: Crowd | None = None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._crowd = crowd
+        #: Where it comes from, while it counts.
+        self._from: str | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._head: asyncio.TimerHandle | None = None
@@ -27,6 +99,13 @@ class Connection(HttpToolsProtocol):
         #: Bytes that the parser was given since it last got anywhere, and those of the fields of this head.
         self._pending = self._fields = 0
         super().connection_made(transport)
+        if self._crowd is not None:
+            address = _network(transport)
+            if not self._crowd.enter(address):
+                transport.write(BUSY)
+                transport.close()
+                return
+            self._from = address
         self._head = self.loop.call_later(HEAD_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -98,6 +177,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head, self._taking = _none(self._head), _none(self._taking)
+        if self._crowd is not None and self._from is not None:
+            self._crowd.leave(self._from)
+            self._from = None
         super().connection_lost(exc)
 
 

@@ -1,6 +1,7 @@
 """Files of the API: bytes in a folder under random names, everything else in the table ``files``.
 
-A file appears whole: it is written aside, brought to the disk, renamed, and only then entered in the table.
+A file appears whole: it is written aside, brought to the disk and renamed. Its row is there before its bytes are in
+their place, and goes after them: whatever has to be removed has a row, and what has none is not the store's.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +25,18 @@ from ulid import ULID
 from promptmill.api.errors import ApiError, not_found
 from promptmill.api.keys import Principal
 from promptmill.api.limits import too_many
+from promptmill.api.own_folder import own_folder
 from promptmill.database import epoch, lock_name, reading, writing
-from promptmill.settings import Settings, data_dir
+from promptmill.settings import Settings
 from promptmill.tables import files
 
-#: Seconds after which bytes that no row names are taken for the rest of a server that died, on whichever machine.
+log = logging.getLogger("promptmill.api.files")
+
+#: Seconds after which what is half there is taken for the rest of a server that died, on whichever machine.
 ORPHAN_S = 3600.0
+
+#: Names of parts: see :func:`_new_part`. Nothing else is removed from their folder.
+PART = re.compile(r"[0-9A-HJKMNP-TV-Z]{26}\.[0-9a-f]{12}\.part")
 
 
 class Draft:
@@ -69,14 +78,15 @@ class FileStore:
     """Bytes by id. A name that a client gives is only ever text in the table."""
 
     def __init__(self, settings: Settings, db: Engine) -> None:
-        self._root = Path(settings.files_dir).expanduser() if settings.files_dir else data_dir() / "files"
-        self._parts = self._root / "parts"
-        self._parts.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Raises :class:`SettingsError` for a folder that is not, and cannot become, this database's."""
+        self.root = own_folder(settings, db)
+        self._parts = self.root / "parts"
+        self._parts.mkdir(exist_ok=True, mode=0o700)
         self._db = db
 
     def path(self, file_id: str) -> Path:
         """Where the bytes lie. ``file_id`` comes from the table, never from a client."""
-        return self._root / file_id[-2:] / file_id
+        return self.root / file_id[-2:] / file_id
 
     @contextlib.contextmanager
     def draft(self, most: int | None = None, too_large: ApiError | None = None) -> Iterator[Draft]:
@@ -111,17 +121,20 @@ class FileStore:
                 lock_name(connection, f"files {owner}")
                 if _used_bytes(connection, owner) + draft.bytes > allowed:
                     raise store_full(allowed)
-            os.replace(draft.path, target)
             now = connection.execute(sa.select(epoch())).scalar() or 0.0
             connection.execute(sa.delete(files).where(files.c.id == file_id))
             connection.execute(
                 sa.insert(files).values(
                     id=file_id, name=name, purpose=purpose, bytes=draft.bytes, sha256=sha256, api_key_id=owner,
                     created_at=now, expires_at=None if expires_in_s is None else now + expires_in_s,
-                    status="processed",
+                    status="arriving",
                 )
             )  # fmt: skip
-            return connection.execute(sa.select(files).where(files.c.id == file_id)).one()
+        os.replace(draft.path, target)
+        with writing(self._db) as connection:
+            mine = files.c.id == file_id
+            connection.execute(sa.update(files).where(mine).values(status="processed"))
+            return connection.execute(sa.select(files).where(mine)).one()
 
     def find(self, file_id: str, principal: Principal) -> Row[Any]:
         """The file's row. Raises a 404 for one that is not there, or is another key's."""
@@ -138,28 +151,31 @@ class FileStore:
             return _used_bytes(connection, owner)
 
     def delete(self, file_id: str) -> None:
-        """The row first, so that nobody finds a file without bytes."""
+        """From now on nobody finds the file; its row goes when its bytes are gone."""
+        with writing(self._db) as connection:
+            connection.execute(sa.update(files).where(files.c.id == file_id).values(status="deleting"))
+        self.path(file_id).unlink(missing_ok=True)
         with writing(self._db) as connection:
             connection.execute(sa.delete(files).where(files.c.id == file_id))
-        self.path(file_id).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove files that expired, and what a server that died left behind."""
+        """Remove files that expired, and what a server that died left behind: by their rows, never by what is found.
+
+        A database that was put back to an older state knows nothing of newer files, and they stay.
+        """
+        half = sa.and_(files.c.status != "processed", files.c.created_at < epoch() - ORPHAN_S)
+        over = sa.or_(files.c.expires_at < epoch(), half)
         with reading(self._db) as connection:
-            expired = connection.execute(sa.select(files.c.id).where(files.c.expires_at < epoch())).scalars().all()
-        for file_id in expired:
+            left = connection.execute(sa.select(files.c.id, files.c.status).where(over)).all()
+        for file_id, status in left:
+            log.info("%s is removed: %s", file_id, "it expired" if status == "processed" else f"left {status}")
             self.delete(file_id)
         limit = time.time() - ORPHAN_S
-        for path in self._root.glob("*/*"):
+        for path in self._parts.iterdir():
             with contextlib.suppress(OSError):
-                is_part = path.parent == self._parts
-                is_old = path.stat().st_mtime < limit
-                if (is_old and (is_part or not self._is_known(path.name))) or (is_part and _is_dead(path)):
+                if PART.fullmatch(path.name) and (path.stat().st_mtime < limit or _is_dead(path)):
+                    log.info("%s is removed: left by a server that died", path.name)
                     path.unlink()
-
-    def _is_known(self, file_id: str) -> bool:
-        with reading(self._db) as connection:
-            return connection.execute(sa.select(files.c.id).where(files.c.id == file_id)).scalar() is not None
 
 
 def _here() -> str:
@@ -202,13 +218,18 @@ def _is_dead(part: Path) -> bool:
 
 
 def _used_bytes(db: Connection, owner: str | None) -> int:
-    total = db.execute(sa.select(sa.func.sum(files.c.bytes)).where(files.c.api_key_id == owner, usable())).scalar()
+    there = sa.and_(files.c.status != "deleting", _unexpired())
+    total = db.execute(sa.select(sa.func.sum(files.c.bytes)).where(files.c.api_key_id == owner, there)).scalar()
     return int(total or 0)
 
 
 def usable() -> sa.ColumnElement[bool]:
     """The condition on files that are there and have not expired, whether or not they were swept away yet."""
-    return sa.and_(files.c.status == "processed", sa.or_(files.c.expires_at.is_(None), files.c.expires_at > epoch()))
+    return sa.and_(files.c.status == "processed", _unexpired())
+
+
+def _unexpired() -> sa.ColumnElement[bool]:
+    return sa.or_(files.c.expires_at.is_(None), files.c.expires_at > epoch())
 
 
 def store_full(allowed: int) -> ApiError:

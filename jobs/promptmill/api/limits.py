@@ -15,6 +15,9 @@ from promptmill.settings import Settings
 #: Seconds of its rate that a key may use at once.
 BURST_S = 2.0
 
+#: Calls a second that a key may make of pages at least: an open page makes about one by itself.
+PAGE_CALLS_PER_S = 4.0
+
 #: Buckets remembered; beyond it the fullest, which limit nobody, are forgotten.
 MOST_BUCKETS = 10_000
 
@@ -43,17 +46,23 @@ class Limits:
         limit: float | None = principal.limits.get(name, getattr(self._settings, f"api_{name}"))
         return limit
 
-    def count(self, principal: Principal) -> None:
-        """One call more. Raises a 429 beyond the key's rate."""
+    def count(self, principal: Principal, *, looks: bool = False) -> None:
+        """One call more. Raises a 429 beyond the key's rate.
+
+        ``looks``: a page that is looked at asks again and again by itself. It counts apart, at no less than its rate.
+        """
         rate = self.of(principal, "requests_per_s")
         if rate is None or principal.key_id is None:
             return
+        name = principal.key_id
+        if looks:
+            rate, name = max(rate, PAGE_CALLS_PER_S), f"{name} looks"
         now, most = self._clock(), max(1.0, rate * BURST_S)
-        bucket = self._buckets.get(principal.key_id)
+        bucket = self._buckets.get(name)
         if bucket is None:
             if len(self._buckets) >= MOST_BUCKETS:
                 self._buckets.clear()
-            bucket = self._buckets[principal.key_id] = Bucket(most, now)
+            bucket = self._buckets[name] = Bucket(most, now)
         bucket.tokens = min(most, bucket.tokens + (now - bucket.at) * rate)
         bucket.at = now
         if bucket.tokens < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -43,7 +44,7 @@ SECURITY_HEADERS = (
 )
 
 #: Names of this machine itself, by which a server without keys may be called.
-LOCAL_NAMES = {"localhost", "127.0.0.1", "::1", "testserver"}
+LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
 class Timings:
@@ -130,6 +131,8 @@ class Gate:
         """What is wrong with the head of the request."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            return ApiError(400, "The request names two hosts.", code="invalid_host")
         if not self._locked and _name(host) not in LOCAL_NAMES:
             # Another site's name that was pointed at this machine (DNS rebinding) must not reach a server without keys.
             return ApiError(403, "This server answers to the names of this machine only.", code="wrong_host")
@@ -181,8 +184,8 @@ class Gate:
 
 
 def _name(host: str) -> str:
-    """``[::1]:8000`` and ``localhost:8000`` without their ports."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].lower()
+    """``[::1]:8000`` and ``localhost:8000`` without their ports; what is no port stays."""
+    return re.sub(r":[0-9]*\Z", "", host).lower()
 
 
 def _place(origin: str) -> str | None:

@@ -82,9 +82,7 @@ async def _who(request: Request, scope: str = "read") -> Principal:
         found = await identify(request)
     except ApiError:
         raise _Login(request) from None
-    if scope != "read":
-        # A page that is looked at asks every two seconds by itself.
-        services(request).limits.count(found)
+    services(request).limits.count(found, looks=scope == "read")
     if not found.may(scope):
         raise ApiError(403, f"This key may not do that: it lacks the scope '{scope}'.")
     return found
@@ -251,8 +249,8 @@ async def log_in(request: Request, parts: Parts) -> Response:
         return _page("login.html", 401, next=target, problem="This key is unknown or was revoked.")
     answer = RedirectResponse(target, 303)
     answer.set_cookie(
-        login.COOKIE, login.cookie_of(found[0].key_id, found[1]), max_age=login.LASTS_S, httponly=True,
-        samesite="strict", secure=request.url.scheme == "https", path="/",
+        login.COOKIE, login.cookie_of(parts.login_secret, found[0].key_id, found[1]), max_age=login.LASTS_S,
+        httponly=True, samesite="strict", secure=login.is_over_tls(request), path="/",
     )  # fmt: skip
     return answer
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
+from functools import partial
 
 import click
 import uvicorn
 
 from promptmill.api import keys
 from promptmill.api.app import create_app
-from promptmill.api.connections import Connection
+from promptmill.api.connections import Connection, crowd
 from promptmill.database import open_database
 from promptmill.errors import PromptmillError
 from promptmill.settings import load_settings
@@ -18,9 +19,8 @@ from promptmill.settings import load_settings
 #: Seconds that answers under way may take when the server stops.
 GOODBYE_S = 20
 
-#: Seconds that an idle connection is kept, and most connections at one time.
+#: Seconds that an idle connection is kept.
 KEEP_ALIVE_S = 30
-MOST_CONNECTIONS = 2_000
 
 
 def serve(host: str, port: int, *, locked: bool) -> None:
@@ -31,10 +31,11 @@ def serve(host: str, port: int, *, locked: bool) -> None:
     listening = _listen(host, port)
     if locked and not any(not each["revoked"] for each in keys.listed(db)):
         click.echo("every call needs a key, and there is none yet: promptmill keys create --name NAME", err=True)
+    everybody = crowd()
     config = uvicorn.Config(
         create_app(settings, db, locked=locked), log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GOODBYE_S,
-        http=Connection, proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S, backlog=everybody.backlog, timeout_graceful_shutdown=GOODBYE_S,
+        http=partial(Connection, crowd=everybody), proxy_headers=False,  # type: ignore[arg-type]
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)

@@ -48,6 +48,8 @@ class Services:
     live: Live
     #: Whether a key is asked for.
     locked: bool
+    #: Signs the cookies of logins.
+    login_secret: bytes
     _known: dict[str, tuple[float, Principal | None]] = field(default_factory=dict)
     _noted: dict[str, float] = field(default_factory=dict)
 
@@ -98,7 +100,7 @@ async def identify(request: Request) -> Principal:
     if found is None and key is None and "cookie" in request.headers:
         from promptmill.api.login import principal_of_cookie
 
-        found = await run_in_threadpool(principal_of_cookie, parts.db, request)
+        found = await run_in_threadpool(principal_of_cookie, parts.login_secret, parts.db, request)
     if found is not None:
         return found
     if not parts.locked:

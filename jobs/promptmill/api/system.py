@@ -8,14 +8,15 @@ from typing import Any
 
 import psutil
 import sqlalchemy as sa
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from promptmill.api import documents
 from promptmill.api.bodies import json_response
+from promptmill.api.errors import ApiError
 from promptmill.api.keys import Principal
 from promptmill.api.model_directory import models_of
-from promptmill.api.services import Parts, Reader, Services, in_thread
+from promptmill.api.services import Parts, Reader, Services, identify, in_thread
 from promptmill.broker import Broker
 from promptmill.database import current_revision, head_revision_fast, reading
 from promptmill.errors import PromptmillError
@@ -83,14 +84,18 @@ def _worker(parts: Services) -> str:
 
 
 @router.get("/health", summary="Health as model servers tell it", responses=documents.responses())
-async def health(parts: Parts) -> Response:
-    """For clients of other servers: whether a model is loaded, and which."""
+async def health(request: Request, parts: Parts) -> Response:
+    """For clients of other servers: whether a model is loaded; and which, to who may look."""
     checks = await look(parts)
+    try:
+        named = (await identify(request)).may("read")
+    except ApiError:
+        named = False
     loaded = [each.name for each in parts.models.models if each.loaded]
     ready = all(each == "ok" for each in checks.values())
     body: dict[str, Any] = {
         "status": "ok" if ready else "error", "healthy": ready, "model_loaded": bool(loaded),
-        "model": loaded[0] if loaded else None, "models": loaded,
+        "model": loaded[0] if loaded and named else None, "models": loaded if named else [],
     }  # fmt: skip
     return json_response(body, 200 if ready else 503)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from promptmill.cli.common import json_option, print_json
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
 
 
 @click.group()
@@ -23,10 +28,25 @@ def upgrade(as_json: bool) -> None:
     before = database.current_revision(engine)
     database.upgrade(engine)
     after = database.current_revision(engine)
+    _make_reader(engine)
     if as_json:
         print_json({"before": before, "revision": after})
     else:
         click.echo(f"the database is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
+
+
+def _make_reader(engine: Engine) -> None:
+    """The user of PostgreSQL as whom queries run. Where it cannot be made, ``query`` says so, and what to do."""
+    from contextlib import suppress
+
+    import sqlalchemy as sa
+
+    from promptmill import database, reader_role
+    from promptmill.errors import DatabaseError
+
+    if engine.dialect.name == "postgresql":
+        with suppress(sa.exc.DBAPIError, DatabaseError), database.writing(engine) as connection:
+            reader_role.prepare(connection)
 
 
 @db.command(epilog="Example: promptmill db current")

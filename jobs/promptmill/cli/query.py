@@ -57,8 +57,9 @@ def query(
         return
     chosen = _format("jsonl" if as_json else format_, output)
     check_target(output, force)
-    _, db = open_all()
-    with querying(db, sys.stdin.read() if sql == "-" else sql, timeout) as (columns, rows):
+    settings, db = open_all()
+    text = sys.stdin.read() if sql == "-" else sql
+    with querying(db, text, timeout, settings.query_database_url) as (columns, rows):
         write = write_jsonl if chosen == "jsonl" else write_csv
         if chosen == "parquet":
             write_parquet(columns, rows, output)
