@@ -18,7 +18,9 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from promptmill import counting
 from promptmill.errors import DatabaseError
+from promptmill.registry import suggestion
 from promptmill.resources import resource_dir
 
 #: Milliseconds that a writer of SQLite waits for another one.
@@ -84,8 +86,12 @@ def _epoch_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
     """An engine for ``url``. Makes the folder of a SQLite file; opens no connection yet.
+
+    ``connections``: the most that are open at one time; None: 4, and 16 more while they are needed. ``idle_s``:
+    PostgreSQL ends a transaction in which nothing has happened for so long: a worker that is suspended in the middle of
+    one would keep its locks, and others from taking its chunks back.
 
     Its errors name statements without their parameters: prompts and answers are among these.
 
@@ -99,7 +105,7 @@ def connect(url: str) -> Engine:
             hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
         ) from problem
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return _postgresql(parsed)
+        return _postgresql(parsed, connections, idle_s)
     if parsed.get_backend_name() == "sqlite":
         return _sqlite(parsed)
     raise DatabaseError(
@@ -108,16 +114,87 @@ def connect(url: str) -> Engine:
     )
 
 
-def _postgresql(url: sa.URL) -> Engine:
+def _postgresql(url: sa.URL, connections: int | None, idle_s: float | None) -> Engine:
+    url, never_prepare = _options_of(url)
     # What the URL says itself stays.
     connect_args = {name: value for name, value in CONNECTION.items() if name not in url.query}
+    pool = (
+        {"pool_size": 4, "max_overflow": 16} if connections is None else {"pool_size": connections, "max_overflow": 0}
+    )
+    # The driver begins no transaction: `begin` does, together with what holds for the transaction.
     engine = sa.create_engine(
-        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=4, max_overflow=16,
-        connect_args=connect_args, hide_parameters=True,
+        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **pool, connect_args=connect_args,
+        hide_parameters=True, isolation_level="AUTOCOMMIT",
     )  # fmt: skip
-    sa.event.listen(engine, "connect", _prepare_postgresql)
+    settings = [_set_unless_set("lock_timeout", LOCK_S)]
+    if idle_s is not None:
+        settings.append(f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * idle_s)}")
+
+    def begin(connection: Connection) -> None:
+        asked = connection.get_execution_options()
+        if asked.get("isolation_level") != "AUTOCOMMIT":
+            how = "BEGIN ISOLATION LEVEL REPEATABLE READ" if asked.get("promptmill_reading") else "BEGIN"
+            # One way to the server and back. Nothing is set for longer than the transaction: behind a pooler the next
+            # one may have another server.
+            _begin_postgresql(connection, "; ".join([how, *settings]))
+
+    def look(connection: Any, record: Any) -> None:
+        if never_prepare or _is_pooled(connection):
+            connection.prepare_threshold = None
+
+    sa.event.listen(engine, "connect", look)
+    sa.event.listen(engine, "begin", begin)
     sa.event.listen(engine, "handle_error", _leave_read_only)
     return engine
+
+
+def _begin_postgresql(connection: Connection, statements: str) -> None:
+    driver: Any = connection.connection.driver_connection
+    try:
+        # Several statements cannot be prepared.
+        driver.execute(statements, prepare=False)
+    except Exception:
+        # Past SQLAlchemy, which would find out by itself that the connection is gone.
+        connection.invalidate()
+        raise
+
+
+def _set_unless_set(name: str, seconds: int) -> str:
+    """A setting for this transaction, where the database or the role has none of its own."""
+    return f"SELECT set_config('{name}', '{seconds}s', true) WHERE current_setting('{name}') = '0'"
+
+
+def _is_pooled(connection: Any) -> bool:
+    """Whether a pooler is between us and the server: then it is not the server's process that said its number.
+
+    What is prepared on one of a pooler's servers is unknown on the next one.
+    """
+    found = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
+    return bool(found[0] != connection.info.backend_pid)
+
+
+def _options_of(url: sa.URL) -> tuple[sa.URL, bool]:
+    """The URL without what is ours, and whether it asks that nothing is prepared (``prepare_threshold=0``).
+
+    Raises :class:`DatabaseError` for options that PostgreSQL's library does not know.
+    """
+    from psycopg import pq
+
+    asked = url.query.get("prepare_threshold", "5")
+    if asked not in ("0", "5"):
+        raise DatabaseError(
+            "JOBS_DATABASE_URL: prepare_threshold is 0 (nothing is prepared, for poolers) or left out",
+            hint="A pooler such as pgbouncer is noticed by itself.",
+        )
+    url = url.difference_update_query(["prepare_threshold"])
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    for name in url.query:
+        if name not in known:
+            raise DatabaseError(
+                f"JOBS_DATABASE_URL: PostgreSQL has no connection option '{name}'",
+                hint=suggestion(name, [*known, "prepare_threshold"]),
+            )
+    return url, asked == "0"
 
 
 def libpq_address(db: Connection) -> str:
@@ -137,35 +214,6 @@ def _leave_read_only(context: Any) -> None:
     """A connection that was opened while the server was read-only stays so: it is not to be used again."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
-
-
-def _prepare_postgresql(connection: Any, record: Any) -> None:
-    # By a statement: connection poolers refuse it as a parameter of the connection.
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('lock_timeout', %s, false) WHERE current_setting('lock_timeout') = '0'", (f"{LOCK_S}s",)
-        )
-    connection.commit()
-
-
-def end_idle_transactions(engine: Engine, seconds: float) -> None:
-    """Let PostgreSQL end a transaction of ``engine`` in which nothing has happened for so long.
-
-    A worker that is suspended in the middle of one would keep its locks, and others from taking its chunks back.
-    """
-    if engine.dialect.name != "postgresql":
-        return
-
-    def limit(connection: Any, record: Any) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT set_config('idle_in_transaction_session_timeout', %s, false)", (f"{round(1000 * seconds)}ms",)
-            )
-        connection.commit()
-
-    sa.event.listen(engine, "connect", limit)
-    # Connections from before know nothing of it.
-    engine.dispose()
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -207,8 +255,6 @@ def _begin_sqlite(connection: Connection) -> None:
 def reading(engine: Engine) -> Iterator[Connection]:
     """A connection for reading one consistent state."""
     with connecting(engine), engine.connect().execution_options(promptmill_reading=True) as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execution_options(isolation_level="REPEATABLE READ")
         yield connection
 
 
@@ -240,9 +286,16 @@ COMMITS = CommitTimes()
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A transaction: committed at the end, rolled back by an exception. How long the commit took is in COMMITS."""
+    """A transaction: committed at the end, rolled back by an exception. How long the commit took is in COMMITS.
+
+    What it counted for ``/metrics`` is stored last: whoever waits for that waits for a commit and nothing else.
+    """
     with connecting(engine), engine.connect() as connection, connection.begin() as transaction:
-        yield connection
+        try:
+            yield connection
+            counting.store(connection)
+        finally:
+            counting.discard(connection)
         started = time.perf_counter()
         transaction.commit()
         COMMITS.add(time.perf_counter() - started)
@@ -381,13 +434,13 @@ def upgrade(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
-def open_database(url: str) -> Engine:
-    """An engine at the right revision.
+def open_database(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
+    """An engine at the right revision, as :func:`connect` makes it.
 
     SQLite is migrated by itself; PostgreSQL must have been, by ``promptmill db upgrade``.
     Raises :class:`DatabaseError` when the database is unreachable or at another revision.
     """
-    engine = connect(url)
+    engine = connect(url, connections=connections, idle_s=idle_s)
     try:
         _require_revision(engine)
     except BaseException:

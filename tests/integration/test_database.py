@@ -19,7 +19,6 @@ from promptmill.database import (
     connecting,
     copy_rows,
     current_revision,
-    end_idle_transactions,
     head_revision,
     head_revision_fast,
     open_database,
@@ -205,8 +204,7 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     """A worker suspended in the middle of one keeps nobody from its chunks; SQLite has no such transactions."""
     if database.dialect.name != "postgresql":
         pytest.skip("SQLite's writers hold no lock while nothing happens in them")
-    other = connect(database_url)
-    end_idle_transactions(other, 0.5)
+    other = connect(database_url, idle_s=0.5)
     add_job(database, 2, 2, state="running")
     started = time.monotonic()
     change = sa.update(chunks).values(failures=3)
