@@ -152,7 +152,7 @@ def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engi
 def test_a_job_that_goes_on_meanwhile_keeps_all_its_texts(db: sa.Engine, how: str) -> None:
     fill(db, store=how, state="failed")
     before = texts(db)
-    assert overdue(db) == [(JOB, how)]
+    assert [each[:2] for each in overdue(db)] == [(JOB, how)]
     with db.begin() as connection:
         connection.execute(sa.update(jobs).values(state="running"))
     assert not redact(db, JOB, how)
