@@ -32,6 +32,11 @@ SQLITE_UNUSABLE = (
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
 
+#: What may follow the ``?`` in the URL of a SQLite file: arguments of the driver, and of SQLite's own URIs.
+SQLITE_OPTIONS = frozenset({
+    "timeout", "check_same_thread", "cached_statements", "uri", "mode", "cache", "vfs", "immutable", "nolock", "psow",
+})  # fmt: skip
+
 #: Seconds that a statement waits for another transaction's lock on PostgreSQL. Whoever held it longer is stuck.
 LOCK_S = 30
 
@@ -56,6 +61,12 @@ REFUSALS = {
     "53300": ("the database has no connection left", "End other programs that use it, or raise its max_connections."),
     "57014": ("the database ended a statement", "Try again. If its statement_timeout ended it, raise that."),
 }
+
+#: What servers, and poolers before them, say in place of a SQLSTATE to somebody for whom they have no connection.
+FULL = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
+
+#: SQLSTATEs of a table or a column that is not there.
+UNDEFINED = ("42P01", "42703")
 
 #: Beginnings of SQLSTATEs that say that the connection is gone: its own errors, and a server that stops.
 AWAY = ("08", "57P")
@@ -217,6 +228,11 @@ def _leave_read_only(context: Any) -> None:
 
 
 def _sqlite(url: sa.URL) -> Engine:
+    for name in url.query:
+        if name not in SQLITE_OPTIONS:
+            raise DatabaseError(
+                f"JOBS_DATABASE_URL: SQLite has no option '{name}'", hint="Write sqlite:///path/to/file."
+            )
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         Path(url.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
         url = url.set(database=str(Path(url.database).expanduser()))
@@ -314,7 +330,13 @@ def connecting(engine: Engine) -> Iterator[None]:
 
 def _refusal(problem: Exception) -> DatabaseError | None:
     # COPY goes past SQLAlchemy, which would wrap its errors.
-    state = getattr(getattr(problem, "orig", problem), "sqlstate", None)
+    cause = getattr(problem, "orig", problem)
+    state = getattr(cause, "sqlstate", None)
+    if state is None and any(each in str(cause) for each in FULL):
+        state = "53300"
+    if state in UNDEFINED or (isinstance(cause, sqlite3.OperationalError) and str(cause).startswith("no such ")):
+        hint = "'promptmill db upgrade' brings it up to date, or says what is missing."
+        return DatabaseError(f"the database lacks what this version needs: {_first_line(problem)}", hint=hint)
     if state not in REFUSALS:
         return None
     what, hint = REFUSALS[state]
@@ -421,7 +443,10 @@ def current_revision(engine: Engine) -> str | None:
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the database to :func:`head_revision`, in one transaction."""
+    """Bring the database to :func:`head_revision`, in one transaction.
+
+    Raises :class:`DatabaseError` for one that lacks something then; it stays as it was.
+    """
     from alembic import command
 
     config = _alembic_config()
@@ -432,6 +457,33 @@ def upgrade(engine: Engine) -> None:
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('promptmill.migrations'))"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        _require_schema(connection)
+
+
+def _require_schema(connection: Connection) -> None:
+    """Raise DatabaseError where the revision says more than the tables hold: a number proves nothing."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    from promptmill.tables import metadata
+
+    lacking: list[str] = []
+    for difference in compare_metadata(MigrationContext.configure(connection), metadata):
+        match difference:
+            case ("add_table", table):
+                lacking.append(f"table {table.name}")
+            case ("add_column", _, table, column):
+                lacking.append(f"column {table}.{column.name}")
+            case ("add_index", index):
+                lacking.append(f"index {index.name}")
+            case ("add_constraint" | "add_fk", constraint):
+                lacking.append(f"constraint {constraint.name} of {constraint.table.name}")
+    if lacking:
+        revision = MigrationContext.configure(connection).get_current_revision()
+        raise DatabaseError(
+            f"the database says that it is at revision {revision}, and lacks: {', '.join(sorted(lacking))}",
+            hint="Another version made it, or somebody changed it. Restore a backup, or start with a new database.",
+        )
 
 
 def open_database(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
