@@ -155,7 +155,7 @@ def _postgresql(url: sa.URL, connections: int | None, idle_s: float | None) -> E
 
     sa.event.listen(engine, "connect", look)
     sa.event.listen(engine, "begin", begin)
-    sa.event.listen(engine, "handle_error", _leave_read_only)
+    sa.event.listen(engine, "handle_error", _leave_unusable)
     return engine
 
 
@@ -221,10 +221,16 @@ def libpq_address(db: Connection) -> str:
     return conninfo.make_conninfo(**(given | there))
 
 
-def _leave_read_only(context: Any) -> None:
-    """A connection that was opened while the server was read-only stays so: it is not to be used again."""
-    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+def _leave_unusable(context: Any) -> None:
+    """Connections that are not to be used again: those opened while the server was read-only stay so."""
+    problem = context.original_exception
+    if getattr(problem, "sqlstate", None) == READ_ONLY or _is_out_of_step(problem):
         context.is_disconnect = True
+
+
+def _is_out_of_step(problem: Any) -> bool:
+    """Whether the driver got other answers than it asked for: a pooler adds its own to that of a server it lost."""
+    return type(problem).__name__ == "InternalError" and getattr(problem, "sqlstate", "") is None
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -359,6 +365,8 @@ def _is_away(engine: Engine, problem: Exception) -> bool:
         # An error of a statement has the statement; one of connecting has none.
         return True
     cause = getattr(problem, "orig", problem)
+    if _is_out_of_step(cause):
+        return True
     state = getattr(cause, "sqlstate", None)
     is_away = state.startswith(AWAY) if state else cause is problem
     return is_away and isinstance(cause, engine.dialect.loaded_dbapi.OperationalError)

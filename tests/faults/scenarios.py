@@ -654,7 +654,7 @@ TAKEOVER_LEASES = 2.0
 
 def forgetting_beside_recovery(arena: Arena, rng: random.Random) -> None:
     """A worker dies while the texts of a large job wait to be scored and forgotten, and while that is done."""
-    _begin(arena, rng, rows=320, latest=0.2)
+    _begin(arena, rng, rows=1600, latest=0.12)
     _add_forgotten(arena)
     with ThreadPoolExecutor(1) as threads:
         # As a person or the API does it; workers do not.
@@ -706,10 +706,13 @@ def behind_pgbouncer(arena: Arena, rng: random.Random) -> None:
     if pgbouncer() is None:
         raise Skipped("pgbouncer is not installed")
     arena.fresh()
-    with Pooler(arena.environment["JOBS_DATABASE_URL"]) as pooler:
-        arena.environment["JOBS_DATABASE_URL"] = pooler.url
+    direct = arena.environment
+    with Pooler(direct["JOBS_DATABASE_URL"]) as pooler:
+        arena.environment = direct | {"JOBS_DATABASE_URL": pooler.url}
         arena.start_workers(4)
         arena.submit(640)
+        # What looks on does so past the pooler.
+        arena.environment = direct
         arena.wait_for_results(rng.randint(60, 400))
         _require_undisturbed(arena)
         arena.cut_connections()

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from psycopg import OperationalError, errors
+from psycopg import InternalError, OperationalError, errors
 
 from promptmill.database import (
     connect,
@@ -279,6 +279,7 @@ def test_a_server_that_is_read_only_for_a_while_is_waited_for(postgres_url: str)
         (errors.QueryCanceled("canceling statement"), "ended a statement"),
         (errors.AdminShutdown("terminating connection"), "cannot use the database .*: terminating connection"),
         (OperationalError("consuming input failed"), "cannot use the database .*: consuming input failed"),
+        (InternalError("received 2 results from command 'COMMIT'"), "cannot use the database .*: received 2 results"),
     ],
 )
 def test_what_a_server_refuses_is_one_clear_sentence(problem: OperationalError, said: str) -> None:
