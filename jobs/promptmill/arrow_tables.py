@@ -150,8 +150,8 @@ def _threads(db: Connection) -> Iterator[tuple[Executor, Read]]:
             for _ in range(THREADS):
                 all_.append(stack.enter_context(AdbcConnection(database)))
         for connection in all_:
-            execute(connection, f"SET lock_timeout = '{LOCK_S}s'")
             execute(connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            execute(connection, f"SET LOCAL lock_timeout = '{LOCK_S}s'")
             execute(connection, f"SET TRANSACTION SNAPSHOT '{seen}'")
             free.put(connection)
         pool = ThreadPoolExecutor(THREADS)

@@ -101,23 +101,22 @@ def job_summary(db: Connection, job: Row[Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_newest_samples() -> sa.FromClause:
+    """Each worker with its newest sample, found at the end of its part of the primary key: others are not read."""
+    each = worker_samples.alias()
+    newest = sa.select(sa.func.max(each.c.at)).where(each.c.worker_id == workers.c.id).scalar_subquery()
+    is_newest = sa.and_(worker_samples.c.worker_id == workers.c.id, worker_samples.c.at == newest)
+    return workers.outerjoin(worker_samples, is_newest)
+
+
 def list_workers(db: Engine, alive_s: float) -> list[dict[str, Any]]:
     """Workers with a heartbeat within ``alive_s`` that have not said goodbye, with their latest sample."""
-    latest = (
-        sa.select(worker_samples.c.worker_id, sa.func.max(worker_samples.c.at).label("at"))
-        .group_by(worker_samples.c.worker_id)
-        .subquery()
-    )
     query = (
         sa.select(
             workers, (epoch() - workers.c.heartbeat_at).label("age_s"), worker_samples.c.output_tps,
             worker_samples.c.active_sequences, worker_samples.c.memory_bytes, worker_samples.c.cpu_ratio,
         )
-        .outerjoin(latest, latest.c.worker_id == workers.c.id)
-        .outerjoin(
-            worker_samples,
-            sa.and_(worker_samples.c.worker_id == latest.c.worker_id, worker_samples.c.at == latest.c.at),
-        )
+        .select_from(with_newest_samples())
         .where(workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - alive_s)
         .order_by(workers.c.id)
     )  # fmt: skip

@@ -20,7 +20,9 @@ from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from promptmill import counting
 from promptmill.errors import DatabaseError
+from promptmill.registry import suggestion
 from promptmill.resources import resource_dir
 
 #: Milliseconds that a writer of SQLite waits for another one.
@@ -31,6 +33,11 @@ SQLITE_UNUSABLE = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
+
+#: What may follow the ``?`` in the URL of a SQLite file: arguments of the driver, and of SQLite's own URIs.
+SQLITE_OPTIONS = frozenset({
+    "timeout", "check_same_thread", "cached_statements", "uri", "mode", "cache", "vfs", "immutable", "nolock", "psow",
+})  # fmt: skip
 
 #: Seconds that a statement waits for another transaction's lock on PostgreSQL. Whoever held it longer is stuck.
 LOCK_S = 30
@@ -56,6 +63,12 @@ REFUSALS = {
     "53300": ("the database has no connection left", "End other programs that use it, or raise its max_connections."),
     "57014": ("the database ended a statement", "Try again. If its statement_timeout ended it, raise that."),
 }
+
+#: What servers, and poolers before them, say in place of a SQLSTATE to somebody for whom they have no connection.
+FULL = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
+
+#: SQLSTATEs of a table or a column that is not there.
+UNDEFINED = ("42P01", "42703")
 
 #: Beginnings of SQLSTATEs that say that the connection is gone: its own errors, and a server that stops.
 AWAY = ("08", "57P")
@@ -86,8 +99,12 @@ def _epoch_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
-def connect(url: str) -> Engine:
+def connect(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
     """An engine for ``url``. Makes the folder of a SQLite file; opens no connection yet.
+
+    ``connections``: the most that are open at one time; None: 4, and 16 more while they are needed. ``idle_s``:
+    PostgreSQL ends a transaction in which nothing has happened for so long: a worker that is suspended in the middle of
+    one would keep its locks, and others from taking its chunks back.
 
     Its errors name statements without their parameters: prompts and answers are among these.
 
@@ -101,7 +118,7 @@ def connect(url: str) -> Engine:
             hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
         ) from problem
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return _postgresql(parsed)
+        return _postgresql(parsed, connections, idle_s)
     if parsed.get_backend_name() == "sqlite":
         return _sqlite(parsed)
     raise DatabaseError(
@@ -110,16 +127,87 @@ def connect(url: str) -> Engine:
     )
 
 
-def _postgresql(url: sa.URL) -> Engine:
+def _postgresql(url: sa.URL, connections: int | None, idle_s: float | None) -> Engine:
+    url, never_prepare = _options_of(url)
     # What the URL says itself stays.
     connect_args = {name: value for name, value in CONNECTION.items() if name not in url.query}
+    pool = (
+        {"pool_size": 4, "max_overflow": 16} if connections is None else {"pool_size": connections, "max_overflow": 0}
+    )
+    # The driver begins no transaction: `begin` does, together with what holds for the transaction.
     engine = sa.create_engine(
-        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=4, max_overflow=16,
-        connect_args=connect_args, hide_parameters=True,
+        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **pool, connect_args=connect_args,
+        hide_parameters=True, isolation_level="AUTOCOMMIT",
     )  # fmt: skip
-    sa.event.listen(engine, "connect", _prepare_postgresql)
-    sa.event.listen(engine, "handle_error", _leave_read_only)
+    settings = [_set_unless_set("lock_timeout", LOCK_S)]
+    if idle_s is not None:
+        settings.append(f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * idle_s)}")
+
+    def begin(connection: Connection) -> None:
+        asked = connection.get_execution_options()
+        if asked.get("isolation_level") != "AUTOCOMMIT":
+            how = "BEGIN ISOLATION LEVEL REPEATABLE READ" if asked.get("promptmill_reading") else "BEGIN"
+            # One way to the server and back. Nothing is set for longer than the transaction: behind a pooler the next
+            # one may have another server.
+            _begin_postgresql(connection, "; ".join([how, *settings]))
+
+    def look(connection: Any, record: Any) -> None:
+        if never_prepare or _is_pooled(connection):
+            connection.prepare_threshold = None
+
+    sa.event.listen(engine, "connect", look)
+    sa.event.listen(engine, "begin", begin)
+    sa.event.listen(engine, "handle_error", _leave_unusable)
     return engine
+
+
+def _begin_postgresql(connection: Connection, statements: str) -> None:
+    driver: Any = connection.connection.driver_connection
+    try:
+        # Several statements cannot be prepared.
+        driver.execute(statements, prepare=False)
+    except Exception:
+        # Past SQLAlchemy, which would find out by itself that the connection is gone.
+        connection.invalidate()
+        raise
+
+
+def _set_unless_set(name: str, seconds: int) -> str:
+    """A setting for this transaction, where the database or the role has none of its own."""
+    return f"SELECT set_config('{name}', '{seconds}s', true) WHERE current_setting('{name}') = '0'"
+
+
+def _is_pooled(connection: Any) -> bool:
+    """Whether a pooler is between us and the server: then it is not the server's process that said its number.
+
+    What is prepared on one of a pooler's servers is unknown on the next one.
+    """
+    found = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone()
+    return bool(found[0] != connection.info.backend_pid)
+
+
+def _options_of(url: sa.URL) -> tuple[sa.URL, bool]:
+    """The URL without what is ours, and whether it asks that nothing is prepared (``prepare_threshold=0``).
+
+    Raises :class:`DatabaseError` for options that PostgreSQL's library does not know.
+    """
+    from psycopg import pq
+
+    asked = url.query.get("prepare_threshold", "5")
+    if asked not in ("0", "5"):
+        raise DatabaseError(
+            "JOBS_DATABASE_URL: prepare_threshold is 0 (nothing is prepared, for poolers) or left out",
+            hint="A pooler such as pgbouncer is noticed by itself.",
+        )
+    url = url.difference_update_query(["prepare_threshold"])
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    for name in url.query:
+        if name not in known:
+            raise DatabaseError(
+                f"JOBS_DATABASE_URL: PostgreSQL has no connection option '{name}'",
+                hint=suggestion(name, [*known, "prepare_threshold"]),
+            )
+    return url, asked == "0"
 
 
 def libpq_address(db: Connection) -> str:
@@ -135,42 +223,24 @@ def libpq_address(db: Connection) -> str:
     return conninfo.make_conninfo(**(given | there))
 
 
-def _leave_read_only(context: Any) -> None:
-    """A connection that was opened while the server was read-only stays so: it is not to be used again."""
-    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+def _leave_unusable(context: Any) -> None:
+    """Connections that are not to be used again: those opened while the server was read-only stay so."""
+    problem = context.original_exception
+    if getattr(problem, "sqlstate", None) == READ_ONLY or _is_out_of_step(problem):
         context.is_disconnect = True
 
 
-def _prepare_postgresql(connection: Any, record: Any) -> None:
-    # By a statement: connection poolers refuse it as a parameter of the connection.
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('lock_timeout', %s, false) WHERE current_setting('lock_timeout') = '0'", (f"{LOCK_S}s",)
-        )
-    connection.commit()
-
-
-def end_idle_transactions(engine: Engine, seconds: float) -> None:
-    """Let PostgreSQL end a transaction of ``engine`` in which nothing has happened for so long.
-
-    A worker that is suspended in the middle of one would keep its locks, and others from taking its chunks back.
-    """
-    if engine.dialect.name != "postgresql":
-        return
-
-    def limit(connection: Any, record: Any) -> None:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT set_config('idle_in_transaction_session_timeout', %s, false)", (f"{round(1000 * seconds)}ms",)
-            )
-        connection.commit()
-
-    sa.event.listen(engine, "connect", limit)
-    # Connections from before know nothing of it.
-    engine.dispose()
+def _is_out_of_step(problem: Any) -> bool:
+    """Whether the driver got other answers than it asked for: a pooler adds its own to that of a server it lost."""
+    return type(problem).__name__ == "InternalError" and getattr(problem, "sqlstate", "") is None
 
 
 def _sqlite(url: sa.URL) -> Engine:
+    for name in url.query:
+        if name not in SQLITE_OPTIONS:
+            raise DatabaseError(
+                f"JOBS_DATABASE_URL: SQLite has no option '{name}'", hint="Write sqlite:///path/to/file."
+            )
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         path = Path(url.database).expanduser()
         _keep_private(path)
@@ -229,8 +299,6 @@ def _begin_sqlite(connection: Connection) -> None:
 def reading(engine: Engine) -> Iterator[Connection]:
     """A connection for reading one consistent state."""
     with connecting(engine), engine.connect().execution_options(promptmill_reading=True) as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execution_options(isolation_level="REPEATABLE READ")
         yield connection
 
 
@@ -262,9 +330,16 @@ COMMITS = CommitTimes()
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A transaction: committed at the end, rolled back by an exception. How long the commit took is in COMMITS."""
+    """A transaction: committed at the end, rolled back by an exception. How long the commit took is in COMMITS.
+
+    What it counted for ``/metrics`` is stored last: whoever waits for that waits for a commit and nothing else.
+    """
     with connecting(engine), engine.connect() as connection, connection.begin() as transaction:
-        yield connection
+        try:
+            yield connection
+            counting.store(connection)
+        finally:
+            counting.discard(connection)
         started = time.perf_counter()
         transaction.commit()
         COMMITS.add(time.perf_counter() - started)
@@ -283,7 +358,13 @@ def connecting(engine: Engine) -> Iterator[None]:
 
 def _refusal(problem: Exception) -> DatabaseError | None:
     # COPY goes past SQLAlchemy, which would wrap its errors.
-    state = getattr(getattr(problem, "orig", problem), "sqlstate", None)
+    cause = getattr(problem, "orig", problem)
+    state = getattr(cause, "sqlstate", None)
+    if state is None and any(each in str(cause) for each in FULL):
+        state = "53300"
+    if state in UNDEFINED or (isinstance(cause, sqlite3.OperationalError) and str(cause).startswith("no such ")):
+        hint = "'promptmill db upgrade' brings it up to date, or says what is missing."
+        return DatabaseError(f"the database lacks what this version needs: {_first_line(problem)}", hint=hint)
     if state not in REFUSALS:
         return None
     what, hint = REFUSALS[state]
@@ -306,6 +387,8 @@ def _is_away(engine: Engine, problem: Exception) -> bool:
         # An error of a statement has the statement; one of connecting has none.
         return True
     cause = getattr(problem, "orig", problem)
+    if _is_out_of_step(cause):
+        return True
     state = getattr(cause, "sqlstate", None)
     is_away = state.startswith(AWAY) if state else cause is problem
     return is_away and isinstance(cause, engine.dialect.loaded_dbapi.OperationalError)
@@ -390,7 +473,10 @@ def current_revision(engine: Engine) -> str | None:
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the database to :func:`head_revision`, in one transaction."""
+    """Bring the database to :func:`head_revision`, in one transaction.
+
+    Raises :class:`DatabaseError` for one that lacks something then; it stays as it was.
+    """
     from alembic import command
 
     config = _alembic_config()
@@ -401,15 +487,42 @@ def upgrade(engine: Engine) -> None:
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('promptmill.migrations'))"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        _require_schema(connection)
 
 
-def open_database(url: str) -> Engine:
-    """An engine at the right revision.
+def _require_schema(connection: Connection) -> None:
+    """Raise DatabaseError where the revision says more than the tables hold: a number proves nothing."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    from promptmill.tables import metadata
+
+    lacking: list[str] = []
+    for difference in compare_metadata(MigrationContext.configure(connection), metadata):
+        match difference:
+            case ("add_table", table):
+                lacking.append(f"table {table.name}")
+            case ("add_column", _, table, column):
+                lacking.append(f"column {table}.{column.name}")
+            case ("add_index", index):
+                lacking.append(f"index {index.name}")
+            case ("add_constraint" | "add_fk", constraint):
+                lacking.append(f"constraint {constraint.name} of {constraint.table.name}")
+    if lacking:
+        revision = MigrationContext.configure(connection).get_current_revision()
+        raise DatabaseError(
+            f"the database says that it is at revision {revision}, and lacks: {', '.join(sorted(lacking))}",
+            hint="Another version made it, or somebody changed it. Restore a backup, or start with a new database.",
+        )
+
+
+def open_database(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
+    """An engine at the right revision, as :func:`connect` makes it.
 
     SQLite is migrated by itself; PostgreSQL must have been, by ``promptmill db upgrade``.
     Raises :class:`DatabaseError` when the database is unreachable or at another revision.
     """
-    engine = connect(url)
+    engine = connect(url, connections=connections, idle_s=idle_s)
     try:
         _require_revision(engine)
     except BaseException:

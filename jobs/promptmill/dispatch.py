@@ -9,7 +9,6 @@ import sqlalchemy as sa
 
 from promptmill.broker import Broker
 from promptmill.database import epoch, reading
-from promptmill.forgetting import forget_overdue
 from promptmill.ledger import Ledger
 from promptmill.ledger.values import OPEN_STATES
 from promptmill.tables import chunks, jobs, workers
@@ -59,7 +58,6 @@ class Dispatcher:
         lost = self._ledger.requeue_expired()
         self._ledger.complete_jobs()
         self._ledger.expire_overdue()
-        forget_overdue(self._ledger.db)
         published = 0
         open_jobs = self._ledger.open_jobs("queue")
         self._forget_lost_messages({job.model for job in open_jobs})

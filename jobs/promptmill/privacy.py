@@ -23,8 +23,8 @@ ENDED = [state.value for state in JobState if state.is_final]
 #: Seconds after the end of a job of the queue that its texts can still be fetched.
 FETCH_S = 3600.0
 
-#: Rows changed in one transaction.
-BATCH_ROWS = 10_000
+#: Rows changed in one transaction: a fraction of a second on SQLite, where all who write wait for it.
+BATCH_ROWS = 2_000
 
 #: Beginning of the input of a row that is done: no line of a dataset becomes such an input, whatever it holds.
 _DONE_INPUT = '{"hashed": true, '
@@ -112,10 +112,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def overdue(db: Engine) -> list[tuple[str, str]]:
-    """Jobs of the queue that ended FETCH_S ago and asked for it, or are half-way, each with what is to be done."""
-    query = sa.select(jobs.c.id, jobs.c.store).where(
+def overdue(db: Engine) -> list[tuple[str, str, float]]:
+    """Jobs of the queue that ended FETCH_S ago and asked for it, or are half-way: ids, what is to be done, lateness.
+
+    The last is the seconds that have passed since it was to be done.
+    """
+    late_s = epoch() - jobs.c.finished_at - FETCH_S
+    query = sa.select(jobs.c.id, jobs.c.store, late_s).where(
         jobs.c.store.in_(LEFT_TO_DO), jobs.c.state.in_(ENDED), jobs.c.finished_at < epoch() - FETCH_S
     )
     with reading(db) as connection:
-        return [(job_id, LEFT_TO_DO[store]) for job_id, store in connection.execute(query)]
+        return [(job_id, LEFT_TO_DO[store], late) for job_id, store, late in connection.execute(query)]

@@ -108,6 +108,14 @@ def keep_scores(db: Engine, job: sa.Row[Any]) -> None:
         _remove_run(db, run.id)
 
 
+def is_scored(db: Engine, job: sa.Row[Any]) -> bool:
+    """Whether no score of the job's own task is left to be kept. Runs no scorer, and looks at no file of one."""
+    if job.task_text is None or job.store in WITHOUT_TEXTS:
+        return True
+    task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
+    return not task.scores or bool(_kept(db, job.id, task))
+
+
 #: A finished run over the answers that a job has: a retry ends the job anew, and gives it others.
 _SINCE = sa.and_(
     score_runs.c.job_id == jobs.c.id, score_runs.c.figures.is_not(None),

@@ -296,16 +296,22 @@ def _error_class(name: str | None) -> ErrorClass | None:
 def reconcile(settings: Settings, db: Engine) -> tuple[int, int]:
     """Take back chunks without a live lease and publish what has no message; returns how many of each.
 
-    Every worker does this all the time; it helps where none is alive, or where one wants to see it done.
+    Every worker does this all the time; it helps where none is alive, or where one wants to see it done. Scores of
+    texts that are to go are kept here, which workers do not do.
     """
     from promptmill.broker import Broker
     from promptmill.dispatch import Dispatcher
+    from promptmill.housekeeping import Housekeeping
 
     ledger = ledger_of(db, settings)
     taken_back = 0
     while expired := ledger.requeue_expired():
         taken_back += len(expired)
-    return taken_back, Dispatcher(ledger, Broker(settings.redis_url)).reconcile()
+    published = Dispatcher(ledger, Broker(settings.redis_url)).reconcile()
+    house = Housekeeping(db, settings.samples_days, scoring=True)
+    while house.step():
+        pass
+    return taken_back, published
 
 
 def cancel(reference: str, settings: Settings, db: Engine) -> tuple[str, bool]:

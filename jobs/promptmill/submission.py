@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 from ulid import ULID
 
+from promptmill.counting import Counts, counting
 from promptmill.database import copy_rows, epoch, lock_name, refresh_statistics, writing
 from promptmill.errors import BadLines, DatabaseError, DatasetError, JobExists, PromptmillError, QueueFull
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
@@ -31,7 +32,7 @@ from promptmill.sampling import refuse_repeats
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
-from promptmill.types import ChunkState, DatasetLine, ErrorClass, JobState, SamplingParams
+from promptmill.types import ChunkState, DatasetLine, ErrorClass, Failed, JobState, SamplingParams
 
 #: Rows of one INSERT or COPY: large enough to be cheap, small enough to keep memory flat.
 BATCH_ROWS = 5_000
@@ -204,7 +205,8 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         now = connection.execute(sa.select(epoch())).scalar()
         assert now is not None
         connection.execute(sa.insert(jobs).values(id=job_id, submitted_at=now, **job_columns(dataset, order)))
-        rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now)
+        invalid = counting(connection, order.model)
+        rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now, invalid)
         refuse_bad(dataset, preparer.tally, order.skip_invalid, rows)
         key = _key(dataset, order)
         if order.if_exists != "new":
@@ -344,7 +346,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], now: float) -> int:
+def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], now: float, invalid: Counts) -> int:
     stored = 0
     while batch := list(islice(rows, BATCH_ROWS)):
         values = [
@@ -354,6 +356,7 @@ def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], no
         copy_rows(db, requests, REQUEST_COLUMNS, values)
         failed = [(stored + index, row.error) for index, row in enumerate(batch) if row.error]
         copy_rows(db, results, RESULT_COLUMNS, [_invalid_result(job_id, row, *error, now) for row, error in failed])
+        invalid.results([Failed(row, *error) for row, error in failed], enqueued_at=None)
         stored += len(batch)
     return stored
 

@@ -86,6 +86,8 @@ jobs = Table(
     # What is kept of prompts and answers once the job has ended: 'full', 'hash' or 'none'.
     # While they go it is 'hashing' or 'removing', and then 'hashed' or 'removed'.
     Column("store", String(8), nullable=False, server_default="full"),
+    # Until then one process scores and forgets the job's texts, and no other one does.
+    Column("forgetting_until", Double),
     Column("env", Text, nullable=False),
     Column("submitted_at", Double, nullable=False),
     Column("started_at", Double),
@@ -186,6 +188,7 @@ attempts = Table(
     Column("live_requests", Integer),
     PrimaryKeyConstraint("job_id", "number", "attempt"),
     ForeignKeyConstraint(["job_id", "number"], ["chunks.job_id", "chunks.number"], ondelete="CASCADE"),
+    Index("ix_attempts_worker_id", "worker_id"),
 )
 
 results = Table(
@@ -316,6 +319,19 @@ worker_samples = Table(
     # 'loading', 'idle' or 'busy': the phase of the worker.
     Column("state", String(16)),
     PrimaryKeyConstraint("worker_id", "at"),
+    Index("ix_worker_samples_at", "at"),
+)
+
+# What /metrics counts: it only grows. Each worker has rows of its own, so that none waits for another one.
+counters = Table(
+    "counters",
+    metadata,
+    # '' for what no worker did, and for workers that ended long ago.
+    Column("worker_id", String(64), nullable=False),
+    Column("model", Text, nullable=False),
+    # JSON of promptmill.counting.Counts.
+    Column("counts", Text, nullable=False),
+    PrimaryKeyConstraint("worker_id", "model"),
 )
 
 score_runs = Table(

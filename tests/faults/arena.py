@@ -308,6 +308,14 @@ class Arena:
         until(lambda: self.state in ENDED, "the job ends", seconds)
         return self.state
 
+    def change(self, *statements: str) -> None:
+        """Run these in the job's database, as one transaction."""
+        url = sa.make_url(self._postgres.get_uri()).set(database=self._name, drivername="postgresql+psycopg")
+        engine = sa.create_engine(url, poolclass=sa.NullPool)
+        with engine.begin() as connection:
+            for each in statements:
+                connection.exec_driver_sql(each)
+
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         url = sa.make_url(self.environment["JOBS_DATABASE_URL"])
         if url.get_backend_name() == "postgresql":

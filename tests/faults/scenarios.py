@@ -10,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import sqlalchemy as sa
 
 from promptmill.broker import Broker
 from promptmill.types import ChunkId
+from promptmill_workers.host import FOLDER_PREFIX
 from tests.faults.arena import (
     ENDED,
     ENDING_S,
@@ -38,6 +40,7 @@ from tests.faults.arena import (
     until,
 )
 from tests.faults.proxy import TROUBLES, Proxy
+from tests.poolers import Pooler, pgbouncer
 
 Scenario = Callable[[Arena, random.Random], None]
 
@@ -605,6 +608,118 @@ def submission_killed(arena: Arena, rng: random.Random) -> None:
     _end(arena)
 
 
+#: Programs that run in a pid namespace of their own.
+ELSEWHERE = ("unshare", "--pid", "--fork", "--mount-proc")
+
+
+def other_namespace(arena: Arena, rng: random.Random) -> None:
+    """A worker of another container that shares the temporary folder starts beside live hosts, again and again."""
+    if shutil.which(ELSEWHERE[0]) is None or subprocess.run([*ELSEWHERE, "true"], check=False).returncode != 0:
+        raise Skipped("no permission to make a pid namespace")
+    _begin(arena, rng, rows=320, latest=0.3)
+    ours = {each.pid for each in arena.consumers()}
+    hosts = {each.pid for each in arena.hosts()}
+    folders = [each for pid in ours for each in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}{pid}-*")]
+    if len(folders) != len(ours):
+        raise Violation(f"missed: {len(ours)} workers have {len(folders)} folders of sockets")
+    arena.start_workers(1, wait=False, prefix=ELSEWHERE, runtime="elsewhere")
+    until(lambda: arena.alive() >= len(ours) + 1, "the other one is alive too", 60)
+    if gone := [each.name for each in folders if not each.is_dir()]:
+        raise Violation(f"folders of live hosts were removed: {gone}")
+    _end(arena)
+    if hosts - {each.pid for each in arena.hosts()}:
+        raise Violation("a host was lost")
+    _require_undisturbed(arena)
+
+
+def _require_undisturbed(arena: Arena) -> None:
+    if lost := arena.rows("SELECT number, attempt, outcome FROM attempts WHERE outcome <> 'done'"):
+        raise Violation(f"attempts were given up: {lost}")
+
+
+#: Rows of the job that is forgotten; its id, which sorts before all others; and its task.
+FORGOTTEN_ROWS = 60_000
+FORGOTTEN = "00000000000000000000000000"
+SCORED_TASK = """
+task: words
+prompt: {user: "{{ input.prompt }}"}
+output:
+  schema: {type: object, required: [is_ad], properties: {is_ad: {type: boolean}}}
+scores: [{exact: is_ad}]
+"""
+
+#: Leases after the death of a worker by which its chunks are taken back, on a busy machine: 1.2 on an idle one.
+TAKEOVER_LEASES = 2.0
+
+
+def forgetting_beside_recovery(arena: Arena, rng: random.Random) -> None:
+    """A worker dies while the texts of a large job wait to be scored and forgotten, and while that is done."""
+    _begin(arena, rng, rows=1600, latest=0.12)
+    _add_forgotten(arena)
+    with ThreadPoolExecutor(1) as threads:
+        # As a person or the API does it; workers do not.
+        forgetting = threads.submit(arena, "reconcile", timeout=UNDISTURBED_S) if rng.random() < 0.5 else None
+        time.sleep(rng.uniform(0.5, 2))
+        caught = _catch(arena, rng, arena.consumers)
+        if caught is None:
+            raise Missed("missed: no worker held a lease")
+        caught[0].kill()
+        killed = time.monotonic()
+        until(lambda: None not in arena.outcomes(caught[1]), "the chunks are taken back", 60)
+        took_s = time.monotonic() - killed
+        if took_s > TAKEOVER_LEASES * LEASE_S:
+            raise Violation(f"the chunks of a dead worker were taken back after {took_s:.1f} s")
+        if forgetting is not None:
+            forgetting.result()
+            _require_forgotten(arena)
+    arena("rm", FORGOTTEN, "--yes")
+    _end(arena, lossy=True)
+
+
+def _add_forgotten(arena: Arena) -> None:
+    """A scored job of the queue that ended more than an hour ago and is to keep no texts."""
+    series = f"generate_series(0, {FORGOTTEN_ROWS - 1}) AS s(n)"
+    arena.change(
+        "INSERT INTO jobs (id, state, mode, store, dataset_name, dataset_sha256, dataset_format, model, task_name, "
+        'task_text, task_sha256, sampling, priority, "rows", env, submitted_at, finished_at) VALUES '
+        f"('{FORGOTTEN}', 'completed', 'queue', 'none', 'd', '0', 'jsonl', 'echo', 'words', '{SCORED_TASK}', '0', "
+        f"'{{}}', 5, {FORGOTTEN_ROWS}, '{{}}', 1.0, extract(epoch FROM now()) - 4000)",
+        'INSERT INTO requests (job_id, "row", custom_id, input, expected) SELECT '
+        f"'{FORGOTTEN}', n, 'r' || n, '{{\"prompt\": \"secret\"}}', '{{\"is_ad\": true}}' FROM {series}",
+        'INSERT INTO results (job_id, "row", state, text, finish_reason, prompt_tokens, cached_tokens, output_tokens, '
+        "committed_at, attempt) SELECT "
+        f"'{FORGOTTEN}', n, 'ok', '{{\"is_ad\": true}}', 'stop', 1, 0, 1, 1.0, 1 FROM {series}",
+    )
+
+
+def _require_forgotten(arena: Arena) -> None:
+    [(texts, scored)] = arena.rows(
+        f"SELECT (SELECT count(*) FROM requests WHERE job_id = '{FORGOTTEN}' AND input IS NOT NULL), "
+        f"(SELECT count(*) FROM scores s JOIN score_runs r ON r.id = s.score_run_id WHERE r.job_id = '{FORGOTTEN}')"
+    )
+    if (texts, scored) != (0, FORGOTTEN_ROWS):
+        raise Violation(f"{texts} texts are left, {scored} rows are scored")
+
+
+def behind_pgbouncer(arena: Arena, rng: random.Random) -> None:
+    """Four workers behind pgbouncer in transaction mode, with fewer servers than connections; then these are cut."""
+    if pgbouncer() is None:
+        raise Skipped("pgbouncer is not installed")
+    arena.fresh()
+    direct = arena.environment
+    with Pooler(direct["JOBS_DATABASE_URL"]) as pooler:
+        arena.environment = direct | {"JOBS_DATABASE_URL": pooler.url}
+        arena.start_workers(4)
+        arena.submit(640)
+        # What looks on does so past the pooler.
+        arena.environment = direct
+        arena.wait_for_results(rng.randint(60, 400))
+        _require_undisturbed(arena)
+        arena.cut_connections()
+        _end(arena, lossy=True)
+        arena.stop_workers()
+
+
 def _env(arena: Arena) -> dict[str, str]:
     return dict(os.environ) | arena.environment
 
@@ -617,4 +732,5 @@ SCENARIOS: dict[int, Scenario] = {
     19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
     23: embedded_run, 24: log_disk_full, 25: postgres_read_only,
     26: postgres_away,
+    30: other_namespace, 31: forgetting_beside_recovery, 32: behind_pgbouncer,
 }  # fmt: skip

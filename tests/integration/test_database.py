@@ -12,14 +12,13 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from psycopg import OperationalError, errors
+from psycopg import InternalError, OperationalError, errors
 
 from promptmill.database import (
     connect,
     connecting,
     copy_rows,
     current_revision,
-    end_idle_transactions,
     head_revision,
     head_revision_fast,
     open_database,
@@ -205,8 +204,7 @@ def test_a_transaction_that_stands_still_gives_its_locks_back(database: sa.Engin
     """A worker suspended in the middle of one keeps nobody from its chunks; SQLite has no such transactions."""
     if database.dialect.name != "postgresql":
         pytest.skip("SQLite's writers hold no lock while nothing happens in them")
-    other = connect(migrated_url)
-    end_idle_transactions(other, 0.5)
+    other = connect(migrated_url, idle_s=0.5)
     add_job(database, 2, 2, state="running")
     started = time.monotonic()
     change = sa.update(chunks).values(failures=3)
@@ -280,6 +278,7 @@ def test_a_server_that_is_read_only_for_a_while_is_waited_for(postgres_url: str)
         (errors.QueryCanceled("canceling statement"), "ended a statement"),
         (errors.AdminShutdown("terminating connection"), "cannot use the database .*: terminating connection"),
         (OperationalError("consuming input failed"), "cannot use the database .*: consuming input failed"),
+        (InternalError("received 2 results from command 'COMMIT'"), "cannot use the database .*: received 2 results"),
     ],
 )
 def test_what_a_server_refuses_is_one_clear_sentence(problem: OperationalError, said: str) -> None:

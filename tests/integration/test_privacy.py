@@ -10,11 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill import privacy
+from promptmill.broker import Broker
+from promptmill.database import epoch
+from promptmill.dispatch import Dispatcher
 from promptmill.errors import JobError
-from promptmill.forgetting import forget, forget_overdue
+from promptmill.forgetting import UNSCORED_S, forget, forget_overdue
 from promptmill.judged_rows import judged_rows
 from promptmill.ledger import Ledger
-from promptmill.privacy import hashed, overdue, redact
+from promptmill.privacy import FETCH_S, hashed, overdue, redact
 from promptmill.reports.compare import compare
 from promptmill.reports.summary import summarise
 from promptmill.score_runs import unscored
@@ -148,7 +151,7 @@ def test_a_redaction_that_was_cut_off_goes_on_without_hashing_hashes(db: sa.Engi
 def test_a_job_that_goes_on_meanwhile_keeps_all_its_texts(db: sa.Engine, how: str) -> None:
     fill(db, store=how, state="failed")
     before = texts(db)
-    assert overdue(db) == [(JOB, how)]
+    assert [each[:2] for each in overdue(db)] == [(JOB, how)]
     with db.begin() as connection:
         connection.execute(sa.update(jobs).values(state="running"))
     assert not redact(db, JOB, how)
@@ -214,3 +217,44 @@ def test_jobs_of_the_queue_are_redacted_an_hour_after_their_end(db: sa.Engine) -
     assert forget_overdue(db) == []
     with db.connect() as connection:
         assert connection.execute(sa.select(results.c.text).where(results.c.job_id == "01FULL")).scalar() is not None
+
+
+def test_workers_forget_without_running_a_scorer(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a scorer ran on a worker")
+
+    monkeypatch.setattr("promptmill.forgetting.keep_scores", never)
+    fill(db, store="none")
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=epoch() - FETCH_S - 60))
+    # Somebody else is to keep its scores, for another hour.
+    assert forget_overdue(db, scoring=False) == []
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=epoch() - UNSCORED_S - 60))
+    assert forget_overdue(db, scoring=False) == [JOB]
+    assert SECRET not in str(texts(db))
+
+
+def test_workers_forget_at_once_what_is_scored(db: sa.Engine) -> None:
+    fill(db, store="hash")
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=epoch() - FETCH_S - 60))
+    keep_scores(JOB, db)
+    assert forget_overdue(db, scoring=False) == [JOB]
+
+
+def test_a_job_is_forgotten_by_one_process_at_a_time(db: sa.Engine) -> None:
+    fill(db, store="none")
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(forgetting_until=epoch() + 60))
+    assert forget_overdue(db) == []
+    with db.begin() as connection:
+        # Of one that died.
+        connection.execute(sa.update(jobs).values(forgetting_until=epoch() - 1))
+    assert forget_overdue(db) == [JOB]
+
+
+def test_recovery_scores_and_forgets_nothing(db: sa.Engine, redis_url: str) -> None:
+    fill(db, store="none")
+    Dispatcher(Ledger(db), Broker(redis_url)).reconcile()
+    assert SECRET in str(texts(db))

@@ -23,9 +23,10 @@ from celery.signals import worker_shutting_down
 from ulid import ULID
 
 from promptmill.broker import TASK_NAME, Broker, make_app, queue_name
-from promptmill.database import end_idle_transactions, open_database
+from promptmill.database import open_database
 from promptmill.dispatch import Dispatcher
 from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError
+from promptmill.housekeeping import ROUND_S, STEP_S, Housekeeping
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.silence import end_silent_connections
@@ -73,11 +74,10 @@ class Worker:
         device = Device(config.device, config.cores)
         self.app = make_app(settings.redis_url)
         self.broker = Broker(settings.redis_url, self.app)
-        db = open_database(settings.database_url)
-        end_idle_transactions(db, settings.lease_s / 2)
-        # By then others have the chunks of a worker that hears nothing.
-        end_silent_connections(db, 2 * settings.lease_s)
-        self.ledger = Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+        # A connection for all work, and one for signs of life: however long results wait for a lock, or for each other,
+        # leases are renewed.
+        self.ledger, alive = _ledger(settings), _ledger(settings)
+        self._house = Housekeeping(self.ledger.db, settings.samples_days, scoring=False)
         self.dispatcher = Dispatcher(self.ledger, self.broker)
         host = HostConfig.of(
             settings,
@@ -89,7 +89,7 @@ class Worker:
         )
         self.hosts = HostKeeper(host, self._host_changed)
         self.presence = Presence(
-            self.ledger, self.id, device, self.hosts, self.stop, self.broker.clock_offset_s, models=config.models
+            alive, self.id, device, self.hosts, self.stop, self.broker.clock_offset_s, models=config.models
         )
         self._ended = threading.Event()
         self._patiently = Patience(self.stop)
@@ -100,6 +100,7 @@ class Worker:
             self.stop,
             self._patiently,
             lambda model: self.dispatcher.is_served_elsewhere(model, self.id),
+            alive,
         )
         self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
         self._beat = Beat(self.id, settings.redis_url, self.hosts, self.presence.state)
@@ -112,6 +113,7 @@ class Worker:
             self.hosts.start()
             # A thread of its own: Redis and the database may each hang for a while, and no heartbeat is to wait for it.
             threading.Thread(target=self._reconcile_for_ever, daemon=True).start()
+            threading.Thread(target=self._keep_house_for_ever, daemon=True).start()
             self._beat.start()
             Control(self.id, self.config.models, self.settings.redis_url, self.hosts, self.stop).start()
             for lane in self._lanes:
@@ -189,6 +191,20 @@ class Worker:
             except Exception:
                 log.exception("reconciling failed, trying again in %g s", interval_s)
 
+    def _keep_house_for_ever(self) -> None:
+        """In a thread of its own: what dead workers held is looked for meanwhile."""
+        wait_s = ROUND_S
+        # Not all workers at the same moment.
+        while not self._ended.wait(wait_s * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
+            wait_s = ROUND_S
+            try:
+                if self._house.step():
+                    wait_s = STEP_S
+            except PASSING as problem:
+                log.warning("old rows stay for now: %s", first_line(problem))
+            except Exception:
+                log.exception("old rows could not be removed")
+
     def _host_changed(self, hosts: HostKeeper) -> None:
         self.presence.changed(hosts)
 
@@ -202,6 +218,14 @@ class Worker:
     def _abandon(self) -> None:
         self.stop.abandoning.set()
         self.hosts.stop_loading()
+
+
+def _ledger(settings: Settings) -> Ledger:
+    """Over one connection."""
+    db = open_database(settings.database_url, connections=1, idle_s=settings.lease_s / 2)
+    # By then others have the chunks of a worker that hears nothing.
+    end_silent_connections(db, 2 * settings.lease_s)
+    return Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
 
 
 def _register(app: Celery, worker: Worker) -> None:

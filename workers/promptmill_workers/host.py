@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -21,8 +22,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from promptmill import errors
 from promptmill.errors import ModelError, PromptmillError
 from promptmill.settings import Settings
@@ -40,6 +39,9 @@ log = logging.getLogger("promptmill.host")
 
 #: Folders of the hosts' sockets; the number of the parent follows.
 FOLDER_PREFIX = "promptmill-host-"
+
+#: The lock in such a folder.
+LOCK_NAME = "lock"
 
 #: Lines of the host's log that are kept for the message about its death.
 LAST_WORDS = 20
@@ -110,12 +112,36 @@ class HostConfig:
         )
 
 
+class SocketFolder:
+    """The folder of a host's socket. Its parent holds a lock in it: the kernel frees that, however the parent ends.
+
+    A process id would prove nothing: other containers that share the temporary folder have their own.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
+        new = self.path / f"{LOCK_NAME}.new"
+        self._lock = new.open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Nobody finds a lock that is not held yet.
+        new.rename(self.path / LOCK_NAME)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
 def _remove_leftovers() -> None:
-    """Folders of hosts whose parent was killed before it could tidy up."""
+    """Folders of hosts whose parent was killed before it could tidy up: nobody holds their locks.
+
+    One without a lock is just being made, or an older version's.
+    """
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        owner = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
         with contextlib.suppress(OSError):
-            if owner.isdecimal() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
+            if folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / LOCK_NAME).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -127,8 +153,8 @@ class EngineHost:
         self.info: EngineInfo | None = None
         self.load_s: float | None = None
         _remove_leftovers()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
-        self._address = str(self._folder / "host.sock")
+        self._folder = SocketFolder()
+        self._address = str(self._folder.path / "host.sock")
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._started = time.monotonic()
         self._ended_by_us = False
@@ -275,7 +301,7 @@ class EngineHost:
             with contextlib.suppress(OSError, ValueError):
                 if pipe is not None:
                     pipe.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 class Session:

@@ -20,8 +20,11 @@ log = logging.getLogger("promptmill.worker")
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 
-#: A restart, a cut connection, a lock that is not granted, a full disk: nothing of it is the statement's fault.
-PASSING = (sa.exc.OperationalError, sa.exc.InterfaceError, psycopg.OperationalError, DatabaseError)
+#: A restart, a cut connection, one that is in use for long, a lock that is not granted, a full disk: none of it is the
+#: statement's fault.
+PASSING = (
+    sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, psycopg.OperationalError, DatabaseError,
+)  # fmt: skip
 
 T = TypeVar("T")
 

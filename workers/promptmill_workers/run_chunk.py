@@ -70,9 +70,14 @@ class ChunkRunner:
         stop: Stop,
         patience: Patience,
         others_serve: Callable[[str], bool] = lambda model: False,
+        renewing: Ledger | None = None,
     ) -> None:
-        """``others_serve``: whether another worker has a model loaded, so that its jobs can do without this one."""
+        """``others_serve``: whether another worker has a model loaded, so that its jobs can do without this one.
+
+        ``renewing``: the same ledger over a connection of its own, so that no lease waits for results.
+        """
         self._ledger = ledger
+        self._renewing = renewing or ledger
         self._others_serve = others_serve
         self._hosts = hosts
         self._stop = stop
@@ -109,7 +114,7 @@ class ChunkRunner:
         try:
             with (
                 # Renewal begins first: loading a model or waiting for another one may take longer than a lease.
-                watching(ledger, lease, self._stop) as watched,
+                watching(self._renewing, lease, self._stop) as watched,
                 hosts.session(
                     lease.model, lease.context_tokens, alone=ledger.is_suspect(lease), unwanted=watched.unwanted
                 ) as session,

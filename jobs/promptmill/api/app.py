@@ -78,6 +78,7 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     app.state.services = parts
     app.state.timings = timings
     app.state.scores = {}
+    app.state.scraping = asyncio.Lock()
     errors.install(app, pages.error_page)
     for module in (chat, files, batches, jobs, models, system, exposition, pages):
         app.include_router(module.router)

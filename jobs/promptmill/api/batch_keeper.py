@@ -33,6 +33,7 @@ from promptmill.catalog import FETCH_ROWS
 from promptmill.database import open_database, reading, writing
 from promptmill.dispatch import Dispatcher
 from promptmill.errors import BrokerError, DatabaseError, PromptmillError, TaskFileError
+from promptmill.housekeeping import Housekeeping
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
 from promptmill.preparing import gauge_of
@@ -91,6 +92,7 @@ class Keeper:
         #: Jobs whose scores were looked at: of some there is nothing to keep.
         self._scored: set[tuple[str, float]] = set()
         self.claims = Claims(db)
+        self.house = Housekeeping(db, settings.samples_days, scoring=True)
 
     def run(self, stopping: threading.Event) -> None:
         """Look after batches until told to stop."""
@@ -116,12 +118,13 @@ class Keeper:
                     stopping.wait(1.0)
 
     def _keep_scores(self) -> None:
-        """A score run of each job that ended and came with a task, batches among them."""
+        """A score run of each job that ended and came with a task, batches among them; then a step of the house."""
         try:
             for job in unscored(self.db, SCORED_WITHIN_S):
                 if (job.id, job.finished_at) not in self._scored:
                     self._score(job)
                     self._scored.add((job.id, job.finished_at))
+            self.house.step()
         except PASSING as problem:
             log.warning("scores wait: %s", str(problem).splitlines()[0][:200])
 

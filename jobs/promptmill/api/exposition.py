@@ -5,6 +5,8 @@ Counters come from what is stored, so that no worker that died takes any along. 
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -16,39 +18,29 @@ from fastapi import APIRouter, Request
 from sqlalchemy.engine import Connection
 from starlette.responses import Response
 
+from promptmill import counting
 from promptmill.api import documents
 from promptmill.api.keys import Principal
 from promptmill.api.middleware import BOUNDS_S, OVERHEAD_BOUNDS_S, Timings
 from promptmill.api.services import Parts, Reader, Services, in_thread
 from promptmill.broker import Broker
+from promptmill.catalog import with_newest_samples
+from promptmill.counting import BOUNDS, NOBODY, Counts
 from promptmill.database import COMMITS, CommitTimes, epoch, reading
 from promptmill.dispatch import ALIVE_S
 from promptmill.ledger.jobs import UNENDED
-from promptmill.tables import (
-    attempts,
-    batches,
-    chunks,
-    jobs,
-    results,
-    retries,
-    score_runs,
-    scores,
-    worker_samples,
-    workers,
-)
+from promptmill.tables import batches, chunks, jobs, score_runs, worker_samples, workers
 
 router = APIRouter(tags=["System"])
 
-#: Seconds that the sums over all rows are kept: a scrape every 15 s must not read a table of millions each time.
-KEPT_S = 10.0
+#: Seconds that an answer is kept: many scrapers ask the database no more than one does.
+KEPT_S = 1.0
+
+#: Seconds without a sign of life after which a worker is not shown.
+SHOWN_S = 86_400.0
 
 #: Keys whose scores are kept at one time.
 MOST_KEPT = 100
-
-#: Bucket bounds of the OpenTelemetry conventions for model servers, in seconds.
-LATENCY_BOUNDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-TPOT_BOUNDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-TOKEN_BOUNDS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 
 Labels = dict[str, Any]
 Sample = tuple[Labels, float]
@@ -59,7 +51,13 @@ def family(name: str, kind: str, help_text: str, samples: Iterable[Sample]) -> I
     yield f"# HELP {name} {help_text}"
     yield f"# TYPE {name} {kind}"
     for labels, value in samples:
-        yield f"{name}{_labels(labels)} {value:g}" if value != int(value) else f"{name}{_labels(labels)} {int(value)}"
+        yield f"{name}{_labels(labels)} {_number(value)}"
+
+
+def _number(value: float) -> str:
+    """Every digit: a time of today has ten before the point, and Prometheus reads doubles."""
+    number = float(value)
+    return str(int(number)) if number.is_integer() else repr(number)
 
 
 def _labels(labels: Labels) -> str:
@@ -83,7 +81,7 @@ def histogram(
         for bound, count in zip(bounds, counts, strict=True):
             yield f"{name}_bucket{_labels({label: value, 'le': f'{bound:g}'})} {int(count or 0)}"
         yield f"{name}_bucket{_labels({label: value, 'le': '+Inf'})} {int(total)}"
-        yield f"{name}_sum{_labels({label: value})} {float(summed or 0):.6f}"
+        yield f"{name}_sum{_labels({label: value})} {_number(summed or 0)}"
         yield f"{name}_count{_labels({label: value})} {int(total)}"
 
 
@@ -91,10 +89,14 @@ def histogram(
 async def metrics(request: Request, parts: Parts, principal: Reader) -> Response:
     """The text format of Prometheus. With keys, give the scraper one with the scope ``read``."""
     state = request.app.state
-    kept = getattr(state, "exposed", None)
-    if kept is None or time.monotonic() - kept[0] > KEPT_S:
-        state.exposed = kept = time.monotonic(), await in_thread(_from_rows, parts)
-    scored = await _kept_scores(state, parts, principal)
+    lock: asyncio.Lock = state.scraping
+    # One at a time: scrapes that were given up would go on, and each would make the next one slower.
+    async with lock:
+        kept = getattr(state, "exposed", None)
+        if kept is None or time.monotonic() - kept[0] > KEPT_S:
+            found = await in_thread(_from_rows, parts)
+            state.exposed = kept = time.monotonic(), found
+        scored = await _kept_scores(state, parts, principal)
     lines = [*kept[1], *scored, *_calls(state.timings), *_overhead(state.timings), *await _commits(parts), *family(
         "promptmill_live_requests", "gauge", "Requests whose clients wait for them.", [({}, parts.live.waiting)]
     )]  # fmt: skip
@@ -108,7 +110,8 @@ async def _kept_scores(state: Any, parts: Services, principal: Principal) -> lis
     if owner not in kept or time.monotonic() - kept[owner][0] > KEPT_S:
         if len(kept) >= MOST_KEPT:
             kept.clear()
-        kept[owner] = time.monotonic(), await in_thread(_scores, parts, principal)
+        found = await in_thread(_scores, parts, principal)
+        kept[owner] = time.monotonic(), found
     return kept[owner][1]
 
 
@@ -148,14 +151,14 @@ def _calls(timings: Timings) -> Iterator[str]:
         for bound in BOUNDS_S:
             yield f"{name}_bucket{_labels({'route': route, 'le': f'{bound:g}'})} {timings.buckets[route, bound]}"
         yield f"{name}_bucket{_labels({'route': route, 'le': '+Inf'})} {total}"
-        yield f"{name}_sum{_labels({'route': route})} {summed:.6f}"
+        yield f"{name}_sum{_labels({'route': route})} {_number(summed)}"
         yield f"{name}_count{_labels({'route': route})} {total}"
 
 
 def _from_rows(parts: Services) -> list[str]:
     with reading(parts.db) as db:
         return [
-            *_jobs(db), *_items(db), *_histograms(db), *_engines(db), *_workers(db), *_queues(db, parts),
+            *_jobs(db), *_counters(db), *_workers(db), *_queues(db, parts),
             *family("promptmill_build_info", "gauge", "This version.", [({"version": version("promptmill")}, 1)]),
         ]  # fmt: skip
 
@@ -169,104 +172,90 @@ def _jobs(db: Connection) -> Iterator[str]:
     yield from family("promptmill_jobs", "gauge", "Jobs by state.", _pairs(db, query, "state"))
 
 
-def _of_results(*columns: Any) -> Any:
-    return sa.select(*columns).select_from(results).join(jobs, jobs.c.id == results.c.job_id)
+#: Name in the exposition -> name of the sum, and what it says; each by model and worker.
+TOKENS = {
+    "prompt_tokens": ("prompt", "Prompt tokens of answers."),
+    "prompt_tokens_cached": ("cached", "Of these, not computed for the request."),
+    "output_tokens": ("output", "Tokens of answers."),
+    "reasoning_tokens": ("reasoning", "Of these, reasoning."),
+}
+
+#: The same of histograms by model.
+HISTOGRAMS = {
+    "item_queue_seconds": ("queue", "From the queue to a slot."),
+    "item_ttft_seconds": ("ttft", "From the slot to the first token."),
+    "item_tpot_seconds": ("tpot", "Per token after the first."),
+    "item_latency_seconds": ("latency", "From the slot to the last token."),
+    "item_output_tokens": ("output", "Tokens of an answer."),
+    "item_prompt_tokens": ("prompt", "Tokens of a prompt."),
+}
+
+#: Phase of an engine -> name of its seconds.
+PHASES = {"prefill": "prefill_s", "decode": "decode_s", "host": "overhead_s", "idle": "idle_s"}
 
 
-def _items(db: Connection) -> Iterator[str]:
-    by_state = _of_results(jobs.c.model, results.c.state, sa.func.count()).group_by(jobs.c.model, results.c.state)
-    yield from family("promptmill_items_total", "counter", "Results.", _pairs(db, by_state, "model", "status"))
-    errors = (
-        _of_results(jobs.c.model, results.c.error_class, sa.func.count())
-        .where(results.c.state == "error")
-        .group_by(jobs.c.model, results.c.error_class)
-    )
+def _counters(db: Connection) -> Iterator[str]:
+    """What was counted as it arose: a few rows, however many results there are."""
+    rows = list(counting.stored(db))
+    models: dict[str, Counts] = {}
+    engines: dict[str, Counts] = {}
+    for worker, model, counts in rows:
+        models.setdefault(model, Counts()).include(counts)
+        if worker != NOBODY:
+            engines.setdefault(worker, Counts()).include(counts)
+    yield from _items(models)
+    for name, (key, text) in TOKENS.items():
+        samples = [
+            ({"model": model, "worker": worker}, counts.part("tokens.").get(key, 0))
+            for worker, model, counts in rows
+            if worker != NOBODY
+        ]
+        yield from family(f"promptmill_{name}_total", "counter", text, samples)
+    for name, (key, text) in HISTOGRAMS.items():
+        found = [(model, *_cumulative(kept)) for model, each in models.items() if (kept := each.histograms.get(key))]
+        yield from histogram(f"promptmill_{name}", text, BOUNDS[key], found)
+    yield from _engines(engines)
+
+
+def _cumulative(kept: list[float]) -> tuple[float, ...]:
+    """Counts up to each bound, of all, and the sum."""
+    return (*accumulate(kept[:-1]), kept[-1])
+
+
+def _items(models: dict[str, Counts]) -> Iterator[str]:
+    def by(prefix: str, label: str) -> list[Sample]:
+        return [
+            ({"model": model, label: name}, value)
+            for model, counts in models.items()
+            for name, value in sorted(counts.part(prefix).items())
+        ]
+
+    def of(name: str) -> list[Sample]:
+        return [({"model": model}, value) for model, each in models.items() if (value := each.sums.get(name))]
+
+    yield from family("promptmill_items_total", "counter", "Results.", by("items.", "status"))
+    yield from family("promptmill_item_errors_total", "counter", "Errors by class.", by("errors.", "error_type"))
+    yield from family("promptmill_item_retries_total", "counter", "Errors tried again.", of("retries"))
     yield from family(
-        "promptmill_item_errors_total", "counter", "Errors by class.", _pairs(db, errors, "model", "error_type")
+        "promptmill_chunk_redeliveries_total", "counter", "Attempts on chunks that ended badly.", of("redeliveries")
     )
-    again = sa.select(jobs.c.model, sa.func.count()).join(retries, retries.c.job_id == jobs.c.id).group_by(jobs.c.model)
-    yield from family("promptmill_item_retries_total", "counter", "Errors tried again.", _pairs(db, again, "model"))
-    lost = (
-        sa.select(jobs.c.model, sa.func.count())
-        .join(attempts, attempts.c.job_id == jobs.c.id)
-        .where(attempts.c.outcome.in_(("failed", "lost")))
-        .group_by(jobs.c.model)
-    )
-    yield from family(
-        "promptmill_chunk_redeliveries_total", "counter", "Attempts on chunks that ended badly.",
-        _pairs(db, lost, "model"),
-    )  # fmt: skip
-    for name, column, text in (
-        ("prompt_tokens", results.c.prompt_tokens, "Prompt tokens of answers."),
-        ("prompt_tokens_cached", results.c.cached_tokens, "Of these, not computed for the request."),
-        ("output_tokens", results.c.output_tokens, "Tokens of answers."),
-        ("reasoning_tokens", results.c.reasoning_tokens, "Of these, reasoning."),
-    ):
-        query = (
-            _of_results(jobs.c.model, results.c.worker_id, sa.func.sum(column))
-            .where(results.c.deduplicated.is_(False))
-            .group_by(jobs.c.model, results.c.worker_id)
-        )
-        yield from family(f"promptmill_{name}_total", "counter", text, _pairs(db, query, "model", "worker"))
 
 
-def _histograms(db: Connection) -> Iterator[str]:
-    tokens, queued_s = results.c.output_tokens, results.c.admitted_at - results.c.enqueued_at
-    times: tuple[tuple[str, str, tuple[float, ...], Any], ...] = (
-        ("item_queue_seconds", "From the queue to a slot.", LATENCY_BOUNDS, queued_s),
-        ("item_ttft_seconds", "From the slot to the first token.", LATENCY_BOUNDS,
-         results.c.first_token_at - results.c.admitted_at),
-        ("item_tpot_seconds", "Per token after the first.", TPOT_BOUNDS,
-         sa.case((tokens > 1, (results.c.finished_at - results.c.first_token_at) / (tokens - 1)))),
-        ("item_latency_seconds", "From the slot to the last token.", LATENCY_BOUNDS,
-         results.c.finished_at - results.c.admitted_at),
-        ("item_output_tokens", "Tokens of an answer.", TOKEN_BOUNDS, tokens),
-        ("item_prompt_tokens", "Tokens of a prompt.", TOKEN_BOUNDS, results.c.prompt_tokens),
-    )  # fmt: skip
-    for name, text, bounds, value in times:
-        counts = [sa.func.sum(sa.case((value <= bound, 1), else_=0)) for bound in bounds]
-        query = (
-            _of_results(jobs.c.model, *counts, sa.func.count(value), sa.func.sum(value))
-            .where(results.c.state == "ok", results.c.deduplicated.is_(False))
-            .group_by(jobs.c.model)
-        )
-        yield from histogram(f"promptmill_{name}", text, bounds, db.execute(query))
+def _engines(engines: dict[str, Counts]) -> Iterator[str]:
+    def of(name: str, **labels: str) -> list[Sample]:
+        return [({"worker": worker} | labels, each.sums.get(f"engine.{name}", 0)) for worker, each in engines.items()]
 
-
-def _engines(db: Connection) -> Iterator[str]:
-    def summed(column: Any) -> Any:
-        return sa.select(attempts.c.worker_id, sa.func.sum(column)).group_by(attempts.c.worker_id)
-
-    steps = _pairs(db, summed(attempts.c.steps), "worker")
-    yield from family("promptmill_engine_steps_total", "counter", "Steps of the engine.", steps)
-    phases = {
-        "prefill": attempts.c.prefill_s, "decode": attempts.c.decode_s, "host": attempts.c.overhead_s,
-        "idle": attempts.c.idle_s,
-    }  # fmt: skip
-    spent = [
-        (labels | {"phase": phase}, value)
-        for phase, column in phases.items()
-        for labels, value in _pairs(db, summed(column), "worker")
-    ]
+    yield from family("promptmill_engine_steps_total", "counter", "Steps of the engine.", of("steps"))
+    spent = [each for phase, name in PHASES.items() for each in of(name, phase=phase)]
     yield from family("promptmill_engine_seconds_total", "counter", "Seconds of the engine by phase.", spent)
-    wasted = _pairs(db, summed(attempts.c.wasted_tokens), "worker")
-    yield from family("promptmill_wasted_tokens_total", "counter", "Tokens in no answer.", wasted)
+    yield from family("promptmill_wasted_tokens_total", "counter", "Tokens in no answer.", of("wasted_tokens"))
 
 
 def _workers(db: Connection) -> Iterator[str]:
-    latest = (
-        sa.select(worker_samples.c.worker_id, sa.func.max(worker_samples.c.at).label("at"))
-        .group_by(worker_samples.c.worker_id)
-        .subquery()
-    )
     query = (
         sa.select(workers, worker_samples)
-        .outerjoin(latest, latest.c.worker_id == workers.c.id)
-        .outerjoin(
-            worker_samples,
-            sa.and_(worker_samples.c.worker_id == latest.c.worker_id, worker_samples.c.at == latest.c.at),
-        )
-        .where(workers.c.heartbeat_at > epoch() - 86_400)
+        .select_from(with_newest_samples())
+        .where(workers.c.heartbeat_at > epoch() - SHOWN_S)
     )
     found = db.execute(query).mappings().all()
     now = float(db.execute(sa.select(epoch())).scalar() or 0)
@@ -306,26 +295,31 @@ def _scores(parts: Services, principal: Principal) -> list[str]:
     newest = (
         sa.select(sa.func.max(score_runs.c.id))
         .join(jobs, jobs.c.id == score_runs.c.job_id)
-        .where(named)
+        .where(named, score_runs.c.figures.is_not(None))
         .group_by(jobs.c.name)
     )
     query = (
-        sa.select(jobs.c.name, scores.c.metric, sa.func.avg(sa.func.coalesce(scores.c.value, 0.0)))
-        .join(score_runs, score_runs.c.id == scores.c.score_run_id)
+        sa.select(jobs.c.name, score_runs.c.figures)
         .join(jobs, jobs.c.id == score_runs.c.job_id)
-        .where(named, scores.c.outcome != "infra_error", score_runs.c.id.in_(newest))
-        .group_by(jobs.c.name, scores.c.metric)
+        .where(named, score_runs.c.id.in_(newest), score_runs.c.figures.is_not(None))
     )
     with reading(parts.db) as db:
-        found = _pairs(db, query, "task", "metric")
+        found = [
+            ({"task": task, "metric": metric}, figure["value"])
+            for task, figures in db.execute(query)
+            for metric, figure in json.loads(figures).items()
+            if figure["value"] is not None
+        ]
     return list(family("promptmill_score", "gauge", "Of the last scored job of each name.", found))
 
 
 def _queues(db: Connection, parts: Services) -> Iterator[str]:
     rows = chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved
     waiting = sa.and_(jobs.c.state.in_(UNENDED), jobs.c.mode == "queue")
+    # Of an ended chunk nothing waits, and there may be a million of them.
     joined = sa.select(jobs.c.model, sa.func.sum(rows)).join(chunks, chunks.c.job_id == jobs.c.id)
-    items = _pairs(db, joined.where(waiting).group_by(jobs.c.model), "queue")
+    left = joined.where(waiting, chunks.c.state.in_(("queued", "leased")))
+    items = _pairs(db, left.group_by(jobs.c.model), "queue")
     yield from family("promptmill_queue_items", "gauge", "Requests without a result.", items)
     age = sa.select(jobs.c.model, sa.func.max(epoch() - jobs.c.submitted_at)).where(waiting).group_by(jobs.c.model)
     oldest = _pairs(db, age, "queue")

@@ -112,6 +112,11 @@ def in_range(column: sa.Column[Any], lease: Lease) -> sa.ColumnElement[bool]:
     return column.between(lease.first_row, lease.first_row + lease.rows - 1)
 
 
+def model_of(db: Connection, job_id: str) -> str:
+    """The model of a job that is there."""
+    return str(db.execute(sa.select(jobs.c.model).where(jobs.c.id == job_id)).scalar_one())
+
+
 def counts_of(db: Connection, job_id: str) -> tuple[int, int]:
     """Answers and errors of a job so far."""
     ok, errors = db.execute(

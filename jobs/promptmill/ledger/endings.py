@@ -8,12 +8,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.counting import counting
 from promptmill.database import reading, writing
-from promptmill.ledger.base import DatabaseClock, counts_between, held_by, is_chunk, log, storable
+from promptmill.ledger.base import DatabaseClock, counts_between, held_by, is_chunk, log, model_of, storable
 from promptmill.ledger.results import Results, generated, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
 from promptmill.tables import attempts, chunks, jobs, results, retries
-from promptmill.types import ChunkId, ChunkState, EngineCounters, ErrorClass, JobState, Lease, Ok, Result
+from promptmill.types import ChunkId, ChunkState, EngineCounters, ErrorClass, Failed, JobState, Lease, Ok, Result
 
 
 class Endings(Results):
@@ -134,10 +135,11 @@ class Endings(Results):
         # through says it all again.
         if ended.rowcount == 1:
             self._add_counters(db, lease, counters)
+            counting(db, lease.model, lease.worker_id).add("redeliveries", outcome == "failed")
 
     def _end_attempts_before(self, db: Connection, chunk: ChunkId, attempt: int) -> None:
         """A chunk taken back from a dead worker leaves an attempt that nobody closed."""
-        db.execute(
+        lost = db.execute(
             sa.update(attempts)
             .where(
                 attempts.c.job_id == chunk.job_id, attempts.c.number == chunk.number, attempts.c.attempt < attempt,
@@ -145,6 +147,7 @@ class Endings(Results):
             )
             .values(ended_at=self._now(), outcome="lost")
         )  # fmt: skip
+        counting(db, model_of(db, chunk.job_id)).add("redeliveries", lost.rowcount)
 
     def _requeue(self, db: Connection, chunk: ChunkId, error_class: ErrorClass, message: str) -> None:
         """Put a chunk whose attempt failed back, whole or in pieces. The caller holds its row."""
@@ -225,6 +228,8 @@ class Endings(Results):
             "error_message": message, "committed_at": self._now(), "attempt": attempt, "chunk": chunk.number,
         }  # fmt: skip
         db.execute(sa.insert(results).values(values))
+        given_up = Failed(row, error_class, message)
+        counting(db, model_of(db, chunk.job_id)).results([given_up], enqueued_at=None)
         db.execute(
             sa.update(chunks)
             .where(is_chunk(chunk))

@@ -9,8 +9,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.counting import counting
 from promptmill.database import reading, writing
-from promptmill.ledger.base import is_chunk
+from promptmill.ledger.base import is_chunk, model_of
 from promptmill.ledger.retrying import Retrying
 from promptmill.ledger.values import Standing
 from promptmill.tables import attempts, chunks, workers
@@ -155,11 +156,12 @@ class Recovery(Retrying):
     def abandon_leases(self, job_id: str) -> int:
         """Take back every lease of an embedded job whose process is gone, without waiting for them to run out."""
         with writing(self.db) as db:
-            db.execute(
+            lost = db.execute(
                 sa.update(attempts)
                 .where(attempts.c.job_id == job_id, attempts.c.ended_at.is_(None))
                 .values(ended_at=self._now(), outcome="lost")
             )
+            counting(db, model_of(db, job_id)).add("redeliveries", lost.rowcount)
             changed = db.execute(
                 sa.update(chunks)
                 .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.LEASED.value)

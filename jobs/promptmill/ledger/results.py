@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.counting import counting
 from promptmill.database import copy_rows, reading, writing
 from promptmill.errors import JobError
 from promptmill.ledger.base import held_by, in_range, log, storable
@@ -132,6 +133,9 @@ class Results(Jobs):
         copy_rows(db, results, RESULT_COLUMNS, [_result_row(lease, each, limit, now) for each, limit in final])
         answers = [each for each, _ in final if isinstance(each, Ok)]
         failures = len(final) - len(answers)
+        counts = counting(db, lease.model, lease.worker_id)
+        counts.results([each for each, _ in final], lease.enqueued_at)
+        counts.add("retries", len(again))
         db.execute(
             sa.update(chunks)
             .where(held_by(lease))
@@ -166,6 +170,7 @@ class Results(Jobs):
         more = {f"more_{each.name}": getattr(counters, each.name) for each in fields(EngineCounters)}
         of = {"of_job": lease.chunk.job_id, "of_number": lease.chunk.number, "of_attempt": lease.attempt}
         db.execute(self._counters_query, of | more)
+        counting(db, lease.model, lease.worker_id).engine(counters)
 
     @cached_property
     def _counters_query(self) -> sa.Update:

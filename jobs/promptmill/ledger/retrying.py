@@ -10,9 +10,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.counting import counting
 from promptmill.database import copy_rows, writing
 from promptmill.errors import JobError
-from promptmill.ledger.base import is_chunk
+from promptmill.ledger.base import is_chunk, model_of
 from promptmill.ledger.leases import Leases
 from promptmill.ledger.results import RETRY_COLUMNS
 from promptmill.ledger.values import RETRY_CHUNK_ROWS
@@ -78,6 +79,7 @@ class Retrying(Leases):
             (*each[:place], owner, *each[place + 1 :], now, True) for each, owner in zip(failed, owners, strict=True)
         ]
         copy_rows(db, retries, (*RETRY_COLUMNS, "retried_at", "by_hand"), moved)
+        counting(db, model_of(db, job_id)).add("retries", len(moved))
         for first in range(0, len(failed), STATEMENT_ROWS):
             rows = [each.row for each in failed[first : first + STATEMENT_ROWS]]
             db.execute(sa.delete(results).where(results.c.job_id == job_id, results.c.row.in_(rows)))

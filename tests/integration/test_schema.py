@@ -1,0 +1,55 @@
+"""A database whose revision number says more than its tables hold."""
+
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+
+from promptmill.catalog import find_job
+from promptmill.database import connect, current_revision, head_revision, upgrade, writing
+from promptmill.errors import DatabaseError
+from tests.conftest import Command
+
+
+def damage(url: str, *statements: str) -> sa.Engine:
+    engine = connect(url)
+    upgrade(engine)
+    with writing(engine) as connection:
+        for each in statements:
+            connection.execute(sa.text(each))
+    return engine
+
+
+def test_upgrading_says_what_is_missing(database_url: str, command: Command) -> None:
+    command.environment["JOBS_DATABASE_URL"] = database_url
+    engine = damage(
+        database_url, "DROP INDEX ix_jobs_name", "ALTER TABLE jobs DROP COLUMN paused_at", "DROP TABLE job_tags",
+        "ALTER TABLE jobs ADD COLUMN of_somebody_else TEXT",
+    )  # fmt: skip
+    found = command("db", "upgrade")
+    assert found.code == 2
+    assert f"at revision {head_revision()}, and lacks: column jobs.paused_at" in found.err.replace("\n", " ")
+    assert "index ix_jobs_name, " in found.err
+    assert "table job_tags" in found.err
+    assert "of_somebody_else" not in found.err
+    engine.dispose()
+
+
+def test_a_table_without_a_column_is_one_clear_sentence(database_url: str) -> None:
+    engine = damage(database_url, "ALTER TABLE jobs DROP COLUMN paused_at")
+    with pytest.raises(DatabaseError, match=r"lacks what this version needs: .*paused_at") as caught:
+        find_job(engine, "@last")
+    assert "db upgrade" in (caught.value.hint or "")
+    engine.dispose()
+
+
+def test_an_upgrade_that_leaves_something_out_changes_nothing(database_url: str) -> None:
+    engine = damage(
+        database_url, "ALTER TABLE jobs DROP COLUMN paused_at", "UPDATE alembic_version SET version_num = '0009'",
+        "DROP TABLE counters", "DROP INDEX ix_worker_samples_at", "DROP INDEX ix_attempts_worker_id",
+        "ALTER TABLE jobs DROP COLUMN forgetting_until",
+    )  # fmt: skip
+    with pytest.raises(DatabaseError, match=r"lacks: column jobs\.paused_at"):
+        upgrade(engine)
+    assert current_revision(engine) == "0009"
+    engine.dispose()
