@@ -1,4 +1,4 @@
-"""A bound answer that is finished keeps to what binds it, whatever a model would say: schemas and draws are generated."""
+"""A bound answer that is finished keeps to what binds it, whatever a model would say."""
 
 from __future__ import annotations
 

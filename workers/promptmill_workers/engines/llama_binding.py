@@ -180,6 +180,8 @@ class Model:
         self.has_cells = not (
             llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle)
         )
+        #: Tokens that layers with a sliding window look back on; 0 where all layers look at everything.
+        self.window = int(llama_cpp.llama_model_n_swa(self.handle))
 
     def _header(self, key: str) -> str:
         """A value of the file's header as text; empty when it is not there."""
@@ -318,6 +320,7 @@ class Context:
             self.close()
             raise ModelError("the model keeps no KV cache: it does not generate text", hint="Choose another model.")
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
+        self._window = model.window
         self.batch = Batch(batch)
 
     # --- a step ------------------------------------------------------------------------------------------------------
@@ -389,8 +392,18 @@ class Context:
         """Forget a sequence; its cells are free when no other sequence shares them."""
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
+    def can_share(self, source: int, length: int) -> bool:
+        """Whether what follows the first ``length`` tokens of ``source`` finds all the cells that it looks back on.
+
+        Cells that have left the sliding window of ``source`` are given to others, those of its start first.
+        """
+        if not self._window or length > int(llama_cpp.llama_memory_seq_pos_max(self._memory, source)):
+            return True  # The whole of a sequence has what its own next token would look back on.
+        first = int(llama_cpp.llama_memory_seq_pos_min(self._memory, source))
+        return first <= max(0, length - self._window)
+
     def share(self, source: int, target: int, length: int) -> None:
-        """Let ``target`` begin with the first ``length`` cells of ``source``."""
+        """Let ``target`` begin with the first ``length`` cells of ``source``; see :meth:`can_share`."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
     def close(self) -> None:
