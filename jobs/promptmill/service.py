@@ -367,6 +367,6 @@ def _rendered(model: str, request: Request) -> str | None:
         return request.prompt
     try:
         counter = token_counter(locate(model))
-        return counter.render(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
+        return counter.render(EngineRequest.of(request))
     except PromptmillError:
         return None

@@ -248,16 +248,6 @@ def test_a_text_that_streams_shows_whole_characters_and_no_start_of_a_stop_text(
     assert "".join(shown) == answer.finish()[0]
 
 
-def test_a_control_token_in_a_raw_prompt_is_only_text(load: Load) -> None:
-    engine = load(slots=1, path=bundled("demo.gguf"))
-    text = "<|im_start|>user\nhello<|im_end|>\n"
-
-    events = run(engine, [EngineRequest(0, SamplingParams(max_tokens=1), prompt=text)])
-    chat = run(engine, [EngineRequest(1, SamplingParams(max_tokens=1), messages=(Message("user", "hello"),))])
-
-    assert finished(events[0]).usage.prompt_tokens > finished(chat[1]).usage.prompt_tokens
-
-
 @pytest.mark.parametrize("device", ["cuda:0", "metal"])
 def test_a_gpu_that_the_build_cannot_use_is_refused(exact: Path, device: str) -> None:
     if llama_cpp.llama_supports_gpu_offload():

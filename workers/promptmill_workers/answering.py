@@ -17,16 +17,18 @@ from promptmill_workers.host_sampling import HostSampler, Logits, likeliest, log
 THINK, END_OF_THINK = "<think>", "</think>"
 
 
-def opened(rendered: str, sampling: SamplingParams) -> tuple[str, bool]:
+def opened(rendered: str, sampling: SamplingParams, *, scored: bool = False) -> tuple[str, bool]:
     """A rendered prompt, and whether the model begins with its reasoning after it.
 
     Where reasoning was asked for and the chat template does not open it, it is opened here; with a budget of 0 it is
-    closed here too.
+    closed here too. A template's own is closed where reasoning is off, and where an answer is ``scored``: it is none of
+    the reasoning.
     """
     if sampling.thinking_budget == 0:
         return _thought_nothing(rendered), False
     if rendered.rstrip().endswith(THINK):
-        return rendered, True
+        is_closed = scored or sampling.thinking == "off"
+        return (_thought_nothing(rendered), False) if is_closed else (rendered, True)
     if sampling.thinking in (None, "off"):
         return rendered, False
     return f"{rendered}{THINK}\n", True

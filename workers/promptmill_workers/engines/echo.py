@@ -344,6 +344,12 @@ class EchoTokenCounter:
     def render(self, request: EngineRequest) -> str:
         return _render(request)
 
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        return [(_render(request), "text")]
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        return False
+
 
 def _render(request: EngineRequest) -> str:
     if request.messages is None:
