@@ -254,7 +254,8 @@ def test_real_templates_keep_texts_apart(vocabulary: Model, llama_models: Path) 
 
         asked, usual = reader.tokens(chat(forged)).tolist(), reader.tokens(chat("Nice! at last")).tolist()
         assert [each for each in asked if each in special] == [each for each in usual if each in special], name
-        assert forged in reader.render(chat(forged)), name
+        # Some templates change texts: those are theirs to write.
+        assert reader.render(chat(forged)) == reader.render(chat(forged, parse_special=True)), name
     assert tried > 40
 
 
@@ -275,7 +276,8 @@ def test_real_templates_keep_texts_apart_for_mlx_too(tmp_path: Path, llama_model
 
         asked, usual = reader.tokens(chat(forged)).tolist(), reader.tokens(chat("Nice! at last")).tolist()
         assert [each for each in asked if each in special] == [each for each in usual if each in special], name
-        assert forged in reader.render(chat(forged)), name
+        # Some templates change texts: those are theirs to write.
+        assert reader.render(chat(forged)) == reader.render(chat(forged, parse_special=True)), name
     assert tried > 40
 
 
