@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError, TaskFileError
 from promptmill.own_text import CONTROL, marked, moved, own_spans
-from promptmill.sampling import resolve_sampling
+from promptmill.sampling import refuse_unfinished, resolve_sampling
 from promptmill.types import DatasetLine, Message, Request, SamplingParams, Span
 
 #: Longest rendered text, in characters: as long as the longest line of a dataset.
@@ -252,8 +252,22 @@ def to_request(
 ) -> Request:
     """The request of a stored line. ``system`` is put before messages that have no system message of their own.
 
-    Raises :class:`RenderError` when the template cannot be filled.
+    Raises :class:`RenderError` when the template cannot be filled, BadParameter when there is nothing to go on with.
     """
+    found = _filled(row, custom_id, body, line_meta, sampling, template, system)
+    refuse_unfinished(sampling.continue_final_message, found.messages[-1].role if found.messages else None)
+    return found
+
+
+def _filled(
+    row: int,
+    custom_id: str,
+    body: Mapping[str, Any],
+    line_meta: Mapping[str, Any] | None,
+    sampling: SamplingParams,
+    template: Template | None,
+    system: str | None,
+) -> Request:
     if "fields" in body:
         if template is None:
             raise RenderError("the line has fields for a template, and the job has none")
@@ -267,8 +281,6 @@ def to_request(
         turns = tuple(Message(each["role"], each["content"], _extra(each)) for each in body["messages"])
     else:
         turns = (Message("user", body["prompt"]),)
-    if sampling.continue_final_message and turns[-1].role != "assistant":
-        raise RenderError("'continue_final_message' is given, and the last message is not an assistant's")
     if system and not any(turn.role in SYSTEM_ROLES for turn in turns):
         turns = (Message("system", system), *turns)
     return Request(row, custom_id, sampling, messages=turns)

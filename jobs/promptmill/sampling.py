@@ -232,6 +232,15 @@ def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
     return None
 
 
+def refuse_unfinished(continues: bool, last_role: str | None) -> None:
+    """Raises :class:`BadParameter` where the model is to go on with a message that is not its own.
+
+    ``last_role``: of the last message; None for a prompt that is sent as it is.
+    """
+    if continues and last_role != "assistant":
+        raise BadParameter("'continue_final_message' is given, and the last message is not the assistant's")
+
+
 def refuse_repeats(sampling: SamplingParams) -> None:
     """Raises :class:`BadParameter` for several answers that would all be the same."""
     if sampling.n > 1 and sampling.is_greedy:
