@@ -7,10 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from promptmill.types import Extras, Message, SamplingParams
-from promptmill_workers.answering import END_OF_THINK, THINK
+from promptmill.types import Extras, FinishReason, Message, SamplingParams
+from promptmill_workers.answering import END_OF_THINK, THINK, Answer
 from promptmill_workers.checkpoints import Checkpoint, build_engine
 from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
@@ -94,6 +95,22 @@ def test_a_reasoning_that_the_model_opens_by_a_control_token_is_told_apart(load:
 
     assert found.text == ""
     assert extras(found).reasoning == THINK
+
+
+@pytest.mark.parametrize("said", ["<think>Hm.</think>\n\nyes <b>", "\n yes", "<thin air>", "<", "<think>", " \n"])
+def test_somebody_who_waits_is_told_no_reasoning(load: Load, said: str) -> None:
+    tools = load(CHATML)._engine._tools  # type: ignore[attr-defined]
+    written = Answer(tools, SamplingParams(), np.zeros(1, np.int32), 64)
+    told = ""
+    for each in tools.tokens(said):
+        written.take(each)
+        told += written.fresh()
+
+    text = written.finish(FinishReason.STOP)[0]
+
+    assert text == ("yes <b>" if "yes <b>" in said else "" if said == THINK else said)
+    # What is too little to be told from a mark comes with the end.
+    assert told == (text if len(text.strip()) > 1 else "")
 
 
 @pytest.mark.parametrize("asked", [{"thinking": "off"}, {"choices": ("yes", "no")}, {"continuations": ("yes", "no")}])
