@@ -93,6 +93,20 @@ def test_only_a_message_of_the_assistant_is_continued(body: dict[str, Any]) -> N
         to_request(0, "a", body, None, sampling)
 
 
+def test_a_body_of_the_api_may_ask_for_it() -> None:
+    pytest.importorskip("starlette")
+    from promptmill.api.errors import ApiError
+    from promptmill.api.questions import read
+    from promptmill.openai_parameters import CHAT
+
+    turns = [{"role": each.role, "content": each.content} for each in TURNS]
+    body = {"model": "m", "messages": turns, "continue_final_message": True, "add_generation_prompt": False}
+
+    assert read(body, CHAT).sampling["continue_final_message"]
+    with pytest.raises(ApiError, match="the last message is not the assistant's"):
+        read(body | {"messages": turns[:1]}, CHAT)
+
+
 def test_two_ways_to_end_a_prompt_contradict_one_another() -> None:
     both = {"continue_final_message": True, "add_generation_prompt": True}
 
