@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from promptmill.prompts import Template, to_request
+from promptmill.prompts import Template, payload, to_request
+from promptmill.readers import open_dataset
 from promptmill.sampling import resolve_sampling
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.chat_template import ChatTemplate
@@ -87,6 +88,22 @@ def test_a_raw_prompt_that_holds_what_is_shown_of_a_chat_is_that_chat(words: Wor
     plain = words.reader.tokens(raw(shown, parse_special=False))
     assert not controls(plain)
     assert len(plain) > len(words.reader.tokens(asked))
+
+
+def test_the_prompts_of_the_case_have_the_same_tokens(words: Words, shared: Path) -> None:
+    reader = words.with_template(
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n' }}{% endif %}" + CHATML
+    )
+
+    def tokens(name: str) -> list[int]:
+        with open_dataset(str(shared / "cases" / "files" / f"{name}.jsonl")) as dataset:
+            (line,) = dataset.checked()
+        return reader.tokens(
+            EngineRequest.of(to_request(0, "a", payload(line), None, resolve_sampling({}, line.sampling)))
+        ).tolist()
+
+    assert tokens("02-raw-prompt-with-special-tokens") == tokens("02-same-as-chat")
 
 
 def test_a_message_cannot_speak_as_somebody_else(words: Words) -> None:
