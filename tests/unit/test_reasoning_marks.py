@@ -17,6 +17,7 @@ from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
 from promptmill_workers.engines.llama_binding import Model
 from promptmill_workers.engines.llama_text import PromptReader
+from promptmill_workers.engines.mlx_text import MlxTokenizer
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import CHATML, write_tiny_gguf
 
@@ -169,3 +170,36 @@ def test_a_continuation_begins_with_one_space_at_most(llama_models: Path) -> Non
 
     assert [model.vocabulary.piece(int(each)) for each in found.tokens[-found.scored :]] == [b" yes"]
     model.close()
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_continuation_begins_with_one_space_for_mlx_too(tmp_path: Path, legacy: bool) -> None:
+    """As SentencePiece's tokenizers are written for transformers, by a normaliser or by a pre-tokeniser."""
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    folder = write_tiny_mlx(tmp_path / "tiny")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    spelled = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *spelled],
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["Answer: yes, Answer: no, yes yes no no x"] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reader = MlxTokenizer(folder)
+    prompt = EngineRequest(0, SamplingParams(), prompt="Answer:")
+
+    tokens = reader.tokens(prompt).tolist()
+    more = reader.continuation(" yes", closed=False, after=tokens[-1]).tolist()
+
+    whole = reader.tokens(EngineRequest(0, SamplingParams(), prompt="Answer: yes")).tolist()
+    assert [*tokens, *more] == whole
+    assert [*tokens, *reader.continuation("yes", closed=False, after=tokens[-1])] == reader.tokens(
+        EngineRequest(0, SamplingParams(), prompt="Answer:yes")
+    ).tolist()
