@@ -41,6 +41,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def llama_models() -> Path:
+    """The folder ``models`` of llama.cpp's sources, which holds vocabularies and chat templates of real models."""
+    sources = os.environ.get("PROMPTMILL_LLAMA_SOURCES")
+    if not sources:
+        pytest.skip("PROMPTMILL_LLAMA_SOURCES names no folder with the sources of llama.cpp")
+    return Path(sources) / "models"
+
+
 @dataclass
 class Clock:
     """A clock that only moves when it is told to. Seconds."""

@@ -15,6 +15,9 @@ from promptmill.database import epoch, reading, writing
 from promptmill.tables import answers
 from promptmill.types import Extras, FinishReason, Message, Ok, Request, Usage
 
+#: How prompts are made of what was asked. With another number no answer of an earlier release is taken.
+PROMPTS = 2
+
 #: Keys of one query: databases take no endless lists.
 KEYS_AT_ONCE = 500
 
@@ -27,16 +30,15 @@ def key_of(model: str, request: Request) -> str | None:
     if not request.sampling.is_greedy:
         return None
     sampling = asdict(replace(request.sampling, timeout_s=None, seed=None))
-    if request.sampling.tools is None:
-        # Keys of answers without tools are what they were before there were any.
-        del sampling["tools"], sampling["parallel_tool_calls"]
     turns = [_turn(each) for each in request.messages] if request.messages is not None else None
-    asked = json.dumps([model, turns, request.prompt, sampling], ensure_ascii=False, sort_keys=True)
+    asked = json.dumps(
+        [PROMPTS, model, turns, request.prompt, request.own, sampling], ensure_ascii=False, sort_keys=True
+    )
     return hashlib.sha256(asked.encode(errors="replace")).hexdigest()
 
 
-def _turn(message: Message) -> list[str]:
-    return [message.role, message.content, *([message.extra] if message.extra else [])]
+def _turn(message: Message) -> list[Any]:
+    return [message.role, message.content, message.extra, message.own]
 
 
 def look_up(db: Engine, keys: Mapping[int, str]) -> list[Ok]:

@@ -16,6 +16,9 @@ from promptmill.types import ErrorClass, Request, SamplingParams
 MEASURED_ROWS = 20_000
 SAMPLE_EVERY = 50
 
+#: Rows that are looked at for a doubled BOS: mostly a chat template writes it, in all of them.
+LOOKED_AT_ROWS = 1_000
+
 #: Tokens that a chat template puts around a message, on the safe side.
 TEMPLATE_TOKENS = 64
 
@@ -48,6 +51,8 @@ class Preflight:
     #: Rows whose answer the context may cut before it has ``max_tokens``.
     cut: int
     context_tokens: int
+    #: Prompts that begin with the token of a beginning (BOS) twice, of the first rows.
+    two_starts: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,12 +61,21 @@ class Preflight:
 class Gauge:
     """Sees every request of a submission; refuses those that cannot fit, and remembers lengths in little memory."""
 
-    def __init__(self, count: Callable[[Request], int], context_tokens: int, vocabulary: int | None = None) -> None:
+    def __init__(
+        self,
+        count: Callable[[Request], int],
+        context_tokens: int,
+        vocabulary: int | None = None,
+        has_two_starts: Callable[[Request], bool] = lambda request: False,
+    ) -> None:
         """``count`` gives the tokens of a request's prompt; ``context_tokens`` is the most a request may hold.
 
-        ``vocabulary``: tokens of the model, None when it has none of its own.
+        ``vocabulary``: tokens of the model, None when it has none of its own. ``has_two_starts``: whether a prompt
+        begins with BOS twice.
         """
         self._count = count
+        self._has_two_starts = has_two_starts
+        self._two_starts = 0
         self._vocabulary = vocabulary
         self._context = context_tokens
         self._lengths = array("I")
@@ -91,6 +105,8 @@ class Gauge:
         if tokens >= self._context:
             self._too_long += 1
             raise PromptTooLong(f"the prompt has {tokens:,} tokens, the model's context {self._context:,}")
+        if len(self._lengths) < LOOKED_AT_ROWS:
+            self._two_starts += self._has_two_starts(request)
         self._lengths.append(tokens)
         self._weights.append(stands_for)
         self._cut += stands_for if tokens + _answer_tokens(request) > self._context else 0
@@ -120,7 +136,7 @@ class Gauge:
             rows=self._rows, measured=len(self._lengths), tokens_min=int(lengths.min()), tokens_p50=int(p50),
             tokens_p99=int(p99), tokens_max=int(lengths.max()), prompt_tokens=round(total),
             max_output_tokens=self._output, too_long=self._too_long, cut=self._cut,
-            context_tokens=self._context,
+            context_tokens=self._context, two_starts=self._two_starts,
         )  # fmt: skip
 
 

@@ -224,9 +224,12 @@ def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple
     limit = options.context_tokens or settings.context_tokens or counter.context_tokens
 
     def count(request: Request) -> int:
-        return counter.count(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
+        return counter.count(EngineRequest.of(request))
 
-    return checkpoint, Gauge(count, min(limit, counter.context_tokens), counter.vocabulary)
+    def has_two_starts(request: Request) -> bool:
+        return counter.has_two_starts(EngineRequest.of(request))
+
+    return checkpoint, Gauge(count, min(limit, counter.context_tokens), counter.vocabulary, has_two_starts)
 
 
 def _check_engine(checkpoint: Checkpoint, options: RunOptions, settings: Settings, mode: str) -> None:

@@ -65,5 +65,5 @@ def _rendered(request: Request, counter: TokenCounter | None) -> tuple[str, int 
         return request.prompt or "\n".join(f"[{each.role}]\n{each.content}" for each in turns), None
     from promptmill_workers.engines.contract import EngineRequest
 
-    asked = EngineRequest(0, request.sampling, request.messages, request.prompt)
+    asked = EngineRequest.of(request)
     return counter.render(asked), counter.count(asked)

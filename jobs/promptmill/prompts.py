@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,8 +13,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError, TaskFileError
-from promptmill.sampling import resolve_sampling
-from promptmill.types import DatasetLine, Message, Request, SamplingParams
+from promptmill.own_text import CONTROL, marked, moved, own_spans
+from promptmill.sampling import refuse_unfinished, resolve_sampling
+from promptmill.types import DatasetLine, Message, Request, SamplingParams, Span
 
 #: Longest rendered text, in characters: as long as the longest line of a dataset.
 LONGEST_TEXT = 16 * 1024 * 1024
@@ -58,8 +59,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
-    def __init__(self) -> None:
-        super().__init__(undefined=_Missing, keep_trailing_newline=True, autoescape=False)
+    def __init__(self, finalize: Callable[[Any], str] | None = None) -> None:
+        super().__init__(undefined=_Missing, keep_trailing_newline=True, autoescape=False, finalize=finalize)
         del self.globals["lipsum"], self.filters["random"]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -74,6 +75,27 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 @lru_cache(maxsize=1)
 def _environment() -> _Sandbox:
     return _Sandbox()
+
+
+@lru_cache(maxsize=1)
+def _marking_environment() -> _Sandbox:
+    return _Sandbox(marked)
+
+
+class _Text:
+    """A template of one text, which knows what of it is its author's."""
+
+    def __init__(self, part: str, source: str) -> None:
+        """Raises :class:`TaskFileError`."""
+        self._template = _compile(part, source)
+        # Control tokens that the author wrote are meant; those in a line's fields are not.
+        self._marking = _marking_environment().from_string(source) if CONTROL.search(source) else None
+
+    def message(self, role: str, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> Message:
+        """Raises :class:`RenderError`."""
+        names = _names(fields, line_meta)
+        text = _fill(self._template, *names)
+        return Message(role, text, own=() if self._marking is None else own_spans(text, _fill(self._marking, *names)))
 
 
 class Template:
@@ -95,8 +117,8 @@ class Template:
         template that cannot be compiled, with its line, and for an example that does not fill it.
         """
         self.user, self.system, self.plain = user, system, plain
-        self._user = _compile("user", user)
-        self._system = _compile("system", system) if system is not None else None
+        self._user = _Text("user", user)
+        self._system = _Text("system", system) if system is not None else None
         self._shown: tuple[Message, ...] = ()
         turns: list[Message] = []
         for number, (fields, answer) in enumerate(examples, start=1):
@@ -112,14 +134,24 @@ class Template:
         turns = (*self._shown, self._question(fields, line_meta))
         if self._system is None:
             return turns
-        return Message("system", _fill(self._system, *_names(fields, line_meta))), *turns
+        return self._system.message("system", fields, line_meta), *turns
 
-    def render_plain(self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> str:
-        """The messages of one line as one text, a blank line between two. Raises :class:`RenderError`."""
-        return "\n\n".join(turn.content for turn in self.render(fields, line_meta))
+    def render_plain(
+        self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None
+    ) -> tuple[str, tuple[Span, ...]]:
+        """The messages of one line as one text, a blank line between two; and what of it the template's author wrote.
+
+        Raises :class:`RenderError`.
+        """
+        text, own = "", tuple[Span, ...]()
+        for number, turn in enumerate(self.render(fields, line_meta)):
+            text += "\n\n" if number else ""
+            own += moved(turn.own, len(text))
+            text += turn.content
+        return text, own
 
     def _question(self, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> Message:
-        return Message("user", _fill(self._user, *_names(fields, line_meta)))
+        return self._user.message("user", fields, line_meta)
 
 
 def _names(fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -220,13 +252,28 @@ def to_request(
 ) -> Request:
     """The request of a stored line. ``system`` is put before messages that have no system message of their own.
 
-    Raises :class:`RenderError` when the template cannot be filled.
+    Raises :class:`RenderError` when the template cannot be filled, BadParameter when there is nothing to go on with.
     """
+    found = _filled(row, custom_id, body, line_meta, sampling, template, system)
+    refuse_unfinished(sampling.continue_final_message, found.messages[-1].role if found.messages else None)
+    return found
+
+
+def _filled(
+    row: int,
+    custom_id: str,
+    body: Mapping[str, Any],
+    line_meta: Mapping[str, Any] | None,
+    sampling: SamplingParams,
+    template: Template | None,
+    system: str | None,
+) -> Request:
     if "fields" in body:
         if template is None:
             raise RenderError("the line has fields for a template, and the job has none")
         if template.plain:
-            return Request(row, custom_id, sampling, prompt=template.render_plain(body["fields"], line_meta))
+            text, own = template.render_plain(body["fields"], line_meta)
+            return Request(row, custom_id, sampling, prompt=text, own=own)
         return Request(row, custom_id, sampling, messages=template.render(body["fields"], line_meta))
     if body.get("raw"):
         return Request(row, custom_id, sampling, prompt=body["prompt"])

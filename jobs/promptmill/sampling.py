@@ -159,6 +159,9 @@ PARAMETERS: Mapping[str, Callable[[Any], Any]] = {
     "embedding": _flag,
     "tools": checked_tools,
     "parallel_tool_calls": _flag,
+    "parse_special": _flag,
+    "continue_final_message": _flag,
+    "add_generation_prompt": _flag,
 }
 
 #: At most one of these.
@@ -168,7 +171,7 @@ CONSTRAINTS = ("json_schema", "regex", "choices", "continuations", "embedding")
 ALIASES = {"max_completion_tokens": "max_tokens"}
 
 #: Parameters for which null means "not set".
-NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking", "tools"}
+NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking", "tools", "parse_special", "add_generation_prompt"}
 
 
 def check_parameter(name: str, value: Any) -> Any:
@@ -222,9 +225,20 @@ def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
         return f"'thinking' makes no sense with '{given[0]}': nothing is generated"
     if found.tools and (found.choices or found.continuations or found.embedding):
         return f"'tools' make no sense with '{given[0]}'"
+    if found.continue_final_message and found.add_generation_prompt:
+        return "'continue_final_message' and 'add_generation_prompt' cannot both be true: the last message is left open"
     if found.stop and found.is_constrained:
         return f"'stop' is given with '{given[0]}': it would cut an answer that is bound, so give one of them"
     return None
+
+
+def refuse_unfinished(continues: bool, last_role: str | None) -> None:
+    """Raises :class:`BadParameter` where the model is to go on with a message that is not its own.
+
+    ``last_role``: of the last message; None for a prompt that is sent as it is.
+    """
+    if continues and last_role != "assistant":
+        raise BadParameter("'continue_final_message' is given, and the last message is not the assistant's")
 
 
 def refuse_repeats(sampling: SamplingParams) -> None:

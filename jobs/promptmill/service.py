@@ -346,13 +346,15 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
     job = catalog.find_job(db, reference)
     shown = catalog.read_row(db, job, row)
     if shown["input"] is None:
-        return shown | {"prompt": None, "messages": None}
+        return shown | {"prompt": None, "prompt_parts": None, "messages": None}
     template = _stored_template(job)
     # With its parameters: a reasoning that is asked for is opened in the prompt.
     sampling = resolve_sampling(json.loads(job.sampling), shown["sampling"])
     request = to_request(row, shown["id"], shown["input"], shown["meta"], sampling, template, job.system_prompt)
     messages = [turn_of(each) for each in request.messages or ()] or None
-    return shown | {"prompt": _rendered(job.model, request), "messages": messages}
+    parts = _parts(job.model, request)
+    prompt = "".join(text for text, _ in parts) if parts else request.prompt
+    return shown | {"prompt": prompt, "prompt_parts": parts, "messages": messages}
 
 
 def _stored_template(job: Row[Any]) -> Template | None:
@@ -364,15 +366,13 @@ def stored_task(job: Row[Any]) -> Task:
     return parse_task(job.task_text, job.task_name or "task", job.task_folder)
 
 
-def _rendered(model: str, request: Request) -> str | None:
-    """The prompt with the model's chat template applied; None when the model is not on this machine."""
+def _parts(model: str, request: Request) -> list[tuple[str, str]] | None:
+    """The prompt with the model's chat template applied: texts, each ``text``, a ``control`` token, or one that is only
+    ``spelled``. None when the model is not on this machine."""
     from promptmill_workers.checkpoints import locate, token_counter
     from promptmill_workers.engines.contract import EngineRequest
 
-    if request.prompt is not None:
-        return request.prompt
     try:
-        counter = token_counter(locate(model))
-        return counter.render(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
+        return token_counter(locate(model)).parts(EngineRequest.of(request))
     except PromptmillError:
         return None

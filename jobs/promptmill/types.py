@@ -118,6 +118,12 @@ class SamplingParams:
     tools: str | None = None
     #: An answer may hold several calls.
     parallel_tool_calls: bool = True
+    #: Whether texts that spell a control token are that token; None: those of raw prompts are, those of messages not.
+    parse_special: bool | None = None
+    #: The model goes on with the last message, which is an assistant's.
+    continue_final_message: bool = False
+    #: Whether the prompt ends where the model's own message begins; None: unless the last message is continued.
+    add_generation_prompt: bool | None = None
 
     @property
     def is_constrained(self) -> bool:
@@ -129,8 +135,17 @@ class SamplingParams:
         return self.temperature <= 0 or self.top_k == 1
 
     @property
+    def scores_choices(self) -> bool:
+        """Choices are scored, and nothing is drawn, unless a reasoning comes before them."""
+        return bool(self.choices) and self.thinking in (None, "off")
+
+    @property
     def thinking_budget(self) -> int | None:
         return int(self.thinking) if self.thinking is not None and self.thinking.isdecimal() else None
+
+
+#: A part of a text: where it starts, and where it ends.
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +156,8 @@ class Message:
     content: str
     #: JSON text of what else the chat template sees: ``tool_calls`` of an assistant, a tool's ``tool_call_id``.
     extra: str | None = None
+    #: What of the content the author of a task wrote: control tokens that are spelled there are meant.
+    own: tuple[Span, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +174,8 @@ class Request:
     prompt: str | None = None
     #: Somebody waits for the text as it comes.
     stream: bool = False
+    #: What of ``prompt`` the author of a task wrote, as in :class:`Message`; None: all of it is meant.
+    own: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

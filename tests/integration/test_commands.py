@@ -218,6 +218,20 @@ def test_a_job_is_found_by_id_prefix_and_name(command: Command, tmp_path: Path) 
     assert (missing.code, "there is no job 'nothing'" in missing.err) == (2, True)
 
 
+def test_show_tells_control_tokens_from_texts_that_spell_one(command: Command) -> None:
+    assert command("run", "-p", "Hi<|im_end|>", "-m", "demo", "--max-tokens", "2").code == 0
+
+    shown = command("show", "@last", "0")
+    found = json.loads(command("show", "@last", "0", "--json").out)
+
+    assert shown.code == 0
+    assert "--- only text, though spelled like a control token: 1 <|im_end|>" in shown.out
+    assert ["<|im_end|>", "spelled"] in found["prompt_parts"]
+    assert ["<|im_start|>", "control"] in found["prompt_parts"]
+    assert "".join(text for text, _ in found["prompt_parts"]) == found["prompt"]
+    assert "--- control tokens: " in shown.out
+
+
 def test_show_prints_the_prompt_as_the_model_saw_it(command: Command, tmp_path: Path) -> None:
     path = write(tmp_path, "one.jsonl", {"id": "c1", "comment": "Buy now", "is_ad": True})
     command("run", path, "--model", "demo", "--task", str(ROOT / "datasets/ad_comments.task.yaml"))

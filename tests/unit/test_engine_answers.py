@@ -95,6 +95,29 @@ def test_every_finished_answer_keeps_to_its_schema(desk: Callable[..., Desk], ca
         jsonschema.validate(json.loads(found[key].text), SCHEMAS[key % len(SCHEMAS)])
 
 
+def test_a_dead_end_of_a_grammar_is_an_error_and_no_answer(desk: Callable[..., Desk], case: Case) -> None:
+    """Of these two rules for one key llguidance lets a comma follow the number, and then nothing."""
+    schema = {
+        "type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"],
+        "patternProperties": {"^score$": {"type": "integer"}}, "additionalProperties": False,
+    }  # fmt: skip
+    requests = [
+        chat(key, json_schema=json.dumps(schema), max_tokens=60, temperature=1.5, seed=key,
+             text='{"score":1}' if key % 2 and not case.samples else "x")
+        for key in range(24)
+    ]  # fmt: skip
+
+    found = ends(run_all(desk(slots=4), requests))
+
+    failed = [each for each in found.values() if isinstance(each, Rejected)]
+    complete = [each for each in found.values() if isinstance(each, Finished) and each.finish_reason == "stop"]
+    assert failed
+    assert complete
+    assert {each.error_class for each in failed} == {ErrorClass.GRAMMAR}
+    for each in complete:
+        jsonschema.validate(json.loads(each.text), schema)
+
+
 def test_neighbours_change_no_bound_answer(desk: Callable[..., Desk], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo cannot be bound")

@@ -15,7 +15,9 @@ from tools.demo_model.float32 import write_float32
 
 from promptmill.errors import DeviceError, ModelError
 from promptmill.prompts import Template
+from promptmill.readers import open_dataset
 from promptmill.resources import resource_dir
+from promptmill.sampling import resolve_sampling
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
@@ -248,14 +250,23 @@ def test_a_text_that_streams_shows_whole_characters_and_no_start_of_a_stop_text(
     assert "".join(shown) == answer.finish()[0]
 
 
-def test_a_control_token_in_a_raw_prompt_is_only_text(load: Load) -> None:
-    engine = load(slots=1, path=bundled("demo.gguf"))
-    text = "<|im_start|>user\nhello<|im_end|>\n"
+def test_no_answer_of_the_case_ends_well_that_is_no_json(load: Load, shared: Path) -> None:
+    """Rows c2, c14 and c20 come to a dead end: they ended as ok, with a text that ends in a comma."""
+    with open_dataset(str(shared / "cases" / "files" / "03-schema-dead-end-ends-ok.jsonl")) as dataset:
+        lines = list(dataset.checked())
+    requests = [
+        EngineRequest(key, resolve_sampling({}, line.sampling), messages=(Message("user", line.prompt or ""),))
+        for key, line in enumerate(lines)
+    ]
 
-    events = run(engine, [EngineRequest(0, SamplingParams(max_tokens=1), prompt=text)])
-    chat = run(engine, [EngineRequest(1, SamplingParams(max_tokens=1), messages=(Message("user", "hello"),))])
+    events = run(load(slots=8, path=bundled("demo.gguf")), requests)
 
-    assert finished(events[0]).usage.prompt_tokens > finished(chat[1]).usage.prompt_tokens
+    for event in events.values():
+        if isinstance(event, Finished) and event.finish_reason is FinishReason.STOP:
+            assert set(json.loads(event.text)) == {"score"}
+        elif isinstance(event, Rejected):
+            assert event.error_class is ErrorClass.GRAMMAR
+    assert any(isinstance(event, Rejected) for event in events.values())
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "metal"])

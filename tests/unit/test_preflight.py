@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptmill.cli.progress import preflight_line
 from promptmill.preflight import (
     CONTEXT_STEP,
     MEASURED_ROWS,
@@ -39,6 +40,16 @@ def gauge_of(requests: Iterable[Request], context: int = 4096) -> Gauge:
     for request in requests:
         gauge(request)
     return gauge
+
+
+def test_a_beginning_that_is_there_twice_is_told() -> None:
+    gauge = Gauge(words, 4096, has_two_starts=lambda request: request.row % 2 == 0)
+    for request in (asked(3, 10) for _ in range(4)):
+        gauge(request)
+
+    assert gauge.findings().two_starts == 4
+    assert "4 begin with the token of a beginning (BOS) twice" in preflight_line(gauge.findings())
+    assert "BOS" not in preflight_line(gauge_of([asked(3, 10)]).findings())
 
 
 def test_the_findings_of_a_small_job_are_exact() -> None:

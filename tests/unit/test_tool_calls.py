@@ -12,7 +12,9 @@ from promptmill.readers.jsonl import messages_of
 from promptmill.sampling import BadParameter
 from promptmill.tool_calls import ID_LENGTH, Offer, Withheld, call_id, checked_tools, read_calls, shown_calls
 from promptmill.types import Message, SamplingParams
-from promptmill_workers.engines.chat_template import ChatTemplate, knows_tools
+from promptmill_workers.engines.chat_template import PLAIN, ChatTemplate, knows_tools
+from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.engines.prompt_pieces import Controls, pieces_of, text_of
 from tests.unit.tiny_models import CHATML
 
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
@@ -133,22 +135,27 @@ def history() -> tuple[Message, ...]:
     ])  # fmt: skip
 
 
+def rendered(template: ChatTemplate, messages: tuple[Message, ...], sampling: SamplingParams = PLAIN) -> str:
+    request = EngineRequest(0, sampling, messages)
+    return text_of(pieces_of(request, Controls([]), lambda _: template)[0])
+
+
 def test_templates_see_tools_and_earlier_calls() -> None:
     template = ChatTemplate(TOOL_TEMPLATE, "", "")
-    text = template.render(history(), SamplingParams(tools=OFFER.tools))
+    text = rendered(template, history(), SamplingParams(tools=OFFER.tools))
     assert text.startswith('<tools>{"type": "function", "function": {"name": "weather"')
     # Arguments are an object, not the text of one.
     assert '<tool_call>{"name": "weather", "arguments": {"place": "Rome"}}</tool_call>' in text
     assert text.endswith("<tool>sunny")
-    assert "<tools>" not in template.render(history())
+    assert "<tools>" not in rendered(template, history())
 
 
 def test_a_template_without_tools_refuses_them() -> None:
     template = ChatTemplate(CHATML, "", "")
     with pytest.raises(RequestError, match="'tools' are not supported"):
-        template.render((Message("user", "x"),), SamplingParams(tools=OFFER.tools))
+        rendered(template, (Message("user", "x"),), SamplingParams(tools=OFFER.tools))
     with pytest.raises(RequestError, match="'messages' hold tool calls"):
-        template.render(history())
+        rendered(template, history())
 
 
 def test_a_template_that_sets_its_tools_itself_where_there_are_none_knows_them() -> None:

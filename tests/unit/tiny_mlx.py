@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ CORPUS = (
 
 
 def write_tiny_mlx(
-    folder: Path, *, context: int = 512, chat_template: str | None = CHATML, vocabulary: int = 400, seed: int = 7
-) -> Path:
-    """Write a random float32 Llama of 2 layers and ``context`` positions; returns ``folder``."""
+    folder: Path, *, context: int = 512, chat_template: str | None = CHATML, vocabulary: int = 400, seed: int = 7,
+    marks: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Write a random float32 Llama of 2 layers and ``context`` positions; returns ``folder``.
+
+    ``marks``: further control tokens.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(folder, context, chat_template, vocabulary)
+    ids = _write_tokenizer(folder, context, chat_template, vocabulary, marks)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
         "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
@@ -46,11 +51,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, context: int, chat_template: str | None, vocabulary: int) -> dict[str, int]:
+def _write_tokenizer(
+    folder: Path, context: int, chat_template: str | None, vocabulary: int, marks: Sequence[str]
+) -> dict[str, int]:
     """A byte-level BPE of exactly ``vocabulary`` tokens; returns the ids of the special ones."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    specials = [TEXT_END, START, END]
+    specials = [TEXT_END, START, END, *marks]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -23,12 +23,25 @@ LAYERS, WIDTH, HEADS, KV_HEADS, FEED_FORWARD = 2, 64, 4, 2, 128
 NORMAL, CONTROL = 1, 3
 
 
-def write_tiny_gguf(path: Path, *, context: int = 512, chat_template: str | None = CHATML, seed: int = 9) -> Path:
-    """Write a random float32 Llama with a byte-level vocabulary; returns ``path``."""
+def write_tiny_gguf(
+    path: Path, *, context: int = 512, chat_template: str | None = CHATML, seed: int = 9, window: int | None = None,
+    marks: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Write a random float32 Llama with a byte-level vocabulary; returns ``path``.
+
+    ``window``: a Gemma 3 instead, every second layer of which looks back on so many tokens. ``marks``: further control
+    tokens.
+    """
     import gguf
 
     tokens, merges = _vocabulary()
-    writer = gguf.GGUFWriter(path, "llama")
+    tokens += marks
+    writer = gguf.GGUFWriter(path, "llama" if window is None else "gemma3")
+    if window is not None:
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(LAYERS)])
+        writer.add_key_length(WIDTH // HEADS)
+        writer.add_value_length(WIDTH // HEADS)
     writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
@@ -41,20 +54,36 @@ def write_tiny_gguf(path: Path, *, context: int = 512, chat_template: str | None
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([CONTROL] * 3 + [NORMAL] * (len(tokens) - 3))
+    writer.add_token_types([CONTROL] * 3 + [NORMAL] * (len(tokens) - 3 - len(marks)) + [CONTROL] * len(marks))
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokens.index(TEXT_END))
     writer.add_eos_token_id(tokens.index(END))
     writer.add_add_bos_token(False)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
-    for name, weight in _weights(len(tokens), seed).items():
+    weights = _weights(len(tokens), seed)
+    if window is not None:
+        weights |= _norms()
+        # A Gemma multiplies its embeddings by the root of their length.
+        weights["token_embd.weight"] /= np.float32(WIDTH**0.5)
+    for name, weight in weights.items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _norms() -> dict[str, NDArray[np.float32]]:
+    """What a Gemma has beside the weights of a Llama."""
+    names = {"attn_q_norm": WIDTH // HEADS, "attn_k_norm": WIDTH // HEADS, "post_attention_norm": WIDTH,
+             "post_ffw_norm": WIDTH}  # fmt: skip
+    return {
+        f"blk.{layer}.{name}.weight": np.ones(size, np.float32)
+        for layer in range(LAYERS)
+        for name, size in names.items()
+    }
 
 
 def _vocabulary() -> tuple[list[str], list[str]]:

@@ -17,16 +17,18 @@ from promptmill_workers.host_sampling import HostSampler, Logits, likeliest, log
 THINK, END_OF_THINK = "<think>", "</think>"
 
 
-def opened(rendered: str, sampling: SamplingParams) -> tuple[str, bool]:
+def opened(rendered: str, sampling: SamplingParams, *, scored: bool = False) -> tuple[str, bool]:
     """A rendered prompt, and whether the model begins with its reasoning after it.
 
     Where reasoning was asked for and the chat template does not open it, it is opened here; with a budget of 0 it is
-    closed here too.
+    closed here too. A template's own is closed where reasoning is off, and where an answer is ``scored``: it is none of
+    the reasoning.
     """
     if sampling.thinking_budget == 0:
         return _thought_nothing(rendered), False
     if rendered.rstrip().endswith(THINK):
-        return rendered, True
+        is_closed = scored or sampling.thinking == "off"
+        return (_thought_nothing(rendered), False) if is_closed else (rendered, True)
     if sampling.thinking in (None, "off"):
         return rendered, False
     return f"{rendered}{THINK}\n", True
@@ -90,7 +92,7 @@ class Answer:
     """Takes the tokens of one answer in order. The engine computes; this decides."""
 
     __slots__ = (
-        "_budget", "_closed", "_closing", "_constraint", "_limit", "_logprobs", "_logprobs_told", "_sampler",
+        "_budget", "_closed", "_closing", "_constraint", "_held", "_limit", "_logprobs", "_logprobs_told", "_sampler",
         "_sampling", "_text", "_thinking", "_thought", "_tools", "count", "reasoning_tokens",
     )  # fmt: skip
 
@@ -104,6 +106,8 @@ class Answer:
         self._text = tools.text(sampling.stop)
         self._thinking = thinks
         self._thought = tools.text((END_OF_THINK,)) if thinks else None
+        #: The start of the text, until somebody who waits for it was told some; None from then on.
+        self._held: str | None = ""
         self._budget = sampling.thinking_budget
         #: The model has ended within its reasoning; the end of the reasoning is put into the answer.
         self._closing = self._closed = False
@@ -181,8 +185,25 @@ class Answer:
         return self._constraint.forced()
 
     def fresh(self) -> str:
-        """Text for somebody who waits for it; no reasoning."""
-        return "" if self._thinking else self._text.fresh()
+        """Text for somebody who waits for it; no reasoning, whoever opened it."""
+        if self._thinking:
+            return ""
+        if self._held is None:
+            return self._text.fresh()
+        self._held += self._text.fresh()
+        begun = self._begun(self._held)
+        if begun:
+            self._held = None
+        return begun
+
+    def _begun(self, text: str) -> str:
+        """What of the answer has begun, as :meth:`finish` will give it; nothing while it may still be a reasoning."""
+        lead = text.lstrip()
+        if self._thought is not None:
+            return lead
+        if lead.startswith(THINK):
+            return lead.partition(END_OF_THINK)[2].lstrip()
+        return "" if THINK.startswith(lead) else text
 
     def fresh_logprobs(self) -> list[dict[str, Any]] | None:
         """Those of the tokens since this was last asked; None where they were not asked for."""

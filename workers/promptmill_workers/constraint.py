@@ -31,7 +31,7 @@ class Grammars:
         needed. ``vocabulary``: entries of a row of logits, which may be more than there are tokens."""
         self._make_tokenizer = make_tokenizer
         self._tokenizer: Any = None
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
     def constraint(self, sampling: SamplingParams) -> Constraint | None:
@@ -43,7 +43,7 @@ class Grammars:
         if found is None:
             found = self._compile(grammar)
         self._compiled.move_to_end(grammar)
-        return Constraint(found.deep_copy(), self._vocabulary)
+        return Constraint(found.deep_copy(), self.vocabulary)
 
     def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher
@@ -69,24 +69,47 @@ class Constraint:
 
     @property
     def is_over(self) -> bool:
-        """Nothing but the end may follow."""
-        return bool(self._matcher.is_stopped())
+        """The answer is complete: nothing but the end may follow. Raises GrammarError at a dead end.
+
+        llguidance stops there too, with an error, when what was written so far cannot become what the grammar asks for.
+        """
+        self._refuse_dead_end()
+        if not self._matcher.is_stopped():
+            return False
+        if not self._matcher.is_accepting():
+            raise GrammarError("the grammar ended before the answer was complete")
+        return True
+
+    def _refuse_dead_end(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar came to a dead end: {_reason(self._matcher)}")
 
     def allowed(self) -> NDArray[np.int64]:
         """Ids of the tokens that may come next, ends of the answer among them. Raises GrammarError."""
+        # After an error the mask would hold the end of the answer alone.
+        self._refuse_dead_end()
         self._mask[:] = 0
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocabulary]
         ids = np.flatnonzero(bits)
+        self._refuse_dead_end()
         if not len(ids):
-            raise GrammarError(f"the grammar allows no token: {' '.join(self._matcher.get_error().split())[:160]}")
+            raise GrammarError(f"the grammar allows no token: {_reason(self._matcher)}")
         return ids
 
     def take(self, token: int) -> None:
         """``token`` is the next of the answer. Raises GrammarError when the grammar does not have it."""
         if not self._matcher.consume_token(token):
-            raise GrammarError(f"the grammar was left: {' '.join(self._matcher.get_error().split())[:160]}")
+            raise GrammarError(f"the grammar was left: {_reason(self._matcher)}")
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, whatever the model says."""
-        return list(self._matcher.compute_ff_tokens())
+        """Tokens that must come next, whatever the model says. Raises GrammarError."""
+        found = list(self._matcher.compute_ff_tokens())
+        self._refuse_dead_end()
+        return found
+
+
+def _reason(matcher: Any) -> str:
+    """The sentence of llguidance's error, without the state of its parser, which quotes the answer."""
+    text = " ".join(matcher.get_error().split()).partition(" <state>")[0][:160]
+    return "nothing may follow what is written" if text.startswith("NoExtensionBias") else text

@@ -247,8 +247,10 @@ class Desk:
 
 def _identity(request: EngineRequest) -> Identity:
     """A digest, so that remembering an answer does not keep its prompt."""
-    turns = None if request.messages is None else [(each.role, each.content, each.extra) for each in request.messages]
-    asked = repr((turns, request.prompt, request.continuation, request.closed, _described(request.sampling)))
+    asked = repr(
+        (request.messages, request.prompt, request.own, request.continuation, request.closed,
+         _described(request.sampling))
+    )  # fmt: skip
     return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=24).digest()
 
 
@@ -267,7 +269,7 @@ def _parts(request: EngineRequest) -> list[EngineRequest]:
     if sampling.continuations:
         plain = replace(sampling, continuations=())
         return [replace(request, sampling=plain, continuation=text) for text in sampling.continuations]
-    if sampling.choices and sampling.thinking in (None, "off"):
+    if sampling.scores_choices:
         # A choice that begins another one is told from it by its end.
         begins = any(a != b and b.startswith(a) for a in sampling.choices for b in sampling.choices)
         plain = replace(sampling, choices=())

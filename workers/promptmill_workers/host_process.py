@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from promptmill.types import EngineCounters, Extras, Message, SamplingParams
+from promptmill.types import EngineCounters, Extras, SamplingParams, Span
 from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import (
     Engine,
@@ -31,7 +31,7 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
 )
-from promptmill_workers.host_wire import LiveText
+from promptmill_workers.host_wire import LiveText, message_of
 
 log = logging.getLogger("promptmill.host")
 
@@ -45,7 +45,7 @@ FLUSH_RESULTS = 256
 BEAT_S = 1.0
 
 #: A request as it travels: row, messages as (role, content[, extra]) or None, prompt or None, sampling, if it streams.
-WireRequest = tuple[int, tuple[tuple[str, ...], ...] | None, str | None, SamplingParams, bool]
+WireRequest = tuple[int, tuple[tuple[Any, ...], ...] | None, str | None, SamplingParams, bool, tuple[Span, ...] | None]
 
 #: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
 #: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing, the Extras.
@@ -188,13 +188,13 @@ class HostLoop:
     def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
         received_at = time.monotonic()
         batch = []
-        for row, messages, prompt, sampling, stream in requests:
+        for row, messages, prompt, sampling, stream, own in requests:
             key = self._next_key
             self._next_key += 1
             session.keys[row] = key
             self._origins[key] = Origin(session, row, received_at)
-            turns = tuple(Message(*turn) for turn in messages) if messages is not None else None
-            batch.append(EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live))
+            turns = tuple(map(message_of, messages)) if messages is not None else None
+            batch.append(EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live, own=own))
         if session.live:
             self._live_seen += len(batch)
             self._live_pending = True

@@ -12,11 +12,18 @@ LiveText = tuple[int, str, list[dict[str, Any]] | None, int]
 
 def wire(request: Request) -> Any:
     turns = None if request.messages is None else tuple(map(_turn, request.messages))
-    return request.row, turns, request.prompt, request.sampling, request.stream
+    return request.row, turns, request.prompt, request.sampling, request.stream, request.own
 
 
-def _turn(message: Message) -> tuple[str, ...]:
+def _turn(message: Message) -> tuple[Any, ...]:
+    if message.own:
+        return message.role, message.content, message.extra, message.own
     return (message.role, message.content, message.extra) if message.extra else (message.role, message.content)
+
+
+def message_of(turn: tuple[Any, ...]) -> Message:
+    """What :func:`wire` made of a message, as one again."""
+    return Message(*turn[:3], own=turn[3] if len(turn) > 3 else ())
 
 
 def result_of(

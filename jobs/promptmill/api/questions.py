@@ -12,7 +12,7 @@ from promptmill.openai_parameters import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS
 from promptmill.prompts import resolve_sampling
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import messages_of
-from promptmill.sampling import BadParameter
+from promptmill.sampling import BadParameter, refuse_unfinished
 from promptmill.tool_calls import Offer
 
 #: Most tokens of an answer that somebody waits for and sets no limit to.
@@ -51,7 +51,7 @@ def read(body: dict[str, Any], url: str) -> Question:
         body.pop("encoding_format")
     messages = _messages(body) if url == CHAT else None
     texts = () if url == CHAT else _texts(body, "prompt" if url == COMPLETIONS else "input", url)
-    sampling = _sampling(body, url)
+    sampling = _sampling(body, url, messages[-1][0] if messages else None)
     return Question(model, sampling, messages, texts, stream, include_usage, encoding == "base64", Offer.of(sampling))
 
 
@@ -110,13 +110,13 @@ def _require_text(text: str, name: str) -> None:
         raise bad(f"Invalid '{name}': it holds a NUL character.", name, "invalid_value")
 
 
-def _sampling(body: dict[str, Any], url: str) -> dict[str, Any]:
+def _sampling(body: dict[str, Any], url: str, last_role: str | None) -> dict[str, Any]:
     try:
         found = translate(body, url, ANSWERED)
         if url != EMBEDDINGS:
             found.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
         # All of it together, so that a contradiction is told here and not by a worker.
-        resolve_sampling({}, found)
+        refuse_unfinished(resolve_sampling({}, found).continue_final_message, last_role)
     except BadParameter as problem:
         raise _named(problem.message, None) from None
     return found

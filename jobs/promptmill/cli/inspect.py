@@ -165,7 +165,10 @@ def _show_row(job: str, asked: str, as_json: bool) -> None:
     console = stdout_console()
     console.print(f"row {row}, id {found['id']}", markup=False)
     missing = "(not kept)" if (found["result"] or {}).get("state") == "ok" else "(the line could not be read)"
-    _section("prompt", found["prompt"] or _plain(found["messages"]) or missing)
+    if found["prompt_parts"]:
+        _show_prompt(found["prompt_parts"])
+    else:
+        _section("prompt", found["prompt"] or _plain(found["messages"]) or missing)
     if found["expected"] is not None:
         _section("expected", str(found["expected"]))
     _show_result(found["result"])
@@ -179,6 +182,29 @@ def _show_row(job: str, asked: str, as_json: bool) -> None:
 
 def _plain(messages: list[dict[str, str]] | None) -> str | None:
     return "\n".join(f"{each['role']}: {each['content']}" for each in messages) if messages else None
+
+
+#: How the parts of a prompt look on a terminal.
+PART_STYLES = {"text": "", "control": "cyan", "spelled": "yellow"}
+
+
+def _show_prompt(parts: list[tuple[str, str]]) -> None:
+    """The prompt with its control tokens marked by colour, and told in a line of their own."""
+    from collections import Counter
+
+    from rich.text import Text
+
+    console = stdout_console()
+    if console.is_terminal:
+        console.print(Text("--- prompt", style="bold"))
+        console.print(Text.assemble(*((text, PART_STYLES[kind]) for text, kind in parts)), soft_wrap=True)
+    else:
+        _section("prompt", "".join(text for text, _ in parts))
+    for kind, title in (("control", "control tokens"), ("spelled", "only text, though spelled like a control token")):
+        counts = Counter(text for text, each in parts if each == kind)
+        if counts:
+            shown = ", ".join(f"{count} {text}" for text, count in counts.items())
+            console.print(Text(f"--- {title}: {shown}"), soft_wrap=True)
 
 
 def _section(title: str, text: str) -> None:

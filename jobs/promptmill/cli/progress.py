@@ -104,11 +104,12 @@ def preflight_line(found: Preflight) -> str:
     """The findings of the preflight in one sentence."""
     sampled = "" if found.measured >= found.rows - found.too_long else f" ({found.measured:,} measured)"
     cut = f"; {found.cut:,} may be cut at the context of {found.context_tokens:,} tokens" if found.cut else ""
+    twice = f"; {found.two_starts:,} begin with the token of a beginning (BOS) twice" if found.two_starts else ""
     return (
         f"{_rows(found.rows)}; prompt tokens min {found.tokens_min:,}, p50 {found.tokens_p50:,}, "
         f"p99 {found.tokens_p99:,}, max {found.tokens_max:,}{sampled}; about {found.prompt_tokens:,} to read, at most "
         f"{found.max_output_tokens:,} to write; {found.too_long:,} do not fit"
-        f"{cut}"
+        f"{cut}{twice}"
     )
 
 

@@ -13,11 +13,10 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError
-from promptmill.prompts import turn_of
 from promptmill.types import Message, SamplingParams
 
 #: A conversation that ends with an answer, which shows what a template writes after one.
-ANSWERED = (Message("user", "Why?"), Message("assistant", "Because7"))
+ANSWERED: list[dict[str, Any]] = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because7"}]
 
 #: Nothing special is asked for.
 PLAIN = SamplingParams()
@@ -28,7 +27,7 @@ EXTENSIONS = (loopcontrols,)
 class ChatTemplate:
     """Messages to the text that the model was trained on, up to where its answer begins.
 
-    A user's text that spells a special token (``<|im_end|>``) is that token to the model: templates know no escape.
+    Special tokens are texts in it (``<|im_end|>``), whoever wrote them: see ``prompt_pieces``.
     """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:
@@ -37,21 +36,20 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = _tojson
         self._names: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
-        self._source = source
+        self.source = source
         try:
             self._template = environment.from_string(source)
         except TemplateError as problem:
             raise RequestError(f"the model's chat template cannot be used: {problem}") from None
 
-    def render(self, messages: Sequence[Message], sampling: SamplingParams = PLAIN, *, ask: bool = True) -> str:
-        """Raises RequestError for messages that the template refuses, and for tools that it does not know.
+    def write(
+        self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, sampling: SamplingParams, ask: bool
+    ) -> str:
+        """Raises RequestError for messages that the template refuses.
 
-        ``sampling`` says whether to reason and what tools there are; ``ask``: up to where the model's next answer
-        begins.
+        ``sampling`` says whether to reason; ``ask``: up to where the model's next answer begins.
         """
-        turns = [turn_of(each) for each in messages]
-        names = self._names | {"add_generation_prompt": ask} | thinking_names(sampling.thinking)
-        names |= {"tools": tools_for(self._source, messages, sampling)}
+        names = self._names | {"add_generation_prompt": ask, "tools": tools} | thinking_names(sampling.thinking)
         try:
             return str(self._template.render(messages=turns, **names))
         except Exception as problem:
@@ -86,7 +84,7 @@ def knows_tools(source: str) -> bool:
 
 def after_answer(rendered: str) -> str:
     """What a template wrote after the answer of :data:`ANSWERED`."""
-    return rendered.rpartition(ANSWERED[-1].content)[2]
+    return rendered.rpartition(ANSWERED[-1]["content"])[2]
 
 
 def thinking_names(thinking: str | None) -> dict[str, bool]:

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from promptmill.errors import ModelError
-from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Message, SamplingParams, Usage
+from promptmill.types import (
+    EngineCounters,
+    ErrorClass,
+    Extras,
+    FinishReason,
+    Message,
+    Request,
+    SamplingParams,
+    Span,
+    Usage,
+)
 
 #: Names one request inside one engine; whoever adds the request chooses it.
 RequestKey = int
@@ -74,11 +84,18 @@ class EngineRequest:
     continuation: str | None = None
     #: The continuation is followed by the end of the answer.
     closed: bool = False
+    #: What of ``prompt`` the author of a task wrote; None: all of it. See ``types.Message``.
+    own: tuple[Span, ...] | None = None
+
+    @classmethod
+    def of(cls, request: Request) -> EngineRequest:
+        """A request of a job, to be measured or shown."""
+        return cls(request.row, request.sampling, request.messages, request.prompt, own=request.own)
 
     @property
     def is_scored(self) -> bool:
         """Whether texts after the prompt are scored: then it may be empty."""
-        return self.continuation is not None or bool(self.sampling.continuations)
+        return self.continuation is not None or bool(self.sampling.continuations) or self.sampling.scores_choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,4 +235,12 @@ class TokenCounter(Protocol):
 
     def render(self, request: EngineRequest) -> str:
         """The prompt as the model sees it: the chat template applied."""
+        ...
+
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        """The rendered prompt in parts: ``control`` tokens, such as are only ``spelled`` by a text, and ``text``."""
+        ...
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        """Whether the prompt begins with the token of a beginning (BOS) twice."""
         ...

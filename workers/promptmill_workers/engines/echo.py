@@ -230,7 +230,7 @@ class EchoEngine:
             message = f"the prompt has {prompt_tokens} tokens, the context {self._context}"
             return Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, message)
         tokens, reason = _answer(request, self._context - prompt_tokens)
-        if not _fits("".join(tokens), request.sampling):
+        if reason is FinishReason.STOP and not _fits("".join(tokens), request.sampling):
             return Rejected(request.key, ErrorClass.GRAMMAR, "the echo is not what the grammar asks for")
         prefill_s = prompt_tokens * self._script.prefill_s
         first = now + prefill_s
@@ -293,9 +293,13 @@ def _ends_at(sequence: Sequence_) -> float:
 def _fits(text: str, sampling: SamplingParams) -> bool:
     """Whether the echo is what was asked for: an echo cannot be bound."""
     if sampling.json_schema is not None:
+        from jsonschema.validators import validator_for
+
+        schema = json.loads(sampling.json_schema)
         try:
-            return isinstance(json.loads(text), dict) or '"object"' not in sampling.json_schema
-        except ValueError:
+            return bool(validator_for(schema)(schema).is_valid(json.loads(text)))
+        except Exception:
+            # No JSON, or a reference that leads nowhere.
             return False
     return sampling.regex is None or re.fullmatch(sampling.regex, text) is not None
 
@@ -339,6 +343,12 @@ class EchoTokenCounter:
 
     def render(self, request: EngineRequest) -> str:
         return _render(request)
+
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        return [(_render(request), "text")]
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        return False
 
 
 def _render(request: EngineRequest) -> str:

@@ -18,6 +18,7 @@ from llama_cpp._ggml import libggml
 from numpy.typing import NDArray
 
 from promptmill.errors import DeviceError, ModelError
+from promptmill_workers.answering import END_OF_THINK, THINK
 from promptmill_workers.engines.llama_batch import Batch, Tokens
 from promptmill_workers.engines.llama_sampling import GREEDY, Shape, make_sampler
 
@@ -37,6 +38,13 @@ KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 
 #: Context of a model whose file does not say what it was trained for.
 CONTEXT_UNKNOWN = 4096
+
+#: In the place of a token of which only is known that it is none of the special ones.
+NO_TOKEN = -1
+
+#: Attributes of the tokens that are read as such only where special tokens are parsed, and of those that split a text.
+PARSED = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+SPECIAL = PARSED | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 
 #: GGML_LOG_LEVEL_DEBUG of ggml.h, which the bindings do not name.
 LOG_DEBUG = 1
@@ -72,6 +80,7 @@ class Vocabulary:
     def __init__(self, model: Any) -> None:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self._pieces: dict[int, bytes] = {}
+        self._marks: set[int] = set()
         self._ends: dict[int, bool] = {}
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
         end = int(llama_cpp.llama_vocab_eot(self._vocab))
@@ -86,6 +95,9 @@ class Vocabulary:
         self.eos = self._text(llama_cpp.llama_vocab_eos(self._vocab))
         self._buffer = (llama_cpp.llama_token * 4096)()
         self.size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        #: Reasoning marks that are tokens of their own: they belong to the text of an answer, control tokens or not.
+        self._marks = {ids[0] for mark in (THINK, END_OF_THINK) if len(ids := self._special(mark)) == 1}
+        self._lead = self._space_eater()
 
     def _text(self, token: int) -> str:
         if token < 0:
@@ -102,6 +114,46 @@ class Vocabulary:
             self._buffer = (llama_cpp.llama_token * (-count))()
             count = self._tokenize(data, parse_special, start)
         return np.ctypeslib.as_array(self._buffer)[:count].astype(np.int32)
+
+    def _special(self, text: str) -> Tokens:
+        return self.tokens(text, parse_special=True, start=False)
+
+    def inner(self, text: str, *, parse_special: bool, after: int) -> Tokens:
+        """Ids of a text in the middle of others, ``after`` this token.
+
+        SentencePiece puts a space before a text at the start of a prompt and after a special token, and nowhere else.
+        """
+        if not self._lead or (after != NO_TOKEN and self._attributes(after) & SPECIAL):
+            return self.tokens(text, parse_special=parse_special, start=False)
+        lead = self.tokens(self._lead, parse_special=False, start=False)
+        return self.tokens(self._lead + text, parse_special=parse_special, start=False)[len(lead) :]
+
+    def within(self, text: str) -> list[int]:
+        """Ids of a text that is put into an answer; control tokens that it spells are themselves."""
+        found: list[int] = self.inner(text, parse_special=True, after=NO_TOKEN).tolist()
+        return found
+
+    def _space_eater(self) -> str:
+        """What a space is put before, and which joins with nothing; empty where no space is put before a text."""
+        bare = self.tokens("x", parse_special=False, start=False)
+        if self._spelt(bare) == b"x":
+            return ""
+        for lead in ("\x01", "\n"):
+            known = self.tokens(lead, parse_special=False, start=False)
+            both = self.tokens(f"{lead}x", parse_special=False, start=False)
+            if np.array_equal(both[: len(known)], known) and self._spelt(both[len(known) :]) == b"x":
+                return lead
+        return ""
+
+    def _spelt(self, tokens: Tokens) -> bytes:
+        return b"".join(self.piece(int(each)) for each in tokens)
+
+    def _attributes(self, token: int) -> int:
+        return int(llama_cpp.llama_vocab_get_attr(self._vocab, token))
+
+    def control_texts(self) -> list[str]:
+        """What a prompt whose special tokens are parsed spells control tokens with."""
+        return [self._text(each) for each in range(self.size) if self._attributes(each) & PARSED]
 
     def _tokenize(self, data: bytes, parse_special: bool, start: bool) -> int:
         size = len(self._buffer)
@@ -123,7 +175,10 @@ class Vocabulary:
             return lltokenizer_from_vocab(self._vocab, eos_token=self.end_tokens() or None)
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token adds to the text; none for control tokens. May be part of a character."""
+        """The bytes that a token adds to the text; none for control tokens but those that mark a reasoning.
+
+        May be part of a character.
+        """
         found = self._pieces.get(token)
         if found is None:
             found = self._pieces[token] = self._piece(token, 64)
@@ -131,7 +186,7 @@ class Vocabulary:
 
     def _piece(self, token: int, room: int) -> bytes:
         buffer = ctypes.create_string_buffer(room)
-        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, room, 0, token in self._marks)
         return self._piece(token, -size) if size < 0 else buffer.raw[:size]
 
     def ends(self, token: int) -> bool:
@@ -180,6 +235,8 @@ class Model:
         self.has_cells = not (
             llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle)
         )
+        #: Tokens that layers with a sliding window look back on; 0 where all layers look at everything.
+        self.window = int(llama_cpp.llama_model_n_swa(self.handle))
 
     def _header(self, key: str) -> str:
         """A value of the file's header as text; empty when it is not there."""
@@ -318,6 +375,7 @@ class Context:
             self.close()
             raise ModelError("the model keeps no KV cache: it does not generate text", hint="Choose another model.")
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
+        self._window = model.window
         self.batch = Batch(batch)
 
     # --- a step ------------------------------------------------------------------------------------------------------
@@ -389,8 +447,18 @@ class Context:
         """Forget a sequence; its cells are free when no other sequence shares them."""
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
+    def can_share(self, source: int, length: int) -> bool:
+        """Whether what follows the first ``length`` tokens of ``source`` finds all the cells that it looks back on.
+
+        Cells that have left the sliding window of ``source`` are given to others, those of its start first.
+        """
+        if not self._window or length > int(llama_cpp.llama_memory_seq_pos_max(self._memory, source)):
+            return True  # The whole of a sequence has what its own next token would look back on.
+        first = int(llama_cpp.llama_memory_seq_pos_min(self._memory, source))
+        return first <= max(0, length - self._window)
+
     def share(self, source: int, target: int, length: int) -> None:
-        """Let ``target`` begin with the first ``length`` cells of ``source``."""
+        """Let ``target`` begin with the first ``length`` cells of ``source``; see :meth:`can_share`."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, length)
 
     def close(self) -> None:

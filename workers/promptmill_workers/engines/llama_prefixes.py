@@ -55,11 +55,14 @@ class Prefixes:
         return not self._spare
 
     def longest(self, head: Tokens) -> tuple[Prefix | None, int]:
-        """The prefix that has most tokens in common with ``head``, computed or not yet, and how many."""
+        """The prefix that has most tokens in common with ``head``, computed or not yet, and how many.
+
+        One whose cells for so many are gone is none.
+        """
         best, shared = None, LEAST_TOKENS - 1
         for prefix in self._kept:
             length = common_length(prefix.tokens, head)
-            if length > shared:
+            if length > shared and self._context.can_share(prefix.sequence, length):
                 best, shared = prefix, length
         return best, shared if best else 0
 

@@ -76,7 +76,7 @@ class Room:
         best, shared = None, LEAST_TOKENS - 1
         for running in self.running.values() if self._shares else ():
             length = min(running.done, common_length(running.waiting.prompt, tokens))
-            if length > shared:
+            if length > shared and self._context.can_share(running.slot, length):
                 best, shared = running, length
         return best, shared if best else 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from promptmill.errors import RequestError
 from promptmill.sampling import refuse_unknown_tokens
-from promptmill.types import ErrorClass
-from promptmill_workers.answering import opened
-from promptmill_workers.engines.chat_template import ANSWERED, ChatTemplate, after_answer
+from promptmill.types import ErrorClass, SamplingParams
+from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, ChatTemplate, after_answer
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama_batch import Tokens
 from promptmill_workers.engines.llama_binding import Model, Vocabulary
+from promptmill_workers.engines.prompt_pieces import Controls, Piece, begins_twice, pieces_of, text_of
 
 #: No prompt has more bytes a token on average. A longer text cannot fit, and is not worth seconds of splitting it.
 MOST_BYTES_PER_TOKEN = 256
@@ -45,16 +45,31 @@ class PromptReader:
         self._vocabulary: Vocabulary = model.vocabulary
         self._source, self._tool_source = model.chat_template, model.tool_template
 
-    def render(self, request: EngineRequest) -> str:
+    def pieces(self, request: EngineRequest) -> list[Piece]:
         """Raises RequestError."""
         return self._opened(request)[0]
 
-    def _opened(self, request: EngineRequest) -> tuple[str, bool]:
-        if request.messages is None:
-            return opened(request.prompt or "", request.sampling)
-        with_tools = request.sampling.tools is not None and self._tool_source is not None
-        template = self._tool_template if with_tools else self._template
-        return opened(template.render(request.messages, request.sampling), request.sampling)
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        """The prompt in parts, as ``Controls.parts``. Raises RequestError."""
+        return self._controls.parts(self.pieces(request))
+
+    def render(self, request: EngineRequest) -> str:
+        """Raises RequestError."""
+        return text_of(self.pieces(request))
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        """Whether the prompt begins with BOS twice. Raises RequestError."""
+        return begins_twice(self.pieces(request), self._vocabulary.bos)
+
+    def _opened(self, request: EngineRequest) -> tuple[list[Piece], bool]:
+        return pieces_of(request, self._controls, self._chat_template)
+
+    @cached_property
+    def _controls(self) -> Controls:
+        return Controls(self._vocabulary.control_texts())
+
+    def _chat_template(self, sampling: SamplingParams) -> ChatTemplate:
+        return self._template if sampling.tools is None or self._tool_source is None else self._tool_template
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -72,7 +87,7 @@ class PromptReader:
     def end(self) -> int | None:
         """The token that ends an answer: what the chat template writes there, else what the vocabulary names."""
         try:
-            after = after_answer(self._template.render(ANSWERED, ask=False))
+            after = after_answer(self._template.write(ANSWERED, None, PLAIN, ask=False))
         except RequestError:
             return self._vocabulary.end
         found = self._vocabulary.tokens(after, parse_special=True, start=False).tolist()
@@ -80,18 +95,19 @@ class PromptReader:
 
     def tokens(self, request: EngineRequest) -> Tokens:
         """Raises RequestError, also for a prompt without a single token."""
-        return self._tokens(self.render(request), request)
+        return self._tokens(self.pieces(request), request)
 
     def prompt(self, request: EngineRequest, context_tokens: int) -> Prompt:
         """The prompt, with room for one token of an answer. Raises RequestError."""
         refuse_unknown_tokens(request.sampling, self._vocabulary.size)
-        text, thinks = self._opened(request)
-        if len(text) > context_tokens * MOST_BYTES_PER_TOKEN:
-            raise PromptTooLong(f"the prompt has {len(text):,} characters, the context {context_tokens:,} tokens")
-        found, scored = self._tokens(text, request), 0
+        pieces, thinks = self._opened(request)
+        size = sum(len(each.text) for each in pieces)
+        if size > context_tokens * MOST_BYTES_PER_TOKEN:
+            raise PromptTooLong(f"the prompt has {size:,} characters, the context {context_tokens:,} tokens")
+        found, scored = self._tokens(pieces, request), 0
         if request.continuation is not None:
             # Apart from the prompt, so that every continuation follows the same tokens.
-            more = self._vocabulary.tokens(request.continuation, parse_special=False, start=False)
+            more = self._vocabulary.inner(request.continuation, parse_special=False, after=int(found[-1]))
             if not len(more):
                 raise RequestError("a continuation has no tokens")
             if request.closed and self.end is not None:
@@ -101,9 +117,17 @@ class PromptReader:
             raise PromptTooLong(f"the prompt has {len(found):,} tokens, the context {context_tokens:,}")
         return Prompt(found, thinks, scored)
 
-    def _tokens(self, text: str, request: EngineRequest) -> Tokens:
-        found = self._vocabulary.tokens(text, parse_special=request.messages is not None)
-        if not len(found) and not text and request.is_scored:
+    def _tokens(self, pieces: Sequence[Piece], request: EngineRequest) -> Tokens:
+        found = np.zeros(0, dtype=np.int32)
+        for number, piece in enumerate(pieces):
+            # The whole prompt in one go, but for pieces that must not be what they spell.
+            more = (
+                self._vocabulary.inner(piece.text, parse_special=not piece.plain, after=int(found[-1]))
+                if number and len(found)
+                else self._vocabulary.tokens(piece.text, parse_special=not piece.plain)
+            )
+            found = np.concatenate([found, more])
+        if not len(found) and not text_of(pieces) and request.is_scored:
             # Nothing but what every text begins with: a text is scored from there.
             found = np.array(self._vocabulary.start, dtype=np.int32)
         if not len(found):
@@ -185,3 +209,9 @@ class LlamaTokenCounter:
 
     def render(self, request: EngineRequest) -> str:
         return self._prompts.render(request)
+
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        return self._prompts.parts(request)
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        return self._prompts.has_two_starts(request)

@@ -85,7 +85,7 @@ class LlamaCppEngine:
         self._tools = Tools(
             ends=self._vocabulary.ends,
             piece=self._vocabulary.piece,
-            tokens=lambda text: self._vocabulary.tokens(text, parse_special=True, start=False).tolist(),
+            tokens=self._vocabulary.within,
             text=lambda stops: AnswerText(self._vocabulary.piece, stops),
             grammars=Grammars(self._vocabulary.constraint_tokenizer, self._vocabulary.size),
         )

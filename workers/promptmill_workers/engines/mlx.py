@@ -58,7 +58,7 @@ class MlxEngine:
         self._tools = Tools(
             ends=tokenizer.eos_ids.__contains__,
             piece=tokenizer.piece,
-            tokens=tokenizer.plain_tokens,
+            tokens=tokenizer.within,
             text=lambda stops: AnswerText(tokenizer, stops),
             grammars=Grammars(lambda: tokenizer.constraint_tokenizer(batcher.vocabulary), batcher.vocabulary),
         )
@@ -195,7 +195,7 @@ class MlxEngine:
         refuse_unknown_tokens(request.sampling, self._tokenizer.size)
         prompt, scored = self._tokenizer.tokens(request), 0
         if request.continuation is not None:
-            more = self._tokenizer.continuation(request.continuation, closed=request.closed)
+            more = self._tokenizer.continuation(request.continuation, closed=request.closed, after=int(prompt[-1]))
             prompt, scored = np.concatenate([prompt, more]), len(more)
         room = self._info.context_tokens - len(prompt)
         if room < 1:

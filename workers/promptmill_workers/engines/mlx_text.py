@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from promptmill.errors import ModelError, RequestError
-from promptmill.prompts import turn_of
-from promptmill.types import Message, SamplingParams
-from promptmill_workers.answering import opened
-from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names, tools_for
+from promptmill.types import SamplingParams
+from promptmill_workers.answering import END_OF_THINK, THINK
+from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names
 from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.engines.prompt_pieces import Controls, Piece, begins_twice, pieces_of, text_of
 from promptmill_workers.prefix_plan import Tokens
 
 #: Context of a model whose configuration does not say what it was trained for.
@@ -40,36 +40,32 @@ class MlxTokenizer:
 
     def render(self, request: EngineRequest) -> str:
         """Raises RequestError."""
+        return text_of(self.pieces(request))
+
+    def pieces(self, request: EngineRequest) -> list[Piece]:
+        """The prompt as it is tokenised. Raises RequestError."""
         return self.opened(request)[0]
 
-    def opened(self, request: EngineRequest) -> tuple[str, bool]:
-        """The prompt as text, and whether the model begins with its reasoning after it. Raises RequestError."""
-        if request.messages is None:
-            return opened(request.prompt or "", request.sampling)
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        """The prompt in parts, as ``Controls.parts``. Raises RequestError."""
+        return self._controls.parts(self.pieces(request))
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        """Whether the prompt begins with BOS twice. Raises RequestError."""
+        return begins_twice(self.pieces(request), self._tokenizer.bos_token or "")
+
+    def opened(self, request: EngineRequest) -> tuple[list[Piece], bool]:
+        """The prompt, and whether the model begins with its reasoning after it. Raises RequestError."""
+        return pieces_of(request, self._controls, self._chat_template)
+
+    @cached_property
+    def _controls(self) -> Controls:
+        return Controls(each.content for each in self._tokenizer.added_tokens_decoder.values() if each.special)
+
+    def _chat_template(self, sampling: SamplingParams) -> FolderTemplate:
         if not self._tokenizer.chat_template:
             raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
-        return opened(self._chat(request.messages, request.sampling), request.sampling)
-
-    def _chat(self, messages: Sequence[Message], sampling: SamplingParams = PLAIN, *, ask: bool = True) -> str:
-        """Messages as the chat template writes them; ``ask``: up to the model's next answer. Raises RequestError."""
-        turns = [turn_of(each) for each in messages]
-        tools = tools_for(self._template_source(sampling), messages, sampling)
-        try:
-            # transformers renders templates in jinja2's immutable sandbox.
-            text = self._tokenizer.apply_chat_template(
-                turns, tools=tools, tokenize=False, add_generation_prompt=ask, **thinking_names(sampling.thinking)
-            )
-        except Exception as problem:
-            # Whatever a model's template does wrong concerns this request only.
-            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
-        return str(text)
-
-    def _template_source(self, sampling: SamplingParams) -> str:
-        """Of several templates the one for tools where there are some, as transformers chooses."""
-        known = self._tokenizer.chat_template
-        if isinstance(known, dict):
-            known = known.get("tool_use" if sampling.tools else "default", known.get("default", ""))
-        return str(known)
+        return FolderTemplate(self._tokenizer, sampling)
 
     @cached_property
     def end(self) -> int | None:
@@ -78,7 +74,7 @@ class MlxTokenizer:
         if not self._tokenizer.chat_template:
             return named
         try:
-            after = self.plain_tokens(after_answer(self._chat(ANSWERED, ask=False)))
+            after = self._encoded(after_answer(self._chat_template(PLAIN).write(ANSWERED, None, PLAIN, ask=False)))
         except RequestError:
             return named
         return next((each for each in after if each in self.eos_ids), named)
@@ -86,14 +82,20 @@ class MlxTokenizer:
     def tokens(self, request: EngineRequest) -> Tokens:
         """Raises RequestError, also for a prompt without a single token.
 
-        A template writes special tokens, BOS included, as text. A raw prompt's text is only text, and what the model
-        wants at its start is added.
+        A template writes special tokens, BOS included, as text. To a raw prompt is added what the model wants at its
+        start and its end.
         """
-        # A lone half of a surrogate pair has no UTF-8, which is all the tokenizer takes.
-        text = self.render(request).encode("utf-8", errors="replace").decode()
-        raw = request.messages is None
-        found = self._tokenizer.encode(text, add_special_tokens=raw, split_special_tokens=raw, verbose=False)
-        if not found and not text and request.is_scored:
+        pieces = self.pieces(request)
+        found: list[int] = []
+        for number, piece in enumerate(pieces):
+            found += (
+                self._inner(piece.text, found[-1], plain=piece.plain)
+                if number
+                else self._encoded(piece.text, plain=piece.plain)
+            )
+        if request.messages is None:
+            found = self._framed(found)
+        if not text_of(pieces) and not found and request.is_scored:
             # Nothing but what every text begins with (BOS, else EOS): a text is scored from there.
             starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
             found = [each for each in starts if each is not None][:1]
@@ -101,19 +103,51 @@ class MlxTokenizer:
             raise RequestError("the prompt has no tokens")
         return np.array(found, dtype=np.int32)
 
-    def continuation(self, text: str, *, closed: bool) -> Tokens:
-        """Tokens of a text that follows a prompt; ``closed``: and of the end of the answer. Raises RequestError."""
-        found = self.plain_tokens(text)
+    def _framed(self, found: list[int]) -> list[int]:
+        """A raw prompt with what belongs at its start, but for a BOS that it has itself, and at its end."""
+        frame = self._tokenizer.encode("", add_special_tokens=True)
+        bos = self._tokenizer.bos_token_id
+        start = frame[:1] if bos is not None and frame[:1] == [bos] else []
+        return [*([] if found[:1] == start else start), *found, *frame[len(start) :]]
+
+    def continuation(self, text: str, *, closed: bool, after: int) -> Tokens:
+        """Tokens of a text that follows a prompt, which ends with the token ``after``; ``closed``: and of the end of
+        the answer. Raises RequestError."""
+        found = self._inner(text, after, plain=True)
         if not found:
             raise RequestError("a continuation has no tokens")
         return np.array([*found, self.end] if closed and self.end is not None else found, dtype=np.int32)
 
-    def plain_tokens(self, text: str) -> list[int]:
-        """Tokens of a text in the middle of others; special tokens that it spells are themselves."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    def within(self, text: str) -> list[int]:
+        """Tokens of a text that is put into an answer; control tokens that it spells are themselves."""
+        return self._inner(text, None, plain=False)
+
+    def _inner(self, text: str, after: int | None, *, plain: bool) -> list[int]:
+        """Tokens of a text in the middle of others, ``after`` this token or one that is not special.
+
+        SentencePiece puts a space before a text at the start of a prompt and after a special token, and nowhere else.
+        """
+        if not self._lead or after in self._tokenizer.added_tokens_decoder:
+            return self._encoded(text, plain=plain)
+        return self._encoded(self._lead + text, plain=plain)[len(self._encoded(self._lead)) :]
+
+    @cached_property
+    def _lead(self) -> str:
+        """What a space is put before, and which joins with nothing; empty where no space is put before a text."""
+        bare = self._encoded("x")
+        for lead in ("\x01", "\n"):
+            known, both = self._encoded(lead), self._encoded(f"{lead}x")
+            if both[: len(known)] == known:
+                return lead if both[len(known) :] != bare else ""
+        return ""
+
+    def _encoded(self, text: str, *, plain: bool = False) -> list[int]:
+        # A lone half of a surrogate pair has no UTF-8, which is all the tokenizer takes.
+        clean = text.encode("utf-8", errors="replace").decode()
+        return list(self._tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=plain, verbose=False))
 
     def piece(self, token: int) -> bytes:
-        """What a token adds to a text; none for control tokens."""
+        """What a token adds to a text; none for control tokens but those that mark a reasoning."""
         return self.text([token]).encode()
 
     def constraint_tokenizer(self, vocabulary: int) -> Any:
@@ -126,9 +160,43 @@ class MlxTokenizer:
             raise RequestError(f"answers of this model cannot be bound: {str(problem)[:120]}") from None
 
     def text(self, ids: Sequence[int]) -> str:
-        """Control tokens add nothing; bytes that are no character are replaced."""
+        """Control tokens add nothing, but for those that mark a reasoning; bytes that are no character are replaced."""
+        for at, token in enumerate(ids) if self._marks else ():
+            if token in self._marks:
+                return self.text(ids[:at]) + self._marks[token] + self.text(ids[at + 1 :])
         # "Cleaning up" would change the spaces of an answer, for one in JSON.
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _marks(self) -> dict[int, str]:
+        """Reasoning marks that are control tokens."""
+        known = self._tokenizer.added_tokens_decoder.items()
+        return {token: each.content for token, each in known if each.special and each.content in (THINK, END_OF_THINK)}
+
+
+class FolderTemplate:
+    """The chat template of a folder, as transformers renders it: in jinja2's immutable sandbox."""
+
+    def __init__(self, tokenizer: Any, sampling: SamplingParams) -> None:
+        """With several templates the one for tools where there are some, as transformers chooses."""
+        self._tokenizer = tokenizer
+        known = tokenizer.chat_template
+        if isinstance(known, dict):
+            known = known.get("tool_use" if sampling.tools else "default", known.get("default", ""))
+        self.source = str(known)
+
+    def write(
+        self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, sampling: SamplingParams, ask: bool
+    ) -> str:
+        """Raises RequestError for messages that the template refuses."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=ask, **thinking_names(sampling.thinking)
+            )
+        except Exception as problem:
+            # Whatever a model's template does wrong concerns this request only.
+            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+        return str(text)
 
 
 class MlxTokenCounter:
@@ -150,6 +218,12 @@ class MlxTokenCounter:
 
     def render(self, request: EngineRequest) -> str:
         return self._tokenizer.render(request)
+
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        return self._tokenizer.parts(request)
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        return self._tokenizer.has_two_starts(request)
 
 
 class AnswerText:
