@@ -231,7 +231,9 @@ def dispatch(job: Row[Any], settings: Settings, db: Engine, warn: OnWarning = lo
     from promptmill.dispatch import Dispatcher
 
     try:
-        Dispatcher(ledger_of(db, settings), Broker(settings.redis_url)).dispatch(job.id, job.model, job.priority)
+        Dispatcher(ledger_of(db, settings), Broker(settings.redis_url)).dispatch(
+            job.id, job.model, job.priority, job.model_fingerprint
+        )
     except BrokerError as problem:
         # What was asked for is done: the ledger has the job, and any worker publishes it.
         warn(
@@ -346,7 +348,7 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
     sampling = resolve_sampling(json.loads(job.sampling), shown["sampling"])
     request = to_request(row, shown["id"], shown["input"], shown["meta"], sampling, template, job.system_prompt)
     messages = [turn_of(each) for each in request.messages or ()] or None
-    return shown | {"prompt": _rendered(job.model, request), "messages": messages}
+    return shown | {"prompt": _rendered(job, request), "messages": messages}
 
 
 def _stored_template(job: Row[Any]) -> Template | None:
@@ -358,15 +360,18 @@ def stored_task(job: Row[Any]) -> Task:
     return parse_task(job.task_text, job.task_name or "task", job.task_folder)
 
 
-def _rendered(model: str, request: Request) -> str | None:
-    """The prompt with the model's chat template applied; None when the model is not on this machine."""
-    from promptmill_workers.checkpoints import locate, token_counter
+def _rendered(job: Row[Any], request: Request) -> str | None:
+    """The prompt with the model's chat template applied; None when the job's model is not on this machine."""
+    from promptmill_workers.checkpoints import fingerprint, locate, token_counter
     from promptmill_workers.engines.contract import EngineRequest
 
     if request.prompt is not None:
         return request.prompt
     try:
-        counter = token_counter(locate(model))
+        checkpoint = locate(job.model)
+        if job.model_fingerprint not in (None, fingerprint(checkpoint)):
+            return None
+        counter = token_counter(checkpoint)
         return counter.render(EngineRequest(request.row, request.sampling, request.messages, request.prompt))
     except PromptmillError:
         return None

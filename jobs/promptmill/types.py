@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 #: Any JSON value, as ``json.loads`` gives it.
 JsonValue = Any
@@ -143,6 +143,21 @@ class Message:
     extra: str | None = None
 
 
+class Sharing(NamedTuple):
+    """With whom a request shares what was computed. Nothing of it crosses from one owner to another.
+
+    Prompt prefixes are shared by the requests of one ``owner`` (an API key's id; empty for all that need no key),
+    answers to identical requests by those of one ``job``.
+    """
+
+    owner: str = ""
+    job: str = ""
+
+
+#: Of requests of no key and no job.
+COMMON = Sharing()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One line of a job as an engine sees it. Holds ``messages`` (chat template applies) or ``prompt`` (sent as it is).
@@ -157,6 +172,7 @@ class Request:
     prompt: str | None = None
     #: Somebody waits for the text as it comes.
     stream: bool = False
+    sharing: Sharing = COMMON
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +281,8 @@ class Lease:
     context_tokens: int | None = None
     #: Of the job; 0 is the most urgent.
     priority: int = 5
+    #: Which model the job is for; None until the first worker that runs it has said what it has.
+    model_fingerprint: str | None = None
     #: When the database stamped the attempt's start, by this process' own ``time.monotonic()``.
     taken_at: float = field(default_factory=time.monotonic, compare=False)
 

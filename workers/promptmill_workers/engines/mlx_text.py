@@ -16,7 +16,7 @@ from promptmill.prompts import turn_of
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.answering import opened
 from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names, tools_for
-from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.engines.contract import EngineRequest, template_digest
 from promptmill_workers.prefix_plan import Tokens
 
 #: Context of a model whose configuration does not say what it was trained for.
@@ -70,6 +70,11 @@ class MlxTokenizer:
         if isinstance(known, dict):
             known = known.get("tool_use" if sampling.tools else "default", known.get("default", ""))
         return str(known)
+
+    @property
+    def template_digest(self) -> str:
+        known = self._tokenizer.chat_template
+        return template_digest(*(known.values() if isinstance(known, dict) else (known,)))
 
     @cached_property
     def end(self) -> int | None:
