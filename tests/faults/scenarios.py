@@ -85,7 +85,7 @@ DEMO_ROWS = 4000
 UNDISTURBED_S = 600
 
 #: Rows of a job whose model is replaced: it must still run when the other one has been loaded.
-SWAPPED_ROWS = 3000
+SWAPPED_ROWS = 1000
 
 #: Jobs that are begun until a victim is caught while it holds a lease.
 CATCHES = 5
@@ -619,7 +619,7 @@ def wrong_model(arena: Arena, rng: random.Random) -> None:
     arena.start_workers(1 if from_the_start else 2)
     job = arena.submit(SWAPPED_ROWS, None, "--max-tokens", "6", "--param", "ignore_eos=true")
     right = arena.rows("SELECT model_fingerprint FROM jobs")[0][0]
-    arena.wait_for_results(rng.randint(1, 300))
+    arena.wait_for_results(rng.randint(1, 100))
     put(path, right=False)
     if from_the_start:
         arena.start_workers(1, wait=False, runtime="elsewhere")
@@ -642,9 +642,10 @@ def wrong_model(arena: Arena, rng: random.Random) -> None:
 
 def _said_by(arena: Arena, path: Path) -> list[str]:
     """What a run that nobody disturbs answers to the last job's prompts."""
-    environment, arena.environment = arena.environment, arena.environment | {
-        "JOBS_DATABASE_URL": f"sqlite:///{arena.folder / 'right.sqlite'}"
-    }
+    environment, arena.environment = (
+        arena.environment,
+        arena.environment | {"JOBS_DATABASE_URL": f"sqlite:///{arena.folder / 'right.sqlite'}"},
+    )
     out = str(arena.folder / "right.jsonl")
     given = ("--max-tokens", "6", "--param", "ignore_eos=true", "--slots", "4", "--device", "cpu", "--json", "-o", out)
     arena("run", str(arena.folder / "prompts.jsonl"), "--model", str(path), *given, timeout=UNDISTURBED_S)
