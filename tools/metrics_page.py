@@ -37,6 +37,7 @@ Every report checks itself; `✗` means that two figures disagree and the job ha
 | limits | no answer over max_tokens, no more cached than prompt tokens |
 | order | enqueued, then admitted, then first token, then finished, in every row |
 | curve | output tok/s over time adds up to the output tokens |
+| model | every attempt that answered rows names the model of the job |
 
 ## Comparisons
 

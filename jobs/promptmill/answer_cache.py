@@ -22,18 +22,19 @@ PROMPTS = 2
 KEYS_AT_ONCE = 500
 
 
-def key_of(model: str, request: Request) -> str | None:
-    """SHA-256 over the model and all that decides a greedy answer; None for an answer that is drawn.
+def key_of(answering: Sequence[Any], request: Request) -> str | None:
+    """SHA-256 over what answers, who asks, and what is asked; None for an answer that is drawn.
 
-    ``model``: its fingerprint. The prompt counts before the model's chat template, which is part of the model.
+    ``answering``: the fingerprint of the model that is loaded and what else changes its answers. The prompt counts
+    before the model's chat template, which is among that.
     """
     if not request.sampling.is_greedy:
         return None
     sampling = asdict(replace(request.sampling, timeout_s=None, seed=None))
     turns = [_turn(each) for each in request.messages] if request.messages is not None else None
-    asked = json.dumps(
-        [PROMPTS, model, turns, request.prompt, request.own, sampling], ensure_ascii=False, sort_keys=True
-    )
+    # One key's answers are for no other key: it would learn from them what was asked.
+    parts = [PROMPTS, answering, request.sharing.owner, turns, request.prompt, request.own, sampling]
+    asked = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(asked.encode(errors="replace")).hexdigest()
 
 

@@ -125,6 +125,43 @@ def list_workers(db: Engine, alive_s: float) -> list[dict[str, Any]]:
     return [{**row, "versions": json.loads(row["versions"] or "{}")} for row in found]
 
 
+def serving(db: Connection, model: str, alive_s: float, *such: sa.ColumnElement[bool]) -> list[Any]:
+    """Workers with a heartbeat within ``alive_s`` that are such and serve ``model``, whichever they have loaded."""
+    each = workers.c
+    alive = sa.select(each.id, each.models, each.model, each.model_fingerprint)
+    found = db.execute(alive.where(each.heartbeat_at > epoch() - alive_s, *such).order_by(each.id))
+    return [worker for worker in found if model in json.loads(worker.models)]
+
+
+def may_have(worker: Row[Any], model: str, fingerprint: str | None) -> bool:
+    """Whether a worker that serves ``model`` has the one with ``fingerprint``, for all that is known."""
+    known = worker.model_fingerprint if worker.model == model else None
+    return None in (known, fingerprint) or known == fingerprint
+
+
+def waiting_for_models(db: Engine, alive_s: float, job_id: str | None = None) -> dict[str, str]:
+    """Open jobs, or this one, that wait because all workers have another model under the name of theirs.
+
+    Job -> what it waits for.
+    """
+    query = sa.select(jobs).where(jobs.c.state.in_(("queued", "running")), jobs.c.model_fingerprint.is_not(None))
+    if job_id is not None:
+        query = query.where(jobs.c.id == job_id)
+    with reading(db) as connection:
+        found = {job.id: _waits_for(connection, job, alive_s) for job in connection.execute(query).all()}
+    return {each: words for each, words in found.items() if words is not None}
+
+
+def _waits_for(db: Connection, job: Row[Any], alive_s: float) -> str | None:
+    if job.mode != "queue":
+        return None
+    found = serving(db, job.model, alive_s, workers.c.state != "stopped")
+    if not found or any(may_have(each, job.model, job.model_fingerprint) for each in found):
+        return None
+    others = ", ".join(f"{each.id} has {each.model_fingerprint[:12]}" for each in found)
+    return f"a worker whose {job.model} has the fingerprint {job.model_fingerprint[:12]} ({others})"
+
+
 def models_once_served(db: Engine) -> set[str]:
     """Models of workers, gone ones too, and of jobs of the queue."""
     with reading(db) as connection:

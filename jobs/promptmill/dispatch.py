@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
+from typing import Any
 
 import sqlalchemy as sa
 
+from promptmill import catalog
 from promptmill.broker import Broker
 from promptmill.database import epoch, reading
 from promptmill.ledger import Ledger
@@ -47,9 +48,17 @@ class Dispatcher:
         #: Model -> when its queue was last searched.
         self._searched_at: dict[str, float] = {}
 
-    def dispatch(self, job_id: str, model: str, priority: int) -> int:
-        """Publish the next chunks of the job; returns how many. Raises BrokerError when Redis is away."""
-        window = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(1, self._alive(model)))
+    def dispatch(self, job_id: str, model: str, priority: int, fingerprint: str | None = None) -> int:
+        """Publish the next chunks of the job; returns how many. Raises BrokerError when Redis is away.
+
+        None while all workers that serve the model are known to have another one under its name: they would only give
+        them back.
+        """
+        serving = self._serving(model, workers.c.state != "stopped")
+        able = sum(catalog.may_have(each, model, fingerprint) for each in serving)
+        if serving and not able:
+            return 0
+        window = self._ledger.take_window(job_id, WINDOW_PER_WORKER * max(1, able))
         self._broker.publish(window, model, priority)
         return len(window)
 
@@ -68,12 +77,12 @@ class Dispatcher:
             # What a dead worker held has waited for a lease already: it goes before what is new.
             again = self._ledger.mark_published([chunk for chunk in lost if chunk.job_id == job.id])
             self._broker.publish(again, job.model, max(0, priority - 1))
-            published += len(again) + self.dispatch(job.id, job.model, priority)
+            published += len(again) + self.dispatch(job.id, job.model, priority, job.model_fingerprint)
         return published
 
     def is_served_elsewhere(self, model: str, worker_id: str) -> bool:
         """Whether another live worker that serves the model has a host that works."""
-        return self._serving(model, workers.c.state.in_(("idle", "busy")), workers.c.id != worker_id) > 0
+        return bool(self._serving(model, workers.c.state.in_(("idle", "busy")), workers.c.id != worker_id))
 
     def _forget_lost_messages(self, models: set[str]) -> None:
         """Let chunks that wait without a message be published again, however many messages of others there are.
@@ -109,12 +118,7 @@ class Dispatcher:
         with reading(self._ledger.db) as db:
             return {ChunkId(row.job_id, row.number) for row in db.execute(waiting)}
 
-    def _alive(self, model: str) -> int:
-        """Workers that serve the model, whichever they have loaded."""
-        return self._serving(model, workers.c.state != "stopped")
-
-    def _serving(self, model: str, *such: sa.ColumnElement[bool]) -> int:
-        """Workers with a heartbeat that are such, and serve the model."""
-        alive = sa.select(workers.c.models).where(workers.c.heartbeat_at > epoch() - ALIVE_S, *such)
+    def _serving(self, model: str, *such: sa.ColumnElement[bool]) -> list[sa.Row[Any]]:
+        """Workers with a heartbeat that are such, and serve the model, whichever they have loaded."""
         with reading(self._ledger.db) as db:
-            return sum(model in json.loads(models) for models in db.execute(alive).scalars())
+            return catalog.serving(db, model, ALIVE_S, *such)

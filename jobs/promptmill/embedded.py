@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from promptmill import catalog
-from promptmill.errors import DatabaseError, JobError, PromptmillError
+from promptmill.errors import DatabaseError, JobError, ModelError, PromptmillError
 from promptmill.ledger import Ledger, Progress
 from promptmill.preparing import RunOptions, canonical_name, model_name
 from promptmill.settings import Settings
@@ -108,6 +108,7 @@ def _run_here(
     with EmbeddedWorker(ledger, config, settings.grace_s) as worker:
         try:
             info = worker.load(job.context_tokens)
+            require_same_model(job, info.fingerprint)
             on_loaded(
                 f"{info.engine} {info.version} ({locate(job.model).why}) on {info.device_got}: {info.slots} slots, "
                 f"context {info.context_tokens:,}, {info.kv_cells:,} KV cells"
@@ -117,6 +118,16 @@ def _run_here(
             raise
         finished = worker.run(job_id, on_progress)
     return Outcome(job_id, ledger.progress(job_id).state, finished)
+
+
+def require_same_model(job: Row[Any], found: str | None) -> None:
+    """Raise ModelError where another model lies under the name of the job's by now."""
+    if job.model_fingerprint not in (None, found):
+        raise ModelError(
+            f"job {job.id} is for the model {job.model} with the fingerprint {job.model_fingerprint[:12]}, and the "
+            f"files there are another model: {(found or 'none')[:12]}",
+            hint="Put the job's own files back, or submit its dataset anew.",
+        )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from promptmill.broker import queue_name
 from promptmill.prompts import resolve_sampling
-from promptmill.types import Extras, Message, Ok, Request, Usage
+from promptmill.types import Extras, Message, Ok, Request, Sharing, Usage
 
 #: Seconds after which a list of replies that nobody reads is forgotten.
 FORGET_S = 120
@@ -76,11 +76,13 @@ class LiveRequest:
     sent_at: float = 0.0
     until: float = 0.0
     tries: int = 1
+    #: The id of the API key that asks; empty where none is needed.
+    owner: str = ""
 
     def encode(self) -> bytes:
         return json.dumps(
             [self.id, self.server, self.model, self.sampling, self.messages, self.prompt, self.stream, self.sent_at,
-             self.until, self.tries], ensure_ascii=False,
+             self.until, self.tries, self.owner], ensure_ascii=False,
         ).encode()  # fmt: skip
 
     @classmethod
@@ -91,8 +93,9 @@ class LiveRequest:
         """As an engine takes it. Raises BadParameter."""
         turns = None if self.messages is None else tuple(Message(*turn) for turn in self.messages)
         return Request(
-            row, self.id, resolve_sampling({}, self.sampling), messages=turns, prompt=self.prompt, stream=self.stream
-        )
+            row, self.id, resolve_sampling({}, self.sampling), messages=turns, prompt=self.prompt, stream=self.stream,
+            sharing=Sharing(self.owner),
+        )  # fmt: skip
 
 
 def answer_of(result: Ok) -> dict[str, Any]:

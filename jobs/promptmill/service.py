@@ -231,7 +231,9 @@ def dispatch(job: Row[Any], settings: Settings, db: Engine, warn: OnWarning = lo
     from promptmill.dispatch import Dispatcher
 
     try:
-        Dispatcher(ledger_of(db, settings), Broker(settings.redis_url)).dispatch(job.id, job.model, job.priority)
+        Dispatcher(ledger_of(db, settings), Broker(settings.redis_url)).dispatch(
+            job.id, job.model, job.priority, job.model_fingerprint
+        )
     except BrokerError as problem:
         # What was asked for is done: the ledger has the job, and any worker publishes it.
         warn(
@@ -352,7 +354,7 @@ def show(reference: str, row: int, db: Engine) -> dict[str, Any]:
     sampling = resolve_sampling(json.loads(job.sampling), shown["sampling"])
     request = to_request(row, shown["id"], shown["input"], shown["meta"], sampling, template, job.system_prompt)
     messages = [turn_of(each) for each in request.messages or ()] or None
-    parts = _parts(job.model, request)
+    parts = _parts(job, request)
     prompt = "".join(text for text, _ in parts) if parts else request.prompt
     return shown | {"prompt": prompt, "prompt_parts": parts, "messages": messages}
 
@@ -366,13 +368,16 @@ def stored_task(job: Row[Any]) -> Task:
     return parse_task(job.task_text, job.task_name or "task", job.task_folder)
 
 
-def _parts(model: str, request: Request) -> list[tuple[str, str]] | None:
+def _parts(job: Row[Any], request: Request) -> list[tuple[str, str]] | None:
     """The prompt with the model's chat template applied: texts, each ``text``, a ``control`` token, or one that is only
-    ``spelled``. None when the model is not on this machine."""
-    from promptmill_workers.checkpoints import locate, token_counter
+    ``spelled``. None when the job's model is not on this machine."""
+    from promptmill_workers.checkpoints import fingerprint, locate, token_counter
     from promptmill_workers.engines.contract import EngineRequest
 
     try:
-        return token_counter(locate(model)).parts(EngineRequest.of(request))
+        checkpoint = locate(job.model)
+        if job.model_fingerprint not in (None, fingerprint(checkpoint)):
+            return None
+        return token_counter(checkpoint).parts(EngineRequest.of(request))
     except PromptmillError:
         return None

@@ -186,6 +186,10 @@ attempts = Table(
     Column("peak_kv_cells", Integer),
     # Requests of the API that ran on the same engine meanwhile: the counters are theirs too.
     Column("live_requests", Integer),
+    # Which model answered, and JSON of what else changes its answers: engine, version, chat template, KV cache, flash
+    # attention. NULL before a host took the chunk, for an engine without files, and for older workers.
+    Column("model_fingerprint", String(64)),
+    Column("environment", Text),
     PrimaryKeyConstraint("job_id", "number", "attempt"),
     ForeignKeyConstraint(["job_id", "number"], ["chunks.job_id", "chunks.number"], ondelete="CASCADE"),
     Index("ix_attempts_worker_id", "worker_id"),
@@ -286,6 +290,8 @@ workers = Table(
     Column("device_got", Text),
     Column("engine", String(32)),
     Column("model", Text),
+    # Of the model that is loaded; NULL where another one lies in its place by now.
+    Column("model_fingerprint", String(64)),
     Column("layers", Integer),
     Column("layers_offloaded", Integer),
     Column("slots", Integer),

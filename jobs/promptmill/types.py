@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 #: Any JSON value, as ``json.loads`` gives it.
 JsonValue = Any
@@ -160,6 +160,21 @@ class Message:
     own: tuple[Span, ...] = field(default=(), kw_only=True)
 
 
+class Sharing(NamedTuple):
+    """With whom a request shares what was computed. Nothing of it crosses from one owner to another.
+
+    Prompt prefixes are shared by the requests of one ``owner`` (an API key's id; empty for all that need no key),
+    answers to identical requests by those of one ``job``.
+    """
+
+    owner: str = ""
+    job: str = ""
+
+
+#: Of requests of no key and no job.
+COMMON = Sharing()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One line of a job as an engine sees it. Holds ``messages`` (chat template applies) or ``prompt`` (sent as it is).
@@ -176,6 +191,7 @@ class Request:
     stream: bool = False
     #: What of ``prompt`` the author of a task wrote, as in :class:`Message`; None: all of it is meant.
     own: tuple[Span, ...] | None = None
+    sharing: Sharing = COMMON
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +300,8 @@ class Lease:
     context_tokens: int | None = None
     #: Of the job; 0 is the most urgent.
     priority: int = 5
+    #: Which model the job is for; None until the first worker that runs it has said what it has.
+    model_fingerprint: str | None = None
     #: When the database stamped the attempt's start, by this process' own ``time.monotonic()``.
     taken_at: float = field(default_factory=time.monotonic, compare=False)
 

@@ -20,6 +20,7 @@ from ulid import ULID
 
 from promptmill import catalog
 from promptmill.database import epoch, reading, writing
+from promptmill.embedded import require_same_model
 from promptmill.errors import JobError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger
 from promptmill.prompts import Template, resolve_sampling, to_request
@@ -202,7 +203,9 @@ def _alone(job: Row[Any], settings: Settings, device: str) -> Iterator[tuple[boo
             return next(result for batch in session.answer([request]) for result in batch)
 
     try:
-        yield host.wait_ready().exact, answer
+        info = host.wait_ready()
+        require_same_model(job, info.fingerprint)
+        yield info.exact, answer
     except HostDied as death:
         raise PromptmillError(f"the engine ended while rows were verified: {death}") from death
     finally:

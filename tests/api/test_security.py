@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -137,6 +138,33 @@ def test_what_runs_for_another_key_has_no_name(start: Starter) -> None:
     assert call(server, "/v1/system/status", **mine)["jobs"] == {"running": 1}
     assert call(server, "/v1/system/status", **theirs)["jobs"] == {}
     call(server, f"/v1/jobs/{job['id']}/cancel", {}, **mine)
+
+
+def test_no_key_learns_whether_another_one_asked_the_same(start: Starter) -> None:
+    """Neither by a chat nor by a job: nothing of it is cached or copied for the other one."""
+    start.worker("demo")
+    server = start.server("--require-key")
+    mine, theirs = key(server, "mine"), key(server, "theirs")
+    chat = [{"role": "system", "content": "You are careful and helpful. " * 8}, {"role": "user", "content": "a secret"}]
+    lines = [{"id": "a", "messages": chat, "max_tokens": 4}]
+
+    def cached(who: str) -> int:
+        with server.client(who) as client:
+            made = client.chat.completions.create(model="demo", messages=chat, max_tokens=4, temperature=0)  # type: ignore[arg-type]
+        return int(made.usage.prompt_tokens_details.cached_tokens)  # type: ignore[union-attr]
+
+    def result(who: str) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {who}"}
+        job = call(server, "/v1/jobs", {"model": "demo", "lines": lines}, **headers)["id"]
+        wait_until(lambda: call(server, f"/v1/jobs/{job}", **headers)["state"] == "completed", "the job ends")
+        return dict(json.loads(call(server, f"/v1/jobs/{job}/results", **headers).splitlines()[0]))
+
+    first = result(mine)
+    cached(mine)
+    assert cached(theirs) == 0
+    other = result(theirs)
+    assert (other["cached_tokens"], other.get("deduplicated"), other["latency_s"] is None) == (0, None, False)
+    assert other["text"] == first["text"]
 
 
 def test_scores_of_another_key_are_no_metrics(locked: Server) -> None:

@@ -41,6 +41,7 @@ from tests.faults.arena import (
 )
 from tests.faults.proxy import TROUBLES, Proxy
 from tests.poolers import Pooler, pgbouncer
+from tests.two_models import put
 
 Scenario = Callable[[Arena, random.Random], None]
 
@@ -85,6 +86,9 @@ def _end(arena: Arena, *, lossy: bool = False) -> None:
 #: Rows of a job of the demo model: some 15 seconds of an idle machine; and what they may take on a busy one.
 DEMO_ROWS = 4000
 UNDISTURBED_S = 600
+
+#: Rows of a job whose model is replaced: it must still run when the other one has been loaded.
+SWAPPED_ROWS = 1000
 
 #: Jobs that are begun until a victim is caught while it holds a lease.
 CATCHES = 5
@@ -608,6 +612,50 @@ def submission_killed(arena: Arena, rng: random.Random) -> None:
     _end(arena)
 
 
+def wrong_model(arena: Arena, rng: random.Random) -> None:
+    """Another model takes the place of the job's file: one of two workers loads it, from its start or anew."""
+    arena.fresh()
+    path = arena.folder / "model.gguf"
+    put(path, right=True)
+    arena.model = str(path)
+    from_the_start = rng.random() < 0.5
+    arena.start_workers(1 if from_the_start else 2)
+    job = arena.submit(SWAPPED_ROWS, None, "--max-tokens", "6", "--param", "ignore_eos=true")
+    right = arena.rows("SELECT model_fingerprint FROM jobs")[0][0]
+    arena.wait_for_results(rng.randint(1, 100))
+    put(path, right=False)
+    if from_the_start:
+        arena.start_workers(1, wait=False, runtime="elsewhere")
+    else:
+        rng.choice(arena.hosts()).kill()
+    until(lambda: arena.rows(f"SELECT 1 FROM workers WHERE model_fingerprint <> '{right}'"), "the other is loaded", 60)
+    if arena.state in ENDED:
+        raise Missed("missed: the job had ended before another model was loaded")
+    arena.wait_for_end(UNDISTURBED_S)
+    if "the files here are another model" not in arena.log.read_text(errors="replace").partition(job)[2]:
+        raise Missed("missed: no worker with another model was given a chunk")
+    put(path, right=True)
+    said = _said_by(arena, path)
+    check(arena, answer=said.__getitem__, lossy=True)
+    if others := arena.rows(f"SELECT * FROM attempts WHERE outcome = 'done' AND model_fingerprint <> '{right}'"):
+        raise Violation(f"attempts were answered by another model: {others}")
+    if failed := arena.rows("SELECT number, attempt FROM attempts WHERE outcome = 'failed'")[2:]:
+        raise Violation(f"more than the chunks of the killed host failed: {failed}")
+
+
+def _said_by(arena: Arena, path: Path) -> list[str]:
+    """What a run that nobody disturbs answers to the last job's prompts."""
+    environment, arena.environment = (
+        arena.environment,
+        arena.environment | {"JOBS_DATABASE_URL": f"sqlite:///{arena.folder / 'right.sqlite'}"},
+    )
+    out = str(arena.folder / "right.jsonl")
+    given = ("--max-tokens", "6", "--param", "ignore_eos=true", "--slots", "4", "--device", "cpu", "--json", "-o", out)
+    arena("run", str(arena.folder / "prompts.jsonl"), "--model", str(path), *given, timeout=UNDISTURBED_S)
+    arena.environment = environment
+    return [json.loads(line)["text"] for line in Path(out).read_text().splitlines()]
+
+
 #: Programs that run in a pid namespace of their own.
 ELSEWHERE = ("unshare", "--pid", "--fork", "--mount-proc")
 
@@ -731,6 +779,6 @@ SCENARIOS: dict[int, Scenario] = {
     12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
     19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
     23: embedded_run, 24: log_disk_full, 25: postgres_read_only,
-    26: postgres_away,
+    26: postgres_away, 27: wrong_model,
     30: other_namespace, 31: forgetting_beside_recovery, 32: behind_pgbouncer,
 }  # fmt: skip

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from promptmill.errors import ModelError
+from promptmill_workers import checkpoints
 from promptmill_workers.checkpoints import (
     Checkpoint,
     available,
@@ -26,10 +28,12 @@ from promptmill_workers.checkpoints import (
     canonical,
     engine_of,
     fingerprint,
+    load_engine,
     locate,
     token_counter,
 )
 from promptmill_workers.engines.contract import EngineOptions
+from promptmill_workers.model_files import LoadedFiles, fingerprint_of, states_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -128,11 +132,73 @@ def test_a_fingerprint_changes_with_names_sizes_and_both_ends_of_the_files(tmp_p
         return fingerprint(Checkpoint("x", "mlx", folder))
 
     middle = bytes(3_000_000)
-    prints = [of("a", b"1" + middle + b"1"), of("a", b"2" + middle + b"1"), of("a", b"1" + middle + b"2")]
-    prints += [of("b", b"1" + middle + b"1"), of("a", b"1" + middle + b"11")]
+    a, b = "a.safetensors", "b.safetensors"
+    prints = [of(a, b"1" + middle + b"1"), of(a, b"2" + middle + b"1"), of(a, b"1" + middle + b"2")]
+    prints += [of(b, b"1" + middle + b"1"), of(a, b"1" + middle + b"11")]
     assert len(set(prints)) == 5
-    assert of("a", b"1" + middle + b"1") == prints[0]
+    assert of(a, b"1" + middle + b"1") == prints[0]
     assert fingerprint(Checkpoint("echo", "echo")) is None
+
+
+def test_what_changes_no_answer_is_not_in_the_fingerprint_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = fingerprint(Checkpoint("x", "mlx", tmp_path))
+    for name in (".DS_Store", "README.md", ".gitattributes"):
+        (tmp_path / name).write_bytes(b"anything")
+    assert fingerprint(Checkpoint("x", "mlx", tmp_path)) == before
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages }}")
+    assert fingerprint(Checkpoint("x", "mlx", tmp_path)) != before
+
+
+def loaded(path: Path) -> LoadedFiles:
+    states = states_of(path)
+    return LoadedFiles(str(path), states, fingerprint_of(states))
+
+
+def test_a_file_in_another_one_s_place_is_told_from_one_that_is_overwritten(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other"
+    path.write_bytes(b"GGUF one")
+    first = loaded(path)
+    assert (first.are_current, first.are_overwritten) == (True, False)
+
+    other.write_bytes(b"GGUF two")
+    os.replace(other, path)
+    assert (first.are_current, first.are_overwritten) == (False, False)
+
+    second = loaded(path)
+    assert second.fingerprint != first.fingerprint
+    with path.open("r+b") as file:
+        file.write(b"GGUF xxx")
+    os.utime(path, ns=(1, 1))
+    assert (second.are_current, second.are_overwritten) == (False, True)
+    path.unlink()
+    assert (second.are_current, second.are_overwritten) == (False, False)
+
+
+def test_a_model_that_is_replaced_while_it_is_loaded_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF 0")
+    built: list[bytes] = []
+
+    def build(checkpoint: Checkpoint, options: EngineOptions) -> Any:
+        built.append(path.read_bytes())
+        if len(built) < changes:
+            fresh = tmp_path / "fresh"
+            fresh.write_bytes(b"GGUF %d" % len(built))
+            os.replace(fresh, path)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(checkpoints, "build_engine", build)
+    changes = 2
+    _, files = load_engine(str(path), EngineOptions())
+    assert files is not None
+    assert files.fingerprint == fingerprint(locate(str(path)))
+    assert built == [b"GGUF 0", b"GGUF 1"]
+    changes = 100
+    with pytest.raises(ModelError, match="is being written to"):
+        load_engine(str(path), EngineOptions())
 
 
 def test_the_models_at_hand_begin_with_the_bundled_ones() -> None:

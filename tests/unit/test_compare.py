@@ -18,7 +18,7 @@ from promptmill.reports.compare import Side, compare, compare_all, service_chang
 from promptmill.reports.conditions import parse
 from promptmill.reports.statistics import ALPHA, holm, paired_means, paired_rates, unpaired_rates
 from promptmill.tables import requests, score_runs, scores
-from tests.unit.test_reports import START, TASK, answer, counters, db, failure, store
+from tests.unit.test_reports import JOB, START, TASK, answer, counters, db, failure, store
 
 __all__ = ["db"]
 
@@ -52,6 +52,27 @@ def test_200_pairs_of_identical_jobs_show_no_difference_in_95_percent() -> None:
 
 def test_a_true_slowdown_of_5_percent_is_found_in_95_percent() -> None:
     assert found_differences(0.05) >= 190
+
+
+LLAMA = {"name": "llamacpp", "version": "0.3.36", "kv_type": "f16"}
+
+
+def test_a_comparison_names_what_answered_differently(db: sa.Engine) -> None:
+    newer = json.dumps(LLAMA | {"version": "0.3.37"})
+    store(db, [answer(0)], tried=[counters(environment=json.dumps(LLAMA))])
+    both = [counters(environment=newer), counters(number=0, attempt=2, environment=json.dumps(LLAMA))]
+    store(db, [answer(0)], tried=[counters(environment=newer)], job_id="NEW")
+    store(db, [answer(0)], tried=both, job_id="MIXED")
+    store(db, [answer(0)], tried=[counters()], job_id="OLD")
+
+    found = compare(db, JOB, "NEW")
+    assert ("engine.version", "0.3.36", "0.3.37") in found.differences
+    assert not any(name == "engine.kv_type" for name, _, _ in found.differences)
+    assert "job MIXED was answered in more than one environment: engine.version 0.3.36, 0.3.37" in (
+        compare(db, JOB, "MIXED").warnings
+    )
+    # A job from before attempts told it.
+    assert not any(name.startswith("engine.") for name, _, _ in compare(db, JOB, "OLD").differences)
 
 
 def test_holm_corrects_for_the_family() -> None:

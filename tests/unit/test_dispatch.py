@@ -10,6 +10,7 @@ from redis import Redis
 
 from promptmill import broker, service
 from promptmill.broker import Broker, queue_name
+from promptmill.catalog import waiting_for_models
 from promptmill.database import connect, epoch, writing
 from promptmill.dispatch import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
 from promptmill.ledger import Ledger, recovery
@@ -133,6 +134,49 @@ def test_the_command_takes_back_all_chunks_of_dead_workers(
     with writing(ledger.db) as db:
         db.execute(sa.update(chunks).values(leased_until=1.0))
     assert service.reconcile(Settings(redis_url=redis_url), ledger.db)[0] == 8
+
+
+def add_worker(ledger: Ledger, name: str, model: str | None, fingerprint: str | None) -> None:
+    row = {
+        "id": name, "host": "h", "pid": 1, "state": "idle", "models": '["echo", "other"]', "model": model,
+        "model_fingerprint": fingerprint, "device_asked": "cpu", "versions": "{}", "started_at": epoch(),
+        "heartbeat_at": epoch(),
+    }  # fmt: skip
+    with writing(ledger.db) as db:
+        db.execute(sa.insert(workers).values(row))
+
+
+def test_a_job_waits_while_all_workers_have_another_model(ledger: Ledger, redis_url: str) -> None:
+    with writing(ledger.db) as db:
+        db.execute(sa.update(jobs).where(jobs.c.id == "busy").values(state="paused"))
+        db.execute(sa.update(jobs).where(jobs.c.id == "urgent").values(model_fingerprint="a" * 64))
+    dispatcher = Dispatcher(ledger, Broker(redis_url))
+    add_worker(ledger, "wrong", MODEL, "b" * 64)
+
+    assert dispatcher.reconcile() == 0
+    assert waiting_for_models(ledger.db, ALIVE_S) == {
+        "urgent": "a worker whose echo has the fingerprint aaaaaaaaaaaa (wrong has bbbbbbbbbbbb)"
+    }
+    assert waiting_for_models(ledger.db, ALIVE_S, "busy") == {}
+
+    add_worker(ledger, "right", MODEL, "a" * 64)
+    assert waiting_for_models(ledger.db, ALIVE_S) == {}
+    assert dispatcher.reconcile() == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "fingerprint"),
+    [(MODEL, None), ("other", "b" * 64), (None, None)],
+    ids=["older", "other model", "loading"],
+)
+def test_a_worker_of_which_that_is_not_known_may_have_the_model(
+    ledger: Ledger, redis_url: str, model: str | None, fingerprint: str | None
+) -> None:
+    with writing(ledger.db) as db:
+        db.execute(sa.update(jobs).values(model_fingerprint="a" * 64))
+    add_worker(ledger, "some", model, fingerprint)
+    assert waiting_for_models(ledger.db, ALIVE_S) == {}
+    assert Dispatcher(ledger, Broker(redis_url)).reconcile() > 0
 
 
 @pytest.mark.parametrize(

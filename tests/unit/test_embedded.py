@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
+from promptmill.catalog import find_job
 from promptmill.database import connect, writing
-from promptmill.embedded import require_unheld
-from promptmill.errors import JobError
+from promptmill.embedded import require_same_model, require_unheld
+from promptmill.errors import JobError, ModelError
 from promptmill.ledger import Ledger
-from promptmill.tables import metadata, workers
+from promptmill.tables import jobs, metadata, workers
 from tests.unit.test_ledger import JOB, add_job
 
 
@@ -33,6 +34,19 @@ def test_a_job_that_another_machine_runs_is_left_to_it(held: Ledger) -> None:
         db.execute(sa.insert(workers).values(**row, heartbeat_at=0.0))
     with pytest.raises(JobError, match="is being run by process 17 on elsewhere"):
         require_unheld(JOB, held)
+
+
+@pytest.mark.parametrize("known", [None, "a" * 64])
+def test_a_job_is_not_gone_on_with_by_another_model(held: Ledger, known: str | None) -> None:
+    with writing(held.db) as db:
+        db.execute(sa.update(jobs).values(model_fingerprint=known))
+    job = find_job(held.db, JOB)
+    require_same_model(job, "a" * 64)
+    if known is not None:
+        with pytest.raises(
+            ModelError, match="with the fingerprint aaaaaaaaaaaa, and the files there are another model"
+        ):
+            require_same_model(job, "b" * 64)
 
 
 def test_a_process_that_is_not_known_is_not_named(held: Ledger) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from promptmill.types import ErrorClass, Extras, FinishReason, SamplingParams
+from promptmill.types import ErrorClass, Extras, FinishReason, SamplingParams, Sharing
 from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import Engine, EngineRequest, Event, Finished, Rejected, TokenEvent
 from tests.unit.test_engine_contract import Case, Load, case, chat, checkpoint, load, raw
@@ -381,6 +381,25 @@ def test_identical_greedy_requests_are_computed_once(desk: Callable[..., Desk]) 
     assert extras(later[7]).deduplicated
     assert len({found[key].text for key in range(6)} | {later[7].text}) == 1
     assert engine.counters.decode_tokens == found[0].usage.output_tokens + found[6].usage.output_tokens
+
+
+def test_a_job_is_given_no_answer_of_another_one(desk: Callable[..., Desk]) -> None:
+    engine = desk(slots=4)
+    ours, theirs = Sharing("", "ours"), Sharing("", "theirs")
+    first = answers(engine, [replace(chat(0, text="the same", max_tokens=9), sharing=ours)])
+    again = [
+        replace(chat(key, text="the same", max_tokens=9), sharing=ours if key < 3 else theirs) for key in (1, 2, 3, 4)
+    ]
+
+    found = answers(engine, again)
+
+    assert [bool(found[key].extras and extras(found[key]).deduplicated) for key in (1, 2, 3, 4)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert {each.text for each in found.values()} == {first[0].text}
 
 
 def test_a_draw_is_never_copied(desk: Callable[..., Desk]) -> None:

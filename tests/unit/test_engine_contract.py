@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from promptmill.errors import RequestError
-from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
+from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Sharing
 from promptmill_workers.checkpoints import Checkpoint, build_engine, token_counter
 from promptmill_workers.engines import ENGINES
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
@@ -239,6 +239,23 @@ def test_a_request_that_fills_the_cache_runs_among_small_ones(load: Load) -> Non
     together = run(engine, [*small[:4], large, *small[4:]])
 
     assert answers(together) == alone(load, [*small, large])
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["at once", "one after the other"])
+def test_nobody_learns_by_its_tokens_what_another_owner_asked(load: Load, case: Case, together: bool) -> None:
+    engine = load(slots=4)
+    owners = [Sharing("alice", "a"), Sharing("alice", "b"), Sharing("bob", "c")]
+    requests = [replace(chat(key, text="the same"), sharing=owner) for key, owner in enumerate(owners)]
+
+    events: dict[int, Event] = {}
+    for batch in [requests] if together else [[each] for each in requests]:
+        events |= run(engine, batch)
+
+    cached = [finished(events[key]).usage.cached_tokens for key in range(3)]
+    assert cached[2] == 0
+    if case.shares and together:
+        assert max(cached[:2]) > 0
+    assert len(set(texts(events).values())) == 1
 
 
 def test_max_tokens_bounds_the_answer(load: Load) -> None:

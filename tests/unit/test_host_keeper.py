@@ -7,16 +7,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from promptmill.types import Request, SamplingParams
 from promptmill_workers import host_keeper
+from promptmill_workers.checkpoints import fingerprint, locate
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
 from promptmill_workers.host import EngineHost, HostConfig, HostDied, Session
 from promptmill_workers.host_keeper import HostKeeper, NotWanted
+from promptmill_workers.model_files import fingerprint_of, states_of
 from tests.conftest import wait_until
+from tests.two_models import put
 
 
 @pytest.fixture
@@ -77,6 +81,64 @@ def test_who_is_not_wanted_any_more_waits_for_no_host(keepers: list[HostKeeper])
     unwanted.set()
     with pytest.raises(NotWanted), hosts.session("echo", unwanted=unwanted):
         pytest.fail("a host was started")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file that others may take the place of."""
+    path = tmp_path / "model.gguf"
+    put(path, right=True)
+    return path
+
+
+def fingerprint_at(path: Path) -> str:
+    return fingerprint_of(states_of(path))
+
+
+def test_a_host_tells_which_model_it_loaded_and_how(keepers: list[HostKeeper], model: Path) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    with hosts.session(str(model)) as session:
+        info = session.info
+    assert info.fingerprint == fingerprint_at(model) == fingerprint(locate(str(model)))
+    assert set(info.environment) == {"name", "version", "chat_template", "kv_type", "flash_attention"}
+    assert (info.environment["name"], info.environment["kv_type"], info.environment["flash_attention"]) == (
+        "llamacpp", "f16", "on",
+    )  # fmt: skip
+
+
+def test_a_host_keeps_its_model_when_another_one_takes_the_file_s_place(keepers: list[HostKeeper], model: Path) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    first, right = use(hosts, str(model)), fingerprint_at(model)
+    put(model, right=False)
+    wrong = fingerprint_at(model)
+
+    with hosts.session(str(model), fingerprint=right) as session:
+        assert (hosts.pid, session.info.fingerprint) == (first, right)
+    assert not hosts.holds_another(str(model), wrong), "it may load it"
+    # Who wants the file that is there now gets it.
+    with hosts.session(str(model), fingerprint=wrong) as session:
+        assert session.info.fingerprint == wrong
+    assert hosts.holds_another(str(model), right)
+    second = hosts.pid
+    with hosts.session(str(model), fingerprint=right) as session:
+        assert (hosts.pid, session.info.fingerprint) == (second, wrong), "nothing is loaded in vain"
+    put(model, right=True)
+    assert not hosts.holds_another(str(model), right)
+    with hosts.session(str(model), fingerprint=right) as session:
+        assert session.info.fingerprint == right
+
+
+def test_a_model_that_is_written_to_is_loaded_anew(keepers: list[HostKeeper], model: Path) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    first = use(hosts, str(model))
+    with model.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4))
+    os.utime(model, ns=(1, 1))
+
+    with hosts.session(str(model)) as session:
+        assert hosts.pid != first
+        assert session.info.fingerprint == fingerprint_at(model)
 
 
 def test_the_least_recently_used_goes_first(keepers: list[HostKeeper]) -> None:

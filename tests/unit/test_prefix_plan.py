@@ -26,6 +26,15 @@ def prompts_of(*lines: Sequence[int]) -> list[Tokens]:
 prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(lambda line: ids(*line)), max_size=12)
 
 
+def test_prompts_of_two_owners_share_nothing() -> None:
+    lines = prompts_of([*RULES, 1], [*RULES, 2], [*RULES, 3], [*RULES, 4])
+    owners = ["alice", "bob", "alice", "bob"]
+    assert plan(lines, owners=owners) == [PrefixGroup(len(RULES), (0, 2)), PrefixGroup(len(RULES), (1, 3))]
+    assert plan_nested(lines, owners=["a", "b", "c", "d"]).shared == [0] * 4
+    nested = plan_nested(lines, owners=owners)
+    assert (nested.shared, nested.order) == ([len(RULES)] * 4, [0, 2, 1, 3])
+
+
 def test_common_length_ends_at_the_first_difference_or_the_shorter_end() -> None:
     assert common_length(ids(1, 2, 3), ids(1, 2, 4)) == 2
     assert common_length(ids(1, 2), ids(1, 2, 4)) == 2

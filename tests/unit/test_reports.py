@@ -142,6 +142,18 @@ def page(summary: Summary, width: int = 100) -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("wanted", "named", "expected"),
+    [("a" * 64, "a" * 64, True), ("a" * 64, "b" * 64, False), ("a" * 64, None, None), (None, None, None)],
+)
+def test_the_model_that_answered_is_the_one_of_the_job(
+    db: sa.Engine, wanted: str | None, named: str | None, expected: bool | None
+) -> None:
+    idle = counters(attempt=2, outcome="released", decode_tokens=0, model_fingerprint=None)
+    store(db, [answer(0)], tried=[counters(model_fingerprint=named), idle], model_fingerprint=wanted)
+    assert check(summarise(db, JOB), "model").ok is expected
+
+
 # --- the figures, from rows ------------------------------------------------------------------------------------------
 
 

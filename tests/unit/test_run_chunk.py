@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ import sqlalchemy as sa
 
 from promptmill.database import connect
 from promptmill.ledger import Ledger, Standing
-from promptmill.tables import attempts, metadata, results
+from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import ChunkId, JobState, Lease, Request, SamplingParams
 from promptmill_workers import run_chunk
 from promptmill_workers.claims import Claims
@@ -24,9 +27,11 @@ from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineOptions
 from promptmill_workers.host import HostConfig, HostCrashed, HostDied
 from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.model_files import fingerprint_of, states_of
 from promptmill_workers.patience import Patience
 from promptmill_workers.run_chunk import ChunkRunner
 from promptmill_workers.stopping import Stop
+from tests.two_models import put
 from tests.unit.test_ledger import JOB, add_job, ok
 
 
@@ -190,6 +195,189 @@ def test_answers_of_the_database_that_are_lost_cost_nothing(db: sa.Engine, hosts
     assert [each.outcome for each in tried] == ["done"] * 3
     computed = sum(each.prefill_tokens for each in tried) + counters.prefill_tokens
     assert computed == tokens + sum(each.usage.prompt_tokens - each.usage.cached_tokens for each in told)
+
+
+# --- another model under the same name -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    put(path, right=True)
+    return path
+
+
+def fingerprint_at(path: Path) -> str:
+    return fingerprint_of(states_of(path))
+
+
+def runner_of(db: sa.Engine, hosts: HostKeeper, *, alone: bool) -> ChunkRunner:
+    stop = Stop()
+    return ChunkRunner(Ledger(db), hosts, stop, Patience(stop), None if alone else lambda model: True)
+
+
+def tried(db: sa.Engine) -> list[tuple[Any, ...]]:
+    columns = attempts.c.number, attempts.c.outcome, attempts.c.model_fingerprint
+    with db.connect() as connection:
+        return [tuple(row) for row in connection.execute(sa.select(*columns).order_by(*columns[:2]))]
+
+
+def test_a_chunk_for_another_model_is_given_back_and_has_not_failed(
+    db: sa.Engine, hosts: HostKeeper, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = fingerprint_at(model)
+    add_job(db, 4, 2, model=str(model), model_fingerprint=right, sampling='{"max_tokens": 4}')
+    put(model, right=False)
+    ledger, runner = Ledger(db), runner_of(db, hosts, alone=False)
+    assert not runner.refuses(JOB, str(model), right), "nobody knows what is there before it was loaded"
+    for number in range(2):
+        lease = ledger.claim(ChunkId(JOB, number), "wrong")
+        assert lease is not None
+        runner.run(lease)
+
+    assert runner.refuses(JOB, str(model), right)
+    assert tried(db) == [(0, "released", None), (1, "released", None)]
+    assert (ledger.progress(JOB).state, ledger.progress(JOB).done) == (JobState.RUNNING, 0)
+    told = [each.message for each in caplog.records if "another model" in each.message]
+    assert told == [
+        f"job {JOB}: it is for the model {model} with the fingerprint {right[:12]}, and the files here are another "
+        f"model: {fingerprint_at(model)[:12]}"
+    ]
+    # The right file is put back: the same worker goes on, and the chunks have no failure.
+    put(model, right=True)
+    assert not runner.refuses(JOB, str(model), right)
+    while (lease := ledger.claim_next(JOB, "right")) is not None:
+        assert lease.failures == 0
+        runner.run(lease)
+    assert (ledger.progress(JOB).state, ledger.progress(JOB).ok) == (JobState.COMPLETED, 4)
+    assert tried(db) == [(0, "done", right), (0, "released", None), (1, "done", right), (1, "released", None)]
+
+
+def test_a_host_that_ends_and_finds_another_file_gives_its_chunk_back(
+    db: sa.Engine, hosts: HostKeeper, model: Path
+) -> None:
+    right = fingerprint_at(model)
+    add_job(db, 4, 2, model=str(model), model_fingerprint=right, sampling='{"max_tokens": 4}')
+    ledger, runner = Ledger(db), runner_of(db, hosts, alone=False)
+    first = ledger.claim(ChunkId(JOB, 0), "a")
+    assert first is not None
+    runner.run(first)
+    put(model, right=False)
+    assert hosts.pid is not None
+    os.kill(hosts.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    second = ledger.claim(ChunkId(JOB, 1), "a")
+    assert second is not None
+    runner.run(second)
+
+    assert tried(db) == [(0, "done", right), (1, "released", None)]
+    assert runner.refuses(JOB, str(model), right)
+
+
+def test_a_run_whose_model_became_another_one_ends_and_says_so(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+    add_job(db, 2, 1, model=str(model), model_fingerprint=fingerprint_at(model), mode="embedded")
+    put(model, right=False)
+    ledger, runner = Ledger(db), runner_of(db, hosts, alone=True)
+    lease = ledger.claim_next(JOB, "a")
+    assert lease is not None
+    runner.run(lease)
+
+    progress = ledger.progress(JOB)
+    assert (progress.state, progress.done) == (JobState.FAILED, 0)
+    assert "the files here are another model" in (progress.stop_reason or "")
+    assert ledger.claim_next(JOB, "a") is None
+
+
+def test_a_job_of_which_nobody_knew_the_model_is_for_the_first_that_answers(
+    db: sa.Engine, hosts: HostKeeper, model: Path
+) -> None:
+    add_job(db, 4, 2, model=str(model), sampling='{"max_tokens": 4}')
+    ledger, runner = Ledger(db), runner_of(db, hosts, alone=False)
+    early = ledger.claim(ChunkId(JOB, 1), "late")
+    first = ledger.claim(ChunkId(JOB, 0), "early")
+    assert first is not None
+    assert early is not None
+    right = fingerprint_at(model)
+    runner.run(first)
+    assert ledger.model_of(JOB) == (str(model), right)
+    # Claimed before anybody knew: told all the same.
+    put(model, right=False)
+    other = HostKeeper(HostConfig("echo", parse_devices("cpu")[0], EngineOptions(slots=4)))
+    try:
+        runner_of(db, other, alone=False).run(early)
+    finally:
+        other.close()
+    assert tried(db) == [(0, "done", right), (1, "released", None)]
+
+
+def test_an_attempt_names_what_answered_it(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+    add_job(db, 1, 1, model=str(model), sampling='{"max_tokens": 2}')
+    lease = Ledger(db).claim_next(JOB, "a")
+    assert lease is not None
+    runner_of(db, hosts, alone=True).run(lease)
+    with db.connect() as connection:
+        found = connection.execute(sa.select(attempts.c.environment)).scalar_one()
+    assert json.loads(found) == hosts.info.environment if hosts.info else {}
+    assert json.loads(found)["version"]
+
+
+def texts_of(db: sa.Engine, job_id: str) -> list[tuple[str, bool]]:
+    query = sa.select(results.c.text, results.c.deduplicated).where(results.c.job_id == job_id).order_by(results.c.row)
+    with db.connect() as connection:
+        return [(text, copied) for text, copied in connection.execute(query)]
+
+
+def run_again(db: sa.Engine, runner: ChunkRunner, job_id: str, **values: Any) -> list[tuple[str, bool]]:
+    """Another job like the first one."""
+    with db.begin() as connection:
+        for table in (jobs, requests, chunks):
+            key = table.c.id if table is jobs else table.c.job_id
+            for row in connection.execute(sa.select(table).where(key == JOB)).mappings().all():
+                zero = {"ok": 0, "errors": 0, "output_tokens": 0, "attempt": 0} if table is chunks else {}
+                fresh = (
+                    values | {"state": "queued"} if table is jobs else {"state": "queued"} if table is chunks else {}
+                )
+                connection.execute(sa.insert(table).values({**row, **zero, **fresh, key.name: job_id}))
+    return run_all(db, runner, job_id)
+
+
+def run_all(db: sa.Engine, runner: ChunkRunner, job_id: str) -> list[tuple[str, bool]]:
+    ledger = Ledger(db)
+    while (lease := ledger.claim_next(job_id, "a")) is not None:
+        runner.run(lease)
+    return texts_of(db, job_id)
+
+
+def test_answers_are_kept_under_what_answered(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+    """Whatever the job says: its claim is wrong here."""
+    asked = {"model": str(model), "sampling": '{"max_tokens": 8}', "use_cache": True}
+    add_job(db, 1, 1, **asked)
+    runner = runner_of(db, hosts, alone=False)
+    [(right, copied)] = run_all(db, runner, JOB)
+    assert not copied
+    assert run_again(db, runner, "again") == [(right, True)]
+
+    put(model, right=False)
+    assert hosts.unload(str(model))
+    [(wrong, copied)] = run_again(db, runner, "other", model_fingerprint=None)
+    assert not copied
+    assert wrong != right
+
+
+def test_no_answer_crosses_from_one_key_to_another(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+    add_job(db, 1, 1, model=str(model), sampling='{"max_tokens": 4}', use_cache=True, api_key_id="alice")
+    runner = runner_of(db, hosts, alone=False)
+    assert [copied for _, copied in run_all(db, runner, JOB)] == [False]
+    assert [copied for _, copied in run_again(db, runner, "bob", api_key_id="bob")] == [False]
+    assert [copied for _, copied in run_again(db, runner, "nobody", api_key_id=None)] == [False]
+    assert [copied for _, copied in run_again(db, runner, "alice", api_key_id="alice")] == [True]
+
+
+def test_without_a_cache_nothing_is_remembered_from_job_to_job(db: sa.Engine, hosts: HostKeeper) -> None:
+    add_job(db, 3, 3)
+    runner = runner_of(db, hosts, alone=False)
+    assert [copied for _, copied in run_all(db, runner, JOB)] == [False, True, True]
+    assert [copied for _, copied in run_again(db, runner, "again")] == [False, True, True]
 
 
 class SickHosts:

@@ -7,7 +7,6 @@ Names: ``demo`` and ``demo:mlx`` (bundled), ``echo[:options]``, a path to a GGUF
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,7 @@ from promptmill.errors import ModelError
 from promptmill.registry import resolve, suggestion
 from promptmill_workers.engines import ENGINES
 from promptmill_workers.engines.contract import Engine, EngineOptions, TokenCounter
-
-#: Bytes at each end of a file that go into its fingerprint: hashing all of a large model would take minutes.
-FINGERPRINT_BYTES = 1024 * 1024
-
-#: What an MLX folder holds; anything else of a repository is not fetched.
-MLX_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+from promptmill_workers.model_files import MLX_FILES, LoadedFiles, fingerprint_of, states_of
 
 #: Seconds for the hub to answer what files a repository has.
 ANSWER_TIMEOUT_S = 15.0
@@ -130,6 +124,28 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     return engine
 
 
+#: Loads of a file that is written to meanwhile, before it is given up.
+LOADS = 3
+
+
+def load_engine(name: str, options: EngineOptions) -> tuple[Engine, LoadedFiles | None]:
+    """The engine of a model's name, and the files that it has loaded; None for echo.
+
+    Raises ModelError or DeviceError; a file that another one takes the place of meanwhile is loaded again.
+    """
+    for _ in range(LOADS):
+        checkpoint = locate(name)
+        if checkpoint.path is None:
+            return build_engine(checkpoint, options), None
+        states = states_of(checkpoint.path)
+        found = LoadedFiles(str(checkpoint.path), states, fingerprint_of(states))
+        engine = build_engine(checkpoint, options)
+        if found.are_current:
+            return engine, found
+        engine.close()
+    raise ModelError(f"{name} is being written to", hint="Put its files there in one step: copy, then rename.")
+
+
 def check_options(checkpoint: Checkpoint, options: EngineOptions) -> None:
     """Raises ModelError for options that the model's engine cannot have; loads nothing."""
     _require_mlx(checkpoint)
@@ -158,22 +174,8 @@ def _has_mlx() -> bool:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str | None:
-    """SHA-256 over the names and sizes of the model's files and the first and last MiB of each; None for echo."""
-    if checkpoint.path is None:
-        return None
-    digest = hashlib.sha256()
-    for path in _model_files(checkpoint.path):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _model_files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+    """Which model the files are: as of :func:`fingerprint_of`; None for echo."""
+    return None if checkpoint.path is None else fingerprint_of(states_of(checkpoint.path))
 
 
 def available() -> list[Checkpoint]:
@@ -232,7 +234,7 @@ def _fetch(reference: str) -> Path:
         file = file or _only_gguf(repo, _names_in_cache(repo) if from_cache else names)
         if file:
             return Path(hf_hub_download(repo, file, local_files_only=from_cache))
-        return Path(snapshot_download(repo, allow_patterns=MLX_FILES, local_files_only=from_cache))
+        return Path(snapshot_download(repo, allow_patterns=list(MLX_FILES), local_files_only=from_cache))
     except ModelError:
         raise
     except Exception as problem:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ from promptmill_workers.host_keeper import HostKeeper
 from promptmill_workers.live import LiveLane
 from promptmill_workers.patience import PASSING, Patience, first_line
 from promptmill_workers.presence import Presence
-from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, ChunkRunner
+from promptmill_workers.run_chunk import CHUNKS_AT_ONCE, KEPT_JOBS, ChunkRunner
 from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
@@ -102,6 +103,8 @@ class Worker:
             lambda model: self.dispatcher.is_served_elsewhere(model, self.id),
             alive,
         )
+        #: Job -> its model and the model's fingerprint.
+        self._models: OrderedDict[str, tuple[str, str | None]] = OrderedDict()
         self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
         self._beat = Beat(self.id, settings.redis_url, self.hosts, self.presence.state)
         _register(self.app, self)
@@ -147,20 +150,37 @@ class Worker:
                 return
             self._run(lease)
         try:
-            self.dispatcher.dispatch(lease.chunk.job_id, lease.model, lease.priority)
+            self.dispatcher.dispatch(lease.chunk.job_id, lease.model, lease.priority, lease.model_fingerprint)
         except (BrokerError, *PASSING) as problem:
             # The chunk is done all the same; the reconciler publishes the next one when Redis is back.
             log.warning("no further chunk was published: %s", first_line(problem))
 
     def _choose(self, chunk: ChunkId) -> Lease | None:
         """Lease the chunk; or, while another model is loaded and it is not this one's turn, a chunk of that model."""
-        if len(self.config.models) > 1 and not self.hosts.turn_of(self.ledger.model_of(chunk) or self.hosts.model):
-            lease = self.ledger.claim_of_model(self.hosts.model, self.id)
+        model, fingerprint = self._model_of(chunk.job_id)
+        if self._runner.refuses(chunk.job_id, model, fingerprint):
+            # Its message is read and gone: it is published again, for a worker that has the right model.
+            self.ledger.unpublish_chunk(chunk)
+            return None
+        if len(self.config.models) > 1 and not self.hosts.turn_of(model):
+            loaded = self.hosts.model
+            lease = self.ledger.claim_of_model(loaded, self.id, self.hosts.fingerprint_of(loaded))
             if lease is not None:
                 # Its message is read and gone: it is published again when its job is looked after.
                 self.ledger.unpublish_chunk(chunk)
                 return lease
         return self.ledger.claim(chunk, self.id)
+
+    def _model_of(self, job_id: str) -> tuple[str, str | None]:
+        """The job's model and its fingerprint. Neither changes once both are known: asked once then."""
+        known = self._models.get(job_id)
+        if known is None:
+            known = self.ledger.model_of(job_id) or (self.hosts.model, None)
+            if known[1] is not None:
+                self._models[job_id] = known
+                while len(self._models) > KEPT_JOBS:
+                    self._models.popitem(last=False)
+        return known
 
     def _run(self, lease: Lease) -> None:
         log.info("chunk %s/%d: attempt %d, %d rows", lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.rows)

@@ -1,7 +1,7 @@
 """Between sessions and engine: requests that take several sequences, and sequences that answer several requests.
 
 An engine runs one sequence for one request. Here a request for several answers becomes several sequences, a choice is
-scored by one sequence for each possible answer, and identical greedy requests are computed once.
+scored by one sequence for each possible answer, and identical greedy requests of one job are computed once.
 """
 
 from __future__ import annotations
@@ -246,9 +246,9 @@ class Desk:
 
 
 def _identity(request: EngineRequest) -> Identity:
-    """A digest, so that remembering an answer does not keep its prompt."""
+    """A digest, so that remembering an answer does not keep its prompt. A request of another job has another one."""
     asked = repr(
-        (request.messages, request.prompt, request.own, request.continuation, request.closed,
+        (request.sharing, request.messages, request.prompt, request.own, request.continuation, request.closed,
          _described(request.sampling))
     )  # fmt: skip
     return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=24).digest()

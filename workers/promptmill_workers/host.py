@@ -423,6 +423,12 @@ class Session:
         return self._connection.recv()
 
     @property
+    def info(self) -> EngineInfo:
+        """What its host has loaded."""
+        assert self._host.info is not None
+        return self._host.info
+
+    @property
     def stall_timeout_s(self) -> float:
         return self._host.config.stall_timeout_s
 

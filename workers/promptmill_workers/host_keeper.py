@@ -8,11 +8,12 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host import EngineHost, HostConfig, HostCrashed, HostDied, Session
 from promptmill_workers.kv_budget import CPU_SLOTS
+from promptmill_workers.model_files import LoadedFiles
 
 log = logging.getLogger("promptmill.worker")
 
@@ -29,6 +30,23 @@ STOPPING = "the worker is stopping"
 
 #: Seconds between two looks of those who wait for a turn.
 LOOK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a host must be to take a session. None: no matter."""
+
+    model: str
+    context_tokens: int | None = None
+    fingerprint: str | None = None
+
+
+def _is_stale(info: EngineInfo, wanted: Wanted) -> bool:
+    """Whether the files must be loaded again: they were written to, or another model is wanted and may be there now."""
+    if info.files is None:
+        return False
+    another = wanted.fingerprint is not None and wanted.fingerprint != info.fingerprint
+    return info.files.are_overwritten or (another and not info.files.are_current)
 
 
 class NotWanted(Exception):
@@ -83,6 +101,8 @@ class HostKeeper:
         self._unheld_s = 0.0
         self._unheld_since = time.monotonic()
         self._closed = False
+        #: What was loaded last of each model.
+        self._loaded: dict[str, LoadedFiles] = {}
         #: Hosts that died one after the other without an answer between.
         self.deaths = 0
         self.restarts = 0
@@ -114,6 +134,16 @@ class HostKeeper:
 
     def _back_off_s(self) -> float:
         return max(0.0, self._not_before - time.monotonic())
+
+    def holds_another(self, model: str, fingerprint: str | None) -> bool:
+        """Whether this machine's files of ``model`` are known to be another model than the one with ``fingerprint``."""
+        found = self.fingerprint_of(model)
+        return None not in (fingerprint, found) and found != fingerprint
+
+    def fingerprint_of(self, model: str) -> str | None:
+        """Which model this machine's files of ``model`` are; None where that is not known, or not any more."""
+        found = self._loaded.get(model)
+        return found.fingerprint if found is not None and found.are_current else None
 
     def load(self) -> tuple[int, int]:
         """Sequences that hold a slot, and requests that wait for one, by the host's last signs of life."""
@@ -147,7 +177,7 @@ class HostKeeper:
     def start(self, context_tokens: int | None = None) -> EngineInfo:
         """Load the configured model. Raises PromptmillError when that is impossible."""
         with self._changed:
-            return self._ensure(self._config.model, context_tokens)
+            return self._ensure(Wanted(self._config.model, context_tokens))
 
     @contextmanager
     def holding(self, since: float) -> Iterator[Hold]:
@@ -181,15 +211,18 @@ class HostKeeper:
         alone: bool = False,
         urgent: bool = False,
         unwanted: threading.Event | None = None,
+        fingerprint: str | None = None,
     ) -> Iterator[Session]:
         """A session with ``model`` and room for requests of ``context_tokens``, if need be ``alone`` in its host.
 
+        ``fingerprint``: of the model that is wanted. Where another one is loaded and its files have changed since, they
+        are loaded anew; whether they are the right ones then is to be looked at (``Session.info``).
         While an ``urgent`` one waits for its model, none of another model begins.
 
         Raises HostDied, NotWanted once ``unwanted`` is set while it waits for its turn, or PromptmillError for a model
         that cannot be loaded.
         """
-        host = self._enter(model, context_tokens, alone, urgent, unwanted or threading.Event())
+        host = self._enter(Wanted(model, context_tokens, fingerprint), alone, urgent, unwanted or threading.Event())
         try:
             with host.session(self._unheld_s) as session:
                 self._sessions = (*self._sessions, session)
@@ -248,10 +281,9 @@ class HostKeeper:
 
     # --- the caller holds the condition ------------------------------------------------------------------------------
 
-    def _enter(
-        self, model: str, context_tokens: int | None, alone: bool, urgent: bool, unwanted: threading.Event
-    ) -> EngineHost:
-        """Wait for a turn; the host then serves ``model`` and counts one user more."""
+    def _enter(self, wanted: Wanted, alone: bool, urgent: bool, unwanted: threading.Event) -> EngineHost:
+        """Wait for a turn; the host then serves what is ``wanted`` and counts one user more."""
+        model = wanted.model
 
         def may_enter() -> bool:
             if self._back_off_s():
@@ -260,7 +292,7 @@ class HostKeeper:
                 return False
             if not (urgent or alone) and any(time.monotonic() - since > FAIR_S for since in self._alone_since):
                 return False
-            return self._users == 0 or (not (alone or self._alone) and self._serves(model, context_tokens))
+            return self._users == 0 or (not (alone or self._alone) and self._serves(wanted))
 
         with self._changed, self._waiting(model, alone, urgent):
             while not self._closed and not may_enter():
@@ -270,7 +302,7 @@ class HostKeeper:
                 self._changed.wait(min(LOOK_S, self._back_off_s() or LOOK_S))
             if self._closed:
                 raise HostDied(STOPPING)
-            self._ensure(model, context_tokens)
+            self._ensure(wanted)
             assert self._host is not None
             self._users += 1
             self._alone = alone
@@ -292,15 +324,19 @@ class HostKeeper:
             self._urgent = +(self._urgent - Counter({model: int(urgent)}))
             self._changed.notify_all()
 
-    def _serves(self, model: str, context_tokens: int | None) -> bool:
-        if self._host is None or self._config.model != model:
+    def _serves(self, wanted: Wanted) -> bool:
+        if self._host is None or self._config.model != wanted.model:
             return False
-        info = self._host.info
-        return info is None or self._context_is_fixed or context_tokens is None or context_tokens <= info.context_tokens
+        info, tokens = self._host.info, wanted.context_tokens
+        if info is None:
+            return True
+        return not _is_stale(info, wanted) and (
+            self._context_is_fixed or tokens is None or tokens <= info.context_tokens
+        )
 
-    def _ensure(self, model: str, context_tokens: int | None) -> EngineInfo:
-        host = self._host
-        if host is not None and host.alive and host.info and self._serves(model, context_tokens):
+    def _ensure(self, wanted: Wanted) -> EngineInfo:
+        host, model, context_tokens = self._host, wanted.model, wanted.context_tokens
+        if host is not None and host.alive and host.info and self._serves(wanted):
             return host.info
         if host is not None and not host.alive:
             self._bury(host)
@@ -309,7 +345,7 @@ class HostKeeper:
         self._passed_over.pop(model, None)
         parked = self._parked.pop(model, None)
         self._config = replace(self._config, model=model)
-        if parked is not None and self._take_back(parked, context_tokens):
+        if parked is not None and self._take_back(parked, wanted):
             assert self._host is not None
             assert self._host.info is not None
             self._on_change(self)
@@ -320,6 +356,8 @@ class HostKeeper:
         self._on_change(self)
         info = self._load()
         self._count_unheld(0.0)
+        if info.files is not None:
+            self._loaded[model] = info.files
         self.state = "idle"
         self._on_change(self)
         log.info("%s on %s: %d slots, context %d", info.model_name, info.device_got, info.slots, info.context_tokens)
@@ -337,10 +375,10 @@ class HostKeeper:
             oldest = next(name for name in self._parked if name != model)
             self._parked.pop(oldest).kill()
 
-    def _take_back(self, host: EngineHost, context_tokens: int | None) -> bool:
-        """Work with a host that stayed loaded; False when it died or has too small a context."""
+    def _take_back(self, host: EngineHost, wanted: Wanted) -> bool:
+        """Work with a host that stayed loaded; False when it died, is stale or has too small a context."""
         self._host = host
-        if host.alive and self._serves(self._config.model, context_tokens):
+        if host.alive and self._serves(wanted):
             self._count_unheld(host.unheld_s())
             return True
         host.kill()

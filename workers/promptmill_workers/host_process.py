@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from promptmill.types import EngineCounters, Extras, SamplingParams, Span
+from promptmill.types import EngineCounters, Extras, SamplingParams, Sharing, Span
 from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import (
     Engine,
@@ -32,6 +32,7 @@ from promptmill_workers.engines.contract import (
     TokenEvent,
 )
 from promptmill_workers.host_wire import LiveText, message_of
+from promptmill_workers.model_files import LoadedFiles
 
 log = logging.getLogger("promptmill.host")
 
@@ -44,8 +45,11 @@ FLUSH_RESULTS = 256
 #: Seconds between signs of life to a session whose requests run.
 BEAT_S = 1.0
 
-#: A request as it travels: row, messages as (role, content[, extra]) or None, prompt or None, sampling, if it streams.
-WireRequest = tuple[int, tuple[tuple[Any, ...], ...] | None, str | None, SamplingParams, bool, tuple[Span, ...] | None]
+#: A request as it travels: row, messages as (role, content[, extra]) or None, prompt or None, sampling, if it streams,
+#: what of the prompt is the author's, with whom it shares.
+WireRequest = tuple[
+    int, tuple[tuple[Any, ...], ...] | None, str | None, SamplingParams, bool, tuple[Span, ...] | None, Sharing
+]
 
 #: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
 #: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing, the Extras.
@@ -82,8 +86,9 @@ class Origin:
 class HostLoop:
     """Feeds the engine from the sessions and the sessions from the engine. One thread owns the engine."""
 
-    def __init__(self, engine: Engine, clock_offset_s: float) -> None:
+    def __init__(self, engine: Engine, clock_offset_s: float, files: LoadedFiles | None = None) -> None:
         self._engine = engine
+        self._info = replace(engine.info, files=files)
         self._inbox: queue.SimpleQueue[tuple[HostSession, Any]] = queue.SimpleQueue()
         self._sessions: set[HostSession] = set()
         self._origins: dict[RequestKey, Origin] = {}
@@ -148,7 +153,7 @@ class HostLoop:
             case ("hello", unheld_s):
                 self._leave_out(unheld_s)
                 self._sessions.add(session)
-                session.outbox.put(("ready", self._engine.info))
+                session.outbox.put(("ready", self._info))
             case ("live",):
                 session.live = True
             case ("cancel", rows):
@@ -188,13 +193,15 @@ class HostLoop:
     def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
         received_at = time.monotonic()
         batch = []
-        for row, messages, prompt, sampling, stream, own in requests:
+        for row, messages, prompt, sampling, stream, own, sharing in requests:
             key = self._next_key
             self._next_key += 1
             session.keys[row] = key
             self._origins[key] = Origin(session, row, received_at)
             turns = tuple(map(message_of, messages)) if messages is not None else None
-            batch.append(EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live, own=own))
+            batch.append(
+                EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live, own=own, sharing=sharing)
+            )
         if session.live:
             self._live_seen += len(batch)
             self._live_pending = True
@@ -295,8 +302,8 @@ def main() -> None:
     if config["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config["cores"])
     listener = socket.socket(fileno=config["socket"])
-    engine = _load(config, listener)
-    HostLoop(engine, config["clock_offset_s"]).serve(listener)
+    engine, files = _load(config, listener)
+    HostLoop(engine, config["clock_offset_s"], files).serve(listener)
 
 
 def _die_with_parent() -> None:
@@ -304,14 +311,17 @@ def _die_with_parent() -> None:
     os._exit(0)
 
 
-def _load(config: dict[str, Any], listener: socket.socket) -> Engine:
-    """The engine; a model that cannot be loaded is reported to whoever connects first, and ends the process."""
+def _load(config: dict[str, Any], listener: socket.socket) -> tuple[Engine, LoadedFiles | None]:
+    """The engine and its files.
+
+    A model that cannot be loaded is reported to whoever connects first, and ends the process.
+    """
     from promptmill.errors import PromptmillError
-    from promptmill_workers.checkpoints import build_engine, locate
+    from promptmill_workers.checkpoints import load_engine
 
     try:
-        engine = build_engine(locate(config["model"]), EngineOptions(**config["options"]))
-        return Desk(engine, deduplicate=config["deduplicate"])
+        engine, files = load_engine(config["model"], EngineOptions(**config["options"]))
+        return Desk(engine, deduplicate=config["deduplicate"]), files
     except (PromptmillError, MemoryError) as problem:
         accepted, _ = listener.accept()
         connection = Connection(accepted.detach())

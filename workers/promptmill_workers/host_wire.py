@@ -12,7 +12,7 @@ LiveText = tuple[int, str, list[dict[str, Any]] | None, int]
 
 def wire(request: Request) -> Any:
     turns = None if request.messages is None else tuple(map(_turn, request.messages))
-    return request.row, turns, request.prompt, request.sampling, request.stream, request.own
+    return request.row, turns, request.prompt, request.sampling, request.stream, request.own, request.sharing
 
 
 def _turn(message: Message) -> tuple[Any, ...]:

@@ -60,12 +60,16 @@ def common_length(a: Tokens, b: Tokens) -> int:
     return first if size and differs[first] else size
 
 
-def plan(prompts: Sequence[Tokens], least: int = LEAST_TOKENS) -> list[PrefixGroup]:
+def plan(
+    prompts: Sequence[Tokens], least: int = LEAST_TOKENS, owners: Sequence[str] | None = None
+) -> list[PrefixGroup]:
     """The partition of the prompts into groups that saves the most tokens; prompts that share nothing are left out.
+
+    ``owners``: of each prompt; prompts of two owners share nothing. None: all have one.
 
     The last token of a prompt is never shared: its logits are needed.
     """
-    order, runs = _tree(prompts)
+    order, runs = _tree(prompts, owners)
     saved: list[int] = []
     whole: list[bool] = []
     for run in runs:
@@ -79,12 +83,14 @@ def plan(prompts: Sequence[Tokens], least: int = LEAST_TOKENS) -> list[PrefixGro
     ]  # fmt: skip
 
 
-def plan_nested(prompts: Sequence[Tokens], least: int = LEAST_TOKENS) -> NestedPlan:
-    """Each prompt shares the longest prefix that another prompt has too.
+def plan_nested(
+    prompts: Sequence[Tokens], least: int = LEAST_TOKENS, owners: Sequence[str] | None = None
+) -> NestedPlan:
+    """Each prompt shares the longest prefix that another prompt of its owner has too.
 
     A prefix that is less than ``least`` tokens longer than the one it continues is not worth its sequence.
     """
-    order, runs = _tree(prompts)
+    order, runs = _tree(prompts, owners)
     shared = [0] * len(prompts)
     together: list[tuple[int, ...]] = [()] * len(prompts)
     for run in reversed(runs):  # a run comes before what is inside it
@@ -97,11 +103,12 @@ def plan_nested(prompts: Sequence[Tokens], least: int = LEAST_TOKENS) -> NestedP
     return NestedPlan(shared, sorted(range(len(prompts)), key=lambda index: (*together[index], index)))
 
 
-def _tree(prompts: Sequence[Tokens]) -> tuple[list[int], list[_Run]]:
+def _tree(prompts: Sequence[Tokens], owners: Sequence[str] | None) -> tuple[list[int], list[_Run]]:
     """The prompts' indices in sorted order, and the runs of two or more, inner ones first."""
-    order = sorted(range(len(prompts)), key=lambda index: _sortable(prompts[index]))
-    heads = [prompts[index][:-1] for index in order]
-    return order, _runs([common_length(a, b) for a, b in pairwise(heads)])
+    own = owners or [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: (own[index], _sortable(prompts[index])))
+    lengths = [common_length(prompts[a][:-1], prompts[b][:-1]) if own[a] == own[b] else 0 for a, b in pairwise(order)]
+    return order, _runs(lengths)
 
 
 def _sortable(tokens: Tokens) -> bytes:

@@ -98,6 +98,7 @@ class Presence:
             "device_got": info.device_got if info else None,
             "engine": info.engine if info else None,
             "model": info.model_name if info else None,
+            "model_fingerprint": self._hosts.fingerprint_of(self._hosts.model) if info else None,
             "layers": info.layers if info else None,
             "layers_offloaded": info.layers_offloaded if info else None,
             "slots": info.slots if info else None,

@@ -10,7 +10,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from promptmill.answer_cache import keep, key_of, look_up
@@ -19,7 +19,7 @@ from promptmill.ledger import JobSpec, Ledger, Standing
 from promptmill.prompts import Template, resolve_sampling, to_request
 from promptmill.sampling import LARGEST_WHOLE
 from promptmill.task_file import parse_task
-from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result
+from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result, Sharing
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import Hold, HostKeeper, NotWanted
 from promptmill_workers.patience import PASSING, Patience, first_line
@@ -69,16 +69,20 @@ class ChunkRunner:
         hosts: HostKeeper,
         stop: Stop,
         patience: Patience,
-        others_serve: Callable[[str], bool] = lambda model: False,
+        others_serve: Callable[[str], bool] | None = None,
         renewing: Ledger | None = None,
     ) -> None:
         """``others_serve``: whether another worker has a model loaded, so that its jobs can do without this one.
+        None: no other worker can ever run what is run here.
 
         ``renewing``: the same ledger over a connection of its own, so that no lease waits for results.
         """
         self._ledger = ledger
         self._renewing = renewing or ledger
-        self._others_serve = others_serve
+        self._others_serve = others_serve or (lambda model: False)
+        self._is_alone = others_serve is None
+        #: Jobs that are for another model than the one here, with that one: what was told in the log.
+        self._told_wrong: OrderedDict[str, str | None] = OrderedDict()
         self._hosts = hosts
         self._stop = stop
         self._patiently = patience
@@ -88,6 +92,13 @@ class ChunkRunner:
         self._ends: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
         #: Of the chunks that run: row -> key of the cache.
         self._keys: dict[ChunkId, dict[int, str]] = {}
+
+    def refuses(self, job_id: str, model: str, fingerprint: str | None) -> bool:
+        """Whether this worker's files of the job's model are another model, so that it can answer nothing of it."""
+        if not self._hosts.holds_another(model, fingerprint):
+            return False
+        self._tell_wrong(job_id, model, fingerprint, self._hosts.fingerprint_of(model))
+        return True
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
@@ -104,9 +115,6 @@ class ChunkRunner:
     def _run(self, lease: Lease, hold: Hold) -> None:
         ledger, hosts = self._ledger, self._hosts
         requests, failures = self._patiently(lambda again: self._requests(lease))
-        requests, kept = self._from_cache(lease, requests)
-        self._record(lease, kept)
-        limits = {request.row: _limit(request) for request in requests}
         self._record(lease, [(failure, 0) for failure in failures])
         # The last results are stored together with the chunk's end, in one transaction.
         last: Outcomes = []
@@ -116,10 +124,20 @@ class ChunkRunner:
                 # Renewal begins first: loading a model or waiting for another one may take longer than a lease.
                 watching(self._renewing, lease, self._stop) as watched,
                 hosts.session(
-                    lease.model, lease.context_tokens, alone=ledger.is_suspect(lease), unwanted=watched.unwanted
+                    lease.model,
+                    lease.context_tokens,
+                    alone=ledger.is_suspect(lease),
+                    unwanted=watched.unwanted,
+                    fingerprint=lease.model_fingerprint,
                 ) as session,
             ):
                 watched.session = session
+                if not self._may_answer(lease, session):
+                    self._give_back(lease, hold, session)
+                    return
+                requests, kept = self._from_cache(lease, session, requests)
+                self._record(lease, kept)
+                limits = {request.row: _limit(request) for request in requests}
                 for batch in session.answer(requests):
                     self._keep(lease, batch)
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
@@ -137,6 +155,34 @@ class ChunkRunner:
             ledger.release(lease)
         except (ModelError, DeviceError) as problem:
             self._not_loaded(lease, problem)
+
+    def _may_answer(self, lease: Lease, session: Session) -> bool:
+        """Whether the model that is loaded is the job's. The attempt names it."""
+        info = session.info
+        return self._patiently(lambda again: self._ledger.answered_by(lease, info.fingerprint, info.environment))
+
+    def _give_back(self, lease: Lease, hold: Hold, session: Session) -> None:
+        """The files here are another model: the chunk waits for a worker with the right ones, where there may be one.
+
+        It has not failed.
+        """
+        job_id = lease.chunk.job_id
+        # Another worker may have been the first to say which model the job is for.
+        _, wanted = self._ledger.model_of(job_id) or (lease.model, lease.model_fingerprint)
+        words = self._tell_wrong(job_id, lease.model, wanted, session.info.fingerprint)
+        if self._is_alone:
+            self._ledger.stop(job_id, words, lease)
+        counters = session.counters()
+        hold.let_go()
+        self._patiently(lambda again: self._ledger.release(lease, counters, self._hosts.slots))
+
+    def _tell_wrong(self, job_id: str, model: str, wanted: str | None, found: str | None) -> str:
+        words = wrong_model(model, wanted, found)
+        if self._told_wrong.get(job_id, "") != found:
+            self._told_wrong[job_id] = found
+            _forget_oldest(self._told_wrong)
+            log.error("job %s: %s", job_id, words)
+        return words
 
     def _not_loaded(self, lease: Lease, problem: PromptmillError) -> None:
         """No attempt on this job can go better here. Any other error leaves the chunk to its next attempt."""
@@ -215,12 +261,16 @@ class ChunkRunner:
             return
         self._patiently(lambda again: self._ledger.fail(lease, ErrorClass.INTERNAL, f"internal error: {what}"))
 
-    def _from_cache(self, lease: Lease, requests: list[Request]) -> tuple[list[Request], Outcomes]:
-        """The requests whose answers are not known, and the answers of the others. Remembers the keys of the former."""
-        cache = self._spec(lease.chunk.job_id)[0].cache
-        if cache is None:
+    def _from_cache(self, lease: Lease, session: Session, requests: list[Request]) -> tuple[list[Request], Outcomes]:
+        """The requests whose answers are not known, and the answers of the others. Remembers the keys of the former.
+
+        Keys are of what is loaded, not of what the job says.
+        """
+        info = session.info
+        if not self._spec(lease.chunk.job_id)[0].use_cache or info.fingerprint is None:
             return requests, []
-        keys = {each.row: key for each in requests if (key := key_of(cache, each)) is not None}
+        answering = [info.fingerprint, info.environment]
+        keys = {each.row: key for each in requests if (key := key_of(answering, each)) is not None}
         found = self._patiently(lambda again: look_up(self._ledger.db, keys))
         limits = {each.row: _limit(each) for each in requests}
         known = {each.row for each in found}
@@ -240,16 +290,17 @@ class ChunkRunner:
     def _requests(self, lease: Lease) -> tuple[list[Request], list[Result]]:
         """The rows to be answered, and those that cannot even be rendered."""
         spec, template = self._spec(lease.chunk.job_id)
-        usual = resolve_sampling(spec.sampling, {})
+        usual, sharing = resolve_sampling(spec.sampling, {}), Sharing(spec.owner, spec.job_id)
         requests: list[Request] = []
         failures: list[Result] = []
         for row in self._ledger.pending(lease):
             try:
                 # One object for all rows without parameters of their own: it is pickled once.
                 sampling = resolve_sampling(spec.sampling, row.sampling) if row.sampling else usual
-                requests.append(
-                    to_request(row.row, row.custom_id, row.input, row.meta, sampling, template, spec.system_prompt)
+                request = to_request(
+                    row.row, row.custom_id, row.input, row.meta, sampling, template, spec.system_prompt
                 )
+                requests.append(replace(request, sharing=sharing))
             except PromptmillError as problem:
                 failures.append(Failed(row.row, ErrorClass.INVALID_REQUEST, problem.message))
         return requests, failures
@@ -262,6 +313,14 @@ class ChunkRunner:
             self._specs[job_id] = spec, task.template if task else None
             _forget_oldest(self._specs)
         return self._specs[job_id]
+
+
+def wrong_model(model: str, wanted: str | None, found: str | None) -> str:
+    """What is told where the files of a job's model are another model."""
+    return (
+        f"it is for the model {model} with the fingerprint {(wanted or 'none')[:12]}, and the files here are another "
+        f"model: {(found or 'none')[:12]}"
+    )
 
 
 def _limit(request: Request) -> int:

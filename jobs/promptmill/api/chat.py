@@ -59,7 +59,7 @@ async def embed(request: Request, parts: Parts, principal: Submitter) -> Respons
     question = questions.read(await bodies.read_object(request), EMBEDDINGS)
     model = await find_model(parts, question.model)
     with parts.limits.running(principal):
-        found = await _or_gone(request, _answers(parts, question, model))
+        found = await _or_gone(request, _answers(parts, principal, question, model))
     return json_response(answers.embeddings(question, found)) if found is not None else Response(status_code=GONE)
 
 
@@ -69,7 +69,7 @@ async def _complete(request: Request, parts: Services, principal: Principal, url
     if question.stream:
         return await _streamed(request, parts, principal, question, model)
     with parts.limits.running(principal, max(1, len(question.texts))):
-        found = await _or_gone(request, _answers(parts, question, model, request.state))
+        found = await _or_gone(request, _answers(parts, principal, question, model, request.state))
     return json_response(answers.whole(question, found)) if found is not None else Response(status_code=GONE)
 
 
@@ -104,29 +104,31 @@ async def _or_gone(request: Request, work: Any) -> Any:
         return None
 
 
-async def _answers(parts: Services, question: Question, model: str, state: Any = None) -> list[dict[str, Any]]:
+async def _answers(
+    parts: Services, principal: Principal, question: Question, model: str, state: Any = None
+) -> list[dict[str, Any]]:
     """The answers to all prompts of a body, which run together. If one fails, so does the body.
 
     ``state``: of the request; it is told when a chat was queued and answered.
     """
     if question.messages is not None:
-        async with parts.live.call(model, question.sampling, messages=question.messages) as call:
+        async with parts.live.call(model, question.sampling, principal.key_id, messages=question.messages) as call:
             answer = await call.answer()
         if state is not None and call.queued_at is not None and answer["timing"]:
             state.answered = call.queued_at, answer["timing"]["finished_at"]
         return [answer]
     if len(question.texts) == 1:
-        return [await _answer(parts, question, model, prompt=question.texts[0])]
+        return [await _answer(parts, principal, question, model, question.texts[0])]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_answer(parts, question, model, prompt=text)) for text in question.texts]
+            tasks = [group.create_task(_answer(parts, principal, question, model, text)) for text in question.texts]
     except* ApiError as problems:
         raise problems.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
-async def _answer(parts: Services, question: Question, model: str, **asked: Any) -> dict[str, Any]:
-    async with parts.live.call(model, question.sampling, **asked) as call:
+async def _answer(parts: Services, principal: Principal, question: Question, model: str, prompt: str) -> dict[str, Any]:
+    async with parts.live.call(model, question.sampling, principal.key_id, prompt=prompt) as call:
         return await call.answer()
 
 
@@ -141,7 +143,9 @@ async def _streamed(
         stack.enter_context(parts.limits.running(principal, max(1, len(question.texts))))
         calls = [
             await stack.enter_async_context(
-                parts.live.call(model, question.sampling, messages=question.messages, prompt=prompt, stream=True)
+                parts.live.call(
+                    model, question.sampling, principal.key_id, messages=question.messages, prompt=prompt, stream=True
+                )
             )
             for prompt in question.texts or (None,)
         ]
@@ -222,7 +226,7 @@ async def generate(request: Request, parts: Parts, principal: Submitter) -> Resp
     question = questions.read({"model": given, "messages": [{"role": "user", "content": prompt}], **asked}, CHAT)
     started = time.perf_counter()
     with parts.limits.running(principal):
-        found = await _or_gone(request, _answers(parts, question, await find_model(parts, question.model)))
+        found = await _or_gone(request, _answers(parts, principal, question, await find_model(parts, question.model)))
     if found is None:
         return Response(status_code=GONE)
     seconds = time.perf_counter() - started

@@ -178,10 +178,14 @@ class Live:
         await self._redis.aclose()
 
     @contextlib.asynccontextmanager
-    async def call(self, model: str, sampling: dict[str, Any], **question: Any) -> AsyncIterator[Call]:
-        """Send a request. Leaving before its end drops it: its slot is free within a step or two."""
+    async def call(
+        self, model: str, sampling: dict[str, Any], owner: str | None, **question: Any
+    ) -> AsyncIterator[Call]:
+        """Send a request of ``owner``'s key. Leaving before its end drops it: its slot is free within a step or two."""
         now = time.time()
-        request = LiveRequest(new_id(), self._id, model, sampling, sent_at=now, until=now + self._timeout_s, **question)
+        request = LiveRequest(
+            new_id(), self._id, model, sampling, sent_at=now, until=now + self._timeout_s, owner=owner or "", **question
+        )
         call = self._calls[request.id] = Call(request)
         self._unsent.append(call)
         try:

@@ -51,10 +51,12 @@ def list_(limit: int, as_json: bool) -> None:
 @json_option
 def status(job: str, as_json: bool) -> None:
     """Show where JOB stands: an id, a unique prefix of one, a name, or @last."""
-    from promptmill.catalog import find_job, job_status
+    from promptmill.catalog import find_job, job_status, waiting_for_models
+    from promptmill.dispatch import ALIVE_S
 
     _, db = open_all()
     found = job_status(db, find_job(db, job))
+    found |= {"waits_for": waiting_for_models(db, ALIVE_S, found["job_id"]).get(found["job_id"])}
     if as_json:
         print_json(found)
         return
@@ -279,6 +281,8 @@ def _logprobs(found: list[dict[str, Any]]) -> str:
 @json_option
 def workers(as_json: bool) -> None:
     """List the workers that are alive: device asked for and got, layers offloaded, model, slots, speed."""
+    from promptmill.catalog import waiting_for_models
+    from promptmill.dispatch import ALIVE_S
     from promptmill.service import live_workers
 
     settings, db = open_all()
@@ -291,11 +295,14 @@ def workers(as_json: bool) -> None:
         return
     rows = [
         [each["id"], each["state"], each["device_asked"], each["device_got"], _layers(each), each["model"],
-         each["slots"], _rate(each["output_tps"]), f"{each['age_s']:.0f} s ago"]
+         each["model_fingerprint"] and each["model_fingerprint"][:12], each["slots"], _rate(each["output_tps"]),
+         f"{each['age_s']:.0f} s ago"]
         for each in found
     ]  # fmt: skip
-    columns = ["worker", "state", "asked", "got", "layers on GPU", "model", "slots", "tok/s", "heartbeat"]
+    columns = ["worker", "state", "asked", "got", "layers on GPU", "model", "file", "slots", "tok/s", "heartbeat"]
     table(columns, rows, right={"slots", "tok/s", "layers on GPU"})
+    for job_id, words in waiting_for_models(db, ALIVE_S).items():
+        click.echo(f"job {job_id} waits for {words}")
 
 
 def _rate(tokens_s: float | None) -> str | None:

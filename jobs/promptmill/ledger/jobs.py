@@ -208,7 +208,9 @@ class Jobs(LedgerBase):
         return Progress(JobState(job.state), job.rows, int(total[0]), int(total[1]), int(total[2]), job.stop_reason)
 
     def open_jobs(self, mode: str) -> list[sa.Row[Any]]:
-        """Jobs of a mode ('queue' or 'embedded') that are queued or running: id, model, priority, waited_s.
+        """Jobs of a mode ('queue' or 'embedded') that are queued or running.
+
+        With ``id``, ``model``, ``model_fingerprint``, ``priority`` and ``waited_s``.
 
         ``waited_s``: seconds since one of its chunks last ran, or since it was submitted; none while one runs.
         """
@@ -219,7 +221,7 @@ class Jobs(LedgerBase):
             return list(
                 db.execute(
                     sa.select(
-                        jobs.c.id, jobs.c.model, jobs.c.priority,
+                        jobs.c.id, jobs.c.model, jobs.c.model_fingerprint, jobs.c.priority,
                         (self._now() - sa.func.coalesce(last_seen, jobs.c.submitted_at)).label("waited_s"),
                     )
                     .where(jobs.c.state.in_(OPEN_STATES), jobs.c.mode == mode)

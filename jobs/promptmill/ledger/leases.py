@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlalchemy.engine import Connection
 from promptmill.database import connecting, reading, writing
 from promptmill.ledger.base import held_by, is_chunk
 from promptmill.ledger.endings import Endings
+from promptmill.ledger.results import is_attempt
 from promptmill.ledger.values import OPEN_STATES, Standing
 from promptmill.tables import FAILED, attempts, chunks, jobs
 from promptmill.types import ChunkId, ChunkState, JobState, Lease
@@ -50,15 +52,19 @@ class Leases(Endings):
             waiting.where(is_new).order_by(chunks.c.number),
         )
 
-    def claim_of_model(self, model: str, worker_id: str) -> Lease | None:
-        """Lease a chunk of the most urgent open job of ``model``; None when none may be run now."""
+    def claim_of_model(self, model: str, worker_id: str, fingerprint: str | None = None) -> Lease | None:
+        """Lease a chunk of the most urgent open job of ``model``; None when none may be run now.
+
+        ``fingerprint``: of the model that the worker has, where it knows: no job of another one is taken.
+        """
+        another = sa.false() if fingerprint is None else jobs.c.model_fingerprint != fingerprint
         with writing(self.db) as db:
             found = db.execute(
                 sa.select(chunks.c.job_id, chunks.c.number)
                 .join(jobs, jobs.c.id == chunks.c.job_id)
                 .where(
                     jobs.c.model == model, jobs.c.mode == "queue", jobs.c.state.in_(OPEN_STATES), self._claimable(),
-                    chunks.c.published_at.is_not(None),
+                    chunks.c.published_at.is_not(None), sa.or_(jobs.c.model_fingerprint.is_(None), ~another),
                 )
                 .order_by(jobs.c.priority, jobs.c.id, chunks.c.number)
                 .limit(1)
@@ -90,10 +96,37 @@ class Leases(Endings):
         ).one_or_none()
         return None if kept is None else self._begin(db, chunk, worker_id, kept)
 
-    def model_of(self, chunk: ChunkId) -> str | None:
-        """The model of the chunk's job; None when there is no such job."""
+    def model_of(self, job_id: str) -> tuple[str, str | None] | None:
+        """The job's model and its fingerprint, where that is known; None when there is no such job."""
         with reading(self.db) as db:
-            return db.execute(sa.select(jobs.c.model).where(jobs.c.id == chunk.job_id)).scalar()
+            found = db.execute(sa.select(jobs.c.model, jobs.c.model_fingerprint).where(jobs.c.id == job_id))
+            job = found.one_or_none()
+        return None if job is None else (job.model, job.model_fingerprint)
+
+    def answered_by(self, lease: Lease, fingerprint: str | None, environment: Mapping[str, str]) -> bool:
+        """Note on the attempt which model answers it, and what else changes its answers.
+
+        A job of which nobody has said so far which model it is for is for this one from now on. False, and nothing
+        noted, when the job is for another model. May be said again.
+        """
+        with writing(self.db) as db:
+            wanted = lease.model_fingerprint
+            if wanted is None and fingerprint is not None:
+                wanted = self._settle_model(db, lease.chunk.job_id, fingerprint)
+            if wanted != fingerprint:
+                return False
+            values = {"model_fingerprint": fingerprint, "environment": json.dumps(environment, sort_keys=True)}
+            db.execute(sa.update(attempts).where(is_attempt(lease)).values(values))
+        return True
+
+    def _settle_model(self, db: Connection, job_id: str, fingerprint: str) -> str | None:
+        """The fingerprint of the job's model: the first one that was said."""
+        db.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == job_id, jobs.c.model_fingerprint.is_(None))
+            .values(model_fingerprint=fingerprint)
+        )
+        return db.execute(sa.select(jobs.c.model_fingerprint).where(jobs.c.id == job_id)).scalar()
 
     def _claimable(self) -> sa.ColumnElement[bool]:
         """A chunk whose lease ran out is not: :meth:`requeue_expired` counts its failure first."""
@@ -192,12 +225,13 @@ class Leases(Endings):
 
 #: What a lease holds of its chunk, and of its job.
 _OF_CHUNK = (chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
-_JOB = (jobs.c.model, jobs.c.state, jobs.c.context_tokens, jobs.c.priority)
+_JOB = (jobs.c.model, jobs.c.model_fingerprint, jobs.c.state, jobs.c.context_tokens, jobs.c.priority)
 
 
 def _lease(chunk: ChunkId, worker_id: str, claimed: Any, job: Any, taken_at: float) -> Lease:
     return Lease(
         chunk=chunk, attempt=claimed.attempt, failures=claimed.failures, worker_id=worker_id,
         first_row=claimed.first_row, rows=claimed.rows, model=job.model, enqueued_at=claimed.published_at,
-        context_tokens=job.context_tokens, priority=job.priority, taken_at=taken_at,
+        context_tokens=job.context_tokens, priority=job.priority, model_fingerprint=job.model_fingerprint,
+        taken_at=taken_at,
     )  # fmt: skip

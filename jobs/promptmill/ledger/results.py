@@ -42,16 +42,15 @@ class Results(Jobs):
         with reading(self.db) as db:
             columns = (
                 jobs.c.model, jobs.c.task_text, jobs.c.task_name, jobs.c.system_prompt, jobs.c.sampling,
-                jobs.c.use_cache, jobs.c.model_fingerprint,
+                jobs.c.use_cache, jobs.c.api_key_id,
             )  # fmt: skip
             job = db.execute(sa.select(*columns).where(jobs.c.id == job_id)).one_or_none()
         if job is None:
             raise JobError(f"there is no job {job_id}")
-        # A model that was not here when the job was submitted has no fingerprint, and no answers to share.
-        cache = job.model_fingerprint if job.use_cache else None
         return JobSpec(
-            job_id, job.model, job.task_text, job.task_name, job.system_prompt, json.loads(job.sampling), cache
-        )
+            job_id, job.model, job.task_text, job.task_name, job.system_prompt, json.loads(job.sampling),
+            job.use_cache, job.api_key_id or "",
+        )  # fmt: skip
 
     def pending(self, lease: Lease) -> list[StoredRequest]:
         """The leased rows that have no result and were not handed to another chunk, in order."""

@@ -63,8 +63,10 @@ class JobSpec:
     task_name: str | None
     system_prompt: str | None
     sampling: dict[str, Any]
-    #: Answers are looked up in the cache and kept there, under this fingerprint of the model.
-    cache: str | None = None
+    #: Greedy answers are looked up in the cache, and kept there.
+    use_cache: bool = False
+    #: The id of the API key that the job belongs to; empty where it belongs to none.
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from promptmill.metrics import digits
@@ -142,6 +142,17 @@ def curve(shape: Curve | None, output_tokens: int) -> Check:
     return Check(
         "curve", fits, f"output tok/s over time adds up to {shape.tokens:,.0f} {sign} {output_tokens:,} tokens"
     )
+
+
+def model(wanted: str | None, named: Collection[str | None]) -> Check:
+    """All attempts that answered rows name the model that the job is for. ``named``: by them; None by an older one."""
+    others = sorted({each for each in named if each not in (None, wanted)}, key=str)
+    if others:
+        shown = ", ".join(str(each)[:12] for each in others)
+        return Check("model", False, f"the job is for {str(wanted)[:12]}, attempts were answered by {shown}")
+    if wanted is None or not named or None in named:
+        return Check("model", None, NOT_MEASURED)
+    return Check("model", True, f"all attempts were answered by {wanted[:12]}")
 
 
 def _nothing(name: str) -> Check:

@@ -17,6 +17,7 @@ from promptmill.errors import JobError, PromptmillError
 from promptmill.metrics import METRICS, Better
 from promptmill.registry import suggestion
 from promptmill.reports.comparison import ONE_RUN, TOO_FEW, WITHIN_RUN, Comparison, Flips, Line, is_rounding
+from promptmill.reports.environments import environment_of
 from promptmill.reports.figures import metric_of, value_of
 from promptmill.reports.pairs import Pairing, Rows, ids_of, pair, read_rows
 from promptmill.reports.rows import consistent
@@ -144,7 +145,7 @@ def _compared(
         runs=(len(runs[0]), len(runs[1])),
         common=len(common.before),
         differences=differences,
-        warnings=_warnings(own, other, common, runs),
+        warnings=(*_mixed(db, runs), *_warnings(own, other, common, runs)),
         lines=(*lines, *(line for line in rates if not same or line.name != "success_rate")),
         flips=tuple(each.named(db, before.job_id, own, common) for each in flips),
     )
@@ -209,6 +210,10 @@ def settings_of(db: Engine, sides: Sequence[Side], name: str) -> list[list[Side]
 
 def _differences(db: Connection, before: str, after: str) -> tuple[tuple[str, Any, Any], ...]:
     one, two = (config_of(db.execute(sa.select(jobs).where(jobs.c.id == each)).one()) for each in (before, after))
+    known = [environment_of(db, each) for each in (before, after)]
+    if all(known):
+        # A job that does not tell what answered it differs in nothing that is known.
+        one, two = one | known[0], two | known[1]
     return tuple(
         (name, one.get(name), two.get(name)) for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)
     )
@@ -348,6 +353,16 @@ def _unpaired_lines(own: Rows, other: Rows) -> list[Line]:
             line = Line(name, metric_of(name), *rates, note="other rows: not paired")
             lines.append(_filled(line, unpaired_rates(one, two)))
     return lines
+
+
+def _mixed(db: Connection, runs: Runs) -> list[str]:
+    """Jobs whose own answers come from more than one environment."""
+    found = []
+    for job_id in dict.fromkeys(summary.job_id for summary in (*runs[0], *runs[1])):
+        parts = [f"{name} {value}" for name, value in environment_of(db, job_id).items() if ", " in value]
+        if parts:
+            found.append(f"job {job_id} was answered in more than one environment: {'; '.join(parts)}")
+    return found
 
 
 def _warnings(own: Rows, other: Rows, common: Pairing, runs: Runs) -> tuple[str, ...]:

@@ -320,7 +320,15 @@ def _checks(facts: Facts, books: Budget, occupancy: Occupancy) -> tuple[Check, .
         checks.limits(facts.totals, _sum(groups, "rows")),
         checks.order(facts.totals, _sum(groups, "timed")),
         checks.curve(facts.folded.curve, output_tokens),
+        checks.model(
+            facts.job.model_fingerprint, {each.model_fingerprint for each in facts.attempts if _answered(each)}
+        ),
     )
+
+
+def _answered(attempt: Row[Any]) -> bool:
+    """Whether rows have their results from it: one that was given back at once, or lost at once, has generated none."""
+    return attempt.outcome == "done" or bool(attempt.decode_tokens)
 
 
 def _occupancy(facts: Facts) -> Occupancy:

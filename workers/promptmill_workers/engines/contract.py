@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from promptmill.errors import ModelError
 from promptmill.types import (
+    COMMON,
     EngineCounters,
     ErrorClass,
     Extras,
@@ -16,9 +18,11 @@ from promptmill.types import (
     Message,
     Request,
     SamplingParams,
+    Sharing,
     Span,
     Usage,
 )
+from promptmill_workers.model_files import LoadedFiles
 
 #: Names one request inside one engine; whoever adds the request chooses it.
 RequestKey = int
@@ -66,6 +70,26 @@ class EngineInfo:
     #: A batch computes (nearly) what each of its sequences does alone: float32 on a CPU.
     exact: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    #: What else changes its answers: ``chat_template`` (a digest), ``kv_type``, ``flash_attention``.
+    settings: dict[str, str] = field(default_factory=dict)
+    #: What was loaded, as the host that loaded it found it; None for an engine without files (echo).
+    files: LoadedFiles | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Which model answers."""
+        return self.files.fingerprint if self.files else None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """All but the model that changes its answers."""
+        return {"name": self.engine, "version": self.version, **self.settings}
+
+
+def template_digest(*sources: str | None) -> str:
+    """The first digits of a SHA-256 over chat templates; ``none`` where a model has none."""
+    texts = [each for each in sources if each]
+    return hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()[:12] if texts else "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +110,8 @@ class EngineRequest:
     closed: bool = False
     #: What of ``prompt`` the author of a task wrote; None: all of it. See ``types.Message``.
     own: tuple[Span, ...] | None = None
+    #: Prefixes of prompts are shared within one owner.
+    sharing: Sharing = COMMON
 
     @classmethod
     def of(cls, request: Request) -> EngineRequest:

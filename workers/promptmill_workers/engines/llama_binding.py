@@ -316,6 +316,14 @@ def _offload(handle: Any) -> tuple[int, int]:
     return 0, int(llama_cpp.llama_model_n_layer(handle)) + 1
 
 
+def _flash_attention() -> str:
+    """What was set up for the last context: the log names what was asked for, and what ``auto`` came to."""
+    asked = [match[1] for line in _lines if (match := re.search(r"flash_attn\s+= (\w+)", line))]
+    if asked and asked[-1] != "auto":
+        return "on" if asked[-1] == "enabled" else "off"
+    return "on" if any(re.search(r"Flash Attention.* enabled", line) for line in _lines) else "off"
+
+
 class Context:
     """KV cells, sequences, samplers and the batch of one step.
 
@@ -376,6 +384,8 @@ class Context:
             raise ModelError("the model keeps no KV cache: it does not generate text", hint="Choose another model.")
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
         self._window = model.window
+        #: ``on`` or ``off``, whatever was asked for: by the engine's own log.
+        self.flash_attention = _flash_attention()
         self.batch = Batch(batch)
 
     # --- a step ------------------------------------------------------------------------------------------------------

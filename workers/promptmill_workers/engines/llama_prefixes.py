@@ -15,12 +15,13 @@ VALUED_BY = 256
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """A prefix; the first ``done`` of its tokens are in the KV cache.
+    """A prefix of an owner's prompts; the first ``done`` of its tokens are in the KV cache.
 
     Its first user pays for the tokens that it computed, so that those of all requests add up to those of the engine.
     """
 
     sequence: int
+    owner: str
     tokens: Tokens
     done: int
     unpaid: int
@@ -54,21 +55,23 @@ class Prefixes:
         """Whether one has to be forgotten before another can begin."""
         return not self._spare
 
-    def longest(self, head: Tokens) -> tuple[Prefix | None, int]:
-        """The prefix that has most tokens in common with ``head``, computed or not yet, and how many.
+    def longest(self, owner: str, head: Tokens) -> tuple[Prefix | None, int]:
+        """The owner's prefix that has most tokens in common with ``head``, computed or not yet, and how many.
 
         One whose cells for so many are gone is none.
         """
         best, shared = None, LEAST_TOKENS - 1
         for prefix in self._kept:
+            if prefix.owner != owner:
+                continue
             length = common_length(prefix.tokens, head)
             if length > shared and self._context.can_share(prefix.sequence, length):
                 best, shared = prefix, length
         return best, shared if best else 0
 
-    def begin(self, tokens: Tokens, source: int, done: int) -> Prefix:
+    def begin(self, owner: str, tokens: Tokens, source: int, done: int) -> Prefix:
         """A new prefix that starts with the first ``done`` cells of the sequence ``source``."""
-        prefix = Prefix(self._spare.pop(), tokens.copy(), done, unpaid=len(tokens) - done)
+        prefix = Prefix(self._spare.pop(), owner, tokens.copy(), done, unpaid=len(tokens) - done)
         if done:
             self._context.share(source, prefix.sequence, done)
         self._kept.append(prefix)
@@ -83,9 +86,10 @@ class Prefixes:
         prefix.unpaid -= paid
         return shared - paid
 
-    def forget_one(self, waiting: Iterable[Tokens], keep: Prefix | None = None) -> bool:
+    def forget_one(self, waiting: Iterable[tuple[str, Tokens]], keep: Prefix | None = None) -> bool:
         """Forget the prefix that saves the waiting prompts the least; False when none can be forgotten.
 
+        ``waiting``: prompts with their owners.
         A prefix in use shares its cells with running sequences: forgetting it would free nothing.
         """
         idle = [each for each in self._kept if each.users == 0 and each.ready and each is not keep]
@@ -106,7 +110,7 @@ class Prefixes:
         self._spare.append(prefix.sequence)
 
 
-def _saves(prefix: Prefix, prompts: Iterable[Tokens]) -> int:
-    """Tokens that the prompts have in common with the prefix."""
-    lengths = (common_length(prefix.tokens, prompt) for prompt in prompts)
+def _saves(prefix: Prefix, prompts: Iterable[tuple[str, Tokens]]) -> int:
+    """Tokens that prompts of its owner have in common with the prefix."""
+    lengths = (common_length(prefix.tokens, prompt) for owner, prompt in prompts if owner == prefix.owner)
     return sum(length for length in lengths if length >= LEAST_TOKENS)

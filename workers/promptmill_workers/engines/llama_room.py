@@ -36,7 +36,7 @@ class Room:
             return
         waiting = list(self.waiting)
         # A planned prefix never holds the last token of what is planned: that of a question is left out here.
-        nested = plan_nested([each.question for each in waiting])
+        nested = plan_nested([each.question for each in waiting], owners=[each.owner for each in waiting])
         for each, shared in zip(waiting, nested.shared, strict=True):
             each.shared = shared
         # Urgent ones first; sorting keeps the order of the others.
@@ -49,32 +49,34 @@ class Room:
 
         The best that is here, or a new one when the plan wants clearly more.
         """
-        prefix, shared = self.prefixes.longest(waiting.head)
+        prefix, shared = self.prefixes.longest(waiting.owner, waiting.head)
         if waiting.shared - shared >= LEAST_TOKENS:
             if prefix is not None and prefix.done < shared:
                 return prefix, shared, False  # A new one will continue this one.
-            made = self._new_prefix(waiting.prompt[: waiting.shared])
+            made = self._new_prefix(waiting.owner, waiting.prompt[: waiting.shared])
             if made is not None:
                 prefix, shared = made, waiting.shared
         return prefix, shared, prefix is None or prefix.done >= shared
 
-    def _new_prefix(self, tokens: Tokens) -> Prefix | None:
-        """Start a prefix with what others have computed of it; None when there is no sequence or no room for it."""
+    def _new_prefix(self, owner: str, tokens: Tokens) -> Prefix | None:
+        """Start a prefix with what its owner's others have computed of it; None without a sequence or room for it."""
         if self.prefixes.full and not self.prefixes.forget_one(self.prompts()):
             return None
         if not self.make(len(tokens)):
             return None
-        base, shared = self.prefixes.longest(tokens)
+        base, shared = self.prefixes.longest(owner, tokens)
         done = min(base.done, shared) if base else 0
-        neighbour, common = self.neighbour(tokens)
+        neighbour, common = self.neighbour(owner, tokens)
         if neighbour is not None and common > done:
-            return self.prefixes.begin(tokens, neighbour.slot, common)
-        return self.prefixes.begin(tokens, base.sequence if base else 0, done)
+            return self.prefixes.begin(owner, tokens, neighbour.slot, common)
+        return self.prefixes.begin(owner, tokens, base.sequence if base else 0, done)
 
-    def neighbour(self, tokens: Tokens) -> tuple[Running | None, int]:
-        """The running sequence that has computed most of ``tokens``, and how many."""
+    def neighbour(self, owner: str, tokens: Tokens) -> tuple[Running | None, int]:
+        """The owner's running sequence that has computed most of ``tokens``, and how many."""
         best, shared = None, LEAST_TOKENS - 1
         for running in self.running.values() if self._shares else ():
+            if running.waiting.owner != owner:
+                continue
             length = min(running.done, common_length(running.waiting.prompt, tokens))
             if length > shared and self._context.can_share(running.slot, length):
                 best, shared = running, length
@@ -87,6 +89,6 @@ class Room:
                 return False
         return True
 
-    def prompts(self) -> Collection[Tokens]:
-        """Those that wait: a prefix is worth what it saves them."""
-        return [each.prompt for each in self.waiting]
+    def prompts(self) -> Collection[tuple[str, Tokens]]:
+        """Those that wait, with their owners: a prefix is worth what it saves them."""
+        return [(each.owner, each.prompt) for each in self.waiting]

@@ -33,6 +33,10 @@ class Waiting:
         return cls(request, prompt.tokens, limit, prompt.thinks, prompt.scored)
 
     @property
+    def owner(self) -> str:
+        return self.request.sharing.owner
+
+    @property
     def question(self) -> Tokens:
         """The prompt without a continuation."""
         return self.prompt[: len(self.prompt) - self.scored]

@@ -31,8 +31,8 @@ from promptmill_workers.engines.contract import (
     TokenEvent,
     enqueue,
     refuse_slots,
+    template_digest,
 )
-from promptmill_workers.engines.llama_batch import Tokens
 from promptmill_workers.engines.llama_binding import (
     NO_ROOM,
     Context,
@@ -106,6 +106,10 @@ class LlamaCppEngine:
             context_tokens=self._context_tokens, kv_cells=self._context.cells, device_got=model.device_name(),
             layers=model.layers, layers_offloaded=model.offloaded,
             exact=model.is_float32 and not model.offloaded,
+            settings={
+                "chat_template": template_digest(model.chat_template, model.tool_template),
+                "kv_type": options.kv_type, "flash_attention": self._context.flash_attention,
+            },
         )  # fmt: skip
 
     @classmethod
@@ -239,16 +243,16 @@ class LlamaCppEngine:
         if prefix is not None:
             cached, done = self._room.prefixes.use(prefix, slot, shared, now), shared
         else:
-            cached = done = self._share_with_neighbour(slot, waiting.head)
+            cached = done = self._share_with_neighbour(slot, waiting)
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(31)
         self._context.set_sampling(slot, shape, seed)
         if sampling.logprobs and not sampling.is_greedy:
             self._context.set_aside(slot, shape_of(sampling), seed)
         self._running[slot] = Running(slot, waiting, prefix, shared, cached, done, now, answer, hosted)
 
-    def _share_with_neighbour(self, slot: int, head: Tokens) -> int:
-        """Take over what a running sequence has computed of ``head``; returns how many tokens."""
-        neighbour, shared = self._room.neighbour(head)
+    def _share_with_neighbour(self, slot: int, waiting: Waiting) -> int:
+        """Take over what a running sequence has computed of the prompt; returns how many tokens."""
+        neighbour, shared = self._room.neighbour(waiting.owner, waiting.head)
         if neighbour is not None:
             self._context.share(neighbour.slot, slot, shared)
         return shared

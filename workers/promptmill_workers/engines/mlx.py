@@ -217,7 +217,9 @@ class MlxEngine:
         group = [0] * len(waiting)
         for each in waiting:
             each.shared = 0
-        for number, found in enumerate(plan([each.question for each in waiting]), start=1):
+        for number, found in enumerate(
+            plan([each.question for each in waiting], owners=[each.owner for each in waiting]), start=1
+        ):
             for member in found.members:
                 waiting[member].shared = found.length
                 group[member] = number
@@ -238,7 +240,7 @@ class MlxEngine:
         except RequestError as problem:
             self._reject(waiting.request, ErrorClass.GRAMMAR, problem.message)
             return
-        prefix, cached = self._prefixes.begin(waiting.prompt, waiting.shared)
+        prefix, cached = self._prefixes.begin(waiting.owner, waiting.prompt, waiting.shared)
         rest = waiting.prompt[len(prefix.tokens) :] if prefix else waiting.prompt
         hosted = self._hosted(answer, waiting)
         sequence = self._batcher.insert(rest, waiting.limit, sampling, prefix.cache if prefix else None, hosted)
@@ -261,7 +263,7 @@ class MlxEngine:
         cached, text = 0, request.continuation or ""
         try:
             if waiting.scored:
-                prefix, cached = self._prefixes.begin(waiting.question, waiting.shared)
+                prefix, cached = self._prefixes.begin(waiting.owner, waiting.question, waiting.shared)
                 known = prefix.tokens if prefix else prompt[:0]
                 logprob, greedy = self._batcher.score(prompt, waiting.scored, known, prefix.cache if prefix else None)
                 score = {"text": text, "logprob": logprob, "tokens": waiting.scored, "greedy": greedy}
@@ -282,7 +284,7 @@ class MlxEngine:
         It waits for a row to end rather than lose its own prefix, which those behind it want too. Alone it always
         fits: there are as many cells as a context has.
         """
-        wanted = self._prefixes.wanted(waiting.prompt, waiting.shared)
+        wanted = self._prefixes.wanted(waiting.owner, waiting.prompt, waiting.shared)
         own = len(wanted.tokens) if wanted else waiting.shared
         needed = self._row_cells() + waiting.cells + own
         if needed <= self._info.kv_cells:
@@ -398,4 +400,5 @@ def _info(model: MlxModel, tokenizer: MlxTokenizer, name: str, options: EngineOp
         kv_cells=room.cells, device_got=device_got, layers=model.layers,
         layers_offloaded=0 if device_got == "cpu" else model.layers, extra=model.facts,
         exact=device_got == "cpu" and model.facts["dtypes"] == ["float32"],
+        settings={"chat_template": tokenizer.template_digest},
     )  # fmt: skip

@@ -17,8 +17,9 @@ PREFIXES = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """Tokens and the cache after them."""
+    """Tokens of an owner's prompts and the cache after them."""
 
+    owner: str
     tokens: Tokens
     cache: Cache
 
@@ -49,20 +50,20 @@ class Prefixes:
         taken, self._work = self._work, PrefixWork()
         return taken
 
-    def begin(self, prompt: Tokens, shared: int) -> tuple[Prefix | None, int]:
-        """The prefix to start ``prompt`` from, and how many of its tokens were there before.
+    def begin(self, owner: str, prompt: Tokens, shared: int) -> tuple[Prefix | None, int]:
+        """The owner's prefix to start ``prompt`` from, and how many of its tokens were there before.
 
         ``shared`` tokens are planned to be computed once: the prompt that comes first computes them.
         """
-        best = self._best(prompt[:-1])
+        best = self._best(owner, prompt[:-1])
         known = len(best.tokens) if best else 0
         if shared - known < LEAST_TOKENS:
             return best, known
-        return self._compute(prompt[:shared], best), known
+        return self._compute(owner, prompt[:shared], best), known
 
-    def wanted(self, prompt: Tokens, shared: int) -> Prefix | None:
-        """The prefix that ``prompt`` would start from instead of computing another."""
-        for prefix in self._kept:
+    def wanted(self, owner: str, prompt: Tokens, shared: int) -> Prefix | None:
+        """The owner's prefix that ``prompt`` would start from instead of computing another."""
+        for prefix in self._of(owner):
             known = common_length(prefix.tokens, prompt[:-1])
             if known >= LEAST_TOKENS and shared - known < LEAST_TOKENS:
                 return prefix
@@ -80,9 +81,12 @@ class Prefixes:
     def clear(self) -> None:
         self._kept.clear()
 
-    def _best(self, head: Tokens) -> Prefix | None:
+    def _of(self, owner: str) -> list[Prefix]:
+        return [each for each in self._kept if each.owner == owner]
+
+    def _best(self, owner: str, head: Tokens) -> Prefix | None:
         """What is at hand of the start of ``head``: a whole prefix, or as much of one as is the same."""
-        found = [(common_length(each.tokens, head), each) for each in self._kept]
+        found = [(common_length(each.tokens, head), each) for each in self._of(owner)]
         for length, prefix in sorted(found, key=lambda pair: pair[0], reverse=True):
             if length < LEAST_TOKENS:
                 return None
@@ -93,10 +97,10 @@ class Prefixes:
                 return replace(prefix, tokens=prefix.tokens[:length], cache=cache)
         return None
 
-    def _compute(self, tokens: Tokens, base: Prefix | None) -> Prefix:
+    def _compute(self, owner: str, tokens: Tokens, base: Prefix | None) -> Prefix:
         started = time.monotonic()
         known = len(base.tokens) if base else 0
-        made = Prefix(tokens.copy(), self._batcher.prefill(tokens[known:], base.cache if base else None))
+        made = Prefix(owner, tokens.copy(), self._batcher.prefill(tokens[known:], base.cache if base else None))
         self._work.seconds += time.monotonic() - started
         self._work.tokens += len(tokens) - known
         self._kept = [*self._kept[-PREFIXES + 1 :], made]

@@ -31,6 +31,10 @@ class Waiting:
     shared: int = 0
 
     @property
+    def owner(self) -> str:
+        return self.request.sharing.owner
+
+    @property
     def question(self) -> Tokens:
         """The prompt without a continuation."""
         return self.prompt[: len(self.prompt) - self.scored]

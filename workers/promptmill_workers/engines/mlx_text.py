@@ -15,7 +15,7 @@ from promptmill.errors import ModelError, RequestError
 from promptmill.types import SamplingParams
 from promptmill_workers.answering import END_OF_THINK, THINK
 from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names
-from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.engines.contract import EngineRequest, template_digest
 from promptmill_workers.engines.prompt_pieces import Controls, Piece, begins_twice, pieces_of, text_of
 from promptmill_workers.prefix_plan import Tokens
 
@@ -66,6 +66,11 @@ class MlxTokenizer:
         if not self._tokenizer.chat_template:
             raise RequestError("the model has no chat template: send raw prompts (/v1/completions lines)")
         return FolderTemplate(self._tokenizer, sampling)
+
+    @property
+    def template_digest(self) -> str:
+        known = self._tokenizer.chat_template
+        return template_digest(*(known.values() if isinstance(known, dict) else (known,)))
 
     @cached_property
     def end(self) -> int | None:
