@@ -29,8 +29,19 @@ MOST_TOP_LOGPROBS = 20
 MOST_TEXTS = 1024
 
 
+#: Whole numbers below this are the same as decimals and back.
+LARGEST_EXACT = 2**53
+
+
+def as_whole(value: Any) -> Any:
+    """8 for 8.0: table libraries make decimals of whole numbers where a value is missing. Anything else as it is."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT
+    return int(value) if is_whole else value
+
+
 def _whole(least: int, most: int = LARGEST_WHOLE) -> Callable[[Any], int]:
     def check(value: Any) -> int:
+        value = as_whole(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"a whole number of {least} or more")
         if value > most:
@@ -51,6 +62,7 @@ def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], 
 
 
 def _seed(value: Any) -> int:
+    value = as_whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise ValueError("a whole number of 64 bits")
     return value
@@ -125,6 +137,7 @@ def _regex(value: Any) -> str:
 def _thinking(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    value = as_whole(value)
     if isinstance(value, int) and 0 <= value <= LARGEST_WHOLE:
         return str(value)
     if isinstance(value, str) and (value in ("on", "off") or (value.isdecimal() and len(value) < 10)):
@@ -167,15 +180,12 @@ CONSTRAINTS = ("json_schema", "regex", "choices", "continuations", "embedding")
 #: Another name that servers use for ``max_tokens``.
 ALIASES = {"max_completion_tokens": "max_tokens"}
 
-#: Parameters for which null means "not set".
-NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking", "tools"}
-
 
 def check_parameter(name: str, value: Any) -> Any:
-    """``value`` in the type that SamplingParams wants. Raises :class:`BadParameter`."""
+    """``value`` in the type that SamplingParams wants; None, which is "not set", stays. Raises BadParameter."""
     if name not in PARAMETERS:
         raise BadParameter(f"unknown parameter '{name}'", hint=suggestion(name, PARAMETERS))
-    if value is None and name in NULLABLE:
+    if value is None:
         return None
     try:
         return PARAMETERS[name](value)
@@ -184,19 +194,33 @@ def check_parameter(name: str, value: Any) -> Any:
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter of a line under its own name. Raises :class:`BadParameter`, also for a value given twice."""
-    found = {name: check_parameter(name, value) for name, value in given.items() if name not in ALIASES}
+    """Every parameter of a line under its own name, without those that are null: null is "not set".
+
+    Raises :class:`BadParameter`, also for a value given twice.
+    """
+    checked = {name: check_parameter(ALIASES.get(name, name), value) for name, value in given.items()}
+    given = {name: given[name] for name, value in checked.items() if value is not None}
+    found = {name: checked[name] for name in given if name not in ALIASES}
     for alias in given.keys() & ALIASES.keys():
         name = ALIASES[alias]
-        value = check_parameter(name, given[alias])
+        value = checked[alias]
         if found.setdefault(name, value) != value:
             raise BadParameter(f"'{alias}' and '{name}' differ")
     return found
 
 
 def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> SamplingParams:
-    """What a line is sampled with: its own parameters before the job's. Raises :class:`BadParameter`."""
-    found = SamplingParams(**{name: check_parameter(name, value) for name, value in {**job, **line}.items()})
+    """What a line is sampled with: its own parameters before the job's. Null is "not set" in either.
+
+    Raises :class:`BadParameter`.
+    """
+    asked = {
+        name: check_parameter(name, value)
+        for each in (job, line)
+        for name, value in each.items()
+        if value is not None or name not in PARAMETERS
+    }
+    found = SamplingParams(**asked)
     given = [name for name in CONSTRAINTS if getattr(found, name) not in (None, (), False)]
     if len(given) > 1:
         raise BadParameter(f"both '{given[0]}' and '{given[1]}' are given: an answer is bound by one of them")

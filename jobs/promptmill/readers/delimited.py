@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import DatasetError
-from promptmill.readers.fields import BadLine, as_id, lookup, take_expected
+from promptmill.readers.fields import BadLine, as_id, from_fields, has_field, lookup, peek_id, split_expected, take_id
 from promptmill.readers.source import LONGEST_LINE, TextLine
-from promptmill.sampling import PARAMETERS, BadParameter, check_parameter
+from promptmill.sampling import CONSTRAINTS, PARAMETERS, BadParameter, check_parameter
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
     from promptmill.readers import Layout
+
+#: What a table has columns for in its own right, as every multiple-choice dataset does: never taken for a parameter.
+BINDING = (*CONSTRAINTS, "tools", "n")
 
 
 def read_csv(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]:
@@ -76,6 +80,12 @@ def _header(records: Iterator[list[str]], feed: _Feed, layout: Layout) -> list[s
         raise DatasetError(
             f"{layout.source}: the header has empty or repeated names", hint="The first line names the columns."
         )
+    if not layout.has_template and (binding := [name for name in header if name in BINDING]):
+        raise DatasetError(
+            f"{layout.source}: the column '{binding[0]}' is called as a parameter that would bind or multiply answers",
+            hint="Rename it, or give --template '{{ prompt }}', to which all columns are fields. JSONL lines can set "
+            "that parameter, and so can the options of the command.",
+        )
     if not layout.has_template and "prompt" not in header:
         raise DatasetError(
             f"{layout.source}: the header has no column 'prompt' (it has: {', '.join(header)[:200]})",
@@ -97,35 +107,35 @@ def _line(number: int, header: list[str], record: list[str] | str, problem: str 
 
 def _from_cells(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLine:
     """A template gets every column but id and labels; else there is a prompt, and the other columns are ``meta``."""
-    custom_id = None
+    # An empty cell is no id.
+    cells = {name: cell for name, cell in cells.items() if cell or name not in ("id", "custom_id")}
     try:
-        whole = dict(cells)
-        custom_id = _take_id(cells) if layout.id is None else as_id(lookup(cells, layout.id))
-        expected = _labels(take_expected(cells, layout.expected))
-        if layout.has_template:
-            cells.pop(layout.id or "", None)
-            about = {name: lookup(whole, path) for name, path in layout.meta.items()} or None
-            if layout.input:
-                cells = {name: lookup(whole, path) for name, path in layout.input.items()}
-            return DatasetLine(number, custom_id, fields=cells, expected=expected, meta=about)
-        prompt = cells.pop("prompt")
-        if not prompt:
-            raise BadLine("the prompt is empty")
-        sampling = {name: _parameter(name, cells.pop(name)) for name in PARAMETERS.keys() & cells.keys()}
-        given = {name: value for name, value in sampling.items() if value is not None}
-        return DatasetLine(number, custom_id, prompt, expected=expected, meta=cells or None, sampling=given)
+        line = from_fields(number, cells, layout) if layout.has_template else _asked(number, cells, layout)
+        return replace(line, expected=_labels(line.expected))
     except BadLine as problem:
-        return DatasetLine(number, custom_id, error=str(problem))
+        return DatasetLine(number, _peek(cells, layout), error=str(problem))
     except BadParameter as problem:
-        return DatasetLine(number, custom_id, error=problem.message)
+        return DatasetLine(number, _peek(cells, layout), error=problem.message)
 
 
-def _take_id(cells: dict[str, Any]) -> str | None:
-    """Remove ``id`` and ``custom_id``. An empty cell is no id."""
-    found = {cells.pop(name) for name in ("custom_id", "id") if name in cells} - {""}
-    if len(found) > 1:
-        raise BadLine("id and custom_id differ")
-    return found.pop() if found else None
+def _asked(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLine:
+    """A record with a prompt of its own, parameters by their names, and other columns."""
+    expected, cells = split_expected(cells, layout.expected)
+    custom_id = take_id(cells)
+    prompt = cells.pop("prompt", "")
+    if not prompt:
+        raise BadLine("the prompt is empty")
+    found = {name: _parameter(name, cells.pop(name)) for name in PARAMETERS.keys() & cells.keys()}
+    given = {name: value for name, value in found.items() if value is not None}
+    return DatasetLine(number, custom_id, prompt, expected=expected, meta=cells or None, sampling=given)
+
+
+def _peek(cells: dict[str, Any], layout: Layout) -> str | None:
+    """The id of a record that cannot be used, where it has one."""
+    if layout.id is None:
+        return peek_id(cells)
+    found = lookup(cells, layout.id) if has_field(cells, layout.id) else ""
+    return as_id(found) if found else None
 
 
 def _labels(expected: Any) -> Any:
@@ -140,7 +150,8 @@ def _parameter(name: str, cell: str) -> Any:
     if not cell or name == "stop":
         return check_parameter(name, cell) if cell else None
     try:
-        value = json.loads(cell)
+        # Table libraries write Python's True and False.
+        value = json.loads(cell.lower() if cell in ("True", "False") else cell)
     except (ValueError, RecursionError):
         value = cell
     return check_parameter(name, value)

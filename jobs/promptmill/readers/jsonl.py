@@ -8,7 +8,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from promptmill.readers.fields import BadLine, from_fields, kind, peek_id, take_id, take_named, take_object
+from promptmill.readers.fields import (
+    BadLine,
+    from_fields,
+    kind,
+    peek_id,
+    split_expected,
+    split_named,
+    take_id,
+    take_object,
+)
 from promptmill.readers.source import TextLine
 from promptmill.registry import suggestion
 from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
@@ -116,10 +125,16 @@ def _refuse_unstorable(record: dict[str, Any]) -> None:
 
 
 def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
-    """Raises BadLine or BadParameter for a record that cannot be used."""
-    if layout.has_template and (layout.input or "input" not in record):
+    """Raises BadLine or BadParameter for a record that cannot be used.
+
+    With a template a record is flat, whatever its keys are called, unless its ``input`` is an object.
+    """
+    has_input = isinstance(record.get("input"), dict)
+    if layout.has_template and (layout.input or not has_input):
         return from_fields(number, record, layout)
-    asked = [name for name in QUESTIONS if name in record]
+    asked = [name for name in QUESTIONS if record.get(name) is not None]
+    if not asked or (asked == ["input"] and not has_input):
+        asked = [name for name in QUESTIONS[:2] if name in record]
     if not asked:
         raise BadLine("neither 'prompt' nor 'messages' in the line; give --template or --task to use other fields")
     if len(asked) > 1:
@@ -128,36 +143,34 @@ def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
 
 
 def _structured(number: int, record: dict[str, Any], layout: Layout, question: str) -> DatasetLine:
-    record = dict(record)
-    value = record.pop(question)
-    custom_id = take_id(record)
     # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
-    expected = _expected(record, value, layout)
+    value, expected, record = _apart(record, question, layout)
+    custom_id = take_id(record)
     meta = take_object(record, "meta")
     if not record.keys() <= KNOWN:
         unknown = min(record.keys() - KNOWN)
         raise BadLine(f"unknown parameter '{unknown[:40]}'. {suggestion(unknown, KNOWN)}")
-    sampling = check_parameters(record) if record else {}
+    sampling = check_parameters({name: each for name, each in record.items() if name not in QUESTIONS})
     if question == "prompt":
         return DatasetLine(number, custom_id, text_of(value), expected=expected, meta=meta, sampling=sampling)
     if question == "messages":
         turns = messages_of(value)
         return DatasetLine(number, custom_id, messages=turns, expected=expected, meta=meta, sampling=sampling)
-    if not isinstance(value, dict):
-        raise BadLine(f"'input' is {kind(value)}, not an object")
     if not layout.has_template:
         raise BadLine("the line has 'input' fields and there is no template: give --template or --task")
     return DatasetLine(number, custom_id, fields=value, expected=expected, meta=meta, sampling=sampling)
 
 
-def _expected(record: dict[str, Any], value: Any, layout: Layout) -> Any:
-    """What is expected, taken out of the record and out of its ``input``: no template may see it."""
-    named = take_named(value, layout.expected) if isinstance(value, dict) else {}
-    named |= take_named(record, layout.expected)
-    given = record.pop("expected", None)
-    if not named:
-        return given
-    return {**given, **named} if isinstance(given, dict) else named
+def _apart(record: dict[str, Any], question: str, layout: Layout) -> tuple[Any, Any, dict[str, Any]]:
+    """What is asked, what is expected, and the rest of a record. No template may see what is expected."""
+    value, record = record[question], {name: each for name, each in record.items() if name != question}
+    inside: dict[str, Any] = {}
+    if isinstance(value, dict):
+        inside, value = split_named(value, layout.expected)
+    expected, rest = split_expected(record, layout.expected)
+    if inside:
+        expected = inside | expected if isinstance(expected, dict) else inside
+    return value, expected, rest
 
 
 def text_of(value: Any) -> str:
