@@ -178,8 +178,8 @@ def run(
     with _as_file(dataset) as path:
         options = RunOptions(
             dataset=path, model=model, task=str(task) if task else None, template=template, system=system,
-            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name, slots=slots, device=device,
-            use_cache=use_cache, skip_invalid=skip_invalid,
+            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name,
+            slots=slots, device=device, use_cache=use_cache, skip_invalid=skip_invalid,
         )  # fmt: skip
         outcome = service.run(options, opened.settings, opened.db, on_progress)
     service.keep_scores(outcome.job_id, opened.db)
@@ -209,8 +209,8 @@ def submit(
     with _as_file(dataset) as path:
         options = RunOptions(
             dataset=path, model=model, task=str(task) if task else None, template=template, system=system,
-            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name, priority=priority,
-            slots=slots, use_cache=use_cache, skip_invalid=skip_invalid, if_exists=if_exists,
+            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name,
+            priority=priority, slots=slots, use_cache=use_cache, skip_invalid=skip_invalid, if_exists=if_exists,
         )  # fmt: skip
         job_id = service.submit(options, opened.settings, opened.db)
     return Job(job_id, opened.settings, opened.db)

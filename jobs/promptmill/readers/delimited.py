@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import DatasetError
 from promptmill.readers.fields import BadLine, as_id, from_fields, has_field, lookup, peek_id, split_expected, take_id
-from promptmill.readers.source import LONGEST_LINE, TextLine
+from promptmill.readers.source import LONGEST_LINE, MARK, TextLine
 from promptmill.sampling import CONSTRAINTS, PARAMETERS, BadParameter, check_parameter
 from promptmill.types import DatasetLine
 
@@ -30,33 +30,53 @@ def read_tsv(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]
 
 
 class _Feed:
-    """Hands text to the csv module, which asks for more lines inside quotes; remembers where it is."""
+    """Hands lines to the csv module, which asks for more inside quotes; those of a broken record it can give again."""
 
     def __init__(self, lines: Iterator[TextLine]) -> None:
         self._lines = lines
-        self.number = 0
-        self.error: str | None = None
+        self._again: list[TextLine] = []
+        #: Lines of the record that is being read.
+        self.taken: list[TextLine] = []
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            self.number = line.number
-            self.error = self.error or line.error
+        while (line := self._again.pop() if self._again else next(self._lines, None)) is not None:
+            self.taken.append(line)
             yield line.text + "\n"
+
+    @property
+    def number(self) -> int:
+        """Of the line that was read last."""
+        return self.taken[-1].number if self.taken else 0
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong with the text of the record."""
+        return next((line.error for line in self.taken if line.error), None)
+
+    def give_back(self, after: int) -> None:
+        """Read the lines of the record behind line number ``after`` once more."""
+        self._again += reversed([line for line in self.taken if line.number > after])
+        self.taken = [line for line in self.taken if line.number <= after]
 
 
 def _read(lines: Iterator[TextLine], layout: Layout, delimiter: str) -> Iterator[DatasetLine]:
     csv.field_size_limit(LONGEST_LINE)
     feed = _Feed(lines)
+    # A reader ends with its lines; lines that were given back need one that goes on.
     records = csv.reader(feed, delimiter=delimiter, strict=True)
     header = _header(records, feed, layout)
     empty = True
-    start = feed.number + 1
-    while (record := _next(records)) is not None:
-        problem, feed.error = feed.error, None
-        if record or problem:
+    while True:
+        feed.taken = []
+        record = _next(records)
+        if isinstance(record, str):
+            record = _broken(record, feed, delimiter)
+            records = csv.reader(feed, delimiter=delimiter, strict=True)
+        if record is None:
+            break
+        if record or feed.error:
             empty = False
-            yield _line(start, header, record, problem, layout)
-        start = feed.number + 1
+            yield _line(feed.taken, header, record, layout)
     if empty:
         raise DatasetError(f"{layout.source} has a header and no records", hint="A dataset has at least one line.")
 
@@ -66,7 +86,36 @@ def _next(records: Iterator[list[str]]) -> list[str] | str | None:
     try:
         return next(records, None)
     except csv.Error as problem:
+        return str(problem)
+
+
+def _broken(problem: str, feed: _Feed, delimiter: str) -> str:
+    """What is wrong with a broken record. A quote that swallowed the lines behind it gives them back: they count."""
+    opened = _open_quote(feed.taken, delimiter)
+    if opened is None or (opened == feed.number and "unexpected end" not in problem):
         return f"broken CSV: {problem}"
+    feed.give_back(after=opened)
+    return f"broken CSV: the quote that opens in line {opened} is not closed where its field ends"
+
+
+def _open_quote(lines: list[TextLine], delimiter: str) -> int | None:
+    """Number of the line in which the quoted field begins that does not end as one, of a broken record."""
+    inside = closing = False
+    fresh, opened = True, 0
+    for line in lines:
+        for character in f"{line.text}\n":
+            if inside:
+                closing, inside = character == '"', character != '"'
+            elif closing and character not in (delimiter, "\n"):
+                if character != '"':
+                    return opened
+                # Two quotes are one that is meant.
+                closing, inside = False, True
+            else:
+                inside, closing = fresh and character == '"', False
+                opened = line.number if inside else opened
+                fresh = character in (delimiter, "\n")
+    return opened if inside else None
 
 
 def _header(records: Iterator[list[str]], feed: _Feed, layout: Layout) -> list[str]:
@@ -94,8 +143,12 @@ def _header(records: Iterator[list[str]], feed: _Feed, layout: Layout) -> list[s
     return header
 
 
-def _line(number: int, header: list[str], record: list[str] | str, problem: str | None, layout: Layout) -> DatasetLine:
-    """``problem``: what is wrong with the text of the record."""
+def _line(taken: list[TextLine], header: list[str], record: list[str] | str, layout: Layout) -> DatasetLine:
+    """The record that was written in the lines ``taken``, or what is wrong with it."""
+    number = taken[0].number
+    problem = next((line.error for line in taken if line.error), None)
+    if problem is None and taken[0].text.startswith(MARK):
+        problem = "a byte order mark inside the file: are these two files, one behind the other? Give them as a folder"
     if problem is None and isinstance(record, str):
         problem = record
     if problem is None and len(record) != len(header):

@@ -18,7 +18,7 @@ from promptmill.readers.fields import (
     take_id,
     take_object,
 )
-from promptmill.readers.source import TextLine
+from promptmill.readers.source import MARK, TextLine
 from promptmill.registry import suggestion
 from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
 from promptmill.tool_calls import turn_extra
@@ -60,8 +60,10 @@ def decoder() -> json.JSONDecoder:
 
 
 def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
+    # A byte order mark is left where files were put together.
+    text = line.text.removeprefix(MARK)
     try:
-        record = decode(line.text)
+        record = decode(text)
     except json.JSONDecodeError as problem:
         error = f"broken JSON at column {problem.colno}: {problem.msg}"
     except RecursionError:
@@ -72,7 +74,7 @@ def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> D
         # Python reads no whole number of more than 4,300 digits.
         error = "broken JSON: a number with too many digits"
     else:
-        return converted(line.number, record, line.text, convert)
+        return converted(line.number, record, text, convert)
     return DatasetLine(line.number, error=error)
 
 
