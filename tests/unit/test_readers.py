@@ -282,7 +282,7 @@ def test_a_prompt_with_everything_that_a_line_may_say(write: Write) -> None:
 def test_messages_may_hold_text_parts(write: Write) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     line = one(write, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]})
-    assert line.messages == (Message("system", "s"), Message("user", "ab"))
+    assert line.messages == (Message("system", "s"), Message("user", "a\nb"))
 
 
 def test_input_is_the_templates(write: Write) -> None:

@@ -190,33 +190,43 @@ def messages_of(value: Any) -> tuple[Message, ...]:
     return tuple(_message(index, each) for index, each in enumerate(value))
 
 
+#: Keys of a message that say nothing to a model: a client keeps them when it sends an answer back.
+PASSED_OVER = {"name", "annotations"}
+
+#: What an assistant thought, under the names that servers give it. Ours is the first.
+REASONING = ("reasoning_content", "reasoning")
+
+
 def _message(index: int, value: Any) -> Message:
     if not isinstance(value, dict):
         raise BadLine(f"messages[{index}] is {kind(value)}, not an object")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise BadLine(f"messages[{index}].role is not one of {', '.join(sorted(ROLES))}")
-    extra = value.keys() - {"role", "content", "name"}
+    extra = {name for name, each in value.items() if each is not None} - {"role", "content"} - PASSED_OVER
+    if role == "assistant" and value.get("tool_calls") == []:
+        extra.discard("tool_calls")
     if not extra:
         return Message(role, _content(index, value.get("content")))
-    if unknown := {each for each in extra if value[each] is not None} - {"tool_calls", "tool_call_id"}:
+    allowed = {"tool_calls", "tool_call_id", *(REASONING if role == "assistant" else ())}
+    if unknown := extra - allowed:
         raise BadLine(f"unsupported key '{min(unknown)[:40]}' in messages[{index}]")
     try:
-        more = turn_extra(value)
+        more = turn_extra({name: value[name] for name in extra | ({"role", "name"} & value.keys())})
     except ValueError as problem:
         raise BadLine(f"messages[{index}]: {problem}") from None
     content = value.get("content")
-    # An assistant that calls something need not say anything.
-    said = "" if content is None and value.get("tool_calls") else _content(index, content)
+    # An assistant that calls something, or only thought so far, need not say anything.
+    said = "" if content is None and more else _content(index, content)
     return Message(role, said, more)
 
 
 def _content(index: int, value: Any) -> str:
-    """Text, or a list of text parts, which are joined."""
+    """Text, or a list of text parts, which stand on lines of their own, as llama.cpp's server and vLLM join them."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
         if texts and all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
+            return "\n".join(str(text) for text in texts)
     raise BadLine(f"messages[{index}].content is neither a text nor a list of text parts")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError
-from promptmill.prompts import turn_of
+from promptmill.prompts import SYSTEM_ROLES, turn_of
 from promptmill.types import Message, SamplingParams
 
 #: A conversation that ends with an answer, which shows what a template writes after one.
@@ -49,14 +50,51 @@ class ChatTemplate:
         ``sampling`` says whether to reason and what tools there are; ``ask``: up to where the model's next answer
         begins.
         """
-        turns = [turn_of(each) for each in messages]
         names = self._names | {"add_generation_prompt": ask} | thinking_names(sampling.thinking)
         names |= {"tools": tools_for(self._source, messages, sampling)}
-        try:
-            return str(self._template.render(messages=turns, **names))
-        except Exception as problem:
-            # Whatever a model's template does wrong concerns this request only.
-            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+        return written(self._source, messages, lambda turns: str(self._template.render(messages=turns, **names)))
+
+
+def written(source: str, messages: Sequence[Message], write: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Messages as ``write`` has them from the template ``source``; the role ``developer`` is ``system`` to one that
+    does not know it, or only in some places.
+
+    Raises RequestError for what the template refuses, and where it leaves out what a system or a developer says.
+    """
+    turns = [turn_of(each) for each in messages]
+    says = [each for each in messages if each.role in SYSTEM_ROLES]
+    if any(each.role == "developer" for each in says):
+        if "developer" in source:
+            with suppress(Exception):
+                text = write(turns)
+                if _left_out(says, text) is None:
+                    return text
+        turns = _as_system(turns)
+    try:
+        text = write(turns)
+    except Exception as problem:
+        # Whatever a model's template does wrong concerns this request only.
+        raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+    if (role := _left_out(says, text)) is not None:
+        raise RequestError(f"the model's chat template leaves out a message of the role '{role}': say it as the user")
+    return text
+
+
+def _left_out(says: Sequence[Message], text: str) -> str | None:
+    """The role of the first message that is not in the text."""
+    return next((each.role for each in says if each.content.strip() not in text), None)
+
+
+def _as_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Templates want one system message, at the start: what a developer says there beside a system is put behind it."""
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        role = "system" if turn["role"] == "developer" else turn["role"]
+        if len(found) == 1 and found[0]["role"] == role == "system":
+            found[0] = found[0] | {"content": f"{found[0]['content']}\n\n{turn['content']}"}
+        else:
+            found.append(turn | {"role": role})
+    return found
 
 
 def tools_for(source: str, messages: Sequence[Message], sampling: SamplingParams) -> list[Any] | None:

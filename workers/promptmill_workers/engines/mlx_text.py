@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 
 from promptmill.errors import ModelError, RequestError
-from promptmill.prompts import turn_of
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.answering import opened
-from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names, tools_for
+from promptmill_workers.engines.chat_template import (
+    ANSWERED,
+    PLAIN,
+    after_answer,
+    thinking_names,
+    tools_for,
+    written,
+)
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.prefix_plan import Tokens
 
@@ -52,17 +58,17 @@ class MlxTokenizer:
 
     def _chat(self, messages: Sequence[Message], sampling: SamplingParams = PLAIN, *, ask: bool = True) -> str:
         """Messages as the chat template writes them; ``ask``: up to the model's next answer. Raises RequestError."""
-        turns = [turn_of(each) for each in messages]
-        tools = tools_for(self._template_source(sampling), messages, sampling)
-        try:
+        source = self._template_source(sampling)
+        tools = tools_for(source, messages, sampling)
+
+        def write(turns: list[dict[str, Any]]) -> str:
             # transformers renders templates in jinja2's immutable sandbox.
             text = self._tokenizer.apply_chat_template(
                 turns, tools=tools, tokenize=False, add_generation_prompt=ask, **thinking_names(sampling.thinking)
             )
-        except Exception as problem:
-            # Whatever a model's template does wrong concerns this request only.
-            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
-        return str(text)
+            return str(text)
+
+        return written(source, messages, write)
 
     def _template_source(self, sampling: SamplingParams) -> str:
         """Of several templates the one for tools where there are some, as transformers chooses."""
@@ -219,7 +225,7 @@ class AnswerText:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a model's folder. Raises ModelError."""
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = json.loads((folder / name).read_text(encoding="utf-8-sig"))
     except OSError:
         raise ModelError(f"{folder.name} has no readable {name}", hint="Give the folder of an MLX model.") from None
     except ValueError:
