@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from promptmill.errors import RequestError
@@ -249,6 +250,18 @@ def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
     if found.stop and found.is_constrained:
         return f"'stop' is given with '{given[0]}': it would cut an answer that is bound, so give one of them"
     return None
+
+
+def repeated(sampling: SamplingParams, repetition: int) -> SamplingParams:
+    """The same with the seed of a repetition, counted from 0: ``n`` answers take n seeds, and the next one goes on.
+
+    Without a seed each draws its own. Greedy answers do not depend on it, and stay known as the same question.
+    """
+    if sampling.seed is None or sampling.is_greedy or not repetition:
+        return sampling
+    seed = sampling.seed + repetition * sampling.n
+    # Seeds have 64 bits: behind the largest comes the smallest.
+    return replace(sampling, seed=(seed + 2**63) % 2**64 - 2**63)
 
 
 def refuse_repeats(sampling: SamplingParams) -> None:
