@@ -103,7 +103,8 @@ def bound_by_the_schema(ended: Ended) -> None:
 
 def developer_is_heard(ended: Ended) -> None:
     assert ended.code == 0
-    assert "Be brief." in ended.out
+    assert "system\nBe brief." in ended.out
+    assert "developer" not in ended.out
 
 
 def a_quote_spoils_its_own_record(ended: Ended) -> None:

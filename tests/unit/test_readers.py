@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -283,6 +286,86 @@ def test_messages_may_hold_text_parts(write: Write) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     line = one(write, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]})
     assert line.messages == (Message("system", "s"), Message("user", "a\nb"))
+
+
+ASSISTANT = {"role": "assistant", "content": "c"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (ASSISTANT | {"reasoning_content": "r"}, Message("assistant", "c", '{"reasoning_content": "r"}')),
+        (ASSISTANT | {"reasoning": "r"}, Message("assistant", "c", '{"reasoning_content": "r"}')),
+        (ASSISTANT | {"reasoning_content": None, "annotations": []}, Message("assistant", "c")),
+        (ASSISTANT | {"tool_calls": [], "refusal": None, "audio": None}, Message("assistant", "c")),
+        ({"role": "assistant", "content": None, "reasoning_content": "r"},
+         Message("assistant", "", '{"reasoning_content": "r"}')),
+        ({"role": "user", "content": "c", "name": "n", "annotations": [{"type": "x"}]}, Message("user", "c")),
+    ],
+)  # fmt: skip
+def test_an_answer_can_be_sent_back_as_history(write: Write, turn: dict[str, Any], message: Message) -> None:
+    for record in ({"messages": [turn]}, batch_line(messages=[turn])):
+        assert one(write, record).messages == (message,)
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        ({"role": "user", "content": "c", "reasoning_content": "r"}, "unsupported key 'reasoning_content'"),
+        (ASSISTANT | {"reasoning_content": ["r"]}, "'reasoning_content' is a text"),
+        (ASSISTANT | {"refusal": "no"}, "unsupported key 'refusal'"),
+    ],
+)
+def test_history_that_says_what_no_model_hears_is_refused(write: Write, turn: dict[str, Any], problem: str) -> None:
+    assert problem in error(write, {"messages": [turn]})
+
+
+@pytest.mark.parametrize("name", ["prompt", "messages", "input", "id", "custom_id", "meta", "expected"])
+def test_null_is_as_if_the_key_were_not_there(write: Write, name: str) -> None:
+    for record in ({"prompt": "p"}, {"messages": [{"role": "user", "content": "p"}]}):
+        if name not in record:
+            assert replace(one(write, {**record, name: None}), custom_id=None) == replace(
+                one(write, record), custom_id=None
+            )
+
+
+def test_a_whole_number_of_a_table_library_is_an_id(write: Write) -> None:
+    assert one(write, {"id": 7.0, "prompt": "p"}).custom_id == "7"
+
+
+def test_tables_may_hold_decimals_and_words_as_pandas_writes_them(write: Write) -> None:
+    (first, second) = read(write("a.csv", "prompt,max_tokens,ignore_eos\np,8.0,True\nq,,False\n"))
+    assert (first.sampling, second.sampling) == ({"max_tokens": 8, "ignore_eos": True}, {"ignore_eos": False})
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("field", ["input", "meta", "messages", "prompt", "choices", "n", "stop", "seed", "max_tokens"])
+def test_with_a_template_a_field_is_a_field_whatever_it_is_called(tmp_path: Path, name: str, field: str) -> None:
+    path = tmp_path / name
+    if name == "a.csv":
+        path.write_text(f"{field},label\ntext,SECRET\n", encoding="utf-8")
+    elif name == "a.jsonl":
+        path.write_text(jsonl({field: "text", "label": "SECRET"}), encoding="utf-8")
+    else:
+        pq.write_table(pa.table({field: ["text"], "label": ["SECRET"]}), path)
+    (line,) = read(path, has_template=True, expected={"y": "label"})
+    assert (line.fields, line.expected, line.meta, line.sampling) == ({field: "text"}, {"y": "SECRET"}, None, {})
+
+
+def test_what_is_expected_inside_an_object_is_taken_out_of_it(write: Write) -> None:
+    record = {"context": {"title": "t", "label": "SECRET"}}
+    how: dict[str, Any] = {"has_template": True, "expected": {"y": "context.label"}}
+    line = one(write, record, **how)
+    assert (line.fields, line.expected) == ({"context": {"title": "t"}}, {"y": "SECRET"})
+    assert one(write, record, **how, input={"all": "context"}).fields == {"all": {"title": "t"}}
+    assert one(write, record, **how, meta={"all": "context"}).meta == {"all": {"title": "t"}}
+    assert "no field 'expected'" in error(write, {"expected": 5}, has_template=True, input={"x": "expected"})
+
+
+@pytest.mark.parametrize("column", ["choices", "continuations", "json_schema", "regex", "embedding", "tools", "n"])
+def test_a_column_that_would_bind_answers_is_never_taken_for_a_parameter(write: Write, column: str) -> None:
+    with pytest.raises(DatasetError, match=f"the column '{column}' is called as a parameter"):
+        read(write("a.csv", f"prompt,{column}\np,1\n"))
 
 
 def test_input_is_the_templates(write: Write) -> None:
