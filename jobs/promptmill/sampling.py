@@ -199,13 +199,12 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises :class:`BadParameter`, also for a value given twice.
     """
-    checked = {name: check_parameter(ALIASES.get(name, name), value) for name, value in given.items()}
-    given = {name: given[name] for name, value in checked.items() if value is not None}
-    found = {name: checked[name] for name in given if name not in ALIASES}
-    for alias in given.keys() & ALIASES.keys():
-        name = ALIASES[alias]
-        value = checked[alias]
-        if found.setdefault(name, value) != value:
+    found: dict[str, Any] = {}
+    for given_as, asked in given.items():
+        name = ALIASES.get(given_as, given_as)
+        value = check_parameter(name, asked)
+        if value is not None and found.setdefault(name, value) != value:
+            alias = next(each for each, meant in ALIASES.items() if meant == name)
             raise BadParameter(f"'{alias}' and '{name}' differ")
     return found
 

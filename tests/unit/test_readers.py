@@ -771,7 +771,8 @@ ONE_LINE = '[{"prompt": "a"}, {"prompt": "b"}]'
     [
         ("a.json", RECORDS, "jsonl"), ("a.json", "\n" + RECORDS, "jsonl"), ("a.jsonl", LIST, "json"),
         ("a.jsonl", SPREAD, "json"), ("a.ndjson", ONE_LINE, "json"), ("a.json", SPREAD, "json"),
-        ("a.json", '{"rows": ' + ONE_LINE + "}", "json"), ("a.json", '{\n"rows":\n' + SPREAD + "}", "json"),
+        ("a.json", '{"rows": ' + ONE_LINE + "}", "json"), ("a.jsonl", '{\n"rows": ' + SPREAD + "}", "json"),
+        ("a.json", '{\n"rows":\n' + SPREAD + "}", "json"),
         ("a.csv", RECORDS, "jsonl"), ("a.csv", "prompt\tx\na\t1\nb\t2\n", "tsv"),
         ("a.tsv", "prompt,x\na,1\nb,2\n", "csv"), ("a.csv", "prompt\na\nb\n", "csv"), ("a.txt", "a\nb\n", "text"),
     ],

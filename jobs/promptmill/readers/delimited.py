@@ -35,12 +35,14 @@ class _Feed:
     def __init__(self, lines: Iterator[TextLine]) -> None:
         self._lines = lines
         self._again: list[TextLine] = []
-        #: Lines of the record that is being read.
+        #: Lines of the record that is being read, and what is wrong with their text.
         self.taken: list[TextLine] = []
+        self.error: str | None = None
 
     def __iter__(self) -> Iterator[str]:
         while (line := self._again.pop() if self._again else next(self._lines, None)) is not None:
             self.taken.append(line)
+            self.error = self.error or line.error
             yield line.text + "\n"
 
     @property
@@ -48,15 +50,11 @@ class _Feed:
         """Of the line that was read last."""
         return self.taken[-1].number if self.taken else 0
 
-    @property
-    def error(self) -> str | None:
-        """What is wrong with the text of the record."""
-        return next((line.error for line in self.taken if line.error), None)
-
     def give_back(self, after: int) -> None:
         """Read the lines of the record behind line number ``after`` once more."""
         self._again += reversed([line for line in self.taken if line.number > after])
         self.taken = [line for line in self.taken if line.number <= after]
+        self.error = next((line.error for line in self.taken if line.error), None)
 
 
 def _read(lines: Iterator[TextLine], layout: Layout, delimiter: str) -> Iterator[DatasetLine]:
@@ -67,7 +65,7 @@ def _read(lines: Iterator[TextLine], layout: Layout, delimiter: str) -> Iterator
     header = _header(records, feed, layout)
     empty = True
     while True:
-        feed.taken = []
+        feed.taken, feed.error = [], None
         record = _next(records)
         if isinstance(record, str):
             record = _broken(record, feed, delimiter)
@@ -76,7 +74,7 @@ def _read(lines: Iterator[TextLine], layout: Layout, delimiter: str) -> Iterator
             break
         if record or feed.error:
             empty = False
-            yield _line(feed.taken, header, record, layout)
+            yield _line(feed, header, record, layout)
     if empty:
         raise DatasetError(f"{layout.source} has a header and no records", hint="A dataset has at least one line.")
 
@@ -143,11 +141,11 @@ def _header(records: Iterator[list[str]], feed: _Feed, layout: Layout) -> list[s
     return header
 
 
-def _line(taken: list[TextLine], header: list[str], record: list[str] | str, layout: Layout) -> DatasetLine:
-    """The record that was written in the lines ``taken``, or what is wrong with it."""
-    number = taken[0].number
-    problem = next((line.error for line in taken if line.error), None)
-    if problem is None and taken[0].text.startswith(MARK):
+def _line(feed: _Feed, header: list[str], record: list[str] | str, layout: Layout) -> DatasetLine:
+    """The record that was just read, or what is wrong with it."""
+    first, problem = feed.taken[0], feed.error
+    number = first.number
+    if problem is None and first.text.startswith(MARK):
         problem = "a byte order mark inside the file: are these two files, one behind the other? Give them as a folder"
     if problem is None and isinstance(record, str):
         problem = record
@@ -160,11 +158,13 @@ def _line(taken: list[TextLine], header: list[str], record: list[str] | str, lay
 
 def _from_cells(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLine:
     """A template gets every column but id and labels; else there is a prompt, and the other columns are ``meta``."""
-    # An empty cell is no id.
-    cells = {name: cell for name, cell in cells.items() if cell or name not in ("id", "custom_id")}
+    for name in ("id", "custom_id"):
+        # An empty cell is no id.
+        if cells.get(name) == "":
+            del cells[name]
     try:
         line = from_fields(number, cells, layout) if layout.has_template else _asked(number, cells, layout)
-        return replace(line, expected=_labels(line.expected))
+        return line if line.expected is None else replace(line, expected=_labels(line.expected))
     except BadLine as problem:
         return DatasetLine(number, _peek(cells, layout), error=str(problem))
     except BadParameter as problem:
@@ -173,7 +173,10 @@ def _from_cells(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLi
 
 def _asked(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLine:
     """A record with a prompt of its own, parameters by their names, and other columns."""
-    expected, cells = split_expected(cells, layout.expected)
+    if layout.expected:
+        expected, cells = split_expected(cells, layout.expected)
+    else:
+        expected = cells.pop("expected", None)
     custom_id = take_id(cells)
     prompt = cells.pop("prompt", "")
     if not prompt:

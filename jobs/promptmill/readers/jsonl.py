@@ -13,7 +13,6 @@ from promptmill.readers.fields import (
     from_fields,
     kind,
     peek_id,
-    split_expected,
     split_named,
     take_id,
     take_object,
@@ -48,10 +47,12 @@ def read_objects(lines: Iterator[TextLine], convert: Convert) -> Iterator[Datase
     """Parse each line as a JSON object and convert it; what cannot be becomes a line with an error."""
     decode = decoder().decode
     for line in lines:
+        # A byte order mark is left where files were put together.
+        text = line.text.removeprefix(MARK)
         if line.error:
             yield DatasetLine(line.number, error=line.error)
-        elif line.text and not line.text.isspace():
-            yield _parsed(line, decode, convert)
+        elif text and not text.isspace():
+            yield _parsed(line.number, text, decode, convert)
 
 
 def decoder() -> json.JSONDecoder:
@@ -59,9 +60,7 @@ def decoder() -> json.JSONDecoder:
     return json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 
-def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
-    # A byte order mark is left where files were put together.
-    text = line.text.removeprefix(MARK)
+def _parsed(number: int, text: str, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
     try:
         record = decode(text)
     except json.JSONDecodeError as problem:
@@ -74,8 +73,8 @@ def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> D
         # Python reads no whole number of more than 4,300 digits.
         error = "broken JSON: a number with too many digits"
     else:
-        return converted(line.number, record, text, convert)
-    return DatasetLine(line.number, error=error)
+        return converted(number, record, text, convert)
+    return DatasetLine(number, error=error)
 
 
 def converted(number: int, record: Any, text: str, convert: Convert) -> DatasetLine:
@@ -145,14 +144,18 @@ def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
 
 
 def _structured(number: int, record: dict[str, Any], layout: Layout, question: str) -> DatasetLine:
+    record = {name: each for name, each in record.items() if each is not None or name not in QUESTIONS}
+    value = record.pop(question, None)
     # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
-    value, expected, record = _apart(record, question, layout)
+    expected = record.pop("expected", None)
+    if layout.expected:
+        value, expected, record = _apart(value, expected, record, layout)
     custom_id = take_id(record)
     meta = take_object(record, "meta")
     if not record.keys() <= KNOWN:
         unknown = min(record.keys() - KNOWN)
         raise BadLine(f"unknown parameter '{unknown[:40]}'. {suggestion(unknown, KNOWN)}")
-    sampling = check_parameters({name: each for name, each in record.items() if name not in QUESTIONS})
+    sampling = check_parameters(record) if record else {}
     if question == "prompt":
         return DatasetLine(number, custom_id, text_of(value), expected=expected, meta=meta, sampling=sampling)
     if question == "messages":
@@ -163,16 +166,15 @@ def _structured(number: int, record: dict[str, Any], layout: Layout, question: s
     return DatasetLine(number, custom_id, fields=value, expected=expected, meta=meta, sampling=sampling)
 
 
-def _apart(record: dict[str, Any], question: str, layout: Layout) -> tuple[Any, Any, dict[str, Any]]:
+def _apart(value: Any, expected: Any, record: dict[str, Any], layout: Layout) -> tuple[Any, Any, dict[str, Any]]:
     """What is asked, what is expected, and the rest of a record. No template may see what is expected."""
-    value, record = record[question], {name: each for name, each in record.items() if name != question}
-    inside: dict[str, Any] = {}
+    named, record = split_named(record, layout.expected)
     if isinstance(value, dict):
         inside, value = split_named(value, layout.expected)
-    expected, rest = split_expected(record, layout.expected)
-    if inside:
-        expected = inside | expected if isinstance(expected, dict) else inside
-    return value, expected, rest
+        named = inside | named
+    if named:
+        expected = {**expected, **named} if isinstance(expected, dict) else named
+    return value, expected, record
 
 
 def text_of(value: Any) -> str:

@@ -63,6 +63,8 @@ def _is_document(named: str | None, lines: list[str]) -> bool:
     if lines[0].startswith("["):
         # A line that is a list by itself, with others behind it, is a broken line of JSONL.
         return len(lines) == 1 or not _is_json(lines[0])
+    if lines[0] == "{":
+        return True
     first = _record(lines[0])
     if named != "json":
         return False
