@@ -121,7 +121,7 @@ ALPACA = ("--template", "{{ instruction }} / {{ input }}", "--expected", "output
 ALPACA_ASKED = answers("Translate to French. / Good morning", "Name a colour. / ")
 
 #: Number, file, arguments of ``run`` behind it (or of another command that they begin with), and what must happen.
-#: A ``{}`` in an argument is the folder of the files.
+#: A ``{}`` in an argument is the folder of the files. In the order of the numbers.
 REPORTED: list[tuple[str, str, tuple[str, ...], Check]] = [
     ("01", "01-csv-column-named-input.csv", ALPACA[:2], ALPACA_ASKED),
     ("01", "01-csv-column-named-input.csv", ALPACA, ALPACA_ASKED),
