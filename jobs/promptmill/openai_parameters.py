@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from promptmill.registry import suggestion
-from promptmill.sampling import ALIASES, CONSTRAINTS, PARAMETERS, BadParameter, check_parameter, check_parameters
+from promptmill.sampling import (
+    ALIASES,
+    CONSTRAINTS,
+    PARAMETERS,
+    BadParameter,
+    as_whole,
+    check_parameter,
+    check_parameters,
+)
 from promptmill.tool_calls import names_of, schema_of_calls
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -46,7 +54,7 @@ def translate(body: Mapping[str, Any], url: str, known: Collection[str] = KNOWN)
         if name in NOT_OFFERED and value not in (None, *HARMLESS.get(name, ())):
             raise BadParameter(f"unsupported parameter 'body.{name}': {NOT_OFFERED[name]}")
         if name in HARMLESS:
-            if not any(value == each and type(value) is type(each) for each in HARMLESS[name]):
+            if not any(as_whole(value) == each and type(as_whole(value)) is type(each) for each in HARMLESS[name]):
                 raise BadParameter(f"unsupported parameter 'body.{name}': it would change the answer")
         elif name not in NOTES and value is not None:
             if name not in known:

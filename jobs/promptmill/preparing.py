@@ -22,6 +22,7 @@ from promptmill.selection import Selection
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, Preparer, prepared_rows, refuse_bad
 from promptmill.task_file import Task, load_task
+from promptmill.text_files import read_text
 from promptmill.times import moment, span_s
 from promptmill.types import Request
 
@@ -41,6 +42,8 @@ class RunOptions:
     #: Text of a template, or ``@FILE``.
     template: str | None = None
     system: str | None = None
+    #: Fields of the dataset that hold the answers, beside ``template``: no prompt may see them.
+    expected: tuple[str, ...] = ()
     #: Sampling parameters by the names of SamplingParams.
     sampling: dict[str, Any] = field(default_factory=dict)
     format: str | None = None
@@ -149,15 +152,17 @@ def _task(options: RunOptions) -> Task | None:
         raise TaskFileError("--task and --template/--system exclude each other", hint="A task file holds its prompts.")
     if options.task:
         return load_task(options.task)
+    if options.expected and options.template is None:
+        raise TaskFileError("--expected needs --template", hint="A task file says itself what is expected.")
     if options.template is None:
         return None
     text = options.template
     if text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text(encoding="utf-8")
+            text = read_text(text[1:])
         except (OSError, UnicodeDecodeError) as problem:
             raise TaskFileError(f"cannot read the template {text[1:]}: {problem}") from None
-    return Task.from_template(text, options.system)
+    return Task.from_template(text, options.system, options.expected)
 
 
 def check_max_errors(spec: str | None) -> None:

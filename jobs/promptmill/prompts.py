@@ -7,25 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, nodes
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, UndefinedError, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from promptmill.errors import RequestError, TaskFileError
+from promptmill.errors import TaskFileError
 from promptmill.own_text import CONTROL, marked, moved, own_spans
 from promptmill.sampling import refuse_unfinished, resolve_sampling
+from promptmill.template_names import HIDDEN, Named, RenderError, names_of
 from promptmill.types import DatasetLine, Message, Request, SamplingParams, Span
 
 #: Longest rendered text, in characters: as long as the longest line of a dataset.
 LONGEST_TEXT = 16 * 1024 * 1024
-
-#: The answer key. No template reaches it, by whatever name.
-HIDDEN = "expected"
-
-
-class RenderError(RequestError):
-    """A template cannot be filled with a line."""
 
 
 class TemplateMistake(TaskFileError):
@@ -59,9 +53,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
-    def __init__(self, finalize: Callable[[Any], str] | None = None) -> None:
+    def __init__(self, finalize: Callable[[Any], Any]) -> None:
         super().__init__(undefined=_Missing, keep_trailing_newline=True, autoescape=False, finalize=finalize)
         del self.globals["lipsum"], self.filters["random"]
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return self._field(obj, attribute, super().getattr)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self._field(obj, argument, super().getitem)
+
+    def _field(self, obj: Any, name: Any, otherwise: Callable[[Any, Any], Any]) -> Any:
+        """A field goes before whatever Python's own values have under that name, such as ``items`` or ``title``."""
+        if isinstance(obj, Named) and isinstance(name, str) and name in obj._fields:
+            return obj._fields[name]
+        return otherwise(obj, name)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > LARGEST_POWER or abs(right) > LARGEST_POWER):
@@ -72,14 +78,22 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+def _no_function(value: Any) -> Any:
+    """A method or a class, such as Python's own ``title`` of a text, is nothing that a prompt can hold."""
+    if callable(value) and not isinstance(value, Undefined):
+        name = getattr(value, "__name__", "this")
+        raise RenderError(f"template: '{name}' is a function and no field of the line")
+    return value
+
+
 @lru_cache(maxsize=1)
 def _environment() -> _Sandbox:
-    return _Sandbox()
+    return _Sandbox(_no_function)
 
 
 @lru_cache(maxsize=1)
 def _marking_environment() -> _Sandbox:
-    return _Sandbox(marked)
+    return _Sandbox(lambda value: marked(_no_function(value)))
 
 
 class _Text:
@@ -93,13 +107,15 @@ class _Text:
 
     def message(self, role: str, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> Message:
         """Raises :class:`RenderError`."""
-        names = _names(fields, line_meta)
-        text = _fill(self._template, *names)
-        return Message(role, text, own=() if self._marking is None else own_spans(text, _fill(self._marking, *names)))
+        text = _fill(self._template, fields, line_meta)
+        own = own_spans(text, _fill(self._marking, fields, line_meta)) if self._marking is not None else ()
+        return Message(role, text, own=own)
 
 
 class Template:
     """A system and a user text with ``{{ input.field }}``, ``{{ meta.field }}``, or ``{{ field }}`` for short.
+
+    ``{{ input }}`` alone is the field that is called input.
 
     Sandboxed; an undefined name is an error; the expected answer is not among the names.
     """
@@ -154,13 +170,6 @@ class Template:
         return self._user.message("user", fields, line_meta)
 
 
-def _names(fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a template can see of a line, and the fields among it."""
-    shown = {name: value for name, value in fields.items() if name != HIDDEN}
-    about = {name: value for name, value in (line_meta or {}).items() if name != HIDDEN}
-    return {**shown, "input": shown, "meta": about}, shown
-
-
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
@@ -200,8 +209,9 @@ def _refuse_other_files(part: str, tree: nodes.Template) -> None:
         raise TemplateMistake(part, node.lineno, "a template cannot use other files")
 
 
-def _fill(template: Any, names: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+def _fill(template: Any, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> str:
     pieces, size = [], 0
+    names = names_of(fields, line_meta)
     try:
         # Piece by piece, so that an endless loop ends when it has written too much.
         for piece in template.generate(names):
@@ -210,7 +220,7 @@ def _fill(template: Any, names: Mapping[str, Any], fields: Mapping[str, Any]) ->
             if size > LONGEST_TEXT:
                 raise RenderError(f"template: the rendered text is longer than {LONGEST_TEXT:,} characters")
     except UndefinedError as problem:
-        here = ", ".join(sorted(map(str, fields))) or "none"
+        here = ", ".join(sorted(str(name) for name in fields if name != HIDDEN)) or "none"
         raise RenderError(f"template: {problem.message}; fields of the line: {here[:200]}") from None
     except (SecurityError, OverflowError, MemoryError, RecursionError) as problem:
         # MemoryError has no text of its own.

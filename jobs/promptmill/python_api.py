@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,7 @@ def run(
     task: str | Path | None = None,
     template: str | None = None,
     system: str | None = None,
+    expected: Sequence[str] = (),
     sampling: Mapping[str, Any] | None = None,
     selection: Selection | None = None,
     name: str | None = None,
@@ -169,6 +170,7 @@ def run(
 ) -> Job:
     """Run a job in this process, and return when it has ended. Raises :class:`promptmill.errors.PromptmillError`.
 
+    ``expected``: fields that hold the answers, where there is a ``template`` and no ``task``.
     ``sampling``: parameters by the names of :class:`promptmill.types.SamplingParams`. ``database_url``: where the
     job is stored; without it ``JOBS_DATABASE_URL`` or the default.
     """
@@ -176,8 +178,8 @@ def run(
     with _as_file(dataset) as path:
         options = RunOptions(
             dataset=path, model=model, task=str(task) if task else None, template=template, system=system,
-            sampling=dict(sampling or {}), selection=selection or Selection(), name=name, slots=slots, device=device,
-            use_cache=use_cache, skip_invalid=skip_invalid,
+            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name,
+            slots=slots, device=device, use_cache=use_cache, skip_invalid=skip_invalid,
         )  # fmt: skip
         outcome = service.run(options, opened.settings, opened.db, on_progress)
     service.keep_scores(outcome.job_id, opened.db)
@@ -191,6 +193,7 @@ def submit(
     task: str | Path | None = None,
     template: str | None = None,
     system: str | None = None,
+    expected: Sequence[str] = (),
     sampling: Mapping[str, Any] | None = None,
     selection: Selection | None = None,
     name: str | None = None,
@@ -206,8 +209,8 @@ def submit(
     with _as_file(dataset) as path:
         options = RunOptions(
             dataset=path, model=model, task=str(task) if task else None, template=template, system=system,
-            sampling=dict(sampling or {}), selection=selection or Selection(), name=name, priority=priority,
-            slots=slots, use_cache=use_cache, skip_invalid=skip_invalid, if_exists=if_exists,
+            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name,
+            priority=priority, slots=slots, use_cache=use_cache, skip_invalid=skip_invalid, if_exists=if_exists,
         )  # fmt: skip
         job_id = service.submit(options, opened.settings, opened.db)
     return Job(job_id, opened.settings, opened.db)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from promptmill.errors import RequestError
@@ -29,8 +30,19 @@ MOST_TOP_LOGPROBS = 20
 MOST_TEXTS = 1024
 
 
+#: Whole numbers below this are the same as decimals and back.
+LARGEST_EXACT = 2**53
+
+
+def as_whole(value: Any) -> Any:
+    """8 for 8.0: table libraries make decimals of whole numbers where a value is missing. Anything else as it is."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT
+    return int(value) if is_whole else value
+
+
 def _whole(least: int, most: int = LARGEST_WHOLE) -> Callable[[Any], int]:
     def check(value: Any) -> int:
+        value = as_whole(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"a whole number of {least} or more")
         if value > most:
@@ -51,6 +63,7 @@ def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], 
 
 
 def _seed(value: Any) -> int:
+    value = as_whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
         raise ValueError("a whole number of 64 bits")
     return value
@@ -125,6 +138,7 @@ def _regex(value: Any) -> str:
 def _thinking(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    value = as_whole(value)
     if isinstance(value, int) and 0 <= value <= LARGEST_WHOLE:
         return str(value)
     if isinstance(value, str) and (value in ("on", "off") or (value.isdecimal() and len(value) < 10)):
@@ -170,15 +184,12 @@ CONSTRAINTS = ("json_schema", "regex", "choices", "continuations", "embedding")
 #: Another name that servers use for ``max_tokens``.
 ALIASES = {"max_completion_tokens": "max_tokens"}
 
-#: Parameters for which null means "not set".
-NULLABLE = {"seed", "timeout_s", "json_schema", "regex", "thinking", "tools", "parse_special", "add_generation_prompt"}
-
 
 def check_parameter(name: str, value: Any) -> Any:
-    """``value`` in the type that SamplingParams wants. Raises :class:`BadParameter`."""
+    """``value`` in the type that SamplingParams wants; None, which is "not set", stays. Raises BadParameter."""
     if name not in PARAMETERS:
         raise BadParameter(f"unknown parameter '{name}'", hint=suggestion(name, PARAMETERS))
-    if value is None and name in NULLABLE:
+    if value is None:
         return None
     try:
         return PARAMETERS[name](value)
@@ -187,19 +198,32 @@ def check_parameter(name: str, value: Any) -> Any:
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter of a line under its own name. Raises :class:`BadParameter`, also for a value given twice."""
-    found = {name: check_parameter(name, value) for name, value in given.items() if name not in ALIASES}
-    for alias in given.keys() & ALIASES.keys():
-        name = ALIASES[alias]
-        value = check_parameter(name, given[alias])
-        if found.setdefault(name, value) != value:
+    """Every parameter of a line under its own name, without those that are null: null is "not set".
+
+    Raises :class:`BadParameter`, also for a value given twice.
+    """
+    found: dict[str, Any] = {}
+    for given_as, asked in given.items():
+        name = ALIASES.get(given_as, given_as)
+        value = check_parameter(name, asked)
+        if value is not None and found.setdefault(name, value) != value:
+            alias = next(each for each, meant in ALIASES.items() if meant == name)
             raise BadParameter(f"'{alias}' and '{name}' differ")
     return found
 
 
 def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> SamplingParams:
-    """What a line is sampled with: its own parameters before the job's. Raises :class:`BadParameter`."""
-    found = SamplingParams(**{name: check_parameter(name, value) for name, value in {**job, **line}.items()})
+    """What a line is sampled with: its own parameters before the job's. Null is "not set" in either.
+
+    Raises :class:`BadParameter`.
+    """
+    asked = {
+        name: check_parameter(name, value)
+        for each in (job, line)
+        for name, value in each.items()
+        if value is not None or name not in PARAMETERS
+    }
+    found = SamplingParams(**asked)
     given = [name for name in CONSTRAINTS if getattr(found, name) not in (None, (), False)]
     if len(given) > 1:
         raise BadParameter(f"both '{given[0]}' and '{given[1]}' are given: an answer is bound by one of them")
@@ -239,6 +263,18 @@ def refuse_unfinished(continues: bool, last_role: str | None) -> None:
     """
     if continues and last_role != "assistant":
         raise BadParameter("'continue_final_message' is given, and the last message is not the assistant's")
+
+
+def repeated(sampling: SamplingParams, repetition: int) -> SamplingParams:
+    """The same with the seed of a repetition, counted from 0: ``n`` answers take n seeds, and the next one goes on.
+
+    Without a seed each draws its own. Greedy answers do not depend on it, and stay known as the same question.
+    """
+    if sampling.seed is None or sampling.is_greedy or not repetition:
+        return sampling
+    seed = sampling.seed + repetition * sampling.n
+    # Seeds have 64 bits: behind the largest comes the smallest.
+    return replace(sampling, seed=(seed + 2**63) % 2**64 - 2**63)
 
 
 def refuse_repeats(sampling: SamplingParams) -> None:

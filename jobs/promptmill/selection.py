@@ -114,4 +114,4 @@ def _repeated(lines: Iterator[DatasetLine], times: int) -> Iterator[DatasetLine]
     for number, line in enumerate(lines):
         name = line.custom_id if line.custom_id is not None else f"row-{number}"
         for time in range(1, times + 1):
-            yield replace(line, custom_id=name if time == 1 else f"{name}~{time}")
+            yield replace(line, custom_id=name if time == 1 else f"{name}~{time}", repetition=time - 1)

@@ -17,6 +17,9 @@ from promptmill.registry import suggestion
 
 PREFIX = "JOBS_"
 
+#: Of ``.env``: UTF-8, which some editors begin with a byte order mark.
+ENCODING = "utf-8-sig"
+
 
 def data_dir() -> Path:
     """Where the platform keeps an application's data."""
@@ -30,7 +33,9 @@ def _default_database() -> str:
 class Settings(BaseSettings):
     """Every setting; the environment variable is the name in capitals behind ``JOBS_``."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_file_encoding=ENCODING, extra="ignore", frozen=True
+    )
 
     database_url: str = Field(default_factory=_default_database, description="Where jobs and results are stored")
     query_database_url: str | None = Field(
@@ -135,7 +140,7 @@ def _dotenv_names() -> set[str]:
         return set()
     from dotenv import dotenv_values
 
-    return {name.upper() for name in dotenv_values(".env") if name.upper().startswith(PREFIX)}
+    return {name.upper() for name in dotenv_values(".env", encoding=ENCODING) if name.upper().startswith(PREFIX)}
 
 
 def _refuse_unknown_names() -> None:

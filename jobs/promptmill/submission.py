@@ -28,7 +28,7 @@ from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
 from promptmill.readers import Dataset
 from promptmill.readers.fields import storable
-from promptmill.sampling import refuse_repeats
+from promptmill.sampling import refuse_repeats, repeated
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
@@ -178,7 +178,18 @@ class Preparer:
         )
 
     def _sampling_of(self, line: DatasetLine) -> tuple[str | None, SamplingParams]:
-        """The line's parameters as they are stored, and resolved; once where lines ask the same, as in most files."""
+        """The line's parameters as they are stored, and resolved, with the seed of its repetition.
+
+        The seed is stored with the row: whoever runs the row again draws the same.
+        """
+        asked, sampling = self._common_sampling_of(line)
+        own = repeated(sampling, line.repetition)
+        if own is sampling:
+            return asked, sampling
+        return _encode({**line.sampling, "seed": own.seed}), own
+
+    def _common_sampling_of(self, line: DatasetLine) -> tuple[str | None, SamplingParams]:
+        """The same without it, made once where lines ask the same, as in most files."""
         if not line.sampling:
             refuse_repeats(self._defaults)
             return None, self._defaults

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ from promptmill.task_model import (
     PromptPart,
     TaskModel,
 )
+from promptmill.template_names import HIDDEN
+from promptmill.text_files import read_text
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,15 @@ class Task:
         return _typed(label, kind) if isinstance(label, str) else label
 
     @classmethod
-    def from_template(cls, template: str, system: str | None = None) -> Task:
-        """The task that ``--template`` and ``--system`` amount to. Raises :class:`TaskFileError`."""
+    def from_template(cls, template: str, system: str | None = None, expected: Sequence[str] = ()) -> Task:
+        """The task that ``--template``, ``--system`` and ``--expected`` amount to. Raises :class:`TaskFileError`."""
         # First by itself: a mistake in it has no place in a file.
         Template(template, system)
         prompt = {"user": template} | ({"system": system} if system else {})
         # In double quotes, the only style of YAML that keeps every character.
-        said = {"task": "template", "prompt": prompt}
+        said: dict[str, Any] = {"task": "template", "prompt": prompt}
+        if expected:
+            said["expected"] = {name: name for name in expected}
         return parse_task(yaml.safe_dump(said, allow_unicode=True, default_style='"', width=2**30), "--template")
 
 
@@ -123,6 +127,7 @@ def load_task(path: str | Path) -> Task:
     Few-shot examples that lie in a file become part of the task's text, so that a worker elsewhere has them too.
     """
     try:
+        # As it is: its SHA-256 is that of the file. YAML takes a byte order mark and any line ends.
         text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise TaskFileError(f"there is no task file {path}", hint="Check the path.") from None
@@ -145,7 +150,7 @@ def _read_examples(path: Path) -> list[dict[str, Any]]:
     """Raises :class:`TaskFileError` for a file that is missing or has a line that is no example."""
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise TaskFileError(
             f"cannot read the examples {path}: {problem}", hint="The path is relative to the task file."
@@ -209,7 +214,7 @@ def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
     yield from _alias_mistakes(model)
     for part in ("input", "meta"):
         for name, path in getattr(model, part).items():
-            if path in model.expected.values():
+            if path in (HIDDEN, *model.expected.values()):
                 yield (part, name), f"the field '{path}' is an expected value: no prompt may see it"
     yield from score_entries.mistakes(model.scores, model.expected)
     yield from _gate_mistakes(model)

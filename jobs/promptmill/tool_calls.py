@@ -291,9 +291,15 @@ class Withheld:
 def turn_extra(value: Mapping[str, Any]) -> str | None:
     """What a chat template sees of a message beside role and content, as JSON text. Raises ValueError.
 
-    ``tool_calls`` of an assistant have their arguments as objects, which is how templates write them.
+    ``tool_calls`` of an assistant have their arguments as objects, which is how templates write them. What it thought
+    is ``reasoning_content``, the name that templates know.
     """
     found: dict[str, Any] = {}
+    thought = value.get("reasoning_content", value.get("reasoning"))
+    if thought is not None:
+        if not isinstance(thought, str):
+            raise ValueError("'reasoning_content' is a text")
+        found["reasoning_content"] = thought
     if value.get("tool_calls") is not None:
         if value["role"] != "assistant":
             raise ValueError("'tool_calls' belong to messages of the assistant")
@@ -302,7 +308,7 @@ def turn_extra(value: Mapping[str, Any]) -> str | None:
         if value["role"] != "tool" or not isinstance(value["tool_call_id"], str):
             raise ValueError("'tool_call_id' is a text, and belongs to messages of a tool")
         found["tool_call_id"] = value["tool_call_id"]
-    if found and isinstance(value.get("name"), str):
+    if found.keys() & {"tool_calls", "tool_call_id"} and isinstance(value.get("name"), str):
         found["name"] = value["name"]
     return json.dumps(found, ensure_ascii=False) if found else None
 

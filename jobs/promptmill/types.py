@@ -363,6 +363,8 @@ class DatasetLine:
     meta: Mapping[str, JsonValue] | None = None
     #: Sampling parameters that this line sets for itself; names are those of :class:`SamplingParams`.
     sampling: Mapping[str, JsonValue] = field(default_factory=dict)
+    #: Of the times that ``--repeat`` asks the line, counted from 0.
+    repetition: int = 0
     error: str | None = None
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from promptmill.errors import PromptmillError, TaskFileError
 from promptmill.prompts import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
-from promptmill.sampling import PARAMETERS, BadParameter, refuse_repeats
+from promptmill.sampling import PARAMETERS, BadParameter, check_parameters, refuse_repeats
 from promptmill.types import DatasetLine, Message, SamplingParams
 
 
@@ -45,6 +45,39 @@ def test_a_template_reads_input_and_meta(text: str, rendered: str) -> None:
 
 def test_a_field_named_input_or_meta_does_not_hide_the_others() -> None:
     assert render("{{ input.x }} {{ meta.x }} {{ input.meta }}", {"input": 0, "meta": 5, "x": 1}, {"x": 2}) == "1 2 5"
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "rendered"),
+    [
+        ("Good morning", "{{ input }}", "Good morning"),
+        ("Good morning", "{{ input.input }}/{{ input.title }}", "Good morning/T"),
+        ("Good morning", "{{ input | upper }} {{ input.split() | length }}", "GOOD MORNING 2"),
+        ("", "{% if input %}with input{% else %}without{% endif %}", "without"),
+        (None, "[{{ input }}]{% if input %}x{% endif %}", "[]"),
+        (["a", "b"], "{% for each in input %}{{ each }}{% endfor %}{{ input.title }}", "abT"),
+        (5, "{{ input }}", "5"),
+    ],
+)
+def test_a_field_called_input_is_what_input_alone_means(value: Any, text: str, rendered: str) -> None:
+    assert render(text, {"input": value, "title": "T", "expected": "SECRET"}) == rendered
+
+
+def test_a_field_called_as_a_method_of_python_is_the_field() -> None:
+    fields = {"items": "i", "values": "v", "title": "t", "count": "c"}
+    assert render("{{ input.items }}{{ input.values }}{{ input['title'] }}{{ input.count }}", fields) == "ivtc"
+
+
+@pytest.mark.parametrize("text", ["{{ input }}", "{{ meta }}", "{{ input ~ '' }}", "{{ input | string }}"])
+def test_all_fields_at_once_are_no_text(text: str) -> None:
+    with pytest.raises(RenderError, match=r"is all fields of the line .*: name one, such as (input\.a|meta\.b)"):
+        render(text, {"a": 1}, {"b": 2})
+
+
+@pytest.mark.parametrize("text", ["{{ input.title }}", "{{ input.keys }}", "{{ range }}"])
+def test_a_function_is_never_written_into_a_prompt(text: str) -> None:
+    with pytest.raises(RenderError, match="is a function and no field of the line"):
+        render(text, {"a": 1, "input": "text"} if "title" in text else {"a": 1})
 
 
 def test_the_system_text_is_a_template_too() -> None:
@@ -198,8 +231,24 @@ def test_what_is_stored_never_holds_the_expected_value() -> None:
 
 
 def test_a_lines_own_parameters_win_over_the_jobs() -> None:
-    found = resolve_sampling({"max_tokens": 5, "stop": ["a"], "seed": 1}, {"max_tokens": 7, "seed": None})
-    assert found == SamplingParams(max_tokens=7, stop=("a",), seed=None)
+    found = resolve_sampling({"max_tokens": 5, "stop": ["a"], "seed": 1}, {"max_tokens": 7})
+    assert found == SamplingParams(max_tokens=7, stop=("a",), seed=1)
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_null_is_not_set_for_every_parameter(name: str) -> None:
+    assert check_parameters({name: None}) == {}
+    assert resolve_sampling({name: None}, {name: None}) == SamplingParams()
+    assert resolve_sampling({"temperature": 0.5, "seed": 1}, {name: None}) == SamplingParams(temperature=0.5, seed=1)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "top_k", "seed", "n", "top_logprobs"])
+def test_a_whole_number_may_be_written_as_a_decimal(name: str) -> None:
+    found = check_parameters({name: 8.0})
+    assert found == {name: 8}
+    assert isinstance(found[name], int)
+    with pytest.raises(BadParameter):
+        check_parameters({name: 8.5})
 
 
 def test_the_parameters_are_those_of_sampling_params() -> None:
@@ -211,7 +260,7 @@ def test_the_parameters_are_those_of_sampling_params() -> None:
     ("given", "problem"),
     [
         ({"max_tokens": 0}, "'max_tokens' must be a whole number of 1 or more"),
-        ({"max_tokens": 1.0}, "'max_tokens' must be a whole number"),
+        ({"max_tokens": 1.5}, "'max_tokens' must be a whole number"),
         ({"temperature": float("nan")}, "'temperature' must be"),
         ({"temperature": 10**400}, "'temperature' must be"),
         ({"max_tokens": 2**31}, "'max_tokens' must be a whole number of at most 2,147,483,647"),
@@ -221,7 +270,6 @@ def test_the_parameters_are_those_of_sampling_params() -> None:
         ({"timeout_s": 0}, "'timeout_s' must be a number above 0"),
         ({"stop": ["a", ""]}, "'stop' must be a text or a list of texts, none of them empty"),
         ({"stop": {"a": 1}}, "'stop' must be"),
-        ({"max_tokens": None}, "'max_tokens' must be"),
         ({"choices": ["a", ""]}, "'choices' must be a list of 1 to 1,024 different texts, none of them empty"),
         ({"continuations": [1]}, "'continuations' must be a list of 1 to 1,024 different texts, none of them empty"),
         ({"choices": "a"}, "'choices' must be a list of 1 to"),

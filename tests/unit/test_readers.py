@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -282,7 +285,87 @@ def test_a_prompt_with_everything_that_a_line_may_say(write: Write) -> None:
 def test_messages_may_hold_text_parts(write: Write) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     line = one(write, {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts}]})
-    assert line.messages == (Message("system", "s"), Message("user", "ab"))
+    assert line.messages == (Message("system", "s"), Message("user", "a\nb"))
+
+
+ASSISTANT = {"role": "assistant", "content": "c"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (ASSISTANT | {"reasoning_content": "r"}, Message("assistant", "c", '{"reasoning_content": "r"}')),
+        (ASSISTANT | {"reasoning": "r"}, Message("assistant", "c", '{"reasoning_content": "r"}')),
+        (ASSISTANT | {"reasoning_content": None, "annotations": []}, Message("assistant", "c")),
+        (ASSISTANT | {"tool_calls": [], "refusal": None, "audio": None}, Message("assistant", "c")),
+        ({"role": "assistant", "content": None, "reasoning_content": "r"},
+         Message("assistant", "", '{"reasoning_content": "r"}')),
+        ({"role": "user", "content": "c", "name": "n", "annotations": [{"type": "x"}]}, Message("user", "c")),
+    ],
+)  # fmt: skip
+def test_an_answer_can_be_sent_back_as_history(write: Write, turn: dict[str, Any], message: Message) -> None:
+    for record in ({"messages": [turn]}, batch_line(messages=[turn])):
+        assert one(write, record).messages == (message,)
+
+
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [
+        ({"role": "user", "content": "c", "reasoning_content": "r"}, "unsupported key 'reasoning_content'"),
+        (ASSISTANT | {"reasoning_content": ["r"]}, "'reasoning_content' is a text"),
+        (ASSISTANT | {"refusal": "no"}, "unsupported key 'refusal'"),
+    ],
+)
+def test_history_that_says_what_no_model_hears_is_refused(write: Write, turn: dict[str, Any], problem: str) -> None:
+    assert problem in error(write, {"messages": [turn]})
+
+
+@pytest.mark.parametrize("name", ["prompt", "messages", "input", "id", "custom_id", "meta", "expected"])
+def test_null_is_as_if_the_key_were_not_there(write: Write, name: str) -> None:
+    for record in ({"prompt": "p"}, {"messages": [{"role": "user", "content": "p"}]}):
+        if name not in record:
+            assert replace(one(write, {**record, name: None}), custom_id=None) == replace(
+                one(write, record), custom_id=None
+            )
+
+
+def test_a_whole_number_of_a_table_library_is_an_id(write: Write) -> None:
+    assert one(write, {"id": 7.0, "prompt": "p"}).custom_id == "7"
+
+
+def test_tables_may_hold_decimals_and_words_as_pandas_writes_them(write: Write) -> None:
+    (first, second) = read(write("a.csv", "prompt,max_tokens,ignore_eos\np,8.0,True\nq,,False\n"))
+    assert (first.sampling, second.sampling) == ({"max_tokens": 8, "ignore_eos": True}, {"ignore_eos": False})
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("field", ["input", "meta", "messages", "prompt", "choices", "n", "stop", "seed", "max_tokens"])
+def test_with_a_template_a_field_is_a_field_whatever_it_is_called(tmp_path: Path, name: str, field: str) -> None:
+    path = tmp_path / name
+    if name == "a.csv":
+        path.write_text(f"{field},label\ntext,SECRET\n", encoding="utf-8")
+    elif name == "a.jsonl":
+        path.write_text(jsonl({field: "text", "label": "SECRET"}), encoding="utf-8")
+    else:
+        pq.write_table(pa.table({field: ["text"], "label": ["SECRET"]}), path)
+    (line,) = read(path, has_template=True, expected={"y": "label"})
+    assert (line.fields, line.expected, line.meta, line.sampling) == ({field: "text"}, {"y": "SECRET"}, None, {})
+
+
+def test_what_is_expected_inside_an_object_is_taken_out_of_it(write: Write) -> None:
+    record = {"context": {"title": "t", "label": "SECRET"}}
+    how: dict[str, Any] = {"has_template": True, "expected": {"y": "context.label"}}
+    line = one(write, record, **how)
+    assert (line.fields, line.expected) == ({"context": {"title": "t"}}, {"y": "SECRET"})
+    assert one(write, record, **how, input={"all": "context"}).fields == {"all": {"title": "t"}}
+    assert one(write, record, **how, meta={"all": "context"}).meta == {"all": {"title": "t"}}
+    assert "no field 'expected'" in error(write, {"expected": 5}, has_template=True, input={"x": "expected"})
+
+
+@pytest.mark.parametrize("column", ["choices", "continuations", "json_schema", "regex", "embedding", "tools", "n"])
+def test_a_column_that_would_bind_answers_is_never_taken_for_a_parameter(write: Write, column: str) -> None:
+    with pytest.raises(DatasetError, match=f"the column '{column}' is called as a parameter"):
+        read(write("a.csv", f"prompt,{column}\np,1\n"))
 
 
 def test_input_is_the_templates(write: Write) -> None:
@@ -616,9 +699,110 @@ def test_bytes_that_are_not_utf8_spoil_their_record_only(write: Write) -> None:
     assert [(line.line, line.error) for line in lines] == [(2, "not UTF-8 at byte 9 of the file"), (4, None)]
 
 
-def test_a_quote_that_is_never_closed_is_an_error(write: Write) -> None:
-    (line,) = read(write("a.csv", 'prompt\n"a\nb\n'))
-    assert "broken CSV" in str(line.error)
+QUOTE = "broken CSV: the quote that opens in line {} is not closed where its field ends"
+
+
+@pytest.mark.parametrize(
+    ("records", "found"),
+    [
+        ('"a\nb\n', [(2, QUOTE.format(2)), (3, "b")]),
+        ('"a\n"b"\nc', [(2, QUOTE.format(2)), (3, "b"), (4, "c")]),
+        ('a\n"b""\nc ""d\n"e"\n', [(2, "a"), (3, QUOTE.format(3)), (4, 'c ""d'), (5, "e")]),
+        ('"a\nb"\n"c\n\nd\n', [(2, "a\nb"), (4, QUOTE.format(4)), (6, "d")]),
+        ('"a\n"b\n"c\nd\n', [(2, QUOTE.format(2)), (3, QUOTE.format(3)), (4, QUOTE.format(4)), (5, "d")]),
+        ('"a"b\nc\n', [(2, "broken CSV: ',' expected after '\"'"), (3, "c")]),
+        ('"a"', [(2, "a")]),
+        ('"a', [(2, QUOTE.format(2))]),
+    ],
+)  # fmt: skip
+def test_a_quote_that_is_not_closed_spoils_its_own_record_only(
+    write: Write, records: str, found: list[tuple[int, str]]
+) -> None:
+    lines = read(write("a.csv", "prompt\n" + records))
+    assert [(line.line, line.error or line.prompt) for line in lines] == found
+
+
+def test_the_quote_of_a_later_field_is_named_by_its_own_line(write: Write) -> None:
+    lines = read(write("a.csv", 'prompt,x\n"a\nb","c\nd,1\n'))
+    assert [(line.line, line.error or line.prompt) for line in lines] == [(2, QUOTE.format(3)), (4, "d")]
+
+
+def test_two_csv_files_in_one_are_told_where_the_second_begins(write: Write) -> None:
+    lines = read(write("a.csv", "\ufeffprompt\na\n\ufeffprompt\nb\n"))
+    assert [line.prompt for line in lines] == ["a", None, "b"]
+    assert (lines[1].line, "are these two files" in str(lines[1].error)) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '\ufeff{"prompt": "a"}\n\ufeff{"prompt": "b"}\n'),
+        ("a.txt", "\ufeffa\n\ufeffb\n"),
+        ("a.ndjson.gz", '\ufeff{"prompt": "a"}\r\n\ufeff\r\n\ufeff{"prompt": "b"}'),
+    ],
+)
+def test_byte_order_marks_of_files_put_together_are_no_text(write: Write, name: str, content: str) -> None:
+    data = content.encode()
+    lines = read(write(name, gzip.compress(data) if name.endswith("gz") else data))
+    assert [line.prompt for line in lines if not line.error] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "prompt\ra\rb"), ("a.txt", "a\rb\r"), ("a.jsonl", '{"prompt": "a"}\r{"prompt": "b"}\r'),
+     ("a.tsv", "prompt\tx\ra\t1\r\rb\t2\r"), ("a.json", '[{"prompt": "a"},\r{"prompt": "b"}]')],
+)  # fmt: skip
+def test_lines_that_end_in_a_carriage_return_alone_are_lines(write: Write, name: str, content: str) -> None:
+    assert [line.prompt for line in read(write(name, content))] == ["a", "b"]
+
+
+def test_a_carriage_return_inside_a_line_of_text_stays(write: Write) -> None:
+    assert [line.prompt for line in read(write("a.txt", "a\rb\nc\n"))] == ["a\rb", "c"]
+
+
+RECORDS = '{"prompt": "a"}\n{"prompt": "b"}\n'
+LIST = '[{"prompt": "a"},\n {"prompt": "b"}]'
+SPREAD = '[\n  {"prompt": "a"},\n  {"prompt": "b"}\n]\n'
+ONE_LINE = '[{"prompt": "a"}, {"prompt": "b"}]'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format_"),
+    [
+        ("a.json", RECORDS, "jsonl"), ("a.json", "\n" + RECORDS, "jsonl"), ("a.jsonl", LIST, "json"),
+        ("a.jsonl", SPREAD, "json"), ("a.ndjson", ONE_LINE, "json"), ("a.json", SPREAD, "json"),
+        ("a.json", '{"rows": ' + ONE_LINE + "}", "json"), ("a.jsonl", '{\n"rows": ' + SPREAD + "}", "json"),
+        ("a.json", '{\n"rows":\n' + SPREAD + "}", "json"),
+        ("a.csv", RECORDS, "jsonl"), ("a.csv", "prompt\tx\na\t1\nb\t2\n", "tsv"),
+        ("a.tsv", "prompt,x\na,1\nb,2\n", "csv"), ("a.csv", "prompt\na\nb\n", "csv"), ("a.txt", "a\nb\n", "text"),
+    ],
+)  # fmt: skip
+def test_the_content_tells_the_format_where_the_name_is_wrong(
+    write: Write, name: str, content: str, format_: str
+) -> None:
+    with open_dataset(write(name, content)) as dataset:
+        assert dataset.format == format_
+        assert [line.prompt for line in dataset.lines()] == ["a", "b"]
+
+
+def test_a_json_file_of_one_record_is_a_line_of_jsonl(write: Write) -> None:
+    (line,) = read(write("a.json", '{"prompt": "a"}'))
+    assert line.prompt == "a"
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+def test_a_compressed_file_without_its_ending_is_read(write: Write, packing: str) -> None:
+    (line,) = read(write("a.txt", PACKERS[packing](b"p")))
+    assert line.prompt == "p"
+
+
+@pytest.mark.parametrize("first", ["{broken", '{"custom_id": "x", "body": {"model": "us', "[1]", "text", "{}"])
+def test_a_broken_first_line_does_not_tell_the_format(write: Write, first: str) -> None:
+    path = write("a.jsonl", f"{first}\n" + jsonl(batch_line()))
+    with open_dataset(path) as dataset:
+        assert dataset.format == ("jsonl" if first == "{}" else "openai_batch")
+        if first != "{}":
+            assert [line.error is None for line in dataset.lines()] == [False, True]
 
 
 @pytest.mark.parametrize(

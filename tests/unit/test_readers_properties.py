@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -123,7 +125,7 @@ def test_no_json_makes_a_reader_fail(records: list[Any], format_: str, has_templ
     content = "".join(json.dumps(record) + "\n" for record in records)
     found = read("a.jsonl", content.encode(), format=format_, has_template=has_template, expected={"y": "prompt"})
     assert len(found) == len(records)
-    template = Template("{{ input }}") if has_template else None
+    template = Template("{{ input | tojson }}") if has_template else None
     for line in (line for line in found if line.error is None):
         stored = json.dumps(payload(line), allow_nan=False, ensure_ascii=False)
         stored.encode()
@@ -159,6 +161,73 @@ def test_a_template_of_the_command_line_comes_back_or_is_refused(template: str, 
     except PromptmillError:
         return
     assert (task.template.user, task.template.system) == (template, system)
+
+
+#: Names that mean something somewhere: to datasets, to templates, to Python.
+RESERVED = (
+    "input", "meta", "messages", "prompt", "fields", "id", "custom_id", "choices", "n", "stop", "seed", "max_tokens",
+    "self", "loop", "range", "dict", "namespace", "items", "values", "keys", "get", "title", "_fields", "_name",
+    "target", "output", "label",
+)  # fmt: skip
+
+#: Ways by which a template may try to see all there is.
+LOOKS = (
+    "{{ input }}", "{{ meta }}", "{{ input | tojson }}", "{{ meta | tojson }}", "{{ input.items() | list }}",
+    "{{ input | items | list }}", "{{ meta.values() | list }}", "{{ self._TemplateReference__context }}",
+    "{{ input._fields }}", "{{ input['expec' ~ 'ted'] }}", "{{ input | attr('_fields') }}", "{{ input | pprint }}",
+    "{% for name in input %}{{ name }}{{ input[name] }}{% endfor %}", "{{ input | string }}",
+    "{{ input.keys | string }}",
+    "{{ input.context | tojson }}", "{{ context | default({}) | tojson }}", "{{ [input, meta] | string }}",
+    "{{ '%s %r' | format(input, meta) }}", "{{ input | map(attribute='expec' ~ 'ted') | list }}",
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sets(st.sampled_from(RESERVED), max_size=6),
+    st.sampled_from(["expected", "answer", "output", "input", "meta", "prompt", "id2", "self", "context.label"]),
+    st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet"]),
+    st.sampled_from(LOOKS) | st.sampled_from(RESERVED).flatmap(
+        lambda name: st.sampled_from([f"{{{{ {name} }}}}", f"{{{{ input.{name} }}}}", f"{{{{ meta['{name}'] }}}}"])
+    ),
+)  # fmt: skip
+def test_what_is_expected_is_in_no_prompt_whatever_fields_are_called(
+    names: set[str], answer: str, format_: str, look: str
+) -> None:
+    record: dict[str, Any] = {"text": "t", **{name: f"own {name}" for name in names}, "context": {"x": 1}}
+    record |= {"id": "a"} if "id" in names else {}
+    record |= {"custom_id": record.get("id", "a")} if "custom_id" in names else {}
+    if format_ in ("csv", "tsv") and answer == "context.label":
+        record["context.label"] = "SENTINEL"
+    elif answer == "context.label":
+        record["context"] = {"x": 1, "label": "SENTINEL"}
+    else:
+        record[answer] = "SENTINEL"
+    named = {} if answer == "expected" else {"y": answer}
+    content = as_file({name: value for name, value in record.items() if name != "context"} | (
+        {} if format_ in ("csv", "tsv") else {"context": record["context"]}), format_)  # fmt: skip
+    (line,) = read(f"a.{format_}", content, has_template=True, expected=named)
+    assert line.error is None
+    assert line.expected == ({"y": "SENTINEL"} if named else "SENTINEL")
+    assert "SENTINEL" not in json.dumps(payload(line)) + json.dumps(line.meta)
+    try:
+        seen = str(to_request(0, "a", payload(line), line.meta, SamplingParams(), Template(look, look)).messages)
+    except PromptmillError as problem:
+        seen = str(problem)
+    assert "SENTINEL" not in seen
+
+
+def as_file(record: dict[str, Any], format_: str) -> bytes:
+    """A file with the one record."""
+    if format_ == "parquet":
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([record]), sink)
+        return sink.getvalue()
+    if format_ in ("json", "jsonl"):
+        return json.dumps([record] if format_ == "json" else record).encode()
+    file = io.StringIO()
+    csv.writer(file, delimiter="," if format_ == "csv" else "\t").writerows([record.keys(), record.values()])
+    return file.getvalue().encode()
 
 
 @quick

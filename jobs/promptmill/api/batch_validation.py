@@ -14,7 +14,7 @@ from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS
 from promptmill.readers.fields import BadLine
 from promptmill.readers.ids import IdTable
 from promptmill.readers.jsonl import decoder
-from promptmill.readers.source import Source
+from promptmill.readers.source import MARK, Source
 
 #: Errors that a batch lists; a file of another kind altogether would have one for each line.
 MOST_ERRORS = 1_000
@@ -83,8 +83,9 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
     source = Source.open(path)
     try:
         for line in source.lines():
-            if line.error or (line.text and not line.text.isspace()):
-                yield line.number, line.text, line.error
+            text = line.text.removeprefix(MARK)
+            if line.error or (text and not text.isspace()):
+                yield line.number, text, line.error
     finally:
         source.close()
 

@@ -11,6 +11,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from promptmill.api.errors import ApiError, bad, missing
+from promptmill.sampling import as_whole
 
 #: JSON type -> how it is called in an error.
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
@@ -104,7 +105,7 @@ def one_of(
 def whole(
     body: Mapping[str, Any], name: str, low: int, high: int, default: int | None = None, *, within: str = ""
 ) -> int | None:
-    value = body.get(name)
+    value = as_whole(body.get(name))
     name = within + name
     if value is None:
         return default

@@ -127,6 +127,7 @@ _MESSAGE = _object(
     content={"anyOf": [TEXT, {"type": "array", "items": _object(["type", "text"], type=TEXT, text=TEXT)}]},
     tool_calls={"type": "array", "items": _CALL, "minItems": 1},
     tool_call_id=TEXT,
+    reasoning_content={"type": ["string", "null"], "description": "What the assistant thought before it answered."},
 )
 
 #: What all completions take; OpenAI's own documents say what each means.

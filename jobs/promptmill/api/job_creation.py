@@ -28,6 +28,7 @@ from promptmill.service import dispatch
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task
+from promptmill.text_files import without_marks
 
 #: Bytes of lines that the server itself takes in: a fraction of a second.
 SMALL_BYTES = 256 * 1024
@@ -102,7 +103,7 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
 def _task(wanted: dict[str, Any]) -> Task | None:
     if wanted["task"]:
         return task_of(wanted["task"], "task")
-    return Task.from_template(wanted["template"], wanted["system"]) if wanted["template"] else None
+    return Task.from_template(without_marks(wanted["template"]), wanted["system"]) if wanted["template"] else None
 
 
 def _ending(name: str) -> str:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,6 +41,9 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--task", type=click.Path(), help="Task file (YAML): prompts, sampling, scores."),
         click.option("--template", help="Jinja2 template of the user's message, or @FILE."),
         click.option("--system", help="System message."),
+        click.option(
+            "--expected", multiple=True, help="Field that holds the answer, beside --template; may be repeated."
+        ),
         click.option("--format", "format_", help="Format of the dataset where its name does not tell."),
         click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.  [default: 256]"),
         click.option("--temperature", type=float, help="0 is greedy.  [default: 0]"),
@@ -104,7 +106,8 @@ def run_options(values: dict[str, Any]) -> RunOptions:
         raise PromptmillError("--cache keeps answers", hint=f"Leave it out with --store {values['store']}.")
     return RunOptions(
         dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
-        template=values["template"], system=values["system"], sampling=sampling, format=values["format_"],
+        template=values["template"], system=values["system"], expected=values["expected"], sampling=sampling,
+        format=values["format_"],
         name=values["name"], priority=values.get("priority", 5), selection=_selection(values), slots=values["slots"],
         context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
         store=values["store"],
@@ -152,9 +155,10 @@ def _selection(values: dict[str, Any]) -> Selection:
 def _schema_text(path: str) -> str:
     """The text of a schema file. Raises PromptmillError."""
     from promptmill.errors import RequestError
+    from promptmill.text_files import read_text, without_marks
 
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        return without_marks(sys.stdin.read()) if path == "-" else read_text(path)
     except (OSError, UnicodeDecodeError) as problem:
         raise RequestError(f"--schema {path}: {getattr(problem, 'strerror', None) or 'not UTF-8'}") from None
 

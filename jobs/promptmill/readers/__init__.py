@@ -11,6 +11,7 @@ from typing import Protocol
 from promptmill.errors import DatasetError
 from promptmill.readers import hub
 from promptmill.readers.ids import IdTable
+from promptmill.readers.sniffing import ENDINGS, format_of
 from promptmill.readers.source import Source, TextLine
 from promptmill.registry import resolve, suggestion
 from promptmill.types import DatasetLine
@@ -30,12 +31,7 @@ FILE_READERS = {"parquet": "promptmill.readers.parquet:read"}
 
 FORMATS = (*READERS, *FILE_READERS)
 
-#: Beside ``body``, any of these makes a line one of OpenAI's batch format.
-NAMES_A_CALL = {"custom_id", "method", "url"}
-
-#: File name ending -> format.
-ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".json": "json"}
-ENDINGS[".parquet"] = "parquet"
+__all__ = ["ENDINGS", "FILE_READERS", "FORMATS", "READERS", "Dataset", "Layout", "checked", "open_dataset"]
 
 #: What makes a path a pattern.
 _PATTERN = frozenset("*?[")
@@ -166,31 +162,10 @@ def _opened(source: Source, format_: str | None, layout: Layout) -> Dataset:
 def _format(source: Source, asked: str | None) -> str:
     if asked is not None and asked not in FORMATS:
         raise DatasetError(f"unknown dataset format '{asked}'", hint=suggestion(asked, FORMATS))
-    if "parquet" in (asked, ENDINGS.get(source.ending)) and asked in (None, "parquet"):
-        return "parquet"
-    first = source.first_line()
-    if asked is not None:
-        return asked
-    found = ENDINGS.get(source.ending)
-    if found is None and source.is_stream:
-        found = "jsonl" if first.startswith("{") else "text"
-    if found is None:
-        raise DatasetError(
-            f"{source.name}: cannot tell the format by the name",
-            hint=f"Known endings: {', '.join(ENDINGS)}, each also with .gz or .zst. Or give --format.",
-        )
-    return "openai_batch" if found == "jsonl" and _is_openai_batch(first) else found
-
-
-def _is_openai_batch(first_line: str) -> bool:
-    """A line of OpenAI's batch format has a ``body`` and says where it is to be posted."""
-    import json
-
-    try:
-        line = json.loads(first_line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(line, dict) and isinstance(line.get("body"), dict) and not line.keys().isdisjoint(NAMES_A_CALL)
+    if asked in READERS:
+        # Raises for a file without a line.
+        source.first_lines(1)
+    return asked or format_of(source)
 
 
 def checked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from promptmill.sampling import as_whole
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
@@ -16,28 +17,27 @@ class BadLine(Exception):
 
 
 def from_fields(number: int, record: Mapping[str, Any], layout: Layout) -> DatasetLine:
-    """A line whose fields are all input but id, ``meta``, ``expected`` and the fields that ``layout`` expects.
+    """A line whose keys are all fields of a template but the id, what is expected, and a ``meta`` that is an object.
 
-    Where ``layout`` names the input fields, the line has these and no others.
+    Where ``layout`` names the input fields, the line has these and no others. No mapping reaches what is expected.
     """
-    fields = dict(record)
-    custom_id = mapped_id(fields, layout)
-    expected = take_expected(fields, layout.expected)
-    meta = take_object(fields, "meta")
+    expected, visible = split_expected(record, layout.expected)
+    fields = dict(visible)
+    custom_id = mapped_id(fields, record, layout)
+    meta = fields.pop("meta") if isinstance(fields.get("meta"), dict) else None
     if layout.meta:
-        meta = (meta or {}) | {name: lookup(record, path) for name, path in layout.meta.items()}
+        meta = (meta or {}) | {name: lookup(visible, path) for name, path in layout.meta.items()}
     if layout.input:
-        fields = {name: lookup(record, path) for name, path in layout.input.items()}
+        fields = {name: lookup(visible, path) for name, path in layout.input.items()}
     return DatasetLine(number, custom_id, fields=fields, expected=expected, meta=meta)
 
 
-def mapped_id(fields: dict[str, Any], layout: Layout) -> str | None:
-    """Remove the id: the field that ``layout`` names, else ``id`` and ``custom_id``."""
+def mapped_id(fields: dict[str, Any], record: Mapping[str, Any], layout: Layout) -> str | None:
+    """The id of a record, which is taken out of its ``fields``: the field that ``layout`` names, else ``id``."""
     if layout.id is None:
         return take_id(fields)
-    value = lookup(fields, layout.id)
     fields.pop(layout.id, None)
-    return as_id(value)
+    return as_id(lookup(record, layout.id))
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
@@ -86,6 +86,8 @@ def storable(text: str) -> str:
 
 
 def as_id(value: Any) -> str:
+    """A text, or a whole number, which table libraries write as 7.0 where another row has none."""
+    value = as_whole(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadLine(f"an id is a text or a whole number, not {kind(value)}")
     if value == "":
@@ -100,21 +102,33 @@ def take_object(fields: dict[str, Any], name: str) -> dict[str, Any] | None:
     return value
 
 
-def take_expected(fields: dict[str, Any], names: Mapping[str, str]) -> Any:
-    """Remove what is expected: the fields that the task names, and the field ``expected`` itself."""
-    named = take_named(fields, names)
-    given = fields.pop("expected", None)
+def split_expected(record: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """What is expected, and the record without it: the fields that the task names, and the field ``expected``."""
+    named, rest = split_named(record, names)
+    given = rest.pop("expected", None)
     if not named:
-        return given
-    return {**given, **named} if isinstance(given, dict) else named
+        return given, rest
+    return ({**given, **named} if isinstance(given, dict) else named), rest
 
 
-def take_named(fields: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Remove the fields that the task expects; those that the line does not have are left out."""
-    named = {name: lookup(fields, field) for name, field in names.items() if has_field(fields, field)}
+def split_named(record: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields that the task expects, and the record without them; those that the line lacks are left out."""
+    named = {name: lookup(record, field) for name, field in names.items() if has_field(record, field)}
+    rest = dict(record)
     for field in names.values():
-        fields.pop(field, None)
-    return named
+        rest = _without(rest, field)
+    return named, rest
+
+
+def _without(record: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The record without a field, also one inside an object: a template may see the rest of the object."""
+    if path in record:
+        return {name: value for name, value in record.items() if name != path}
+    name, _, inner = path.partition(".")
+    value = record.get(name)
+    if inner and isinstance(value, dict):
+        return {**record, name: _without(value, inner)}
+    return dict(record)
 
 
 def kind(value: Any) -> str:

@@ -8,8 +8,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from promptmill.readers.fields import BadLine, from_fields, kind, peek_id, take_id, take_named, take_object
-from promptmill.readers.source import TextLine
+from promptmill.readers.fields import (
+    BadLine,
+    from_fields,
+    kind,
+    peek_id,
+    split_named,
+    take_id,
+    take_object,
+)
+from promptmill.readers.source import MARK, TextLine
 from promptmill.registry import suggestion
 from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
 from promptmill.tool_calls import turn_extra
@@ -39,10 +47,12 @@ def read_objects(lines: Iterator[TextLine], convert: Convert) -> Iterator[Datase
     """Parse each line as a JSON object and convert it; what cannot be becomes a line with an error."""
     decode = decoder().decode
     for line in lines:
+        # A byte order mark is left where files were put together.
+        text = line.text.removeprefix(MARK)
         if line.error:
             yield DatasetLine(line.number, error=line.error)
-        elif line.text and not line.text.isspace():
-            yield _parsed(line, decode, convert)
+        elif text and not text.isspace():
+            yield _parsed(line.number, text, decode, convert)
 
 
 def decoder() -> json.JSONDecoder:
@@ -50,9 +60,9 @@ def decoder() -> json.JSONDecoder:
     return json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 
-def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
+def _parsed(number: int, text: str, decode: Callable[[str], Any], convert: Convert) -> DatasetLine:
     try:
-        record = decode(line.text)
+        record = decode(text)
     except json.JSONDecodeError as problem:
         error = f"broken JSON at column {problem.colno}: {problem.msg}"
     except RecursionError:
@@ -63,8 +73,8 @@ def _parsed(line: TextLine, decode: Callable[[str], Any], convert: Convert) -> D
         # Python reads no whole number of more than 4,300 digits.
         error = "broken JSON: a number with too many digits"
     else:
-        return converted(line.number, record, line.text, convert)
-    return DatasetLine(line.number, error=error)
+        return converted(number, record, text, convert)
+    return DatasetLine(number, error=error)
 
 
 def converted(number: int, record: Any, text: str, convert: Convert) -> DatasetLine:
@@ -116,10 +126,16 @@ def _refuse_unstorable(record: dict[str, Any]) -> None:
 
 
 def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
-    """Raises BadLine or BadParameter for a record that cannot be used."""
-    if layout.has_template and (layout.input or "input" not in record):
+    """Raises BadLine or BadParameter for a record that cannot be used.
+
+    With a template a record is flat, whatever its keys are called, unless its ``input`` is an object.
+    """
+    has_input = isinstance(record.get("input"), dict)
+    if layout.has_template and (layout.input or not has_input):
         return from_fields(number, record, layout)
-    asked = [name for name in QUESTIONS if name in record]
+    asked = [name for name in QUESTIONS if record.get(name) is not None]
+    if not asked or (asked == ["input"] and not has_input):
+        asked = [name for name in QUESTIONS[:2] if name in record]
     if not asked:
         raise BadLine("neither 'prompt' nor 'messages' in the line; give --template or --task to use other fields")
     if len(asked) > 1:
@@ -128,11 +144,13 @@ def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
 
 
 def _structured(number: int, record: dict[str, Any], layout: Layout, question: str) -> DatasetLine:
-    record = dict(record)
-    value = record.pop(question)
-    custom_id = take_id(record)
+    record = {name: each for name, each in record.items() if each is not None or name not in QUESTIONS}
+    value = record.pop(question, None)
     # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
-    expected = _expected(record, value, layout)
+    expected = record.pop("expected", None)
+    if layout.expected:
+        value, expected, record = _apart(value, expected, record, layout)
+    custom_id = take_id(record)
     meta = take_object(record, "meta")
     if not record.keys() <= KNOWN:
         unknown = min(record.keys() - KNOWN)
@@ -143,21 +161,20 @@ def _structured(number: int, record: dict[str, Any], layout: Layout, question: s
     if question == "messages":
         turns = messages_of(value)
         return DatasetLine(number, custom_id, messages=turns, expected=expected, meta=meta, sampling=sampling)
-    if not isinstance(value, dict):
-        raise BadLine(f"'input' is {kind(value)}, not an object")
     if not layout.has_template:
         raise BadLine("the line has 'input' fields and there is no template: give --template or --task")
     return DatasetLine(number, custom_id, fields=value, expected=expected, meta=meta, sampling=sampling)
 
 
-def _expected(record: dict[str, Any], value: Any, layout: Layout) -> Any:
-    """What is expected, taken out of the record and out of its ``input``: no template may see it."""
-    named = take_named(value, layout.expected) if isinstance(value, dict) else {}
-    named |= take_named(record, layout.expected)
-    given = record.pop("expected", None)
-    if not named:
-        return given
-    return {**given, **named} if isinstance(given, dict) else named
+def _apart(value: Any, expected: Any, record: dict[str, Any], layout: Layout) -> tuple[Any, Any, dict[str, Any]]:
+    """What is asked, what is expected, and the rest of a record. No template may see what is expected."""
+    named, record = split_named(record, layout.expected)
+    if isinstance(value, dict):
+        inside, value = split_named(value, layout.expected)
+        named = inside | named
+    if named:
+        expected = {**expected, **named} if isinstance(expected, dict) else named
+    return value, expected, record
 
 
 def text_of(value: Any) -> str:
@@ -175,33 +192,43 @@ def messages_of(value: Any) -> tuple[Message, ...]:
     return tuple(_message(index, each) for index, each in enumerate(value))
 
 
+#: Keys of a message that say nothing to a model: a client keeps them when it sends an answer back.
+PASSED_OVER = {"name", "annotations"}
+
+#: What an assistant thought, under the names that servers give it. Ours is the first.
+REASONING = ("reasoning_content", "reasoning")
+
+
 def _message(index: int, value: Any) -> Message:
     if not isinstance(value, dict):
         raise BadLine(f"messages[{index}] is {kind(value)}, not an object")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise BadLine(f"messages[{index}].role is not one of {', '.join(sorted(ROLES))}")
-    extra = value.keys() - {"role", "content", "name"}
+    extra = {name for name, each in value.items() if each is not None} - {"role", "content"} - PASSED_OVER
+    if role == "assistant" and value.get("tool_calls") == []:
+        extra.discard("tool_calls")
     if not extra:
         return Message(role, _content(index, value.get("content")))
-    if unknown := {each for each in extra if value[each] is not None} - {"tool_calls", "tool_call_id"}:
+    allowed = {"tool_calls", "tool_call_id", *(REASONING if role == "assistant" else ())}
+    if unknown := extra - allowed:
         raise BadLine(f"unsupported key '{min(unknown)[:40]}' in messages[{index}]")
     try:
-        more = turn_extra(value)
+        more = turn_extra({name: value[name] for name in extra | ({"role", "name"} & value.keys())})
     except ValueError as problem:
         raise BadLine(f"messages[{index}]: {problem}") from None
     content = value.get("content")
-    # An assistant that calls something need not say anything.
-    said = "" if content is None and value.get("tool_calls") else _content(index, content)
+    # An assistant that calls something, or only thought so far, need not say anything.
+    said = "" if content is None and more else _content(index, content)
     return Message(role, said, more)
 
 
 def _content(index: int, value: Any) -> str:
-    """Text, or a list of text parts, which are joined."""
+    """Text, or a list of text parts, which stand on lines of their own, as llama.cpp's server and vLLM join them."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
         if texts and all(isinstance(text, str) for text in texts):
-            return "".join(str(text) for text in texts)
+            return "\n".join(str(text) for text in texts)
     raise BadLine(f"messages[{index}].content is neither a text nor a list of text parts")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from promptmill.readers.source import TextLine
+from promptmill.readers.source import MARK, TextLine
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 def read(lines: Iterator[TextLine], layout: Layout) -> Iterator[DatasetLine]:
     """With a template a line is its field ``prompt``; else it is the prompt itself."""
     for line in lines:
+        # A byte order mark is left where files were put together.
+        text = line.text.removeprefix(MARK)
         if line.error:
             yield DatasetLine(line.number, error=line.error)
-        elif not line.text.strip():
+        elif not text.strip():
             continue
         elif layout.has_template:
-            yield DatasetLine(line.number, fields={"prompt": line.text})
+            yield DatasetLine(line.number, fields={"prompt": text})
         else:
-            yield DatasetLine(line.number, prompt=line.text)
+            yield DatasetLine(line.number, prompt=text)

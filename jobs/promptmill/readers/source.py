@@ -25,10 +25,13 @@ BLOCK = 1024 * 1024
 
 BOM = b"\xef\xbb\xbf"
 
+#: The same as text. Inside a file it is left where two files were put together.
+MARK = "\ufeff"
+
 #: How a UTF-16 file begins, which spreadsheets like to write.
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
-#: First bytes -> compression, for streams, which have no name to tell it.
+#: First bytes -> compression, for files whose name does not tell it.
 MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 
 
@@ -116,12 +119,14 @@ class Source:
 
     @cached_property
     def compression(self) -> str | None:
+        """By the name, else by the first bytes, with which no text begins."""
         by_name = {".gz": "gz", ".zst": "zst"}.get(Path(self.name).suffix.lower())
-        if by_name or not self.is_stream:
-            return by_name
+        return by_name or next((kind for magic, kind in MAGIC.items() if self.begins_with(magic)), None)
+
+    def begins_with(self, magic: bytes) -> bool:
+        """Whether these are the file's first bytes, as it lies on disk."""
         with self._path.open("rb") as file:
-            start = file.read(4)
-        return next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+            return file.read(len(magic)) == magic
 
     @property
     def ending(self) -> str:
@@ -134,12 +139,20 @@ class Source:
         with self._path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def first_line(self) -> str:
-        """The first line that is not blank. Raises DatasetError when there is none."""
+    def first_lines(self, most: int) -> list[str]:
+        """The first lines that are not blank, fewer where they are long. Raises DatasetError when there is none."""
+        found: list[str] = []
+        size = 0
         for line in self.lines():
-            if line.text.strip() or line.error:
-                return line.text.strip()
-        raise DatasetError(f"{self.name} has no lines but blank ones", hint="A dataset has at least one line.")
+            text = line.text.strip().removeprefix(MARK)
+            if text or line.error:
+                found.append(text)
+                size += len(text)
+            if len(found) == most or size > LONGEST_LINE:
+                break
+        if not found:
+            raise DatasetError(f"{self.name} has no lines but blank ones", hint="A dataset has at least one line.")
+        return found
 
     def lines(self) -> Iterator[TextLine]:
         """Every line. A problem of the compression ends the reading with a DatasetError."""
@@ -180,8 +193,10 @@ def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
         )
     if block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
+    # Old Macs, and some spreadsheets on new ones, end lines by a carriage return alone.
+    end = b"\r" if b"\r" in block and b"\n" not in block else b"\n"
     while block:
-        parts = (rest + block).split(b"\n")
+        parts = (rest + block).split(end)
         rest = parts.pop()
         for part in parts:
             number += 1
@@ -190,7 +205,7 @@ def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
         block = b""
         if len(rest) > LONGEST_LINE:
             number += 1
-            skipped, block = _skip_line(blocks, rest)
+            skipped, block = _skip_line(blocks, rest, end)
             yield TextLine(number, "", TOO_LONG)
             rest, offset = b"", offset + skipped
         block = block or blocks.read()
@@ -198,13 +213,13 @@ def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
         yield _decoded(number + 1, offset, rest)
 
 
-def _skip_line(blocks: _Blocks, start: bytes) -> tuple[int, bytes]:
+def _skip_line(blocks: _Blocks, start: bytes, end: bytes) -> tuple[int, bytes]:
     """Read past the end of an endless line; returns how many bytes were skipped and what follows them."""
     skipped = len(start)
     while block := blocks.read():
-        end = block.find(b"\n")
-        if end >= 0:
-            return skipped + end + 1, block[end + 1 :]
+        at = block.find(end)
+        if at >= 0:
+            return skipped + at + 1, block[at + 1 :]
         skipped += len(block)
     return skipped, b""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError
+from promptmill.prompts import SYSTEM_ROLES
 from promptmill.types import Message, SamplingParams
 
 #: A conversation that ends with an answer, which shows what a template writes after one.
@@ -55,6 +57,43 @@ class ChatTemplate:
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+
+
+def written(source: str, turns: list[dict[str, Any]], write: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Messages as ``write`` has them from the template ``source``; the role ``developer`` is ``system`` to one that
+    does not know it, or only in some places.
+
+    Raises RequestError for what the template refuses, and where it leaves out what a system or a developer says.
+    """
+    says = [each for each in turns if each["role"] in SYSTEM_ROLES]
+    if any(each["role"] == "developer" for each in says):
+        if "developer" in source:
+            with suppress(RequestError):
+                text = write(turns)
+                if _left_out(says, text) is None:
+                    return text
+        turns = _as_system(turns)
+    text = write(turns)
+    if (role := _left_out(says, text)) is not None:
+        raise RequestError(f"the model's chat template leaves out a message of the role '{role}': say it as the user")
+    return text
+
+
+def _left_out(says: Sequence[dict[str, Any]], text: str) -> str | None:
+    """The role of the first message that is not in the text."""
+    return next((each["role"] for each in says if each["content"].strip() not in text), None)
+
+
+def _as_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Templates want one system message, at the start: what a developer says there beside a system is put behind it."""
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        role = "system" if turn["role"] == "developer" else turn["role"]
+        if len(found) == 1 and found[0]["role"] == role == "system":
+            found[0] = found[0] | {"content": f"{found[0]['content']}\n\n{turn['content']}"}
+        else:
+            found.append(turn | {"role": role})
+    return found
 
 
 def tools_for(source: str, messages: Sequence[Message], sampling: SamplingParams) -> list[Any] | None:

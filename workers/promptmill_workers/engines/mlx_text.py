@@ -298,7 +298,7 @@ class AnswerText:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a model's folder. Raises ModelError."""
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = json.loads((folder / name).read_text(encoding="utf-8-sig"))
     except OSError:
         raise ModelError(f"{folder.name} has no readable {name}", hint="Give the folder of an MLX model.") from None
     except ValueError:

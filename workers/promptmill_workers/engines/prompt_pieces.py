@@ -16,7 +16,7 @@ from promptmill.errors import RequestError
 from promptmill.prompts import turn_of
 from promptmill.types import Message, SamplingParams, Span
 from promptmill_workers.answering import END_OF_THINK, THINK, opened
-from promptmill_workers.engines.chat_template import tools_for
+from promptmill_workers.engines.chat_template import tools_for, written
 from promptmill_workers.engines.contract import EngineRequest
 
 #: Characters that Unicode gives no meaning: none of them is in a text that is marked with it.
@@ -188,10 +188,14 @@ class _Chat:
         turns = [self._turn(each, replace) for each in self._messages]
         tools = None if self._tools is None else _replaced(self._tools, self._controls, replace)
         ask = self._sampling.add_generation_prompt is not False and not self._end
+
+        def write(shown: list[dict[str, Any]]) -> str:
+            return self._template.write(shown, tools, self._sampling, ask)
+
         if not self._end:
-            return self._template.write(turns, tools, self._sampling, ask)
+            return written(self._template.source, turns, write)
         turns[-1]["content"] += self._end
-        text, found, _ = self._template.write(turns, tools, self._sampling, ask).rpartition(self._end)
+        text, found, _ = written(self._template.source, turns, write).rpartition(self._end)
         if not found:
             raise RequestError("the model's chat template does not write the last message as it is: not continued")
         return text.replace(self._end, "")
