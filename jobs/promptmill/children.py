@@ -63,7 +63,7 @@ class Pool:
     """Children that wait for work. Any number of threads may call; each call has a child of its own."""
 
     def __init__(self) -> None:
-        self._idle: list[_Child] = []
+        self._idle: list[Child] = []
         self._lock = threading.Lock()
 
     def call(self, limits: Limits, function: Callable[..., R], *arguments: Any) -> R:
@@ -74,7 +74,7 @@ class Pool:
         with self._lock:
             child = self._idle.pop() if self._idle else None
         if child is None:
-            child = _Child()
+            child = Child()
         try:
             raised, value, is_tired = child.call(limits, function, arguments)
         except BaseException:
@@ -99,8 +99,8 @@ class Pool:
             child.end()
 
 
-class _Child:
-    """One process. It ends with the one that started it, whatever that died of."""
+class Child:
+    """One process, for calls one after another. It ends with the one that started it, whatever that died of."""
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
@@ -144,7 +144,14 @@ class _Child:
                 return False
         return True
 
+    def __del__(self) -> None:
+        # Nobody can call it any more.
+        self.end()
+
     def end(self) -> None:
+        """Kill it; once more is nothing."""
+        if self._pipe.closed:
+            return
         self._process.kill()
         self._process.wait()
         self._pipe.close()

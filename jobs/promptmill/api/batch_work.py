@@ -20,7 +20,7 @@ from promptmill.submission import JobOrder, submit
 from promptmill.task_file import parse_task
 from promptmill.tool_calls import Call, Offer, read_calls
 
-#: Seconds in which the calls of a batch are read; what is left then is shown as the text that it is.
+#: Seconds of computing in which the calls of a batch are read; what is left then is shown as the text that it is.
 READ_CALLS_S = 60.0
 
 
@@ -66,8 +66,8 @@ class Reading:
     def read(self, text: str, offer: Offer) -> tuple[str, list[Call]]:
         if self._left_s <= 0 and offer.is_strict:
             return text, []
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             return read_calls(text, offer)
         finally:
-            self._left_s -= time.perf_counter() - started
+            self._left_s -= time.thread_time() - started
