@@ -8,7 +8,7 @@ from typing import Any
 
 import regex
 
-#: Seconds of computing that a regular expression may take on one text, and one scorer in all: then its texts are given up.
+#: Seconds of computing that an expression may take on one text, and one scorer in all: then its texts are given up.
 SEARCH_S = 1.0
 ALL_SEARCHES_S = 10.0
 
