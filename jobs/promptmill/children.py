@@ -64,6 +64,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._idle: list[Child] = []
+        self._busy: set[Child] = set()
         self._lock = threading.Lock()
 
     def call(self, limits: Limits, function: Callable[..., R], *arguments: Any) -> R:
@@ -75,11 +76,14 @@ class Pool:
             child = self._idle.pop() if self._idle else None
         if child is None:
             child = Child()
+        self._busy.add(child)
         try:
             raised, value, is_tired = child.call(limits, function, arguments)
         except BaseException:
             child.end()
             raise
+        finally:
+            self._busy.discard(child)
         with self._lock:
             is_kept = not is_tired and len(self._idle) < KEPT
             if is_kept:
@@ -92,11 +96,13 @@ class Pool:
         return result
 
     def close(self) -> None:
-        """End the children that wait."""
+        """End the children that wait, and those at work: their calls raise OverLimit."""
         with self._lock:
             idle, self._idle = self._idle, []
         for child in idle:
             child.end()
+        for child in list(self._busy):
+            child.kill()
 
 
 class Child:
@@ -148,11 +154,15 @@ class Child:
         # Nobody can call it any more.
         self.end()
 
+    def kill(self) -> None:
+        """Let a call that another thread waits for end."""
+        self._process.kill()
+
     def end(self) -> None:
         """Kill it; once more is nothing."""
         if self._pipe.closed:
             return
-        self._process.kill()
+        self.kill()
         self._process.wait()
         self._pipe.close()
         os.close(self._life)

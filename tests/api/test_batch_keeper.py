@@ -65,7 +65,7 @@ def keep(keeper: Keeper) -> list[str]:
 
 def test_a_batch_that_meets_a_bug_ends_and_says_so(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
-    monkeypatch.setattr(batch_keeper, "submit", lambda *given: 1 / 0)
+    monkeypatch.setattr(keeper, "_submit", lambda *given: 1 / 0)
     assert keep(keeper) == [batch_id]
     row = state_of(keeper.db, batch_id)
     assert row.state == "failed"

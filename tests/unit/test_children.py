@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -44,6 +45,15 @@ def test_a_call_beyond_its_limits_is_one_clear_error_and_the_next_is_served(pool
         pool.call(SHORT, *BEYOND[name])
     assert time.monotonic() - started < 10
     assert pool.call(Limits(10), operator.add, 1, 2) == 3
+
+
+def test_a_pool_that_is_closed_ends_the_calls_that_run() -> None:
+    pool = Pool()
+    threading.Timer(0.5, pool.close).start()
+    started = time.monotonic()
+    with pytest.raises(OverLimit):
+        pool.call(Limits(60), exec, "while True: pass")
+    assert time.monotonic() - started < 20
 
 
 def test_an_error_comes_back_as_it_was(pool: Pool) -> None:

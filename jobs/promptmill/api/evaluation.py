@@ -64,6 +64,6 @@ class Evaluation:
                 self._of_key.pop(key, None)
 
     def close(self) -> None:
-        """End the children that wait; those at work end with this process."""
+        """End all children, also those at work: this process is about to end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._pool.close()
