@@ -128,7 +128,7 @@ class Keeper:
     def _score(self, job: Row[Any]) -> None:
         """What cannot be scored once will not be the next time either."""
         try:
-            children.call(for_report(job.rows), batch_work.score, job.id)
+            children.call(for_report(job.rows), batch_work.score, self.settings, job.id)
         except PASSING:
             raise
         except Exception as problem:
@@ -247,7 +247,9 @@ class Keeper:
             "key_limit": self._limits(batch.api_key_id),
         }  # fmt: skip
         path = str(self.store.path(file.id))
-        return children.call(limits_for(file.bytes), batch_work.store, path, file.name, batch.task_text, wanted)
+        return children.call(
+            limits_for(file.bytes), batch_work.store, self.settings, path, file.name, batch.task_text, wanted
+        )
 
     def _limits(self, key_id: str | None) -> int | None:
         if key_id is None:

@@ -15,7 +15,7 @@ from promptmill.errors import DatabaseError, TaskFileError
 from promptmill.preparing import gauge_of
 from promptmill.readers import open_dataset
 from promptmill.score_runs import keep_scores
-from promptmill.settings import load_settings
+from promptmill.settings import Settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import parse_task
 from promptmill.tool_calls import Call, Offer, read_calls
@@ -24,9 +24,8 @@ from promptmill.tool_calls import Call, Offer, read_calls
 READ_CALLS_S = 60.0
 
 
-def store(path: str, file_name: str, task_text: str | None, wanted: dict[str, Any]) -> str:
+def store(settings: Settings, path: str, file_name: str, task_text: str | None, wanted: dict[str, Any]) -> str:
     """Store the job of a batch; returns its id. ``wanted``: fields of :class:`JobOrder`."""
-    settings = load_settings()
     task = parse_task(task_text, wanted["name"]) if task_text else None
     order = JobOrder(
         mode="queue", task=task, sampling=dict(task.generate) if task else {}, max_errors="100%", skip_invalid=True,
@@ -42,9 +41,9 @@ def store(path: str, file_name: str, task_text: str | None, wanted: dict[str, An
         return submit(db, dataset, order, gauge_of(order.model, settings))
 
 
-def score(job_id: str) -> None:
+def score(settings: Settings, job_id: str) -> None:
     """Keep the scores of an ended job; a task whose scores cannot be computed has none."""
-    with _passing(), opened(load_settings().database_url) as db, contextlib.suppress(TaskFileError):
+    with _passing(), opened(settings.database_url) as db, contextlib.suppress(TaskFileError):
         keep_scores(db, catalog.find_job(db, job_id))
 
 

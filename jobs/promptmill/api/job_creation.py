@@ -22,7 +22,7 @@ from promptmill.errors import DatasetError
 from promptmill.preparing import gauge_of
 from promptmill.readers import READERS, open_dataset
 from promptmill.service import dispatch
-from promptmill.settings import load_settings
+from promptmill.settings import Settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task
 
@@ -51,14 +51,13 @@ async def create(parts: Services, principal: Principal, wanted: dict[str, Any]) 
     """
     limits = limits_for(Path(wanted["path"]).stat().st_size)
     try:
-        return await parts.slow.run(principal, limits, create_here, wanted)
+        return await parts.slow.run(principal, limits, create_here, parts.settings, wanted)
     except OverLimit as problem:
         raise bad(f"The dataset was not read: {problem.message}. Is there an endless template?") from None
 
 
-def create_here(wanted: dict[str, Any]) -> str:
-    """In a child: the same by the settings of this process."""
-    settings = load_settings()
+def create_here(settings: Settings, wanted: dict[str, Any]) -> str:
+    """In a child: the same."""
     task = _task(wanted)
     order = JobOrder(
         mode="queue", task=task, sampling=(dict(task.generate) if task else {}) | wanted["sampling"],
