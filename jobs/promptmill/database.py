@@ -531,6 +531,16 @@ def open_database(url: str, *, connections: int | None = None, idle_s: float | N
     return engine
 
 
+@contextmanager
+def opened(url: str) -> Iterator[Engine]:
+    """:func:`open_database` for a while: of a process that is one of many, no connection stays open."""
+    engine = open_database(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
 def _require_revision(engine: Engine) -> None:
     current, head = _stamped_revision(engine), head_revision_fast()
     if current == head:

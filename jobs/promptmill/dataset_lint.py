@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptmill import schemas
 from promptmill.task_file import Task
 
 #: Labels listed of each field; a field with more different values is a number or a text, not a class.
@@ -162,12 +163,7 @@ class Lint:
 
 def _allows(rules: Mapping[str, Any], value: Any) -> bool:
     """Whether the schema of a field allows the value; of a schema that is none, validation says so elsewhere."""
-    from jsonschema import Draft202012Validator, SchemaError
-
-    try:
-        return bool(Draft202012Validator(rules).is_valid(value))
-    except SchemaError:
-        return True
+    return schemas.is_valid(rules, value)
 
 
 def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,8 +222,7 @@ def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple
         if must_be_here or not _may_be_elsewhere(name):
             raise
         return None, None
-    with _interrupts_later():
-        counter = token_counter(checkpoint)
+    counter = token_counter(checkpoint)
     limit = options.context_tokens or settings.context_tokens or counter.context_tokens
 
     def count(request: Request) -> int:
@@ -245,22 +242,6 @@ def _check_engine(checkpoint: Checkpoint, options: RunOptions, settings: Setting
     # The workers of a queue keep their KV cache by settings of their own.
     kv_type = settings.kv_type if mode == "embedded" else EngineOptions().kv_type
     check_options(checkpoint, EngineOptions(slots=options.slots or settings.slots, kv_type=kv_type))
-
-
-@contextlib.contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Let Ctrl-C count after this: a KeyboardInterrupt inside a library's callback into Python is swallowed there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if seen:
-        raise KeyboardInterrupt
 
 
 def _may_be_elsewhere(name: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, UndefinedError, nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,6 +32,9 @@ class TemplateMistake(TaskFileError):
         self.part, self.line = part, line
 
 
+#: A width in a text that ``%`` fills.
+_WIDE = re.compile(r"\d{7}|\*")
+
 #: Largest power that a template may raise a number to, and largest base.
 LARGEST_POWER = 1_000
 
@@ -45,16 +50,28 @@ class _Missing(StrictUndefined):
         return self._undefined_hint or f"'{self._undefined_name}' is undefined"
 
 
+class _NothingComputed(CodeGenerator):
+    """Code that computes nothing before the template is filled: a constant can be as large as a loop is long."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
+        if isinstance(node, nodes.TemplateData):
+            return super()._output_child_to_const(node, frame, finalize)
+        raise nodes.Impossible
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which limits ``range``, with limits on the operators that can fill the memory.
 
     What draws random values is taken out: a prompt must come out the same in the worker as at submission.
     """
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
+    code_generator_class = _NothingComputed
 
     def __init__(self, finalize: Callable[[Any], Any]) -> None:
-        super().__init__(undefined=_Missing, keep_trailing_newline=True, autoescape=False, finalize=finalize)
+        super().__init__(
+            undefined=_Missing, keep_trailing_newline=True, autoescape=False, optimized=False, finalize=finalize
+        )
         del self.globals["lipsum"], self.filters["random"]
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -72,6 +89,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > LARGEST_POWER or abs(right) > LARGEST_POWER):
             raise SecurityError(f"powers end at {LARGEST_POWER}")
+        if operator == "%" and isinstance(left, str) and _WIDE.search(left):
+            raise SecurityError("a width of more than six digits")
         for many, times in ((left, right), (right, left)):
             if isinstance(many, str | list | tuple) and isinstance(times, int) and len(many) * times > LONGEST_TEXT:
                 raise SecurityError(f"a text of more than {LONGEST_TEXT:,} characters")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import IO, Any
 
@@ -15,7 +15,7 @@ from promptmill.catalog import EXTRAS, result_line, result_rows
 from promptmill.database import reading
 from promptmill.openai_parameters import refusal_of
 from promptmill.tables import jobs, results
-from promptmill.tool_calls import Offer, read_calls, shown_calls
+from promptmill.tool_calls import Call, Offer, read_calls, shown_calls
 
 #: No parameters.
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -102,11 +102,16 @@ def common_sampling(db: Engine, job_id: str) -> dict[str, Any]:
 
 
 def openai_line(
-    row: Row[Any], model: str, common: Mapping[str, Any] = NOTHING, question: str | None = None
+    row: Row[Any],
+    model: str,
+    common: Mapping[str, Any] = NOTHING,
+    question: str | None = None,
+    read: Callable[[str, Offer], tuple[str, list[Call]]] = read_calls,
 ) -> dict[str, Any]:
     """A line of a batch output file (2xx) or error file (the rest).
 
-    ``common``: sampling parameters of the job; ``question``: the field that a row asks with, where that is known.
+    ``common``: sampling parameters of the job; ``question``: the field that a row asks with, where that is known;
+    ``read``: what finds the calls in an answer.
     """
     name = f"{row.job_id}-{row.row}"
     line: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": row.custom_id, "response": None, "error": None}
@@ -114,7 +119,7 @@ def openai_line(
         line["response"] = {
             "status_code": 200,
             "request_id": f"req_{name}",
-            "body": _completion(row, model, name, common),
+            "body": _completion(row, model, name, common, read),
         }
     elif row.error_class in NEVER_EXECUTED:
         line["error"] = {"code": NEVER_EXECUTED[row.error_class], "message": row.error_message}
@@ -136,7 +141,7 @@ def _param_and_code(row: Row[Any], question: str | None) -> tuple[str | None, st
     return None, row.error_class
 
 
-def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any]) -> dict[str, Any]:
+def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any], read: Any) -> dict[str, Any]:
     """The body of a response: a chat completion, a text completion of a raw prompt, or an embedding."""
     if row.embedding is not None:
         return {
@@ -154,6 +159,8 @@ def _completion(row: Row[Any], model: str, name: str, common: Mapping[str, Any])
     own = json.loads(row.sampling) if row.sampling and '"tools"' in row.sampling else NOTHING
     offer = Offer.of(own, common)
     answers = [first, *(json.loads(row.choices) if row.choices else ())]
+    if offer is not None:
+        answers = [each | {"calls": read(each["text"], offer)} for each in answers]
     return {
         "id": f"{'cmpl' if raw else 'chatcmpl'}-{name}",
         "object": "text_completion" if raw else "chat.completion",
@@ -192,7 +199,8 @@ def openai_choice(
         return choice | {"text": answer["text"], "logprobs": logprobs}
     message: dict[str, Any] = {"role": "assistant", "content": answer["text"], "refusal": None}
     if offer is not None:
-        content, calls = read_calls(answer["text"], offer)
+        # Read already where a schema of a client's was needed for it.
+        content, calls = answer.get("calls") or read_calls(answer["text"], offer)
         if calls:
             message |= {"content": content or None, "tool_calls": shown_calls(calls, f"{name}/{index}")}
             choice["finish_reason"] = why_ended(answer["finish_reason"], bool(calls))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from promptmill import schemas
 from promptmill.errors import RequestError
 from promptmill.grammars import grammar_problem
 from promptmill.registry import suggestion
@@ -28,6 +29,12 @@ MOST_TOP_LOGPROBS = 20
 
 #: Most choices or continuations of a line: each is computed.
 MOST_TEXTS = 1024
+
+#: Most stop texts and characters of one: each is looked for at each token. OpenAI's API takes 4.
+MOST_STOPS, LONGEST_STOP = 64, 1_000
+
+#: Most tokens with a bias.
+MOST_BIASES = 10_000
 
 
 #: Whole numbers below this are the same as decimals and back.
@@ -75,10 +82,12 @@ def _flag(value: Any) -> bool:
     return value
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _stops(value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (None,)
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError("a text or a list of texts, none of them empty")
+    if len(texts) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in texts):
+        raise ValueError(f"at most {MOST_STOPS} texts of at most {LONGEST_STOP:,} characters each")
     return texts
 
 
@@ -92,6 +101,8 @@ def _different_texts(value: Any) -> tuple[str, ...]:
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:
     """An object of token id -> number, or the pairs that this function made of one."""
+    if isinstance(value, Mapping | list | tuple) and len(value) > MOST_BIASES:
+        raise ValueError(f"an object of at most {MOST_BIASES:,} token ids")
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     bad = ValueError("an object of token ids, each with a number from -100 to 100")
     if not isinstance(pairs, list | tuple):
@@ -118,6 +129,8 @@ def _schema(value: Any) -> str:
         value = {}
     if not isinstance(value, dict):
         raise ValueError("a JSON schema: an object")
+    if problem := schemas.problem_of(value):
+        raise ValueError(f"a JSON schema that can be enforced; of this one: {problem}")
     # The order of properties is the order in which they are written: keys are not sorted.
     text = json.dumps(value, ensure_ascii=False)
     if problem := grammar_problem("json_schema", text):
@@ -154,7 +167,7 @@ PARAMETERS: Mapping[str, Callable[[Any], Any]] = {
     "top_p": _number(0, 1, above=True),
     "min_p": _number(0, 1),
     "seed": _seed,
-    "stop": _texts,
+    "stop": _stops,
     "timeout_s": _number(0, 1e9, above=True),
     "ignore_eos": _flag,
     "typical_p": _number(0, 1, above=True),

@@ -22,7 +22,7 @@ from ulid import ULID
 
 from promptmill.counting import Counts, counting
 from promptmill.database import copy_rows, epoch, lock_name, refresh_statistics, writing
-from promptmill.errors import BadLines, DatabaseError, DatasetError, JobExists, PromptmillError, QueueFull
+from promptmill.errors import BadLines, DatabaseError, DatasetError, JobExists, QueueFull, RequestError
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
 from promptmill.prompts import Template, payload, resolve_sampling, to_request
@@ -140,9 +140,9 @@ class Preparer:
         if problem is None:
             try:
                 return self._valid(line, row)
-            except PromptmillError as error:
-                problem = error.message
-                error_class = getattr(error, "error_class", error_class)
+            except RequestError as error:
+                # Any other error is not this line's: a model whose template never ends counts no line.
+                problem, error_class = error.message, getattr(error, "error_class", error_class)
         # It may quote what the line has.
         problem = storable(problem)
         self.tally.note_bad(line.line, problem)

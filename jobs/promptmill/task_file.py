@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from promptmill import score_entries
+from promptmill import schemas, score_entries
 from promptmill.errors import TaskFileError
 from promptmill.prompts import Template, TemplateMistake
 from promptmill.registry import suggestion
@@ -142,6 +142,9 @@ def load_task(path: str | Path) -> Task:
     return parse_task(f"{text.rstrip()}\n{BEHIND}\n{behind}", str(path), folder)
 
 
+#: Most values of a task file: a thousand few-shot examples of a hundred fields.
+MOST_VALUES = 100_000
+
 #: Between a task as it was written and the examples that were read from its file.
 BEHIND = "---"
 
@@ -227,12 +230,12 @@ def _schema_mistakes(output: OutputPart) -> Iterator[tuple[tuple[Any, ...], str]
         except BadParameter as problem:
             yield ("output", "schema"), problem.message
     elif output.mode == "validate":
-        from jsonschema import Draft202012Validator, SchemaError
-
         try:
-            Draft202012Validator.check_schema(output.schema_ or {})
-        except SchemaError as problem:
-            yield ("output", "schema", *problem.absolute_path), f"no JSON Schema: {problem.message[:200]}"
+            schemas.check(output.schema_ or {})
+        except schemas.BadSchema as mistake:
+            yield ("output", "schema", *mistake.place), f"no JSON Schema: {mistake}"
+    elif refused := schemas.problem_of(output.schema_):
+        yield ("output", "schema"), refused
 
 
 def _extract_mistakes(output: OutputPart) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -309,6 +312,8 @@ def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:
             raise TaskFileError(
                 f"{name}: a task file has keys: task, prompt, ...", hint="See datasets/ad_comments.task.yaml."
             )
+        for each in trees:
+            _refuse_many_values(each, name)
         _refuse_repeated_keys(tree, name)
         content, *behind = yaml.safe_load_all(text)
         if behind:
@@ -341,6 +346,27 @@ def _put_examples(content: dict[str, Any], behind: list[Any], place: str) -> Non
             f"{place}: a task file is one YAML document; a second one begins here", hint="Remove '---'."
         )
     content["prompt"] = prompt | behind[0]
+
+
+def _refuse_many_values(tree: yaml.Node, name: str) -> None:
+    """Aliases within aliases are few bytes and may be any number of values: they are counted, and not written out."""
+    sizes: dict[int, int] = {}
+    waiting = [tree]
+    while waiting:
+        node = waiting[-1]
+        below = _below(node)
+        if id(node) not in sizes:
+            # Begun: an alias to it from within is a circle, which PyYAML takes and nothing else does.
+            sizes[id(node)] = 0
+            waiting += [each for each in below if id(each) not in sizes]
+            continue
+        waiting.pop()
+        sizes[id(node)] = 1 + sum(sizes[id(each)] for each in below)
+        if sizes[id(node)] > MOST_VALUES:
+            raise TaskFileError(
+                f"{_place(name, node.start_mark)}: more than {MOST_VALUES:,} values, with aliases written out",
+                hint="Use fewer aliases (*name), or write examples into a file.",
+            )
 
 
 def _refuse_repeated_keys(tree: yaml.Node, name: str) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from promptmill import schemas
+
 #: Most functions of a request, and the longest JSON of all of them, in characters.
 MOST_TOOLS = 128
 LONGEST_TOOLS = 256 * 1024
@@ -46,6 +48,11 @@ class Offer:
 
     tools: str
     several: bool = True
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether arguments are validated: by a schema of the client's, in a child then."""
+        return any(each.get("strict") and each.get("parameters") for each in _functions(self.tools).values())
 
     @classmethod
     def of(cls, *samplings: Mapping[str, Any]) -> Offer | None:
@@ -97,23 +104,12 @@ def _function(index: int, tool: Any) -> str:
         raise ValueError(f"functions whose description is a text; that of '{name}' is none")
     if not isinstance(function.get("strict"), bool | None):
         raise ValueError(f"functions whose 'strict' is true or false; that of '{name}' is not")
-    parameters = function.get("parameters")
-    if parameters is not None and not _is_schema(parameters):
-        raise ValueError(f"functions whose parameters are a JSON schema; those of '{name}' are none")
+    if function.get("parameters") is not None:
+        try:
+            schemas.check(function["parameters"])
+        except ValueError as problem:
+            raise ValueError(f"functions whose parameters are a JSON schema; those of '{name}': {problem}") from None
     return name
-
-
-def _is_schema(value: Any) -> bool:
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
-    if not isinstance(value, dict):
-        return False
-    try:
-        validator_for(value).check_schema(value)
-    except (SchemaError, RecursionError):
-        return False
-    return True
 
 
 def schema_of_calls(tools: str, names: Iterable[str]) -> dict[str, Any]:
@@ -227,14 +223,7 @@ def _keeps_to(function: Mapping[str, Any], arguments: dict[str, Any]) -> bool:
     """Whether arguments are what a function with ``strict`` takes; another one takes any."""
     if not function.get("strict") or not function.get("parameters"):
         return True
-    from jsonschema.validators import validator_for
-
-    schema = function["parameters"]
-    try:
-        return bool(validator_for(schema)(schema).is_valid(arguments))
-    except Exception:
-        # A reference that leads nowhere, or in a circle.
-        return False
+    return schemas.is_valid(function["parameters"], arguments)
 
 
 def call_id(answer: str, index: int) -> str:

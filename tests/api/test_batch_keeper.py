@@ -27,7 +27,9 @@ from tests.conftest import wait_until
 @pytest.fixture
 def keeper(database: sa.Engine, tmp_path: Path) -> Keeper:
     # Nobody listens there: jobs wait in the database.
-    return Keeper(Settings(files_dir=str(tmp_path / "files"), redis_url="redis://127.0.0.1:1/0"), database)
+    url = database.url.render_as_string(hide_password=False)
+    settings = Settings(files_dir=str(tmp_path / "files"), redis_url="redis://127.0.0.1:1/0", database_url=url)
+    return Keeper(settings, database)
 
 
 def made(db: sa.Engine, file_id: str = "file-none", key_id: str | None = None) -> str:
@@ -65,7 +67,7 @@ def keep(keeper: Keeper) -> list[str]:
 
 def test_a_batch_that_meets_a_bug_ends_and_says_so(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
-    monkeypatch.setattr(batch_keeper, "submit", lambda *given: 1 / 0)
+    monkeypatch.setattr(keeper, "_submit", lambda *given: 1 / 0)
     assert keep(keeper) == [batch_id]
     row = state_of(keeper.db, batch_id)
     assert row.state == "failed"

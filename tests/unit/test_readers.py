@@ -113,7 +113,7 @@ def test_the_format_asked_for_wins_over_the_name(write: Write) -> None:
 
 
 def test_the_checksum_is_that_of_the_bytes_on_disk(write: Write) -> None:
-    path = write("a.txt.gz", gzip.compress(b"hello\n"))
+    path = write("a.txt.gz", gzip.compress(b"hello\n", mtime=0))
     expected = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True).stdout.split()[0]
     with open_dataset(path) as dataset:
         assert dataset.sha256 == expected
@@ -182,7 +182,7 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_an_error(write: Write
         (b'\n{"prompt": "p"}\n', "jsonl"),
         (b"p\n", "text"),
         (json.dumps(batch_line()).encode(), "openai_batch"),
-        (gzip.compress(b'{"prompt": "p"}\n'), "jsonl"),
+        (gzip.compress(b'{"prompt": "p"}\n', mtime=0), "jsonl"),
         (pack_zst(b"p\n"), "text"),
     ],
 )

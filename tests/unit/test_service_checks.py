@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 
 from promptmill.errors import BadLines, JobError
-from promptmill.preparing import _interrupts_later, check_max_errors, check_name
+from promptmill.preparing import check_max_errors, check_name
 
 
 @pytest.mark.parametrize("name", ["@last", "", " a", "a\n", "a" * 101, "01M7XXYM4ZEBJ1DDGAVYZ7GYA9"])
@@ -25,19 +23,6 @@ def test_other_names_are_fine(name: str | None) -> None:
 def test_a_limit_of_errors_that_cannot_be_is_refused(spec: str) -> None:
     with pytest.raises(JobError, match="--max-errors"):
         check_max_errors(spec)
-
-
-def test_ctrl_c_counts_after_a_library_has_returned() -> None:
-    reached = []
-
-    def load() -> None:
-        with _interrupts_later():
-            signal.raise_signal(signal.SIGINT)
-            reached.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        load()
-    assert reached
 
 
 def test_more_bad_lines_than_are_listed_can_be_seen() -> None:

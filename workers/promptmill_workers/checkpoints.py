@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,18 @@ def check_options(checkpoint: Checkpoint, options: EngineOptions) -> None:
 def token_counter(checkpoint: Checkpoint) -> TokenCounter:
     """The model's tokeniser without its weights. Raises ModelError."""
     _require_mlx(checkpoint)
-    kind: Any = resolve("engine", checkpoint.engine, ENGINES)
-    counter: TokenCounter = kind.token_counter(checkpoint.path)
+    if checkpoint.path is None:
+        return counter_here(checkpoint.engine, None)
+    from promptmill_workers.limited_counter import LimitedCounter
+
+    return LimitedCounter(checkpoint.name, checkpoint.engine, checkpoint.path)
+
+
+@lru_cache(maxsize=1)
+def counter_here(engine: str, path: Path | None) -> TokenCounter:
+    """The same in this process, without limits. Raises ModelError."""
+    kind: Any = resolve("engine", engine, ENGINES)
+    counter: TokenCounter = kind.token_counter(path)
     return counter
 
 

@@ -13,7 +13,7 @@ from promptmill.api import ids
 from promptmill.api.questions import Question
 from promptmill.live_wire import usage_of
 from promptmill.result_formats import openai_choice, openai_usage, shown_logprobs, why_ended
-from promptmill.tool_calls import Withheld, read_calls, shown_calls
+from promptmill.tool_calls import Call, Offer, Withheld, read_calls, shown_calls
 from promptmill.types import Usage
 
 #: What changes the answers of a model; clients compare it. The engine's versions are in /v1/system/status.
@@ -29,9 +29,19 @@ def choices_of(answer: dict[str, Any]) -> list[dict[str, Any]]:
     extras = answer["extras"]
     first = {
         "text": answer["text"], "finish_reason": answer["finish_reason"], "reasoning": extras.get("reasoning"),
-        "logprobs": extras.get("logprobs"),
+        "logprobs": extras.get("logprobs"), "calls": answer.get("calls"),
     }  # fmt: skip
     return [first, *(extras.get("choices") or ())]
+
+
+def all_choices(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The choices of all answers. The first of an answer is itself."""
+    return [each for answer in found for each in (answer, *(answer["extras"].get("choices") or ()))]
+
+
+def calls_of(offer: Offer, found: list[dict[str, Any]]) -> list[tuple[str, list[Call]]]:
+    """Text and calls of each choice: in a child, where a client's schema says what may be called with what."""
+    return [read_calls(each["text"], offer) for each in all_choices(found)]
 
 
 def whole(question: Question, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,7 +146,8 @@ class Chunks:
 
     def _end_of(self, index: int, choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
         told, offer = self._told[index], self._question.offer
-        content, calls = read_calls(choice["text"], offer) if offer else (choice["text"], [])
+        read = choice.get("calls")
+        content, calls = read or (read_calls(choice["text"], offer) if offer else (choice["text"], []))
         told.pending += (choice.get("logprobs") or [])[told.tokens :]
         if choice.get("reasoning") and not self._raw:
             yield self._chunk(index, delta={"reasoning_content": choice["reasoning"]})

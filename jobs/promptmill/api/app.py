@@ -17,6 +17,7 @@ from sqlalchemy.engine import Engine
 from starlette.staticfiles import StaticFiles
 
 from promptmill.api import batches, chat, errors, exposition, files, jobs, models, own_folder, pages, system
+from promptmill.api.evaluation import Evaluation
 from promptmill.api.file_store import FileStore
 from promptmill.api.limits import Limits
 from promptmill.api.live import Live
@@ -51,6 +52,8 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
         limits=Limits(settings),
         models=ModelDirectory(db),
         live=Live(settings.redis_url, settings.api_timeout_s),
+        quick=Evaluation(),
+        slow=Evaluation(),
         locked=locked,
         login_secret=own_folder.secret(store.root, db),
     )
@@ -67,6 +70,8 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
             yield
         finally:
             await parts.live.close()
+            parts.quick.close()
+            parts.slow.close()
             keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper

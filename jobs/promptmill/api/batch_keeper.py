@@ -22,28 +22,28 @@ import psycopg
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
+from promptmill import children
+from promptmill.api import batch_work
 from promptmill.api.batch_claims import AT_ONCE, Claims
 from promptmill.api.batch_rows import move
 from promptmill.api.batch_validation import QUESTIONS, validate
+from promptmill.api.evaluation import for_report
 from promptmill.api.file_store import FileStore, usable
+from promptmill.api.job_creation import limits_for
 from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
 from promptmill.broker import Broker
 from promptmill.catalog import FETCH_ROWS
 from promptmill.database import open_database, reading, writing
 from promptmill.dispatch import Dispatcher
-from promptmill.errors import BrokerError, DatabaseError, PromptmillError, TaskFileError
+from promptmill.errors import BrokerError, DatabaseError, PromptmillError
 from promptmill.housekeeping import Housekeeping
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
-from promptmill.preparing import gauge_of
-from promptmill.readers import open_dataset
 from promptmill.result_formats import openai_line
-from promptmill.score_runs import keep_scores, unscored
+from promptmill.score_runs import unscored
 from promptmill.settings import Settings, load_settings
-from promptmill.submission import JobOrder, submit
 from promptmill.tables import api_keys, batches, files, jobs, requests, results
-from promptmill.task_file import parse_task
 from promptmill.types import JobState
 
 log = logging.getLogger("promptmill.api.batches")
@@ -131,8 +131,7 @@ class Keeper:
     def _score(self, job: Row[Any]) -> None:
         """What cannot be scored once will not be the next time either."""
         try:
-            with contextlib.suppress(TaskFileError):
-                keep_scores(self.db, job)
+            children.call(for_report(job.rows), batch_work.score, self.settings, job.id)
         except PASSING:
             raise
         except Exception as problem:
@@ -245,19 +244,15 @@ class Keeper:
         return found
 
     def _submit(self, batch: Row[Any], file: Row[Any], model: str) -> str:
-        task = parse_task(batch.task_text, batch.id) if batch.task_text else None
-        limits = self._limits(batch.api_key_id)
-        order = JobOrder(
-            model=self.models.resolve(model) or model, mode="queue", task=task, name=batch.id,
-            sampling=dict(task.generate) if task else {}, priority=batch.priority, max_errors="100%", skip_invalid=True,
-            deadline_at=batch.expires_at, queue_limit=self.settings.max_queued_requests, api_key_id=batch.api_key_id,
-            key_limit=limits,
-        )  # fmt: skip
-        mapping = task.mapping if task else {}
-        path = self.store.path(file.id)
-        with open_dataset(path, format="openai_batch", has_template=task is not None, **mapping) as dataset:
-            dataset.name = file.name
-            return submit(self.db, dataset, order, gauge_of(order.model, self.settings))
+        wanted = {
+            "model": self.models.resolve(model) or model, "name": batch.id, "priority": batch.priority,
+            "deadline_at": batch.expires_at, "api_key_id": batch.api_key_id,
+            "key_limit": self._limits(batch.api_key_id),
+        }  # fmt: skip
+        path = str(self.store.path(file.id))
+        return children.call(
+            limits_for(file.bytes), batch_work.store, self.settings, path, file.name, batch.task_text, wanted
+        )
 
     def _limits(self, key_id: str | None) -> int | None:
         if key_id is None:
@@ -335,6 +330,7 @@ def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]
         .order_by(requests.c.row)
     )
     code, message = UNANSWERED[end]
+    reading_calls = batch_work.Reading()
     text = db.execute(sa.select(jobs.c.sampling).where(jobs.c.id == batch.job_id)).scalar()
     common = json.loads(text or "{}")
     for row in db.execution_options(yield_per=FETCH_ROWS).execute(query):
@@ -344,7 +340,7 @@ def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]
                 "error": {"code": code, "message": message},
             }  # fmt: skip
         else:
-            yield openai_line(row, batch.model or "", common, QUESTIONS[batch.endpoint])
+            yield openai_line(row, batch.model or "", common, QUESTIONS[batch.endpoint], reading_calls.read)
 
 
 def main() -> None:

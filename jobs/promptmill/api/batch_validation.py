@@ -19,6 +19,9 @@ from promptmill.readers.source import MARK, Source
 #: Errors that a batch lists; a file of another kind altogether would have one for each line.
 MOST_ERRORS = 1_000
 
+#: Blank lines that are passed over.
+MOST_BLANK = 1_000_000
+
 #: What a body of each endpoint asks with, and how its absence is told.
 QUESTIONS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 
@@ -80,12 +83,16 @@ def validate(path: str, endpoint: str, resolve: Resolve) -> Findings:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
-    source = Source.open(path)
+    source, blank = Source.open(path), 0
     try:
         for line in source.lines():
             text = line.text.removeprefix(MARK)
             if line.error or (text and not text.isspace()):
                 yield line.number, text, line.error
+            else:
+                blank += 1
+                if blank > MOST_BLANK:
+                    raise DatasetError(f"more than {MOST_BLANK:,} lines are blank")
     finally:
         source.close()
 

@@ -13,8 +13,9 @@ from starlette.responses import Response
 from promptmill.api import batch_rows, bodies, documents
 from promptmill.api.batch_validation import ENDPOINTS
 from promptmill.api.bodies import json_response, page, query_whole
-from promptmill.api.client_tasks import task_of
+from promptmill.api.client_tasks import require_task
 from promptmill.api.errors import ApiError, bad, not_found
+from promptmill.api.evaluation import QUICK
 from promptmill.api.files import LONGEST_LIFE_S, SHORTEST_LIFE_S
 from promptmill.api.keys import Principal
 from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread
@@ -41,8 +42,9 @@ SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 60.0, 30 * 86_400.0
 async def create(request: Request, parts: Parts, principal: Submitter) -> Response:
     """The batch is validated next; what is wrong with its lines is in ``errors`` of the batch."""
     body = await bodies.read_object(request)
-    # A long task file takes seconds to read.
-    values, window_s = await in_thread(_checked, body)
+    values, window_s = _checked(body)
+    if values["task_text"] is not None:
+        await _require_task(parts, principal, values["task_text"])
     values["api_key_id"] = principal.key_id
     row = await in_thread(_create, parts, values, window_s)
     return json_response((await in_thread(batch_rows.shape, parts.db, [row]))[0])
@@ -55,11 +57,6 @@ def _checked(body: dict[str, Any]) -> tuple[dict[str, Any], float]:
     window = bodies.text(body, "completion_window", required=True, longest=16)
     metadata = bodies.metadata(body)
     task = bodies.text(body, "task", longest=LONGEST_TASK)
-    if task is not None:
-        try:
-            task_of(task, "task")
-        except PromptmillError as problem:
-            raise bad(f"Invalid value for 'task': {problem.message}", "task", "invalid_value") from None
     return {
         "input_file_id": file_id, "endpoint": endpoint, "completion_window": window,
         "metadata": None if metadata is None else json.dumps(metadata, ensure_ascii=False),
@@ -67,6 +64,14 @@ def _checked(body: dict[str, Any]) -> tuple[dict[str, Any], float]:
         "idempotency_key": bodies.text(body, "idempotency_key", longest=255),
         "output_expires_after_s": _life_s(body.get("output_expires_after")),
     }, _window_s(window or "")  # fmt: skip
+
+
+async def _require_task(parts: Services, principal: Principal, text: str) -> None:
+    """Raises a 400 for a task that cannot be used, or takes too long to read: its templates and schemas are tried."""
+    try:
+        await parts.quick.run(principal, QUICK, require_task, text, "task")
+    except PromptmillError as problem:
+        raise bad(f"Invalid value for 'task': {problem.message}", "task", "invalid_value") from None
 
 
 def _window_s(text: str) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,11 +16,14 @@ from ulid import ULID
 from promptmill.api import answers, bodies, documents, questions
 from promptmill.api.bodies import json_response
 from promptmill.api.errors import ApiError
+from promptmill.api.errors import of as error_of
+from promptmill.api.evaluation import QUICK
 from promptmill.api.keys import Principal
 from promptmill.api.live import Call
 from promptmill.api.questions import Question
 from promptmill.api.services import Parts, Services, Submitter, in_thread, refusal_of
 from promptmill.api.streams import ClientGone, EventStream, event, unless_gone
+from promptmill.children import OverLimit
 from promptmill.live_wire import DONE, FAILED, TEXT
 from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS
 
@@ -56,7 +60,7 @@ async def complete(request: Request, parts: Parts, principal: Submitter) -> Resp
 @router.post(EMBEDDINGS, summary="Embeddings", openapi_extra=documents.EMBEDDING, responses=ENDS)
 async def embed(request: Request, parts: Parts, principal: Submitter) -> Response:
     """A vector for each text."""
-    question = questions.read(await bodies.read_object(request), EMBEDDINGS)
+    question = await _question(request, parts, principal, EMBEDDINGS)
     model = await find_model(parts, question.model)
     with parts.limits.running(principal):
         found = await _or_gone(request, _answers(parts, principal, question, model))
@@ -64,22 +68,35 @@ async def embed(request: Request, parts: Parts, principal: Submitter) -> Respons
 
 
 async def _complete(request: Request, parts: Services, principal: Principal, url: str) -> Response:
-    question = await _question(request, url)
+    question = await _question(request, parts, principal, url)
     model = await find_model(parts, question.model)
     if question.stream:
         return await _streamed(request, parts, principal, question, model)
     with parts.limits.running(principal, max(1, len(question.texts))):
         found = await _or_gone(request, _answers(parts, principal, question, model, request.state))
-    return json_response(answers.whole(question, found)) if found is not None else Response(status_code=GONE)
+    if found is None:
+        return Response(status_code=GONE)
+    await _read_calls(parts, principal, question, found)
+    return json_response(answers.whole(question, found))
 
 
-async def _question(request: Request, url: str) -> Question:
+#: Fields that are tried out as a grammar, or checked as a schema.
+TRIED_OUT = ("response_format", "json_schema", "tools", "regex", "choices")
+
+
+async def _question(request: Request, parts: Services, principal: Principal, url: str) -> Question:
     body = await bodies.read_object(request)
-    if body.get("response_format") is None and body.get("tools") is None:
+    if all(body.get(name) is None for name in TRIED_OUT):
         return questions.read(body, url)
-    # A schema is tried out as a grammar, and a large one takes seconds.
-    found: Question = await in_thread(questions.read, body, url)
-    return found
+    return await parts.quick.run(principal, QUICK, questions.read, body, url)
+
+
+async def _read_calls(parts: Services, principal: Principal, question: Question, found: list[dict[str, Any]]) -> None:
+    """Put the calls of answers into them, where arguments are validated by a schema of the client's."""
+    if question.offer is not None and question.offer.is_strict:
+        read = await parts.quick.run(principal, QUICK, answers.calls_of, question.offer, found)
+        for choice, calls in zip(answers.all_choices(found), read, strict=True):
+            choice["calls"] = calls
 
 
 async def find_model(parts: Services, name: str) -> str:
@@ -153,7 +170,8 @@ async def _streamed(
         first = await _or_gone(request, anext(replies))
         if first is None:
             return Response(status_code=GONE)
-        return EventStream(_events(question, first, replies, stack.pop_all()), refusal_of(request, principal))
+        read = partial(_read_calls, parts, principal, question)
+        return EventStream(_events(question, first, replies, read, stack.pop_all()), refusal_of(request, principal))
     raise AssertionError
 
 
@@ -187,7 +205,11 @@ async def _merged(calls: list[Call]) -> AsyncGenerator[Reply]:
 
 
 async def _events(
-    question: Question, first: Reply, replies: AsyncIterator[Reply], held: contextlib.AsyncExitStack
+    question: Question,
+    first: Reply,
+    replies: AsyncIterator[Reply],
+    read_calls: Callable[[list[dict[str, Any]]], Awaitable[None]],
+    held: contextlib.AsyncExitStack,
 ) -> AsyncIterator[bytes]:
     chunks = answers.Chunks(question)
     async with held:
@@ -199,6 +221,7 @@ async def _events(
             while True:
                 if kind == DONE:
                     found.append(value)
+                    await read_calls([value])
                 for chunk in chunks.text(number, *value) if kind == TEXT else chunks.end(number, value):
                     yield event(chunk)
                 if len(found) == max(1, len(question.texts)):
@@ -207,8 +230,8 @@ async def _events(
             for chunk in chunks.usage(found):
                 yield event(chunk)
             yield DONE_EVENT
-        except ApiError as problem:
-            yield event(problem.body())
+        except (ApiError, OverLimit) as problem:
+            yield event((problem if isinstance(problem, ApiError) else error_of(problem)).body())
 
 
 # --- as a reference server had it ------------------------------------------------------------------------------------

@@ -19,3 +19,8 @@ def task_of(text: str, name: str) -> Task:
                 hint="Use the other kinds of scores, or score the job with 'promptmill score JOB --task FILE'.",
             )
     return task
+
+
+def require_task(text: str, name: str) -> None:
+    """Raises as :func:`task_of`, whose task does not leave a child."""
+    task_of(text, name)

@@ -61,7 +61,7 @@ async def upload(request: Request, parts: Parts, principal: Submitter) -> Respon
         purpose, expires_in_s = _checked(form)
         name = _name(form)
         if purpose == "batch":
-            _require_batch_format(draft, name)
+            await in_thread(_require_batch_format, draft, name)
         elif not draft.bytes:
             raise bad("The file is empty.", "file", "invalid_value")
         row = await in_thread(parts.store.store, draft, name, purpose, owner, expires_in_s, None, allowed)
@@ -106,9 +106,10 @@ def _require_batch_format(draft: Draft, name: str) -> None:
         raise bad(BAD_FORMAT)
     draft.flush()
     with draft.path.open("rb") as file:
-        first = next((line for line in iter(lambda: file.readline(HEAD_BYTES), b"") if line.strip()), b"")
+        # In one piece: lines without anything can be as many as bytes.
+        first = file.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
     try:
-        record = orjson.loads(first.removeprefix(b"\xef\xbb\xbf"))
+        record = orjson.loads(first)
     except orjson.JSONDecodeError:
         record = None
     if not isinstance(record, dict):

@@ -1,40 +1,37 @@
-"""A job from a file or from lines that came with the call. Large ones, and all with templates or for real models, in a
-process of their own, which ends when its time is over: neither a million lines nor a template holds the server up.
+"""A job from a file or from lines that came with the call, stored by a child with limits: neither a million lines nor a
+template holds the server up.
 """
 
 from __future__ import annotations
 
-import asyncio
 import gzip
-import json
-import os
-import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import zstandard
-from sqlalchemy.engine import Engine
 
-from promptmill import errors
+from promptmill import catalog
 from promptmill.api.client_tasks import task_of
-from promptmill.api.errors import ApiError
-from promptmill.database import open_database
-from promptmill.errors import BadLines, DatasetError, PromptmillError
+from promptmill.api.errors import bad
+from promptmill.api.keys import Principal
+from promptmill.api.services import Services
+from promptmill.children import Limits, OverLimit
+from promptmill.database import opened
+from promptmill.errors import DatasetError
 from promptmill.preparing import gauge_of
 from promptmill.readers import READERS, open_dataset
 from promptmill.service import dispatch
-from promptmill.settings import Settings, load_settings
+from promptmill.settings import Settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task
 from promptmill.text_files import without_marks
 
-#: Bytes of lines that the server itself takes in: a fraction of a second.
-SMALL_BYTES = 256 * 1024
-
 #: Seconds that a submission may take, and seconds more for each MiB of its lines: a tenth of the usual speed.
 LONGEST_S, LONGEST_S_PER_MIB = 30.0, 5.0
+
+#: MiB of memory that it may use.
+MEGABYTES = 1_024
 
 #: Times that a compressed dataset may be larger than its file, and how large any may be.
 MOST_UNPACKED_RATIO = 100
@@ -42,42 +39,26 @@ MOST_UNPACKED_BYTES = 8 * 2**30
 BLOCK = 2**20
 
 
-async def create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
+def limits_for(size: int) -> Limits:
+    """Of a submission whose lines have so many bytes."""
+    return Limits(LONGEST_S + LONGEST_S_PER_MIB * size / 2**20, MEGABYTES)
+
+
+async def create(parts: Services, principal: Principal, wanted: dict[str, Any]) -> str:
     """Store the job and publish it; returns its id.
 
     ``wanted``: ``path`` and ``name`` of the dataset, ``format``, ``model``, ``task``, ``template``, ``system`` and the
     rest of :class:`JobOrder`. Raises PromptmillError for what cannot be used; nothing is stored then.
     """
-    size = Path(wanted["path"]).stat().st_size
-    # The tokeniser of a real model is native code, and takes a while to load.
-    is_quick = size <= SMALL_BYTES and wanted["model"].partition(":")[0] == "echo"
-    if is_quick and not (wanted.get("task") or wanted.get("template")):
-        return await asyncio.get_running_loop().run_in_executor(None, _create, settings, db, wanted)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "promptmill.api.job_creation", stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    limit_s = LONGEST_S + LONGEST_S_PER_MIB * size / 2**20
+    limits = limits_for(Path(wanted["path"]).stat().st_size)
     try:
-        out, _ = await asyncio.wait_for(process.communicate(json.dumps(wanted).encode()), limit_s)
-    except TimeoutError:
-        raise ApiError(400, f"The dataset was not read within {limit_s:.0f} s: is there an endless template?") from None
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
-    answer = json.loads(out or b"{}")
-    if "job_id" in answer:
-        return str(answer["job_id"])
-    if "error" not in answer:
-        raise ApiError(500, "The server had an error while processing your request.")
-    kind = getattr(errors, answer["error"], PromptmillError)
-    if not issubclass(kind, PromptmillError) or kind in (BadLines, errors.JobExists):
-        kind = DatasetError
-    raise kind(answer["message"], hint=answer["hint"])
+        return await parts.slow.run(principal, limits, create_here, parts.settings, wanted)
+    except OverLimit as problem:
+        raise bad(f"The dataset was not read: {problem.message}. Is there an endless template?") from None
 
 
-def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
+def create_here(settings: Settings, wanted: dict[str, Any]) -> str:
+    """In a child: the same."""
     task = _task(wanted)
     order = JobOrder(
         mode="queue", task=task, sampling=(dict(task.generate) if task else {}) | wanted["sampling"],
@@ -86,7 +67,7 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
                                            "key_limit", "deadline_at")},
     )  # fmt: skip
     _refuse_bomb(wanted["path"], wanted["name_of_file"])
-    with tempfile.TemporaryDirectory(prefix="promptmill-") as folder:
+    with tempfile.TemporaryDirectory(prefix="promptmill-") as folder, opened(settings.database_url) as db:
         # A path that ends as the file was called: the ending tells format and compression.
         path = Path(folder) / f"dataset{_ending(wanted['name_of_file'])}"
         path.symlink_to(Path(wanted["path"]).absolute())
@@ -94,9 +75,7 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
         with open_dataset(path, format=wanted["format"], has_template=task is not None, **mapping) as dataset:
             dataset.name = wanted["name_of_file"]
             job_id = submit(db, dataset, order, gauge_of(order.model, settings))
-    from promptmill import catalog
-
-    dispatch(catalog.find_job(db, job_id), settings, db)
+        dispatch(catalog.find_job(db, job_id), settings, db)
     return job_id
 
 
@@ -132,20 +111,3 @@ def _refuse_bomb(path: str, name: str) -> None:
 
 
 FORMATS = tuple(READERS)
-
-
-def main() -> None:
-    """Entry point of the process: one order on stdin, its answer on stdout."""
-    wanted = json.loads(sys.stdin.buffer.read())
-    try:
-        settings = load_settings()
-        db = open_database(settings.database_url)
-        answer: dict[str, Any] = {"job_id": _create(settings, db, wanted)}
-        db.dispose()
-    except PromptmillError as problem:
-        answer = problem.to_json()
-    sys.stdout.write(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()

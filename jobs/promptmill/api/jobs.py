@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import IO, Any
 
 import orjson
 import sqlalchemy as sa
@@ -14,14 +14,15 @@ from sqlalchemy.engine import Row
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from promptmill import catalog, service
-from promptmill.api import bodies, documents, job_creation
+from promptmill.api import bodies, documents, evaluation, job_creation
 from promptmill.api.bodies import json_response, page, query_whole
 from promptmill.api.errors import ApiError, bad, not_found
 from promptmill.api.errors import of as error_of
+from promptmill.api.evaluation import QUICK
 from promptmill.api.keys import Principal
 from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread, refusal_of
 from promptmill.api.streams import EventStream, event
-from promptmill.database import reading
+from promptmill.database import opened, reading
 from promptmill.errors import PromptmillError
 from promptmill.preparing import check_max_errors, check_name
 from promptmill.sampling import check_parameters
@@ -70,31 +71,45 @@ async def create(request: Request, parts: Parts, principal: Submitter) -> Respon
     """From an uploaded file (``file_id``) or from ``lines``; checked whole, then stored whole."""
     body = await bodies.read_object(request)
     bodies.known_only(body, KNOWN)
-    wanted = await in_thread(order_of, parts, principal, body)
+    wanted = await wanted_of(parts, principal, body)
     if "lines" not in body:
         row = await in_thread(parts.store.find, bodies.text(body, "file_id", required=True), principal)
         wanted |= {"path": str(parts.store.path(row.id)), "name_of_file": row.name}
-        job_id = await job_creation.create(parts.settings, parts.db, wanted)
+        job_id = await job_creation.create(parts, principal, wanted)
     else:
-        job_id = await _from_lines(parts, body, wanted)
+        job_id = await _from_lines(parts, principal, body, wanted)
     return json_response(await in_thread(status, parts, job_id, principal))
 
 
-async def _from_lines(parts: Services, body: dict[str, Any], wanted: dict[str, Any]) -> str:
+async def _from_lines(parts: Services, principal: Principal, body: dict[str, Any], wanted: dict[str, Any]) -> str:
     lines = body["lines"]
     if body.get("file_id") is not None:
         raise bad("Give 'file_id' or 'lines', not both.", "lines", "invalid_value")
     if not isinstance(lines, list) or not lines or not all(isinstance(each, dict | str) for each in lines):
         raise bad("Invalid type for 'lines': expected an array of objects or strings.", "lines", "invalid_type")
     with tempfile.NamedTemporaryFile(prefix="promptmill-", suffix=".jsonl") as file:
-        for each in lines:
-            file.write(orjson.dumps({"prompt": each} if isinstance(each, str) else each) + b"\n")
-        file.flush()
-        return await job_creation.create(parts.settings, parts.db, wanted | {"path": file.name})
+        await in_thread(_write_lines, file, lines)
+        return await job_creation.create(parts, principal, wanted | {"path": file.name})
+
+
+def _write_lines(file: IO[bytes], lines: list[Any]) -> None:
+    for each in lines:
+        file.write(orjson.dumps({"prompt": each} if isinstance(each, str) else each) + b"\n")
+    file.flush()
+
+
+async def wanted_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
+    """The body as ``job_creation.create`` takes it, without the dataset."""
+    wanted: dict[str, Any] = await in_thread(order_of, parts, principal, body)
+    if wanted["sampling"]:
+        # A schema is tried out as a grammar.
+        checked = await parts.quick.run(principal, QUICK, check_parameters, wanted["sampling"])
+        wanted["sampling"] = checked
+    return wanted
 
 
 def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
-    """The body as ``job_creation.create`` takes it, without the dataset."""
+    """The same before sampling parameters are checked."""
     name = bodies.text(body, "model", required=True)
     parts.models.refresh()
     model = parts.models.resolve(name or "")
@@ -114,7 +129,7 @@ def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dic
     return {
         "model": model, "task": bodies.text(body, "task", longest=1_000_000),
         "template": bodies.text(body, "template", longest=100_000),
-        "system": bodies.text(body, "system", longest=100_000), "sampling": check_parameters(sampling), "name": label,
+        "system": bodies.text(body, "system", longest=100_000), "sampling": sampling, "name": label,
         "priority": bodies.whole(body, "priority", 0, 9, 5), "max_errors": max_errors,
         "skip_invalid": bodies.flag(body, "skip_invalid"), "api_key_id": principal.key_id,
         "key_limit": None if limit is None else int(limit),
@@ -198,13 +213,20 @@ def result_page(parts: Services, job_id: str, after: int, failed: bool, most: in
 async def report(job_id: str, request: Request, parts: Parts, principal: Reader) -> Response:
     """Every figure from the job's rows, as JSON or as a page (``format=html``)."""
     job = await in_thread(find, parts, job_id, principal)
-    if _format(request) == "html":
-        from promptmill.reports.html import text
+    form, limits = _format(request), evaluation.for_report(job.rows)
+    found = await parts.slow.run(principal, limits, report_of, parts.settings.database_url, job.id, form)
+    if form == "html":
+        return HTMLResponse(found, headers=PAGE_HEADERS)
+    return json_response(found)
 
-        return HTMLResponse(await in_thread(text, parts.db, job.id), headers=PAGE_HEADERS)
+
+def report_of(database_url: str, job_id: str, form: str) -> Any:
+    """In a child: a task of a client's scores the answers."""
+    from promptmill.reports.html import text
     from promptmill.reports.summary import summarise
 
-    return json_response((await in_thread(summarise, parts.db, job.id)).to_json())
+    with opened(database_url) as db:
+        return text(db, job_id) if form == "html" else summarise(db, job_id).to_json()
 
 
 @router.get(
@@ -213,16 +235,25 @@ async def report(job_id: str, request: Request, parts: Parts, principal: Reader)
 )  # fmt: skip
 async def compare(job_id: str, other_id: str, request: Request, parts: Parts, principal: Reader) -> Response:
     """The second job against the first, rows paired by id, as JSON or as a page (``format=html``)."""
+    first, second = [await in_thread(find, parts, each, principal) for each in (job_id, other_id)]
+    if first.id == second.id:
+        raise bad("A comparison needs two different jobs.")
+    form, limits = _format(request), evaluation.for_report(first.rows + second.rows)
+    url = parts.settings.database_url
+    found = await parts.slow.run(principal, limits, comparison_of, url, first.id, second.id, form)
+    if form == "html":
+        return HTMLResponse(found, headers=PAGE_HEADERS)
+    return Response(found, media_type="application/json")
+
+
+def comparison_of(database_url: str, first: str, second: str, form: str) -> str:
+    """In a child, as :func:`report_of`."""
     from promptmill.reports import comparison_forms, comparison_page
     from promptmill.reports.compare import compare as compared
 
-    first, second = [(await in_thread(find, parts, each, principal)).id for each in (job_id, other_id)]
-    if first == second:
-        raise bad("A comparison needs two different jobs.")
-    found = await in_thread(compared, parts.db, first, second)
-    if _format(request) == "html":
-        return HTMLResponse(await in_thread(comparison_page.text, [found]), headers=PAGE_HEADERS)
-    return Response(comparison_forms.text(found, "json"), media_type="application/json")
+    with opened(database_url) as db:
+        found = compared(db, first, second)
+        return comparison_page.text([found]) if form == "html" else comparison_forms.text(found, "json")
 
 
 def _format(request: Request) -> str:

@@ -155,9 +155,9 @@ async def submit(request: Request, parts: Parts) -> Response:
             priority = number_in(body.get("priority", "5"))
             body["skip_invalid"] = "skip_invalid" in body
             body["priority"] = -1 if priority is None else priority
-            wanted = await in_thread(jobs.order_of, parts, principal, body)
+            wanted = await jobs.wanted_of(parts, principal, body)
             wanted |= {"path": str(draft.path.absolute()), "name_of_file": form.filename or "dataset.jsonl"}
-            job_id = await job_creation.create(parts.settings, parts.db, wanted)
+            job_id = await job_creation.create(parts, principal, wanted)
         return RedirectResponse(f"/jobs/{job_id}", 303)
     except (ApiError, PromptmillError) as problem:
         found = problem if isinstance(problem, ApiError) else error_of(problem, _in_form)

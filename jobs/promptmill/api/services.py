@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from promptmill.api import keys
 from promptmill.api.errors import ApiError
+from promptmill.api.evaluation import Evaluation
 from promptmill.api.file_store import FileStore
 from promptmill.api.keys import LOCAL, Principal
 from promptmill.api.limits import Limits
@@ -46,6 +47,9 @@ class Services:
     limits: Limits
     models: ModelDirectory
     live: Live
+    #: Where what clients send is evaluated: bodies and answers, datasets and reports.
+    quick: Evaluation
+    slow: Evaluation
     #: Whether a key is asked for.
     locked: bool
     #: Signs the cookies of logins.

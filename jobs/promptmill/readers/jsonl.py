@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ ROLES = {"system", "developer", "user", "assistant", "tool"}
 
 #: One of these says what the line asks.
 QUESTIONS = ("prompt", "messages", "input")
+
+#: Most messages of a chat: a model that remembers a million tokens has room for no more.
+MOST_MESSAGES = 10_000
 
 KNOWN = {*QUESTIONS, "id", "custom_id", "expected", "meta", *PARAMETERS, *ALIASES}
 
@@ -98,8 +102,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Of a key that is there twice nobody knows which value was meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, _ in pairs if counts[name] > 1)
         raise BadLine(f"the key '{twice[:40]}' is there twice")
     return found
 
@@ -189,6 +193,8 @@ def messages_of(value: Any) -> tuple[Message, ...]:
     """A chat: a list of objects with ``role`` and ``content``."""
     if not isinstance(value, list) or not value:
         raise BadLine("'messages' is not a list with at least one message")
+    if len(value) > MOST_MESSAGES:
+        raise BadLine(f"'messages' are {len(value):,}: at most {MOST_MESSAGES:,} can be used")
     return tuple(_message(index, each) for index, each in enumerate(value))
 
 

@@ -6,13 +6,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import regex
-
+from promptmill import patterns, schemas
 from promptmill.scorers import JsonObject, Outcome
-from promptmill.scorers.texts import REGEX_S
 from promptmill.types import FinishReason, JsonValue
 
 if TYPE_CHECKING:
@@ -43,9 +41,7 @@ class Extractor:
             pipelines = dict.fromkeys(required, (_whole,))
         is_valid = None
         if output.mode == "validate":
-            from jsonschema import Draft202012Validator
-
-            is_valid = Draft202012Validator(output.schema_ or {}).is_valid
+            is_valid = partial(schemas.is_valid, output.schema_ or {})
         return cls(required, pipelines, is_valid)
 
     def __call__(self, text: str | None, finish_reason: str | None) -> tuple[Outcome, JsonObject]:
@@ -92,11 +88,11 @@ def _step(entry: str | Mapping[str, Any]) -> Step:
 
 
 def _by_regex(pattern: str) -> Step:
-    compiled = regex.compile(pattern)
+    compiled, time = patterns.compiled(pattern), patterns.SearchTime()
 
     def step(answer: str) -> JsonValue:
         try:
-            found = compiled.search(answer, timeout=REGEX_S)
+            found = time.search(compiled, answer)
         except TimeoutError:
             # Found nothing in its time, as in an answer that holds nothing.
             return None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 
-import regex
-
+from promptmill.patterns import SearchTime, compiled
 from promptmill.scorers import Item, JsonObject
 from promptmill.types import JsonValue
-
-#: Seconds that a regular expression may take on one text.
-REGEX_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +39,7 @@ class Regex:
 
     field: str
     pattern: str | None = None
+    searches: SearchTime = dataclasses.field(default_factory=SearchTime, repr=False, compare=False)
 
     @property
     def metric(self) -> str:
@@ -56,7 +53,7 @@ class Regex:
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool:
         pattern = self.pattern if self.pattern is not None else as_text(expected[self.field])
         # Raises TimeoutError, which is the row's outcome: some expressions take for ever on some texts.
-        return _compiled(pattern).search(as_text(output[self.field]), timeout=REGEX_S) is not None
+        return self.searches.search(compiled(pattern), as_text(output[self.field])) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +70,6 @@ class SetF1:
         given, wanted = _members(output[self.field]), _members(expected[self.field])
         total = len(given) + len(wanted)
         return 2.0 * len(given & wanted) / total if total else 1.0
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(pattern)
 
 
 def as_text(value: JsonValue) -> str:

@@ -25,6 +25,9 @@ PLAIN = SamplingParams()
 
 EXTENSIONS = (loopcontrols,)
 
+#: What compiling a template may end with: Python's own compiler, which Jinja hands its code to, has its limits too.
+COMPILING = (TemplateError, SyntaxError, RecursionError, ValueError, MemoryError)
+
 
 class ChatTemplate:
     """Messages to the text that the model was trained on, up to where its answer begins.
@@ -41,8 +44,8 @@ class ChatTemplate:
         self.source = source
         try:
             self._template = environment.from_string(source)
-        except TemplateError as problem:
-            raise RequestError(f"the model's chat template cannot be used: {problem}") from None
+        except COMPILING as problem:
+            raise RequestError(f"the model's chat template cannot be used: {str(problem)[:120]}") from None
 
     def write(
         self, turns: Sequence[dict[str, Any]], tools: list[Any] | None, sampling: SamplingParams, ask: bool
@@ -56,7 +59,9 @@ class ChatTemplate:
             return str(self._template.render(messages=turns, **names))
         except Exception as problem:
             # Whatever a model's template does wrong concerns this request only.
-            raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
+            # MemoryError has no text of its own.
+            why = str(problem)[:120] or "it needs too much memory"
+            raise RequestError(f"the model's chat template refuses the messages: {why}") from None
 
 
 def written(source: str, turns: list[dict[str, Any]], write: Callable[[list[dict[str, Any]]], str]) -> str:
@@ -116,7 +121,7 @@ def knows_tools(source: str) -> bool:
     try:
         environment = ImmutableSandboxedEnvironment(extensions=[*EXTENSIONS])
         return "tools" in meta.find_undeclared_variables(environment.parse(source))
-    except TemplateError:
+    except COMPILING:
         # Tags of extensions that only some libraries have.
         return "tools" in source
 

@@ -1,0 +1,69 @@
+"""A model's tokeniser in a child with limits: its chat template is a program of whoever made the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from promptmill.children import Child, Limits, OverLimit
+from promptmill.errors import ModelError
+from promptmill_workers.checkpoints import counter_here
+from promptmill_workers.engines.contract import EngineRequest
+
+#: Loading a vocabulary, from a slow disk too, and one prompt. MLX' tokenisers come with large libraries.
+LOAD = Limits(300.0, 4_096)
+PROMPT = Limits(10.0, 4_096)
+
+
+class LimitedCounter:
+    """A TokenCounter of the engines' contract, whose child is started once and used for all rows."""
+
+    def __init__(self, name: str, engine: str, path: Path) -> None:
+        """Raises ModelError."""
+        self._name, self._engine, self._path = name, engine, path
+        self._child = Child()
+        self._problem: ModelError | None = None
+        self.context_tokens, self.vocabulary = self._call(LOAD, "sizes")
+
+    def count(self, request: EngineRequest) -> int:
+        """Raises RequestError, and ModelError for a template that goes beyond its limits."""
+        return int(self._call(PROMPT, "count", request))
+
+    def render(self, request: EngineRequest) -> str:
+        """Raises as :meth:`count` does."""
+        return str(self._call(PROMPT, "render", request))
+
+    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
+        """Raises as :meth:`count` does."""
+        found: list[tuple[str, str]] = self._call(PROMPT, "parts", request)
+        return found
+
+    def has_two_starts(self, request: EngineRequest) -> bool:
+        """Raises as :meth:`count` does."""
+        return bool(self._call(PROMPT, "has_two_starts", request))
+
+    def _call(self, limits: Limits, name: str, argument: object = None) -> Any:
+        if self._problem is not None:
+            raise self._problem
+        try:
+            raised, value, _ = self._child.call(limits, _in_child, (self._engine, self._path, name, argument))
+        except OverLimit as problem:
+            self._child.end()
+            self._problem = ModelError(
+                f"{self._name} cannot be used to count tokens: {problem.message}",
+                hint="Its chat template may be endless, or its vocabulary damaged. Use another file of the model.",
+            )
+            raise self._problem from None
+        except BaseException:
+            self._child.end()
+            raise
+        if raised:
+            raise value
+        return value
+
+
+def _in_child(engine: str, path: Path, name: str, argument: object) -> object:
+    counter = counter_here(engine, path)
+    if name == "sizes":
+        return counter.context_tokens, counter.vocabulary
+    return getattr(counter, name)(argument)
