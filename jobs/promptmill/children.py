@@ -21,6 +21,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+import psutil
+
 from promptmill.errors import PromptmillError
 
 R = TypeVar("R")
@@ -139,8 +141,6 @@ class Child:
     def _answers(self, limits: Limits) -> bool:
         if sys.platform != "darwin":
             return self._pipe.poll(limits.seconds)
-        import psutil
-
         process, deadline = psutil.Process(self._process.pid), time.monotonic() + limits.seconds
         while not self._pipe.poll(LOOK_S):
             with contextlib.suppress(psutil.Error):
@@ -216,8 +216,8 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _is_tired() -> bool:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > TIRED_MB * MIB
+    # What it holds now. The peak that the system counts begins with that of the parent.
+    return bool(psutil.Process().memory_info().rss > TIRED_MB * MIB)
 
 
 def _failed(problem: Exception) -> bytes:

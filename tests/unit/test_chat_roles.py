@@ -10,6 +10,7 @@ from promptmill.errors import RequestError
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.chat_template import ChatTemplate
 from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.engines.prompt_pieces import Controls, pieces_of, text_of
 from tests.unit.tiny_mlx import write_tiny_mlx
 
 #: Writes the roles that it knows and passes over others, as Llama 2's does.
@@ -28,6 +29,13 @@ KNOWS = (
     "{% for message in messages %}{% if message.role in ('user', 'assistant') %}<{{ message.role }}>"
     "{{ message.content }}{% endif %}{% endfor %}"
 )
+
+
+def rendered_by(source: str, messages: tuple[Message, ...]) -> str:
+    template, request = ChatTemplate(source, "", ""), EngineRequest(0, SamplingParams(), messages)
+    return text_of(pieces_of(request, Controls([]), lambda _: template)[0])
+
+
 USER = Message("user", "Hi")
 DEVELOPER, SYSTEM = Message("developer", "Be brief."), Message("system", "You are kind.")
 
@@ -41,23 +49,23 @@ DEVELOPER, SYSTEM = Message("developer", "Be brief."), Message("system", "You ar
 def test_a_developer_is_heard_by_every_template(tmp_path: Path, source: str, rendered: str) -> None:
     from promptmill_workers.engines.mlx_text import MlxTokenizer
 
-    assert ChatTemplate(source, "", "").render((DEVELOPER, USER)) == rendered
+    assert rendered_by(source, (DEVELOPER, USER)) == rendered
     words = MlxTokenizer(write_tiny_mlx(tmp_path / "tiny", chat_template=source))
     assert words.render(EngineRequest(0, SamplingParams(), (DEVELOPER, USER), None)) == rendered
 
 
 @pytest.mark.parametrize("source", [FIRST_ONLY, KNOWS], ids=["first only", "knows"])
 def test_a_developer_beside_a_system_is_one_message_with_it(source: str) -> None:
-    assert "You are kind.\n\nBe brief.<user>Hi" in ChatTemplate(source, "", "").render((SYSTEM, DEVELOPER, USER))
+    assert "You are kind.\n\nBe brief.<user>Hi" in rendered_by(source, (SYSTEM, DEVELOPER, USER))
 
 
 @pytest.mark.parametrize("told", [DEVELOPER, SYSTEM], ids=["developer", "system"])
 def test_what_a_template_drops_is_an_error(told: Message) -> None:
     with pytest.raises(RequestError, match=f"leaves out a message of the role '{told.role}'"):
-        ChatTemplate(KNOWS, "", "").render((USER, told, USER))
+        rendered_by(KNOWS, (USER, told, USER))
 
 
 def test_a_template_that_knows_no_system_says_so() -> None:
     source = "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
     with pytest.raises(RequestError, match="leaves out a message of the role 'developer'"):
-        ChatTemplate(source, "", "").render((DEVELOPER, USER))
+        rendered_by(source, (DEVELOPER, USER))

@@ -320,4 +320,4 @@ def test_real_templates_write_the_same_text_with_and_without_marks(llama_models:
 
 
 def test_the_switches_are_checked() -> None:
-    assert resolve_sampling({"parse_special": True}, {"parse_special": None}).parse_special is None
+    assert resolve_sampling({"parse_special": True}, {"parse_special": None}).parse_special is True
