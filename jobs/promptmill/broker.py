@@ -35,9 +35,6 @@ CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 20
 ASK_TIMEOUT_S = 4
 
-#: Round trips of which the fastest tells Redis' time.
-CLOCK_READINGS = 8
-
 #: Messages read at once when a queue is searched.
 PAGE = 1000
 
@@ -154,27 +151,15 @@ class Broker:
         except (RedisError, OSError):
             return [None] * len(keys)
 
-    def clock_offset_s(self) -> float:
-        """Seconds that Redis' clock is ahead of this machine's, by the fastest of CLOCK_READINGS round trips.
-
-        Half a round trip is the most that a reading can be off, and on a busy machine some take a tenth of a second.
-        """
-        import time
-
+    def ping(self) -> None:
+        """Raises :class:`BrokerError` when Redis does not answer."""
         from redis.exceptions import RedisError
 
         try:
             with self._redis() as redis:
                 redis.ping()
-                readings = []
-                for _ in range(CLOCK_READINGS):
-                    before = time.time()
-                    seconds, microseconds = redis.time()
-                    after = time.time()
-                    readings.append((after - before, seconds + microseconds / 1e6 - (before + after) / 2))
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
-        return float(min(readings)[1])
 
     def _redis(self) -> Any:
         from redis import Redis

@@ -194,12 +194,22 @@ class Extras:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Wall-clock seconds since the epoch, set inside one process by one monotonic clock and an anchor."""
+    """Seconds by ``time.monotonic()`` of the machine that answered: whoever stores them turns them into the database's.
+
+    No machine's wall clock is in them: it may be wrong, or set while the request runs.
+    """
 
     received_at: float
     admitted_at: float
     first_token_at: float
     finished_at: float
+
+    def plus(self, offset_s: float) -> Timing:
+        """The same by another clock."""
+        return Timing(
+            self.received_at + offset_s, self.admitted_at + offset_s, self.first_token_at + offset_s,
+            self.finished_at + offset_s,
+        )  # fmt: skip
 
     @property
     def ttft_s(self) -> float:

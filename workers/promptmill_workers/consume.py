@@ -73,6 +73,7 @@ class Worker:
         device = Device(config.device, config.cores)
         self.app = make_app(settings.redis_url)
         self.broker = Broker(settings.redis_url, self.app)
+        self.broker.ping()
         db = open_database(settings.database_url)
         end_idle_transactions(db, settings.lease_s / 2)
         # By then others have the chunks of a worker that hears nothing.
@@ -85,12 +86,9 @@ class Worker:
             device,
             slots=config.slots,
             context_tokens=config.context_tokens,
-            clock_offset_s=self.broker.clock_offset_s(),
         )
         self.hosts = HostKeeper(host, self._host_changed)
-        self.presence = Presence(
-            self.ledger, self.id, device, self.hosts, self.stop, self.broker.clock_offset_s, models=config.models
-        )
+        self.presence = Presence(self.ledger, self.id, device, self.hosts, self.stop, models=config.models)
         self._ended = threading.Event()
         self._patiently = Patience(self.stop)
         self._claims = Claims(self.ledger, self.id, self._patiently)

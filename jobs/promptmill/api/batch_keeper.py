@@ -43,6 +43,7 @@ from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.tables import api_keys, batches, files, jobs, requests, results
 from promptmill.task_file import parse_task
+from promptmill.times import Moment
 from promptmill.types import JobState
 
 log = logging.getLogger("promptmill.api.batches")
@@ -247,8 +248,8 @@ class Keeper:
         order = JobOrder(
             model=self.models.resolve(model) or model, mode="queue", task=task, name=batch.id,
             sampling=dict(task.generate) if task else {}, priority=batch.priority, max_errors="100%", skip_invalid=True,
-            deadline_at=batch.expires_at, queue_limit=self.settings.max_queued_requests, api_key_id=batch.api_key_id,
-            key_limit=limits,
+            deadline=Moment(batch.expires_at), queue_limit=self.settings.max_queued_requests,
+            api_key_id=batch.api_key_id, key_limit=limits,
         )  # fmt: skip
         mapping = task.mapping if task else {}
         path = self.store.path(file.id)

@@ -28,6 +28,7 @@ from promptmill.service import dispatch
 from promptmill.settings import Settings, load_settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task
+from promptmill.times import Moment
 
 #: Bytes of lines that the server itself takes in: a fraction of a second.
 SMALL_BYTES = 256 * 1024
@@ -82,7 +83,8 @@ def _create(settings: Settings, db: Engine, wanted: dict[str, Any]) -> str:
         mode="queue", task=task, sampling=(dict(task.generate) if task else {}) | wanted["sampling"],
         system=None if task else wanted["system"], queue_limit=settings.max_queued_requests, slots=settings.slots,
         **{name: wanted[name] for name in ("model", "name", "priority", "max_errors", "skip_invalid", "api_key_id",
-                                           "key_limit", "deadline_at")},
+                                           "key_limit")},
+        deadline=None if wanted["deadline_at"] is None else Moment(wanted["deadline_at"]),
     )  # fmt: skip
     _refuse_bomb(wanted["path"], wanted["name_of_file"])
     with tempfile.TemporaryDirectory(prefix="promptmill-") as folder:
