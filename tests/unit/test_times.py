@@ -42,6 +42,6 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 def test_a_time_that_has_passed_by_the_database_s_clock_is_refused() -> None:
     found = moment("2020-01-01T00:00:00+00:00", "--expires")
     assert found is not None
-    with pytest.raises(JobError, match="--expires 2020-01-01.* has passed"):
+    with pytest.raises(JobError, match=r"--expires 2020-01-01.* has passed"):
         found.by(1_700_000_000.0)
     assert found.by(1_000_000.0) == 1_577_836_800.0
