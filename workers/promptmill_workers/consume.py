@@ -30,6 +30,7 @@ from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.silence import end_silent_connections
 from promptmill.types import ChunkId, Lease
+from promptmill_workers import queue_gate
 from promptmill_workers.beat import Beat
 from promptmill_workers.claims import Claims
 from promptmill_workers.control import Control
@@ -71,6 +72,7 @@ class Worker:
         self.id = f"{socket.gethostname()}/{config.device}/{str(ULID())[-8:]}"
         self.stop = Stop()
         device = Device(config.device, config.cores)
+        queue_gate.install()
         self.app = make_app(settings.redis_url)
         self.broker = Broker(settings.redis_url, self.app)
         self.broker.ping()
@@ -99,7 +101,10 @@ class Worker:
             self._patiently,
             lambda model: self.dispatcher.is_served_elsewhere(model, self.id),
         )
-        self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
+        self._lanes = [
+            LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop, self.ledger.database_clock)
+            for name in config.models
+        ]
         self._beat = Beat(self.id, settings.redis_url, self.hosts, self.presence.state)
         _register(self.app, self)
 

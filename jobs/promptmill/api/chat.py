@@ -112,8 +112,9 @@ async def _answers(parts: Services, question: Question, model: str, state: Any =
     if question.messages is not None:
         async with parts.live.call(model, question.sampling, messages=question.messages) as call:
             answer = await call.answer()
-        if state is not None and call.queued_at is not None and answer["timing"]:
-            state.answered = call.queued_at, answer["timing"]["finished_at"]
+        now = parts.ledger.database_clock.at(time.monotonic())
+        if state is not None and call.queued_at is not None and answer["finished_at"] and now is not None:
+            state.answered = call.queued_at, time.perf_counter() - (now - answer["finished_at"])
         return [answer]
     if len(question.texts) == 1:
         return [await _answer(parts, question, model, prompt=question.texts[0])]
