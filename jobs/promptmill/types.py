@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -204,11 +204,10 @@ class Timing:
     first_token_at: float
     finished_at: float
 
-    def plus(self, offset_s: float) -> Timing:
+    def by(self, clock: Callable[[float], float]) -> Timing:
         """The same by another clock."""
         return Timing(
-            self.received_at + offset_s, self.admitted_at + offset_s, self.first_token_at + offset_s,
-            self.finished_at + offset_s,
+            clock(self.received_at), clock(self.admitted_at), clock(self.first_token_at), clock(self.finished_at)
         )  # fmt: skip
 
     @property

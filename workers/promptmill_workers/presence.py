@@ -61,7 +61,7 @@ class Presence:
         with writing(self._db) as db:
             if again:
                 db.execute(sa.delete(workers).where(workers.c.id == self._worker_id))
-            now = self._ledger.read_clock(db).now
+            now, _ = self._ledger.read_clock(db)
             db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
             # Short jobs too have a sample: one at the start, one at the end.
             db.execute(sa.insert(worker_samples).values(self._sample(db)))
@@ -148,7 +148,7 @@ class Presence:
         output_tps = self._rate("_tokens", now, self._output_tokens(db))
         return {
             "worker_id": self._worker_id,
-            "at": self._ledger.read_clock(db).now,
+            "at": self._ledger.read_clock(db)[0],
             "cpu_ratio": self._rate("_cpu", now, seconds),
             "memory_bytes": memory,
             "device_memory_bytes": self._gauge.memory_bytes(self._hosts.pid),

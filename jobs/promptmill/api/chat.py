@@ -112,9 +112,9 @@ async def _answers(parts: Services, question: Question, model: str, state: Any =
     if question.messages is not None:
         async with parts.live.call(model, question.sampling, messages=question.messages) as call:
             answer = await call.answer()
-        now = parts.ledger.database_clock.at(time.monotonic())
-        if state is not None and call.queued_at is not None and answer["finished_at"] and now is not None:
-            state.answered = call.queued_at, time.perf_counter() - (now - answer["finished_at"])
+        if state is not None and call.queued_at is not None and answer["finished_at"]:
+            ago_s = parts.ledger.database_clock.at(time.monotonic()) - answer["finished_at"]
+            state.answered = call.queued_at, time.perf_counter() - ago_s
         return [answer]
     if len(question.texts) == 1:
         return [await _answer(parts, question, model, prompt=question.texts[0])]

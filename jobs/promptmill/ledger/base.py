@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.clock import DatabaseClock, Reading
+from promptmill.clock import DatabaseClock
 from promptmill.database import epoch
 from promptmill.ledger.values import BACKOFF_S, JITTER, LEASE_S, LONGEST_BACKOFF_S, MAX_ATTEMPTS, OPEN_STATES, Standing
 from promptmill.tables import chunks, jobs, results
@@ -34,17 +34,17 @@ class LedgerBase:
         self.lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
-        #: Any transaction that stores results reads it.
+        #: Read whenever a chunk is claimed and results are stored.
         self.database_clock = DatabaseClock()
 
     def _now(self) -> Any:
         return sa.literal(self._clock(), sa.Double()) if self._clock else epoch()
 
-    def read_clock(self, db: Connection) -> Reading:
-        """The database's time, and how to turn this machine's ``time.monotonic()`` into it."""
+    def read_clock(self, db: Connection) -> tuple[float, DatabaseClock]:
+        """The database's time, and its clock, which turns this machine's ``time.monotonic()`` into it."""
         # A clock of a test moves by itself.
         clock = DatabaseClock() if self._clock else self.database_clock
-        return clock.read(lambda: db.execute(sa.select(self._now())).scalar_one())
+        return clock.read(lambda: db.execute(sa.select(self._now())).scalar_one()), clock
 
     def _standing(self, db: Connection, job_id: str) -> Standing:
         state = db.execute(sa.select(jobs.c.state).where(jobs.c.id == job_id)).scalar()

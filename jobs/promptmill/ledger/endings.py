@@ -40,8 +40,8 @@ class Endings(Results):
         with writing(self.db) as db:
             span = None
             if closed_at is not None:
-                offset_s = self.read_clock(db).offset_s
-                span = offset_s + lease.taken_at, offset_s + closed_at
+                _, clock = self.read_clock(db)
+                span = clock.at(lease.taken_at), clock.at(closed_at)
             if maybe_stored and last:
                 last = self._unstored(db, lease, last)
             self._record(db, lease, last)
