@@ -17,6 +17,9 @@ from promptmill.types import ChunkId
 if TYPE_CHECKING:
     from celery import Celery
 
+#: All of our keys begin so: other programs may use the same Redis database, other applications of Celery among them.
+KEY_PREFIX = "promptmill."
+
 TASK_NAME = "promptmill.run_chunk"
 
 #: Priorities of jobs. Over Redis each is a list of its own, and 0 is read first.
@@ -35,9 +38,6 @@ CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 20
 ASK_TIMEOUT_S = 4
 
-#: Round trips of which the fastest tells Redis' time.
-CLOCK_READINGS = 8
-
 #: Messages read at once when a queue is searched.
 PAGE = 1000
 
@@ -47,9 +47,14 @@ _IMPORTING = threading.Lock()
 
 
 def queue_name(model: str) -> str:
-    """The queue of a model: readable, and distinct for distinct models."""
+    """The queue of a model's chunks."""
+    return f"{KEY_PREFIX}bulk.{key_of(model)}"
+
+
+def key_of(model: str) -> str:
+    """The part of a key that names a model: readable, and distinct for distinct models."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rpartition("/")[2])[:40]
-    return f"bulk.{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    return f"{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
@@ -79,6 +84,10 @@ def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
             # A Redis that hangs is like one that is away. Workers block on it for a second at a time.
             "socket_timeout": answer_s,
             "health_check_interval": 25,
+            # Named, and not by ``global_keyprefix``: kombu reads its index of unacknowledged messages without that.
+            "unacked_key": f"{KEY_PREFIX}unacked",
+            "unacked_index_key": f"{KEY_PREFIX}unacked_index",
+            "unacked_mutex_key": f"{KEY_PREFIX}unacked_mutex",
         },
         # Outages of Redis are waited out.
         broker_connection_retry_on_startup=True,
@@ -87,8 +96,10 @@ def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
+        # Any program on the same Redis database could shut workers down; orders come by lists of our own.
+        worker_enable_remote_control=False,
         task_create_missing_queues=True,
-        task_default_queue="bulk",
+        task_default_queue=f"{KEY_PREFIX}bulk",
         enable_utc=True,
     )
     return app
@@ -154,27 +165,15 @@ class Broker:
         except (RedisError, OSError):
             return [None] * len(keys)
 
-    def clock_offset_s(self) -> float:
-        """Seconds that Redis' clock is ahead of this machine's, by the fastest of CLOCK_READINGS round trips.
-
-        Half a round trip is the most that a reading can be off, and on a busy machine some take a tenth of a second.
-        """
-        import time
-
+    def ping(self) -> None:
+        """Raises :class:`BrokerError` when Redis does not answer."""
         from redis.exceptions import RedisError
 
         try:
             with self._redis() as redis:
                 redis.ping()
-                readings = []
-                for _ in range(CLOCK_READINGS):
-                    before = time.time()
-                    seconds, microseconds = redis.time()
-                    after = time.time()
-                    readings.append((after - before, seconds + microseconds / 1e6 - (before + after) / 2))
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
-        return float(min(readings)[1])
 
     def _redis(self) -> Any:
         from redis import Redis
@@ -205,16 +204,22 @@ def _chunks(redis: Any, key: str) -> Iterator[ChunkId]:
     begin = 0
     while messages := redis.lrange(key, begin, begin + PAGE - 1):
         for message in messages:
-            chunk = _chunk_of(message)
+            chunk = chunk_of(message)
             if chunk is not None:
                 yield chunk
         begin += PAGE
 
 
-def _chunk_of(message: bytes) -> ChunkId | None:
+def chunk_of(message: bytes) -> ChunkId | None:
     """What a message is about; None for one that is none of ours."""
     try:
-        (job_id, number), *_ = json.loads(base64.b64decode(json.loads(message)["body"]))
-        return ChunkId(str(job_id), int(number))
-    except (ValueError, TypeError, KeyError):
+        sent = json.loads(message)
+        (job_id, number), *_ = json.loads(base64.b64decode(sent["body"], validate=True))
+        is_ours = sent["headers"]["task"] == TASK_NAME
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    if not is_ours or not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z]{1,26}", job_id):
+        return None
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+        return None
+    return ChunkId(job_id, number)

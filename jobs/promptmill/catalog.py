@@ -215,7 +215,7 @@ def result_line(row: Row[Any]) -> dict[str, Any]:
 
 
 def _between(start: float | None, end: float | None) -> float | None:
-    """Seconds, not negative: clocks of two machines may differ by more than the time between."""
+    """Seconds, not negative: a reading of the database's clock may be off by more than the time between."""
     return None if start is None or end is None else round(max(0.0, end - start), 6)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -68,8 +68,10 @@ class Counts:
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
-    def results(self, results: Iterable[Result], enqueued_at: float | None) -> None:
-        """Results that are stored for good."""
+    def results(
+        self, results: Iterable[Result], enqueued_at: float | None, at: Callable[[float], float] = float
+    ) -> None:
+        """Results that are stored for good. ``at``: what the database's clock said at a moment of theirs."""
         for result in results:
             if isinstance(result, Failed):
                 self.add("items.error")
@@ -79,7 +81,7 @@ class Counts:
                 self.add("items.ok")
                 if result.extras is None or not result.extras.deduplicated:
                     self._tokens(result)
-                    self._times(result, enqueued_at)
+                    self._times(result, enqueued_at, at)
 
     def engine(self, more: EngineCounters) -> None:
         for field in fields(more):
@@ -94,14 +96,14 @@ class Counts:
             self.add("tokens.output", usage.output_tokens)
             self.add("tokens.reasoning", usage.reasoning_tokens)
 
-    def _times(self, answer: Ok, enqueued_at: float | None) -> None:
+    def _times(self, answer: Ok, enqueued_at: float | None, at: Callable[[float], float]) -> None:
         usage, timing = answer.usage, answer.timing
         self.observe("output", usage.output_tokens)
         self.observe("prompt", usage.prompt_tokens)
         if timing is None or timing.admitted_at is None:
             return
         if enqueued_at is not None:
-            self.observe("queue", timing.admitted_at - enqueued_at)
+            self.observe("queue", at(timing.admitted_at) - enqueued_at)
         if timing.finished_at is not None:
             self.observe("latency", timing.finished_at - timing.admitted_at)
         if timing.first_token_at is not None:

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+from ulid import ULID
 
 from promptmill import counting
 from promptmill.errors import DatabaseError
@@ -97,6 +98,22 @@ def _epoch_postgresql(element: Any, compiler: Any, **kw: Any) -> str:
 @compiles(epoch, "sqlite")
 def _epoch_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
     return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+def now_of(db: Connection) -> float:
+    """What the database's clock says."""
+    return float(db.execute(sa.select(epoch())).scalar_one())
+
+
+def database_now(db: Engine) -> float:
+    """The same in a transaction of its own."""
+    with reading(db) as connection:
+        return now_of(connection)
+
+
+def id_at(now: float) -> str:
+    """A new id. Ids sort by when they were made: ``now`` is the database's, for clocks of machines may be wrong."""
+    return str(ULID.from_timestamp(now))
 
 
 def connect(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:

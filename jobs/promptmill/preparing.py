@@ -92,8 +92,8 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
         name=options.name, priority=options.priority, selection=options.selection, max_errors=options.max_errors,
         store=options.store,
         skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
-        model_fingerprint=_fingerprint(checkpoint), deadline_at=moment(options.deadline, "--deadline"),
-        expires_at=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),
+        model_fingerprint=_fingerprint(checkpoint), deadline=moment(options.deadline, "--deadline"),
+        expires=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),
         if_exists=options.if_exists, queue_limit=settings.max_queued_requests, use_cache=options.use_cache,
     )  # fmt: skip
     with _dataset(options, task) as dataset:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from promptmill import catalog
-from promptmill.database import reading, writing
+from promptmill.database import epoch, reading, writing
 from promptmill.errors import JobError
 from promptmill.tables import batches, jobs, requests
 from promptmill.times import span_s
@@ -48,8 +47,8 @@ def _remove_rows(db: Engine, job_id: str) -> None:
 
 
 def old_jobs(db: Engine, older_than: str, now: float | None = None) -> list[sa.Row[Any]]:
-    """Jobs that ended longer ago than ``older_than``, such as 30d or 12h, the oldest first."""
-    limit = (time.time() if now is None else now) - (span_s(older_than, "--older-than") or 0.0)
+    """Jobs that ended longer ago than ``older_than``, such as 30d or 12h, the oldest first. ``now``: the database's."""
+    limit = (epoch() if now is None else sa.literal(now)) - (span_s(older_than, "--older-than") or 0.0)
     ended = [state.value for state in JobState if state.is_final]
     query = (
         sa.select(jobs.c.id, jobs.c.name, jobs.c.state, jobs.c.rows, jobs.c.store, jobs.c.finished_at)

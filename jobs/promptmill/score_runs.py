@@ -12,9 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from ulid import ULID
 
-from promptmill.database import copy_rows, epoch, reading, writing
+from promptmill.database import copy_rows, epoch, id_at, now_of, reading, writing
 from promptmill.errors import JobError
 from promptmill.parallel import begin_process, processes
 from promptmill.scorers.scoring import Answer, Judge, answers_query, judge_of
@@ -321,8 +320,9 @@ def _judged_by_many(pages: Iterator[Page], task: Task) -> Iterator[tuple[list[in
 
 def _open_run(db: Engine, job_id: str, task: Task, judge: Judge) -> tuple[str, int]:
     """A run without figures is not finished, and nobody sees it."""
-    run_id = str(ULID())
     with writing(db) as connection:
+        now = now_of(connection)
+        run_id = id_at(now)
         before = connection.execute(
             sa.select(score_runs.c.id, score_runs.c.number)
             .where(score_runs.c.job_id == job_id, score_runs.c.figures.is_not(None))
@@ -336,7 +336,7 @@ def _open_run(db: Engine, job_id: str, task: Task, judge: Judge) -> tuple[str, i
         made = {
             "id": run_id, "job_id": job_id, "task_sha256": task.sha256, "task_text": task.text,
             "scorer_sha256": judge.sha256, "parent_id": before.id if before else None, "number": number,
-            "created_at": connection.execute(sa.select(epoch())).scalar(),
+            "created_at": now,
         }  # fmt: skip
         connection.execute(sa.insert(score_runs).values(**made))
     return run_id, number

@@ -18,10 +18,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
-from ulid import ULID
 
 from promptmill.counting import Counts, counting
-from promptmill.database import copy_rows, epoch, lock_name, refresh_statistics, writing
+from promptmill.database import copy_rows, id_at, lock_name, now_of, refresh_statistics, writing
 from promptmill.errors import BadLines, DatabaseError, DatasetError, JobExists, QueueFull, RequestError
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.preflight import Gauge
@@ -32,6 +31,7 @@ from promptmill.sampling import refuse_repeats, repeated
 from promptmill.selection import Selection
 from promptmill.tables import chunks, jobs, requests, results
 from promptmill.task_file import Task
+from promptmill.times import Moment
 from promptmill.types import ChunkState, DatasetLine, ErrorClass, Failed, JobState, SamplingParams
 
 #: Rows of one INSERT or COPY: large enough to be cheap, small enough to keep memory flat.
@@ -77,9 +77,9 @@ class JobOrder:
     skip_invalid: bool = False
     slots: int | None = None
     model_fingerprint: str | None = None
-    #: Seconds since the epoch: the end of everything, and the last moment to begin; seconds from the start.
-    deadline_at: float | None = None
-    expires_at: float | None = None
+    #: The end of everything, and the last moment to begin; seconds from the start.
+    deadline: Moment | None = None
+    expires: Moment | None = None
     time_limit_s: float | None = None
     #: What to do when a job that asks the same is there: 'new', 'attach' or 'fail'.
     if_exists: str = "new"
@@ -210,12 +210,16 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
     :class:`JobExists` for a job that is there already (unless ``order.if_exists`` is 'new'), and :class:`JobError` for
     a full queue; nothing is stored then.
     """
-    job_id = str(ULID())
     preparer = Preparer(order, gauge)
     with writing(db) as connection:
-        now = connection.execute(sa.select(epoch())).scalar()
-        assert now is not None
-        connection.execute(sa.insert(jobs).values(id=job_id, submitted_at=now, **job_columns(dataset, order)))
+        now = now_of(connection)
+        job_id = id_at(now)
+        ends = {
+            "deadline_at": order.deadline.by(now) if order.deadline else None,
+            "expires_at": order.expires.by(now) if order.expires else None,
+        }
+        columns = job_columns(dataset, order)
+        connection.execute(sa.insert(jobs).values(id=job_id, submitted_at=now, **ends, **columns))
         invalid = counting(connection, order.model)
         rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now, invalid)
         refuse_bad(dataset, preparer.tally, order.skip_invalid, rows)
@@ -335,8 +339,7 @@ def job_columns(dataset: Dataset, order: JobOrder) -> dict[str, Any]:
         "sampling": json.dumps(order.sampling, ensure_ascii=False),
         "priority": order.priority, "rows": 0, "slots": order.slots, "max_errors": order.max_errors,
         "store": order.store,
-        "env": json.dumps(_environment()), "deadline_at": order.deadline_at, "expires_at": order.expires_at,
-        "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
+        "env": json.dumps(_environment()), "time_limit_s": order.time_limit_s, "use_cache": order.use_cache,
         "api_key_id": order.api_key_id,
         "selection": json.dumps(order.selection.to_json(), ensure_ascii=False) if order.selection.to_json() else None,
     }  # fmt: skip

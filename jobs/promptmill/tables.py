@@ -298,7 +298,7 @@ workers = Table(
     Column("kv_cells", Integer),
     # JSON: versions of promptmill, the engine, Python and the platform.
     Column("versions", Text),
-    # Redis TIME minus this machine's clock, in seconds.
+    # The database's clock minus this machine's, in seconds.
     Column("clock_offset_s", Double),
     Column("model_load_s", Double),
     Column("host_restarts", Integer, nullable=False, default=0, server_default="0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+from dataclasses import dataclass
 from datetime import datetime
 
 from promptmill.errors import JobError
@@ -23,25 +23,41 @@ def span_s(text: str | None, option: str) -> float | None:
     return seconds
 
 
-def moment(text: str | None, option: str) -> float | None:
-    """Seconds since the epoch of a span from now, or of a time such as ``2026-12-24T18:00`` (local unless it says).
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A point in time, or a span from a now that the database tells: clocks of submitters may be wrong."""
 
-    Raises :class:`JobError` naming the ``option``, also for a moment that has passed.
+    seconds: float
+    is_span: bool = False
+    #: How it was given, where a time that has passed is to be refused.
+    given: str | None = None
+
+    def by(self, now: float) -> float:
+        """Seconds since the epoch; ``now`` is the database's. Raises :class:`JobError` for a time that has passed."""
+        if self.is_span:
+            return now + self.seconds
+        if self.given is not None and self.seconds <= now:
+            raise JobError(f"{self.given} has passed", hint="Give a later time.")
+        return self.seconds
+
+
+def moment(text: str | None, option: str) -> Moment | None:
+    """A span from now, or a time such as ``2026-12-24T18:00`` (local unless it says).
+
+    Raises :class:`JobError` naming the ``option``.
     """
     if text is None:
         return None
     seconds = _span(text)
     if seconds:
-        return time.time() + seconds
+        return Moment(seconds, is_span=True)
     try:
         at = datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         raise JobError(
             f"{option} {text!r} is neither a span nor a time", hint=f"{_HINT[:-1]}, or a time such as 2026-12-24T18:00."
         ) from None
-    if at <= time.time():
-        raise JobError(f"{option} {text} has passed", hint="Give a later time.")
-    return at
+    return Moment(at, given=f"{option} {text}")
 
 
 def _span(text: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -229,12 +229,21 @@ class Extras:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Wall-clock seconds since the epoch, set inside one process by one monotonic clock and an anchor."""
+    """Seconds by ``time.monotonic()`` of the machine that answered: whoever stores them turns them into the database's.
+
+    No machine's wall clock is in them: it may be wrong, or set while the request runs.
+    """
 
     received_at: float
     admitted_at: float
     first_token_at: float
     finished_at: float
+
+    def by(self, clock: Callable[[float], float]) -> Timing:
+        """The same by another clock."""
+        return Timing(
+            clock(self.received_at), clock(self.admitted_at), clock(self.first_token_at), clock(self.finished_at)
+        )  # fmt: skip
 
     @property
     def ttft_s(self) -> float:

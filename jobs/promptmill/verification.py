@@ -16,10 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
-from ulid import ULID
 
 from promptmill import catalog
-from promptmill.database import epoch, reading, writing
+from promptmill.database import epoch, id_at, now_of, reading, writing
 from promptmill.embedded import require_same_model
 from promptmill.errors import JobError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger
@@ -255,7 +254,7 @@ def _store(db: Engine, made: Verification) -> None:
     with writing(db) as connection:
         connection.execute(
             sa.insert(verifications).values(
-                id=str(ULID()), job_id=made.job_id, compared=made.compared, left_out=made.left_out,
+                id=id_at(now_of(connection)), job_id=made.job_id, compared=made.compared, left_out=made.left_out,
                 mismatches=made.mismatches, sums=json.dumps(made.sums), verified_at=epoch(),
                 examples=json.dumps([asdict(each) for each in made.examples], ensure_ascii=False),
             )

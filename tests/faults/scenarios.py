@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,8 @@ import psutil
 import redis
 import sqlalchemy as sa
 
-from promptmill.broker import Broker
+from promptmill.broker import KEY_PREFIX, Broker
+from promptmill.live_wire import live_queue
 from promptmill.types import ChunkId
 from promptmill_workers.host import FOLDER_PREFIX
 from tests.faults.arena import (
@@ -36,6 +38,7 @@ from tests.faults.arena import (
     Skipped,
     Violation,
     check,
+    free_port,
     prompt_of,
     until,
 )
@@ -413,6 +416,112 @@ def wrong_clock(arena: Arena, rng: random.Random) -> None:
         raise Violation("missed: the worker with the wrong clock ran no chunk")
 
 
+def clock_jumps(arena: Arena, rng: random.Random) -> None:
+    """Somebody sets the clock of a worker's machine while it runs, forwards and back; then its host is started anew."""
+    told = arena.folder / "clock"
+    told.write_text("+0\n")
+    arena.fresh()
+    arena.start_workers(1)
+    right = {each.pid for each in arena.consumers()}
+    arena.start_workers(1, wait=False, prefix=("env", *_faked(told)), runtime="elsewhere")
+    until(lambda: arena.alive() >= 2, "both are alive", 60)
+    [wrong] = [each for each in arena.consumers() if each.pid not in right]
+    arena.submit(640)
+    offset = f"SELECT clock_offset_s FROM workers WHERE pid = {wrong.pid}"
+    hours = rng.sample([1, -1, 2], 3)
+    for turn, hour in enumerate(hours):
+        arena.wait_for_results(rng.randint(100 * turn + 20, 100 * turn + 100))
+        told.write_text(f"{hour:+}h\n")
+        if turn == 1:
+            for host in wrong.children():
+                host.kill()
+    # The worker's row says how wrong the clock is, however often it was set.
+    until(lambda: abs(arena.rows(offset)[0][0] + 3600 * hours[-1]) < 60, "the worker's row tells of its clock", 30)
+    _end(arena, lossy=True)
+    if not arena.chunks_done_by(wrong.pid):
+        raise Violation("missed: the worker with the wrong clock ran no chunk")
+
+
+def _faked(told: Path) -> list[str]:
+    """The environment in which a wall clock is what the file says; ``time.monotonic()`` is as it was."""
+    if shutil.which("faketime") is None:
+        raise Skipped("faketime is not installed")
+    asked = subprocess.run(
+        ["faketime", "-m", "-f", "+0s", "env"], capture_output=True, text=True, check=True, timeout=ENDING_S
+    )
+    [preload] = [line for line in asked.stdout.splitlines() if line.startswith("LD_PRELOAD=")]
+    once = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", "FAKETIME_CACHE_DURATION=1"]
+    return [preload, f"FAKETIME_TIMESTAMP_FILE={told}", *once]
+
+
+#: Chats that are sent at once, twice what two workers take; tokens of each; and seconds in which all are answered.
+CHATS, CHAT_TOKENS, CHATS_S = 40, 30, 60.0
+
+
+def chats_survive_redis(arena: Arena, rng: random.Random) -> None:
+    """Redis is killed and started again empty while chats wait and while others are answered."""
+    arena.fresh(JOBS_FILES_DIR=str(arena.folder / "files"))
+    arena.start_workers()
+    with _server(arena) as url, ThreadPoolExecutor(CHATS) as threads:
+        asked = [" ".join(f"w{chat}-{word}" for word in range(CHAT_TOKENS)) for chat in range(CHATS)]
+        chats = [threads.submit(_chat, url, arena.model, text, chat % 2 == 0) for chat, text in enumerate(asked)]
+        with arena.redis() as client:
+            until(lambda: bool(client.llen(live_queue(arena.model))), "chats wait", 30)
+            time.sleep(rng.uniform(0, 2.5))
+            if not client.llen(live_queue(arena.model)):
+                raise Missed("missed: every chat was taken before Redis was killed")
+        arena.stop_redis(signal.SIGKILL)
+        time.sleep(rng.uniform(0.1, 3))
+        arena.start_redis(empty=True)
+        back_at = time.monotonic()
+        found = [each.result(timeout=3 * CHATS_S) for each in chats]
+        took_s = time.monotonic() - back_at
+    if wrong := [(text, answer) for text, answer in zip(asked, found, strict=True) if text != answer]:
+        raise Violation(f"{len(wrong)} of {CHATS} chats have another answer: {wrong[:2]}")
+    if took_s > CHATS_S:
+        raise Violation(f"the last chat was answered {took_s:.0f} s after Redis was back")
+
+
+def _chat(url: str, model: str, text: str, streamed: bool) -> str:
+    """The answer, or what became of it."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=2 * CHATS_S) as client:
+        asked: Any = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": CHAT_TOKENS}
+        try:
+            if not streamed:
+                return str(client.chat.completions.create(**asked).choices[0].message.content)
+            parts = client.chat.completions.create(**asked, stream=True)
+            return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        except openai.OpenAIError as problem:
+            return f"{type(problem).__name__}: {problem}"
+
+
+@contextlib.contextmanager
+def _server(arena: Arena) -> Iterator[str]:
+    """The URL of an API server that runs."""
+    port = free_port()
+    with arena.log.open("ab") as log:
+        process = subprocess.Popen([PROMPTMILL, "api", "--port", str(port)], env=_env(arena), stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/healthz", timeout=5):
+            return True
+        return False
+
+    try:
+        until(answers, "the server answers", 60)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(ENDING_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(ENDING_S)
+
+
 def proxied(arena: Arena, rng: random.Random) -> None:
     """A proxy before Redis and PostgreSQL that delays, cuts and half-closes."""
     arena.fresh()
@@ -558,7 +667,7 @@ def delivered_twice(arena: Arena, rng: random.Random) -> None:
 def _send_again(arena: Arena, rng: random.Random) -> None:
     """Every message that waits, in random order."""
     with arena.redis() as client:
-        for key in client.scan_iter("bulk.*"):
+        for key in client.scan_iter(f"{KEY_PREFIX}bulk.*"):
             if client.type(key) == b"list":
                 messages = client.lrange(key, 0, -1)
                 rng.shuffle(messages)
@@ -779,6 +888,6 @@ SCENARIOS: dict[int, Scenario] = {
     12: proxied, 13: disk_full, 14: poison, 15: stall, 16: out_of_memory, 17: race, 18: wrong_clock,
     19: delivered_twice, 20: commands_at_random, 21: submission_killed, 22: real_answers,
     23: embedded_run, 24: log_disk_full, 25: postgres_read_only,
-    26: postgres_away, 27: wrong_model,
+    26: postgres_away, 27: wrong_model, 28: clock_jumps, 29: chats_survive_redis,
     30: other_namespace, 31: forgetting_beside_recovery, 32: behind_pgbouncer,
 }  # fmt: skip

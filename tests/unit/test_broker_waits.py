@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,9 +34,9 @@ def connections(listening: socket.socket) -> int:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda asked: asked.waiting("m"), lambda asked: asked.waiting_chunks("m"), lambda asked: asked.clock_offset_s(),
+        lambda asked: asked.waiting("m"), lambda asked: asked.waiting_chunks("m"), lambda asked: asked.ping(),
     ],
-    ids=["waiting", "waiting_chunks", "clock"],
+    ids=["waiting", "waiting_chunks", "ping"],
 )  # fmt: skip
 def test_it_is_asked_once_and_for_a_moment(
     silent: socket.socket, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Broker], object]
@@ -52,30 +51,3 @@ def test_publishing_gives_up(silent: socket.socket, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(broker, "ASK_TIMEOUT_S", 0.2)
     with pytest.raises(BrokerError):
         Broker(f"redis://127.0.0.1:{silent.getsockname()[1]}/0").publish([ChunkId("01", 0)], "m", 5)
-
-
-class BusyClock:
-    """A Redis whose every answer but one is a twentieth of a second late."""
-
-    def __init__(self) -> None:
-        self._asked = 0
-
-    def __enter__(self) -> BusyClock:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def ping(self) -> None: ...
-
-    def time(self) -> tuple[int, int]:
-        now = time.time()
-        self._asked += 1
-        if self._asked != 5:
-            time.sleep(0.05)
-        return int(now), int(now % 1 * 1e6)
-
-
-def test_the_clock_is_read_by_the_fastest_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
-    broker = Broker("redis://127.0.0.1:1/0")
-    monkeypatch.setattr(broker, "_redis", BusyClock)
-    assert abs(broker.clock_offset_s()) < 0.01

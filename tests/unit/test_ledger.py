@@ -16,7 +16,6 @@ from sqlalchemy.engine import Connection
 from promptmill.database import connect, writing
 from promptmill.errors import DatabaseError, JobError
 from promptmill.ledger import LEASE_S, Ledger, Standing, guard_verdict, recovery
-from promptmill.ledger.base import DatabaseClock
 from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import (
     ChunkId,
@@ -208,30 +207,6 @@ def test_an_attempt_begins_when_its_worker_knows_of_it(ledger: Ledger, db: sa.En
         row = connection.execute(sa.select(attempts)).one()
     assert row.ended_at - row.started_at == pytest.approx(0.2, abs=0.001)
     assert clock.now - row.ended_at == pytest.approx(5.0, abs=0.1)
-
-
-def test_the_time_of_a_database_is_told_by_its_fastest_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = [100.0]
-    monkeypatch.setattr("promptmill.ledger.base.time.monotonic", lambda: here[0])
-    told = DatabaseClock()
-
-    def answering(there_s: float, back_s: float, ahead_s: float = 1000.0) -> float:
-        def ask() -> float:
-            here[0] += there_s
-            now = here[0] + ahead_s
-            here[0] += back_s
-            return now
-
-        return told.offset_s(ask)
-
-    # One late answer is believed while there is no other.
-    assert answering(0.0, 0.5) == pytest.approx(999.75)
-    assert answering(0.002, 0.002) == pytest.approx(1000.0)
-    assert answering(0.0, 0.5) == pytest.approx(1000.0)
-    assert answering(0.3, 0.0) == pytest.approx(1000.0)
-    # Somebody sets the clock: soon that is known.
-    here[0] += 5
-    assert answering(0.003, 0.003, ahead_s=1600.0) == pytest.approx(1600.0)
 
 
 def test_the_last_chunk_completes_the_job(ledger: Ledger, db: sa.Engine) -> None:

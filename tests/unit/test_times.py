@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from promptmill.errors import JobError
@@ -23,17 +21,27 @@ def test_what_is_no_span_is_refused(text: str) -> None:
         span_s(text, "--time-limit")
 
 
-def test_a_span_counts_from_now() -> None:
+def test_a_span_counts_from_the_database_s_now() -> None:
     found = moment("2h", "--deadline")
     assert found is not None
-    assert found == pytest.approx(time.time() + 7200, abs=5)
+    assert found.by(1_000_000.0) == 1_007_200.0
 
 
 def test_a_time_is_taken_as_it_is() -> None:
-    assert moment("2999-01-01T00:00:00+00:00", "--deadline") == 32472144000.0
+    found = moment("2999-01-01T00:00:00+00:00", "--deadline")
+    assert found is not None
+    assert found.by(1_000_000.0) == 32472144000.0
 
 
-@pytest.mark.parametrize("text", ["2020-01-01", "tomorrow"])
-def test_what_has_passed_or_is_no_time_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["tomorrow", "1e9"])
+def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(JobError, match="--expires"):
         moment(text, "--expires")
+
+
+def test_a_time_that_has_passed_by_the_database_s_clock_is_refused() -> None:
+    found = moment("2020-01-01T00:00:00+00:00", "--expires")
+    assert found is not None
+    with pytest.raises(JobError, match=r"--expires 2020-01-01.* has passed"):
+        found.by(1_700_000_000.0)
+    assert found.by(1_000_000.0) == 1_577_836_800.0

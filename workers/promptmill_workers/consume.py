@@ -32,6 +32,7 @@ from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.silence import end_silent_connections
 from promptmill.types import ChunkId, Lease
+from promptmill_workers import queue_gate
 from promptmill_workers.beat import Beat
 from promptmill_workers.claims import Claims
 from promptmill_workers.control import Control
@@ -73,8 +74,10 @@ class Worker:
         self.id = f"{socket.gethostname()}/{config.device}/{str(ULID())[-8:]}"
         self.stop = Stop()
         device = Device(config.device, config.cores)
+        queue_gate.install()
         self.app = make_app(settings.redis_url)
         self.broker = Broker(settings.redis_url, self.app)
+        self.broker.ping()
         # A connection for all work, and one for signs of life: however long results wait for a lock, or for each other,
         # leases are renewed.
         self.ledger, alive = _ledger(settings), _ledger(settings)
@@ -86,12 +89,9 @@ class Worker:
             device,
             slots=config.slots,
             context_tokens=config.context_tokens,
-            clock_offset_s=self.broker.clock_offset_s(),
         )
         self.hosts = HostKeeper(host, self._host_changed)
-        self.presence = Presence(
-            alive, self.id, device, self.hosts, self.stop, self.broker.clock_offset_s, models=config.models
-        )
+        self.presence = Presence(alive, self.id, device, self.hosts, self.stop, models=config.models)
         self._ended = threading.Event()
         self._patiently = Patience(self.stop)
         self._claims = Claims(self.ledger, self.id, self._patiently)
@@ -105,7 +105,10 @@ class Worker:
         )
         #: Job -> its model and the model's fingerprint.
         self._models: OrderedDict[str, tuple[str, str | None]] = OrderedDict()
-        self._lanes = [LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop) for name in config.models]
+        self._lanes = [
+            LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop, self.ledger.database_clock)
+            for name in config.models
+        ]
         self._beat = Beat(self.id, settings.redis_url, self.hosts, self.presence.state)
         _register(self.app, self)
 

@@ -71,7 +71,6 @@ class HostConfig:
     options: EngineOptions
     stall_timeout_s: float = 300.0
     load_timeout_s: float = 1800.0
-    clock_offset_s: float = 0.0
     log_level: str = "INFO"
     #: Compute identical greedy requests once.
     deduplicate: bool = True
@@ -87,7 +86,6 @@ class HostConfig:
         *,
         slots: int | None,
         context_tokens: int | None,
-        clock_offset_s: float = 0.0,
     ) -> HostConfig:
         """What the settings and a command's own options come to on ``device``."""
         options = EngineOptions(
@@ -105,7 +103,6 @@ class HostConfig:
             options,
             settings.stall_timeout_s,
             settings.load_timeout_s,
-            clock_offset_s,
             settings.log_level,
             settings.deduplicate,
             settings.loaded_models,
@@ -192,7 +189,6 @@ class EngineHost:
                 "model": config.model,
                 "options": asdict(config.options),
                 "cores": list(config.device.cores),
-                "clock_offset_s": config.clock_offset_s,
                 "log_level": config.log_level,
                 "deduplicate": config.deduplicate,
             }

@@ -86,7 +86,7 @@ class Origin:
 class HostLoop:
     """Feeds the engine from the sessions and the sessions from the engine. One thread owns the engine."""
 
-    def __init__(self, engine: Engine, clock_offset_s: float, files: LoadedFiles | None = None) -> None:
+    def __init__(self, engine: Engine, files: LoadedFiles | None = None) -> None:
         self._engine = engine
         self._info = replace(engine.info, files=files)
         self._inbox: queue.SimpleQueue[tuple[HostSession, Any]] = queue.SimpleQueue()
@@ -98,8 +98,6 @@ class HostLoop:
         self._live_seen = 0
         self._live_pending = False
         self._unheld_s = 0.0
-        # One monotonic clock inside this process; its anchor to the wall clock is calibrated to Redis.
-        self._anchor = time.time() + clock_offset_s - time.monotonic()
 
     def serve(self, listener: socket.socket) -> None:
         """Run for ever. A failure of the engine ends the process: another one takes over."""
@@ -237,18 +235,12 @@ class HostLoop:
         copied = extras is not None and extras.deduplicated
         if not copied and event.admitted_at is not None and event.finished_at is not None:
             first = event.first_token_at if event.first_token_at is not None else event.finished_at
-            timing = (
-                self._wall(origin.received_at), self._wall(event.admitted_at), self._wall(first),
-                self._wall(event.finished_at),
-            )  # fmt: skip
+            timing = origin.received_at, event.admitted_at, first, event.finished_at
         used = event.usage
         usage = (used.prompt_tokens, used.cached_tokens, used.output_tokens, used.reasoning_tokens) if used else None
         if isinstance(event, Finished):
             return True, origin.row, event.finish_reason.value, event.text, usage, timing, extras
         return False, origin.row, event.error_class.value, event.message, usage, timing, None
-
-    def _wall(self, monotonic_s: float) -> float:
-        return self._anchor + monotonic_s
 
     def _send(self) -> None:
         now = time.monotonic()
@@ -303,7 +295,7 @@ def main() -> None:
         os.sched_setaffinity(0, config["cores"])
     listener = socket.socket(fileno=config["socket"])
     engine, files = _load(config, listener)
-    HostLoop(engine, config["clock_offset_s"], files).serve(listener)
+    HostLoop(engine, files).serve(listener)
 
 
 def _die_with_parent() -> None:

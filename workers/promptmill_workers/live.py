@@ -6,36 +6,35 @@ import json
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.clock import DatabaseClock
 from promptmill.errors import PromptmillError
 from promptmill.live_wire import (
     AGAIN,
     BEAT_S,
+    CANCEL,
     DONE,
     FAILED,
-    FORGET_S,
-    MOST_TRIES,
+    REPEAT,
     TAKEN,
     TEXT,
     LiveRequest,
     answer_of,
-    cancel_list,
+    lane_list,
     live_queue,
-    reply_list,
     server_key,
 )
 from promptmill.types import ErrorClass, Ok, Result
 from promptmill_workers.host import HostDied, Session
 from promptmill_workers.host_keeper import FAIR_S, HostKeeper
 from promptmill_workers.host_wire import LiveText
+from promptmill_workers.replies import Replies
 from promptmill_workers.stopping import Stop
 
 log = logging.getLogger("promptmill.worker")
@@ -51,23 +50,19 @@ LINGER_S = 0.5
 #: Seconds before Redis is tried again after it was away.
 AWAY_S = 1.0
 
+#: Orders of servers that are read at once.
+ORDERS_AT_ONCE = 256
+
 #: Requests taken per slot: enough that no slot waits for Redis, and no more, so that other workers get their share.
 TAKEN_PER_SLOT = 2
-
-
-@dataclass(slots=True)
-class Running:
-    """A request that this worker holds."""
-
-    request: LiveRequest
-    #: Somebody was shown a part of its answer: it cannot begin again.
-    told: bool = False
 
 
 class LiveLane:
     """One model's urgent requests on one worker. A thread of its own, and while requests run a second one."""
 
-    def __init__(self, model: str, worker_id: str, redis_url: str, hosts: HostKeeper, stop: Stop) -> None:
+    def __init__(
+        self, model: str, worker_id: str, redis_url: str, hosts: HostKeeper, stop: Stop, clock: DatabaseClock
+    ) -> None:
         self._model = model
         self._worker_id = worker_id
         self._redis: Any = Redis.from_url(
@@ -75,10 +70,13 @@ class LiveLane:
         )
         self._hosts = hosts
         self._stop = stop
-        self._queue, self._cancels = live_queue(model), cancel_list(worker_id, model)
-        self._running: dict[int, Running] = {}
+        self._clock = clock
+        self._queue, self._orders = live_queue(model), lane_list(worker_id, model)
+        self._replies = Replies(self._redis, worker_id, stop)
+        self._running: dict[int, LiveRequest] = {}
         self._row = 0
-        self._missed: set[str] = set()
+        #: Servers without a sign of life -> since when, by ``time.monotonic()``.
+        self._silent: dict[str, float] = {}
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name=f"live-{model[-20:]}", daemon=True)
@@ -97,20 +95,20 @@ class LiveLane:
     def _run(self) -> None:
         while not self._stop.draining.is_set():
             try:
-                if not self._taking:
-                    time.sleep(AWAY_S)
-                    continue
-                found = self._redis.blpop([self._queue], LOOK_S)
-                if found is not None:
+                found = self._redis.blpop(self._lists(), LOOK_S)
+                if found is not None and found[0].decode() == self._queue:
                     self._hold(self._taken([found[1]]))
+                elif found is not None:
+                    self._obey(None, [found[1]])
                 # What came while a session was closed gets another one.
                 while self._running and not self._stop.abandoning.is_set():
                     self._serve()
             except RedisError as problem:
                 log.warning("requests of the API wait for Redis: %s", str(problem).splitlines()[0])
                 self._stop.draining.wait(AWAY_S)
-            except Exception:
+            except Exception as problem:
                 log.exception("the lane of urgent requests failed, and goes on")
+                self._lost(ErrorClass.INTERNAL, f"internal error: {type(problem).__name__}")
                 self._stop.draining.wait(AWAY_S)
 
     # --- one session -------------------------------------------------------------------------------------------------
@@ -139,32 +137,56 @@ class LiveLane:
         except OSError as problem:
             self._lost(ErrorClass.ENGINE_CRASH, f"the engine host is gone: {problem}")
 
+    def _lists(self) -> list[str]:
+        """What is read now. Orders always are: somebody may have missed what was said."""
+        return [self._orders, self._queue] if self._taking else [self._orders]
+
     def _hold(self, requests: list[LiveRequest]) -> list[int]:
         """Requests are this worker's now; returns their rows."""
         with self._more:
             rows = list(range(self._row + 1, self._row + 1 + len(requests)))
-            self._running |= {row: Running(each) for row, each in zip(rows, requests, strict=True)}
+            self._running |= dict(zip(rows, requests, strict=True))
             self._row += len(requests)
             self._more.notify_all()
         return rows
 
     def _taken(self, found: Iterable[bytes]) -> list[LiveRequest]:
         """Requests that somebody still waits for; each server is told that they are taken."""
-        requests = [LiveRequest.decode(each) for each in found]
-        wanted = [each for each in requests if each.until > time.time()]
-        self._reply([(each, [TAKEN, self._worker_id]) for each in wanted])
+        requests = []
+        for data in found:
+            try:
+                requests.append(LiveRequest.decode(data))
+            except ValueError as problem:
+                log.warning("a message of %d bytes in %s is dropped: %s", len(data), self._queue, problem)
+        gone = self._gone({each.server for each in requests})
+        wanted = [each for each in requests if each.server not in gone]
+        self._replies.say([(each, [TAKEN]) for each in wanted])
         return wanted
+
+    def _gone(self, servers: set[str]) -> set[str]:
+        """Those of the servers that are gone. Missed for a while is gone: Redis itself may have begun anew."""
+        asked, now = sorted(servers), time.monotonic()
+        alive = self._redis.mget([server_key(each) for each in asked]) if asked else []
+        for server, found in zip(asked, alive, strict=True):
+            if found is None:
+                self._silent.setdefault(server, now)
+            else:
+                self._silent.pop(server, None)
+        return {each for each in asked if now - self._silent.get(each, now) >= BEAT_S}
 
     def _send(self, session: Session, rows: list[int]) -> None:
         """Hand requests to the engine; one that cannot even be read ends here."""
         batch = []
         with self._lock:
-            held = [(row, self._running[row].request) for row in rows if row in self._running]
+            held = [(row, self._running[row]) for row in rows if row in self._running]
         for row, request in held:
             try:
                 batch.append(request.to_request(row))
             except PromptmillError as problem:
                 self._end(row, [FAILED, ErrorClass.INVALID_REQUEST.value, problem.message])
+            except Exception as problem:
+                log.error("a request of the API cannot be read: %s", type(problem).__name__)
+                self._end(row, [FAILED, ErrorClass.INTERNAL.value, f"internal error: {type(problem).__name__}"])
         if batch:
             session.add(batch)
 
@@ -193,14 +215,18 @@ class LiveLane:
             for row, text, *more in texts:
                 running = self._running.get(row)
                 if running is not None and text:
-                    running.told = True
-                    replies.append((running.request, [TEXT, text, *more]))
+                    replies.append((running, [TEXT, text, *more]))
             for result in results:
                 ended = self._running.pop(result.row, None)
                 if ended is not None:
-                    replies.append((ended.request, _reply_of(result)))
+                    replies.append((ended, self._reply_of(result)))
             self._more.notify_all()
-        self._reply(replies)
+        self._replies.say(replies)
+
+    def _reply_of(self, result: Result) -> list[Any]:
+        if isinstance(result, Ok):
+            return [DONE, answer_of(result, self._clock.at(result.timing.finished_at) if result.timing else None)]
+        return [FAILED, result.error_class.value, result.message]
 
     def _read(self, session: Session, ended: threading.Event) -> None:
         """From Redis to the engine: more requests, and those that nobody waits for any more."""
@@ -213,17 +239,16 @@ class LiveLane:
                 room = self._room()
                 if room <= 0:
                     # Not a blocking look: requests that end meanwhile would wait for it, and their slots with them.
-                    self._cancel(session, {each.decode() for each in self._redis.lpop(self._cancels, 256) or ()})
+                    self._obey(session, self._redis.lpop(self._orders, ORDERS_AT_ONCE) or ())
                     continue
-                lists = [self._cancels, *([self._queue] if self._taking else [])]
+                lists = self._lists()
                 found = self._redis.blpop(lists, SHORT_LOOK_S if len(lists) == 1 else 0.25)
                 if found is None:
                     continue
                 name, data = found[0].decode(), [found[1]]
-                more = self._redis.lpop(name, max(1, room) if name == self._queue else 256)
-                data += more or []
-                if name == self._cancels:
-                    self._cancel(session, {each.decode() for each in data})
+                data += self._redis.lpop(name, max(1, room) if name == self._queue else ORDERS_AT_ONCE) or []
+                if name == self._orders:
+                    self._obey(session, data)
                 else:
                     self._send(session, self._hold(self._taken(data)))
             except RedisError as problem:
@@ -240,25 +265,41 @@ class LiveLane:
             return TAKEN_PER_SLOT * slots - len(self._running)
 
     def _cancel_orphans(self, session: Session) -> None:
-        """Drop the requests of servers that are gone. Twice missed is gone: Redis itself may have begun anew."""
+        """Drop the requests of servers that are gone."""
         with self._lock:
-            servers = sorted({each.request.server for each in self._running.values()})
-        alive = self._redis.mget([server_key(each) for each in servers]) if servers else []
-        missed = {each for each, found in zip(servers, alive, strict=True) if found is None}
-        gone, self._missed = missed & self._missed, missed
+            servers = {each.server for each in self._running.values()}
+        gone = self._gone(servers)
         with self._lock:
-            ids = {each.request.id for each in self._running.values() if each.request.server in gone}
+            ids = {each.id for each in self._running.values() if each.server in gone}
         if ids:
             log.warning("%d requests are dropped: their server is gone", len(ids))
             self._cancel(session, ids)
+
+    def _obey(self, session: Session | None, orders: Iterable[bytes]) -> None:
+        """What servers say of requests that this worker holds, or held: without a ``session`` none runs."""
+        cancelled = set()
+        for data in orders:
+            try:
+                match json.loads(data):
+                    case [str(kind), str(request_id)] if kind == CANCEL:
+                        cancelled.add(request_id)
+                    case [str(kind), str(request_id), str(server), int(number)] if kind == REPEAT:
+                        self._replies.repeat(request_id, server, number)
+                    case _:
+                        raise ValueError
+            except (ValueError, RecursionError):
+                log.warning("a message of %d bytes in %s is dropped: no order of a server", len(data), self._orders)
+        if session is not None:
+            self._cancel(session, cancelled)
 
     def _cancel(self, session: Session, ids: set[str]) -> None:
         if not ids:
             return
         with self._lock:
-            rows = [row for row, each in self._running.items() if each.request.id in ids]
+            rows = [row for row, each in self._running.items() if each.id in ids]
             for row in rows:
                 del self._running[row]
+        self._replies.forget(ids)
         session.cancel(rows)
 
     # --- ends --------------------------------------------------------------------------------------------------------
@@ -267,7 +308,7 @@ class LiveLane:
         with self._lock:
             running = self._running.pop(row, None)
         if running is not None:
-            self._reply([(running.request, reply)])
+            self._replies.say([(running, reply)])
 
     def _refuse(self, error_class: ErrorClass, message: str) -> None:
         with self._lock:
@@ -276,38 +317,7 @@ class LiveLane:
             self._end(row, [FAILED, error_class.value, message])
 
     def _lost(self, error_class: ErrorClass, message: str) -> None:
-        """Begin again what nobody has seen a part of, at the head of the queue; the rest ends as an error."""
+        """What runs cannot go on here. Whether it may begin again is known to its server."""
         with self._lock:
             running, self._running = list(self._running.values()), {}
-        again = [each.request for each in running if not each.told and each.request.tries < MOST_TRIES]
-        over = [each.request for each in running if each.told or each.request.tries >= MOST_TRIES]
-        self._reply([(each, [AGAIN]) for each in again])
-        self._reply([(each, [FAILED, error_class.value, message[:300]]) for each in over])
-        if again:
-            data = [replace(each, tries=each.tries + 1).encode() for each in again]
-            self._redis.lpush(self._queue, *reversed(data))
-
-    def _reply(self, replies: list[tuple[LiveRequest, list[Any]]]) -> None:
-        """One round trip for all of them. A Redis that is away is waited for: somebody waits for the answer."""
-        if not replies:
-            return
-        lists: dict[str, list[bytes]] = defaultdict(list)
-        for request, reply in replies:
-            lists[reply_list(request.server)].append(json.dumps([request.id, *reply], ensure_ascii=False).encode())
-        while True:
-            try:
-                pipe = self._redis.pipeline(transaction=False)
-                for name, data in lists.items():
-                    pipe.rpush(name, *data)
-                    pipe.expire(name, FORGET_S)
-                pipe.execute()
-                return
-            except RedisError:
-                if self._stop.abandoning.wait(AWAY_S):
-                    return
-
-
-def _reply_of(result: Result) -> list[Any]:
-    if isinstance(result, Ok):
-        return [DONE, answer_of(result)]
-    return [FAILED, result.error_class.value, result.message]
+        self._replies.say([(each, [AGAIN, error_class.value, message[:300]]) for each in running])

@@ -9,7 +9,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -17,7 +17,6 @@ import psutil
 import sqlalchemy as sa
 
 from promptmill.database import epoch, writing
-from promptmill.errors import BrokerError
 from promptmill.ledger import Ledger
 from promptmill.tables import chunks, worker_samples, workers
 from promptmill_workers.devices import Device
@@ -31,9 +30,6 @@ log = logging.getLogger("promptmill.worker")
 #: Seconds between heartbeats and resource samples.
 HEARTBEAT_S = 5.0
 
-#: Seconds between two readings of Redis' clock.
-CALIBRATE_S = 60.0
-
 
 class Presence:
     """Writes the worker's row and its samples, from a thread of its own that depends on no engine."""
@@ -45,18 +41,15 @@ class Presence:
         device: Device,
         hosts: HostKeeper,
         stop: Stop,
-        clock_offset: Callable[[], float] | None = None,
         models: Sequence[str] = (),
     ) -> None:
+        self._ledger = ledger
         self._db = ledger.db
         self._worker_id = worker_id
         self._device = device
         self._hosts = hosts
         self._stop = stop
-        self._clock_offset = clock_offset
         self._models = json.dumps(list(models))
-        self._offset_s: float | None = None
-        self._calibrated_at = float("-inf")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
         self._gauge = DeviceGauge(device)
@@ -68,7 +61,7 @@ class Presence:
         with writing(self._db) as db:
             if again:
                 db.execute(sa.delete(workers).where(workers.c.id == self._worker_id))
-            now = db.execute(sa.select(epoch())).scalar()
+            now, _ = self._ledger.read_clock(db)
             db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
             # Short jobs too have a sample: one at the start, one at the end.
             db.execute(sa.insert(worker_samples).values(self._sample(db)))
@@ -104,7 +97,7 @@ class Presence:
             "slots": info.slots if info else None,
             "kv_cells": info.kv_cells if info else None,
             "versions": json.dumps(self._versions()),
-            "clock_offset_s": self._offset_s,
+            "clock_offset_s": self._ledger.database_clock.ahead_s(),
             "model_load_s": self._hosts.load_s,
             "host_restarts": self._hosts.restarts,
         }
@@ -136,22 +129,14 @@ class Presence:
 
     def _beat_for_ever(self) -> None:
         while not self._stopping.wait(HEARTBEAT_S):
-            for beat in (self._calibrate, self._heartbeat):
-                try:
-                    beat()
-                except (BrokerError, *PASSING) as problem:
-                    log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
-                except Exception:
-                    log.exception("the heartbeat of %s failed", self._worker_id)
-
-    def _calibrate(self) -> None:
-        if self._clock_offset is not None and time.monotonic() - self._calibrated_at >= CALIBRATE_S:
-            self._offset_s = self._clock_offset()
-            self._calibrated_at = time.monotonic()
-
-    def _heartbeat(self) -> None:
-        self._update(self._row())
-        self._add_sample()
+            try:
+                # The sample reads the database's clock, which the row then tells.
+                self._add_sample()
+                self._update(self._row())
+            except PASSING as problem:
+                log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
+            except Exception:
+                log.exception("the heartbeat of %s failed", self._worker_id)
 
     def _add_sample(self) -> None:
         with writing(self._db) as db:
@@ -160,11 +145,11 @@ class Presence:
     def _sample(self, db: sa.Connection) -> dict[str, Any]:
         active, waiting = self._hosts.load()
         seconds, memory = self._process_use()
-        now = time.time()
+        now = time.monotonic()
         output_tps = self._rate("_tokens", now, self._output_tokens(db))
         return {
             "worker_id": self._worker_id,
-            "at": db.execute(sa.select(epoch())).scalar(),
+            "at": self._ledger.read_clock(db)[0],
             "cpu_ratio": self._rate("_cpu", now, seconds),
             "memory_bytes": memory,
             "device_memory_bytes": self._gauge.memory_bytes(self._hosts.pid),

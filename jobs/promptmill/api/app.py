@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.staticfiles import StaticFiles
 
 from promptmill.api import batches, chat, errors, exposition, files, jobs, models, own_folder, pages, system
@@ -23,7 +24,9 @@ from promptmill.api.limits import Limits
 from promptmill.api.live import Live
 from promptmill.api.middleware import Gate, Timings
 from promptmill.api.model_directory import ModelDirectory
-from promptmill.api.services import Services
+from promptmill.api.services import Services, in_thread
+from promptmill.database import reading
+from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings
 
@@ -35,6 +38,9 @@ THREADS = 16
 #: Seconds before the process that looks after batches is started again, doubled up to the longest.
 RESTART_S = 0.5
 LONGEST_RESTART_S = 30.0
+
+#: Seconds between two readings of the database's clock.
+CLOCK_S = 5.0
 
 DESCRIPTION = """OpenAI-compatible files, batches, models, chat completions, completions and embeddings, and the jobs
 of promptmill, on one queue. Set the base URL of a client to this server's address and `/v1`."""
@@ -65,16 +71,17 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
         # What the start made stays: looking through it for garbage again and again would hold every answer up.
         gc.collect()
         gc.freeze()
-        keeper = asyncio.create_task(_keep_batches())
+        tasks = [asyncio.create_task(_keep_batches()), asyncio.create_task(_keep_time(parts))]
         try:
             yield
         finally:
             await parts.live.close()
             parts.quick.close()
             parts.slow.close()
-            keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
     app = FastAPI(
         title="promptmill", version=version("promptmill"), description=DESCRIPTION, lifespan=lifespan,
@@ -93,6 +100,19 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
         locked=locked,
     )  # fmt: skip
     return app
+
+
+async def _keep_time(parts: Services) -> None:
+    """Read the database's clock, by which workers say when an answer was ready."""
+
+    def read() -> None:
+        with reading(parts.db) as connection:
+            parts.ledger.read_clock(connection)
+
+    while True:
+        with contextlib.suppress(SQLAlchemyError, DatabaseError):
+            await in_thread(read)
+        await asyncio.sleep(CLOCK_S)
 
 
 async def _keep_batches() -> None:

@@ -44,6 +44,7 @@ from promptmill.result_formats import openai_line
 from promptmill.score_runs import unscored
 from promptmill.settings import Settings, load_settings
 from promptmill.tables import api_keys, batches, files, jobs, requests, results
+from promptmill.times import Moment
 from promptmill.types import JobState
 
 log = logging.getLogger("promptmill.api.batches")
@@ -246,7 +247,7 @@ class Keeper:
     def _submit(self, batch: Row[Any], file: Row[Any], model: str) -> str:
         wanted = {
             "model": self.models.resolve(model) or model, "name": batch.id, "priority": batch.priority,
-            "deadline_at": batch.expires_at, "api_key_id": batch.api_key_id,
+            "deadline": Moment(batch.expires_at), "api_key_id": batch.api_key_id,
             "key_limit": self._limits(batch.api_key_id),
         }  # fmt: skip
         path = str(self.store.path(file.id))

@@ -7,9 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
-from ulid import ULID
 
-from promptmill.database import epoch, lock_name, reading
+from promptmill.database import epoch, id_at, lock_name, now_of, reading
 from promptmill.ledger.base import counts_of
 from promptmill.tables import batches, jobs
 
@@ -34,8 +33,8 @@ def twin(connection: Connection, idempotency_key: str | None, api_key_id: str | 
 
 def insert(connection: Connection, values: dict[str, Any], window_s: float) -> Row[Any]:
     """A new batch, to be validated."""
-    batch_id = f"batch_{str(ULID()).lower()}"
-    now = connection.execute(sa.select(epoch())).scalar() or 0.0
+    now = now_of(connection)
+    batch_id = f"batch_{id_at(now).lower()}"
     connection.execute(
         sa.insert(batches).values(id=batch_id, state="validating", created_at=now, expires_at=now + window_s, **values)
     )

@@ -131,8 +131,9 @@ async def _answers(
     if question.messages is not None:
         async with parts.live.call(model, question.sampling, principal.key_id, messages=question.messages) as call:
             answer = await call.answer()
-        if state is not None and call.queued_at is not None and answer["timing"]:
-            state.answered = call.queued_at, answer["timing"]["finished_at"]
+        if state is not None and call.queued_at is not None and answer["finished_at"]:
+            ago_s = parts.ledger.database_clock.at(time.monotonic()) - answer["finished_at"]
+            state.answered = call.queued_at, time.perf_counter() - ago_s
         return [answer]
     if len(question.texts) == 1:
         return [await _answer(parts, principal, question, model, question.texts[0])]

@@ -271,7 +271,7 @@ def _workers(db: Connection) -> Iterator[str]:
         ("worker_cpu_ratio", "gauge", "CPU seconds per second.", lambda w: w["cpu_ratio"]),
         ("worker_gpu_ratio", "gauge", "Use of the device.", lambda w: w["device_use_ratio"]),
         ("worker_output_tokens_per_second", "gauge", "Since its last sample.", lambda w: w["output_tps"]),
-        ("clock_offset_seconds", "gauge", "Redis' clock minus the worker's.", lambda w: w["clock_offset_s"]),
+        ("clock_offset_seconds", "gauge", "The database's clock minus the worker's.", lambda w: w["clock_offset_s"]),
     )  # fmt: skip
     for name, kind, text, value in gauges:
         samples = [({"worker": w["id"]}, float(value(w))) for w in found if value(w) is not None]

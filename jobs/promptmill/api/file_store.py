@@ -26,7 +26,7 @@ from promptmill.api.errors import ApiError, not_found
 from promptmill.api.keys import Principal
 from promptmill.api.limits import too_many
 from promptmill.api.own_folder import own_folder
-from promptmill.database import epoch, lock_name, reading, writing
+from promptmill.database import database_now, epoch, id_at, lock_name, reading, writing
 from promptmill.settings import Settings
 from promptmill.tables import files
 
@@ -112,7 +112,7 @@ class FileStore:
         Raises a 429 where the owner would have more than ``allowed`` bytes.
         """
         sha256 = draft.finish()
-        file_id = file_id or f"file-{str(ULID()).lower()}"
+        file_id = file_id or f"file-{id_at(database_now(self._db)).lower()}"
         target = self.path(file_id)
         target.parent.mkdir(exist_ok=True, mode=0o700)
         with writing(self._db) as connection:

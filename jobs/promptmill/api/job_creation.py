@@ -26,6 +26,7 @@ from promptmill.settings import Settings
 from promptmill.submission import JobOrder, submit
 from promptmill.task_file import Task
 from promptmill.text_files import without_marks
+from promptmill.times import Moment
 
 #: Seconds that a submission may take, and seconds more for each MiB of its lines: a tenth of the usual speed.
 LONGEST_S, LONGEST_S_PER_MIB = 30.0, 5.0
@@ -64,7 +65,8 @@ def create_here(settings: Settings, wanted: dict[str, Any]) -> str:
         mode="queue", task=task, sampling=(dict(task.generate) if task else {}) | wanted["sampling"],
         system=None if task else wanted["system"], queue_limit=settings.max_queued_requests, slots=settings.slots,
         **{name: wanted[name] for name in ("model", "name", "priority", "max_errors", "skip_invalid", "api_key_id",
-                                           "key_limit", "deadline_at")},
+                                           "key_limit")},
+        deadline=None if wanted["deadline_at"] is None else Moment(wanted["deadline_at"]),
     )  # fmt: skip
     _refuse_bomb(wanted["path"], wanted["name_of_file"])
     with tempfile.TemporaryDirectory(prefix="promptmill-") as folder, opened(settings.database_url) as db:

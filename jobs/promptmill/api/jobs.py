@@ -10,7 +10,7 @@ from typing import IO, Any
 import orjson
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from sqlalchemy.engine import Row
+from sqlalchemy.engine import Engine, Row
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from promptmill import catalog, service
@@ -22,7 +22,7 @@ from promptmill.api.evaluation import QUICK
 from promptmill.api.keys import Principal
 from promptmill.api.services import Parts, Reader, Services, Submitter, in_thread, refusal_of
 from promptmill.api.streams import EventStream, event
-from promptmill.database import opened, reading
+from promptmill.database import database_now, opened, reading
 from promptmill.errors import PromptmillError
 from promptmill.preparing import check_max_errors, check_name
 from promptmill.sampling import check_parameters
@@ -134,8 +134,13 @@ def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dic
         "skip_invalid": bodies.flag(body, "skip_invalid"), "api_key_id": principal.key_id,
         "key_limit": None if limit is None else int(limit),
         "format": bodies.one_of(body, "format", job_creation.FORMATS),
-        "deadline_at": _checked("deadline", moment, deadline, "deadline"), "name_of_file": "lines.jsonl",
+        "deadline_at": _checked("deadline", _deadline_at, parts.db, deadline), "name_of_file": "lines.jsonl",
     }  # fmt: skip
+
+
+def _deadline_at(db: Engine, given: str | None) -> float | None:
+    wanted = moment(given, "deadline")
+    return None if wanted is None else wanted.by(database_now(db))
 
 
 def _checked(name: str, check: Callable[..., Any], *given: Any) -> Any:

@@ -9,9 +9,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
-from ulid import ULID
 
-from promptmill.database import epoch, reading, writing
+from promptmill.database import epoch, id_at, now_of, reading, writing
 from promptmill.errors import PromptmillError, UnknownName
 from promptmill.tables import api_keys
 
@@ -63,11 +62,13 @@ def create(db: Engine, name: str, scopes: tuple[str, ...], limits: dict[str, Any
     unknown = set(scopes) - set(SCOPES)
     if unknown or not scopes:
         raise PromptmillError(f"unknown scope '{min(unknown, default='')}'", hint=f"Scopes: {', '.join(SCOPES)}.")
-    key, key_id = PREFIX + secrets.token_urlsafe(32), str(ULID())
+    key = PREFIX + secrets.token_urlsafe(32)
     with writing(db) as connection:
+        now = now_of(connection)
+        key_id = id_at(now)
         connection.execute(
             sa.insert(api_keys).values(
-                id=key_id, name=name, key_sha256=digest(key), scopes=",".join(sorted(set(scopes))), created_at=epoch(),
+                id=key_id, name=name, key_sha256=digest(key), scopes=",".join(sorted(set(scopes))), created_at=now,
                 revoked=False, **limits,
             )
         )  # fmt: skip

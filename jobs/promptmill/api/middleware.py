@@ -119,11 +119,10 @@ class Gate:
     def _overhead(self, started: float, answered: tuple[float, float]) -> tuple[bytes, bytes]:
         """The header with this server's own time: to the queue, and from the worker's last token.
 
-        ``answered``: when the request was queued, on this process's clock, and when its answer was ready, on the
-        wall's.
+        ``answered``: when the request was queued and when its answer was ready, by ``time.perf_counter()``.
         """
         queued_at, finished_at = answered
-        before, after = queued_at - started, max(0.0, time.time() - finished_at)
+        before, after = queued_at - started, max(0.0, time.perf_counter() - finished_at)
         self._timings.add_overhead(before + after)
         return b"server-timing", f"before;dur={1000 * before:.2f}, after;dur={1000 * after:.2f}".encode()
 

@@ -72,7 +72,7 @@ def _schema(parts: Services) -> str:
 
 def _redis(parts: Services) -> str:
     try:
-        Broker(parts.settings.redis_url).clock_offset_s()
+        Broker(parts.settings.redis_url).ping()
     except PromptmillError:
         return "unreachable"
     return "ok"

@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from promptmill.clock import DatabaseClock
 from promptmill.database import epoch
 from promptmill.ledger.values import BACKOFF_S, JITTER, LEASE_S, LONGEST_BACKOFF_S, MAX_ATTEMPTS, OPEN_STATES, Standing
 from promptmill.tables import chunks, jobs, results
 from promptmill.types import ChunkId, ChunkState, JobState, Lease
 
 log = logging.getLogger("promptmill.ledger")
-
-
-#: Seconds by which an answer may have taken longer than an earlier one to tell the time as well, for each second
-#: between them: clocks drift, and are set.
-CLOCK_AGING = 0.001
-
-
-class DatabaseClock:
-    """What the database's clock says at a moment of ``time.monotonic``. Any thread may ask.
-
-    It is told by the answer that took least: one that came late says little.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._took_s = float("inf")
-        self._offset_s = self._told_at = 0.0
-
-    def offset_s(self, ask: Callable[[], float]) -> float:
-        """Seconds by which the database is ahead. ``ask`` asks it for its time."""
-        sent = time.monotonic()
-        there = ask()
-        told = time.monotonic()
-        with self._lock:
-            if told - sent <= self._took_s + CLOCK_AGING * (told - self._told_at):
-                self._took_s, self._offset_s, self._told_at = told - sent, there - (sent + told) / 2, told
-            return self._offset_s
 
 
 class LedgerBase:
@@ -62,10 +34,17 @@ class LedgerBase:
         self.lease_s = lease_s
         self._max_attempts = max_attempts
         self._clock = clock
-        self._database_clock = DatabaseClock()
+        #: Read whenever a chunk is claimed and results are stored.
+        self.database_clock = DatabaseClock()
 
     def _now(self) -> Any:
         return sa.literal(self._clock(), sa.Double()) if self._clock else epoch()
+
+    def read_clock(self, db: Connection) -> tuple[float, DatabaseClock]:
+        """The database's time, and its clock, which turns this machine's ``time.monotonic()`` into it."""
+        # A clock of a test moves by itself.
+        clock = DatabaseClock() if self._clock else self.database_clock
+        return clock.read(lambda: db.execute(sa.select(self._now())).scalar_one()), clock
 
     def _standing(self, db: Connection, job_id: str) -> Standing:
         state = db.execute(sa.select(jobs.c.state).where(jobs.c.id == job_id)).scalar()

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from promptmill.counting import counting
 from promptmill.database import reading, writing
-from promptmill.ledger.base import DatabaseClock, counts_between, held_by, is_chunk, log, model_of, storable
+from promptmill.ledger.base import counts_between, held_by, is_chunk, log, model_of, storable
 from promptmill.ledger.results import Results, generated, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
 from promptmill.tables import attempts, chunks, jobs, results, retries
@@ -41,10 +41,8 @@ class Endings(Results):
         with writing(self.db) as db:
             span = None
             if closed_at is not None:
-                # A clock of a test moves by itself.
-                clock = DatabaseClock() if self._clock else self._database_clock
-                offset_s = clock.offset_s(lambda: db.execute(sa.select(self._now())).scalar_one())
-                span = offset_s + lease.taken_at, offset_s + closed_at
+                _, clock = self.read_clock(db)
+                span = clock.at(lease.taken_at), clock.at(closed_at)
             if maybe_stored and last:
                 last = self._unstored(db, lease, last)
             self._record(db, lease, last)

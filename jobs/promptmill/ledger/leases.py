@@ -172,19 +172,23 @@ class Leases(Endings):
         """A claim that is its own transaction: one way to the server and back instead of five."""
         asked = {"of_job": chunk.job_id, "of_number": chunk.number, "of_worker": worker_id}
         with connecting(self.db), self.db.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+            sent_at = time.monotonic()
             found = db.execute(self._claim_query, asked).one_or_none()
             taken_at = time.monotonic()
         if found is None:
             return None
+        self._learn(found.leased_at, sent_at, taken_at)
         if found.state == JobState.QUEUED.value:
             with writing(self.db) as db:
                 self._start_job(db, chunk.job_id)
         return _lease(chunk, worker_id, found, found, taken_at)
 
     def _claim(self, db: Connection, chunk: ChunkId, worker_id: str) -> Lease | None:
+        sent_at = time.monotonic()
         claimed = db.execute(self._take(chunk.job_id, chunk.number, worker_id)).one_or_none()
         if claimed is None:
             return None
+        self._learn(claimed.leased_at, sent_at, time.monotonic())
         db.execute(
             sa.insert(attempts).values(
                 job_id=chunk.job_id,
@@ -195,6 +199,11 @@ class Leases(Endings):
             )
         )
         return self._begin(db, chunk, worker_id, claimed)
+
+    def _learn(self, leased_at: float, sent_at: float, told_at: float) -> None:
+        """What is admitted from now on is admitted after the claim, whatever happened to a clock before."""
+        if self._clock is None:
+            self.database_clock.learn(leased_at, sent_at, told_at)
 
     def _begin(self, db: Connection, chunk: ChunkId, worker_id: str, claimed: Any) -> Lease:
         job = db.execute(sa.select(*_JOB).where(jobs.c.id == chunk.job_id)).one()
@@ -224,7 +233,9 @@ class Leases(Endings):
 
 
 #: What a lease holds of its chunk, and of its job.
-_OF_CHUNK = (chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at)
+_OF_CHUNK = (
+    chunks.c.attempt, chunks.c.failures, chunks.c.first_row, chunks.c.rows, chunks.c.published_at, chunks.c.leased_at,
+)  # fmt: skip
 _JOB = (jobs.c.model, jobs.c.model_fingerprint, jobs.c.state, jobs.c.context_tokens, jobs.c.priority)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from promptmill.clock import DatabaseClock
 from promptmill.counting import counting
 from promptmill.database import copy_rows, reading, writing
 from promptmill.errors import JobError
@@ -125,15 +126,15 @@ class Results(Jobs):
                 lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.worker_id, len(batch),
             )  # fmt: skip
             return 0
-        now = db.execute(sa.select(self._now())).scalar()
-        assert now is not None
+        now, clock = self.read_clock(db)
         again = self._worth_retrying(db, lease, [each for each, _ in batch])
         final = [(each, limit) for each, limit in batch if each.row not in again]
-        copy_rows(db, results, RESULT_COLUMNS, [_result_row(lease, each, limit, now) for each, limit in final])
+        rows = [_result_row(lease, each, limit, now, clock) for each, limit in final]
+        copy_rows(db, results, RESULT_COLUMNS, rows)
         answers = [each for each, _ in final if isinstance(each, Ok)]
         failures = len(final) - len(answers)
         counts = counting(db, lease.model, lease.worker_id)
-        counts.results([each for each, _ in final], lease.enqueued_at)
+        counts.results([each for each, _ in final], lease.enqueued_at, clock.at)
         counts.add("retries", len(again))
         db.execute(
             sa.update(chunks)
@@ -148,7 +149,8 @@ class Results(Jobs):
         )
         self._add_counters(db, lease, counters)
         if again:
-            self._retry_later(db, lease, [each for each, _ in batch if each.row in again], again, now)
+            failed = [each for each, _ in batch if each.row in again]
+            self._retry_later(db, lease, failed, again, now, clock)
         if failures:
             self._judge_guard(db, lease.chunk.job_id)
         return len(batch)
@@ -210,11 +212,17 @@ class Results(Jobs):
         return {row: before.get(row, 0) for row in failed if before.get(row, 0) + 1 < self._max_attempts}
 
     def _retry_later(
-        self, db: Connection, lease: Lease, batch: Sequence[Result], tried: dict[int, int], now: float
+        self,
+        db: Connection,
+        lease: Lease,
+        batch: Sequence[Result],
+        tried: dict[int, int],
+        now: float,
+        clock: DatabaseClock,
     ) -> None:
         """Keep the errors in ``retries`` and give their rows to new chunks, to be run after a wait."""
         columns = (*RETRY_COLUMNS, "retried_at", "by_hand")
-        copy_rows(db, retries, columns, [(*_retry_row(lease, each), now, False) for each in batch])
+        copy_rows(db, retries, columns, [(*_retry_row(lease, each, clock), now, False) for each in batch])
         self._lock_job(db, lease.chunk.job_id)
         for failures in sorted({tried[each.row] + 1 for each in batch}):
             rows = sorted(each.row for each in batch if tried[each.row] + 1 == failures)
@@ -236,9 +244,9 @@ def generated(answer: Ok) -> int:
     return 0 if answer.extras is not None and answer.extras.deduplicated else answer.usage.output_tokens
 
 
-def _result_row(lease: Lease, result: Result, max_tokens: int, now: float) -> tuple[Any, ...]:
-    """A row of ``results`` in the order of RESULT_COLUMNS."""
-    usage, timing = result.usage, result.timing
+def _result_row(lease: Lease, result: Result, max_tokens: int, now: float, clock: DatabaseClock) -> tuple[Any, ...]:
+    """A row of ``results`` in the order of RESULT_COLUMNS, its times by the database's clock."""
+    usage, timing = result.usage, result.timing.by(clock.at) if result.timing else None
     outcome: tuple[str | None, ...]
     if isinstance(result, Ok):
         outcome = ("ok", storable(result.text), result.finish_reason.value, None, None)
@@ -269,10 +277,10 @@ def _extras_row(extras: Extras) -> tuple[Any, ...]:
             extras.deduplicated)  # fmt: skip
 
 
-def _retry_row(lease: Lease, result: Result) -> tuple[Any, ...]:
+def _retry_row(lease: Lease, result: Result, clock: DatabaseClock) -> tuple[Any, ...]:
     """A row of ``retries`` in the order of RETRY_COLUMNS."""
     assert isinstance(result, Failed)
-    usage, timing = result.usage, result.timing
+    usage, timing = result.usage, result.timing.by(clock.at) if result.timing else None
     return (
         lease.chunk.job_id, result.row, lease.chunk.number, lease.attempt, lease.worker_id, result.error_class.value,
         storable(result.message), usage.prompt_tokens if usage else None, usage.output_tokens if usage else None,

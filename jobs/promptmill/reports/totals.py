@@ -12,8 +12,8 @@ from sqlalchemy.engine import Connection
 from promptmill.reports.scan import Floats, Series, Tokens, Truths
 from promptmill.tables import results
 
-#: Seconds by which two clocks may disagree before a row counts as out of order: SQLite's clock ticks in milliseconds,
-#: and clocks of different machines are set by Redis to a few more.
+#: Seconds by which a worker's reading of the database's clock may be off before a row counts as out of order: SQLite's
+#: ticks in milliseconds, and half of the time that a busy database takes to answer is a few more.
 CLOCK_TOLERANCE_S = 0.010
 
 
