@@ -38,6 +38,9 @@ LOOK_S = 0.05
 
 MIB = 2**20
 
+#: How much less than others a child of a pool is served by the system, where all cores are busy.
+NICE = 5
+
 #: Not ``-m promptmill.children``: what is pickled in a main module is not found by others.
 START = "from promptmill.children import main; main()"
 
@@ -77,7 +80,7 @@ class Pool:
         with self._lock:
             child = self._idle.pop() if self._idle else None
         if child is None:
-            child = Child()
+            child = Child(NICE)
         self._busy.add(child)
         try:
             raised, value, is_tired = child.call(limits, function, arguments)
@@ -110,13 +113,13 @@ class Pool:
 class Child:
     """One process, for calls one after another. It ends with the one that started it, whatever that died of."""
 
-    def __init__(self) -> None:
+    def __init__(self, nice: int = 0) -> None:
         self._pipe, theirs = Pipe()
         # Nothing is ever written here: its end is the end of the parent.
         watched, self._life = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(watched)],
+                [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(watched), str(nice)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(), watched),
                 env=os.environ | ONE_THREAD, start_new_session=True,
             )  # fmt: skip
@@ -187,6 +190,8 @@ def main() -> None:
     """Entry point of a child: calls from the pipe, one after another."""
     pipe, watched = Connection(int(sys.argv[1])), int(sys.argv[2])
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
+    # Answers that somebody waits for go before.
+    os.nice(int(sys.argv[3]))
     while True:
         try:
             megabytes, function, arguments = pipe.recv()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import regex
+if TYPE_CHECKING:
+    import regex
 
 #: Seconds of computing that an expression may take on one text, and one scorer in all: then its texts are given up.
 SEARCH_S = 1.0
@@ -41,6 +42,9 @@ class SearchTime:
 @lru_cache(maxsize=1024)
 def compiled(pattern: str) -> regex.Pattern[str]:
     """In Python's syntax. Raises ``regex.error``."""
+    # Few tasks have one, and every command would wait for the import.
+    import regex
+
     return regex.compile(pattern)
 
 
@@ -53,6 +57,8 @@ def is_found(pattern: str, text: str) -> bool:
     linear = _linear(pattern)
     if linear is not None:
         return linear.search(text.encode(errors="replace").decode()) is not None
+    import regex
+
     try:
         return compiled(pattern).search(text, timeout=SEARCH_S) is not None
     except regex.error:

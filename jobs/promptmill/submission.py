@@ -6,8 +6,10 @@ import contextlib
 import getpass
 import hashlib
 import json
+import pickle
 import platform
 import socket
+import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,7 +213,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
     a full queue; nothing is stored then.
     """
     preparer = Preparer(order, gauge)
-    with writing(db) as connection:
+    with _ready(prepared_rows(dataset, order, preparer), order) as prepared, writing(db) as connection:
         now = now_of(connection)
         job_id = id_at(now)
         ends = {
@@ -221,7 +223,7 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         columns = job_columns(dataset, order)
         connection.execute(sa.insert(jobs).values(id=job_id, submitted_at=now, **ends, **columns))
         invalid = counting(connection, order.model)
-        rows = _store_requests(connection, job_id, prepared_rows(dataset, order, preparer), now, invalid)
+        rows = _store_requests(connection, job_id, prepared, now, invalid)
         refuse_bad(dataset, preparer.tally, order.skip_invalid, rows)
         key = _key(dataset, order)
         if order.if_exists != "new":
@@ -248,6 +250,22 @@ def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = 
         )
     _refresh_statistics(db)
     return job_id
+
+
+@contextlib.contextmanager
+def _ready(rows: Iterator[PreparedRow], order: JobOrder) -> Iterator[Iterator[PreparedRow]]:
+    """The rows of a job with templates for the queue, prepared before a transaction begins: a slow template would hold
+    the lock of a SQLite file, for which workers wait. They lie in a file, so that memory stays flat.
+    """
+    if order.task is None or order.mode != "queue":
+        yield rows
+        return
+    with tempfile.TemporaryFile(prefix="promptmill-") as file:
+        while batch := list(islice(rows, BATCH_ROWS)):
+            pickle.dump(batch, file, pickle.HIGHEST_PROTOCOL)
+        end = file.tell()
+        file.seek(0)
+        yield (row for batch in iter(lambda: pickle.load(file) if file.tell() < end else None, None) for row in batch)
 
 
 def _refresh_statistics(db: Engine) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from promptmill.children import Child, Limits, OverLimit
 from promptmill.errors import ModelError
+from promptmill.types import Message, SamplingParams
 from promptmill_workers.checkpoints import counter_here
 from promptmill_workers.engines.contract import EngineRequest
 
@@ -23,24 +24,33 @@ class LimitedCounter:
         self._name, self._engine, self._path = name, engine, path
         self._child = Child()
         self._problem: ModelError | None = None
+        self._sampling: SamplingParams | None = None
         self.context_tokens, self.vocabulary = self._call(LOAD, "sizes")
 
     def count(self, request: EngineRequest) -> int:
         """Raises RequestError, and ModelError for a template that goes beyond its limits."""
-        return int(self._call(PROMPT, "count", request))
+        return int(self._call(PROMPT, "count", self._packed(request)))
 
     def render(self, request: EngineRequest) -> str:
         """Raises as :meth:`count` does."""
-        return str(self._call(PROMPT, "render", request))
+        return str(self._call(PROMPT, "render", self._packed(request)))
+
+    def _packed(self, request: EngineRequest) -> tuple[Any, ...]:
+        """The request in plain tuples, which are pickled in a tenth of the time; parameters only where they changed."""
+        sampling = None if request.sampling is self._sampling else request.sampling
+        self._sampling = request.sampling
+        turns = request.messages
+        messages = None if turns is None else [(each.role, each.content, each.extra, each.own) for each in turns]
+        return request.key, sampling, messages, request.prompt, request.own
 
     def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
         """Raises as :meth:`count` does."""
-        found: list[tuple[str, str]] = self._call(PROMPT, "parts", request)
+        found: list[tuple[str, str]] = self._call(PROMPT, "parts", self._packed(request))
         return found
 
     def has_two_starts(self, request: EngineRequest) -> bool:
         """Raises as :meth:`count` does."""
-        return bool(self._call(PROMPT, "has_two_starts", request))
+        return bool(self._call(PROMPT, "has_two_starts", self._packed(request)))
 
     def _call(self, limits: Limits, name: str, argument: object = None) -> Any:
         if self._problem is not None:
@@ -62,8 +72,15 @@ class LimitedCounter:
         return value
 
 
-def _in_child(engine: str, path: Path, name: str, argument: object) -> object:
+_last_sampling = SamplingParams()
+
+
+def _in_child(engine: str, path: Path, name: str, packed: tuple[Any, ...] | None) -> object:
+    global _last_sampling
     counter = counter_here(engine, path)
-    if name == "sizes":
+    if packed is None:
         return counter.context_tokens, counter.vocabulary
-    return getattr(counter, name)(argument)
+    key, sampling, turns, prompt, own = packed
+    _last_sampling = sampling or _last_sampling
+    messages = None if turns is None else tuple(Message(*each[:3], own=each[3]) for each in turns)
+    return getattr(counter, name)(EngineRequest(key, _last_sampling, messages, prompt, own=own))
