@@ -68,6 +68,13 @@ def first_line_is_an_error(ended: Ended) -> None:
     assert ended.rows[1]["id"] == "b"
 
 
+def what_is_ok_is_json(ended: Ended) -> None:
+    assert {row["error"]["class"] for row in ended.rows if row["state"] == "error"} == {"grammar"}
+    finished = [row["text"] for row in ended.rows if row["state"] == "ok" and row["finish_reason"] == "stop"]
+    assert finished
+    assert all(isinstance(json.loads(text), dict) for text in finished)
+
+
 def null_is_not_set(ended: Ended) -> None:
     assert ended.code == 0
     assert [row["id"] for row in ended.rows] == ["1", "2"]
@@ -126,6 +133,7 @@ REPORTED: list[tuple[str, str, tuple[str, ...], Check]] = [
     ("01", "01-csv-column-named-input.csv", ALPACA[:2], ALPACA_ASKED),
     ("01", "01-csv-column-named-input.csv", ALPACA, ALPACA_ASKED),
     ("01", "01-csv-column-named-input.csv", (*ALPACA[2:], "--template", "{{ output }}"), refused("'output' is undef")),
+    ("03", "03-schema-dead-end-ends-ok.jsonl", ("-m", "demo"), what_is_ok_is_json),
     ("05", FLAT, ALPACA[:2], ALPACA_ASKED),
     ("05", FLAT, ALPACA, ALPACA_ASKED),
     ("05", "05-flat-parquet-with-input-text.parquet", ALPACA, answers("a / b")),
