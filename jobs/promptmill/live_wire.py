@@ -101,8 +101,7 @@ class LiveRequest:
     def decode(cls, data: bytes) -> LiveRequest:
         """Raises ValueError for what no server of ours has sent; its text quotes nothing of it."""
         try:
-            id_, server, model, sampling, messages, prompt, stream = json.loads(data)
-            found = _AS_SENT.validate_python((id_, server, model, sampling, messages, prompt, stream))
+            found = _AS_SENT.validate_python(tuple(json.loads(data)))
         except (ValueError, TypeError, ValidationError, RecursionError):
             raise ValueError("no request of a server of ours") from None
         return cls(*found)

@@ -468,7 +468,7 @@ def _faked(told: Path) -> list[str]:
 CHATS, CHAT_TOKENS, CHATS_S = 40, 30, 60.0
 
 #: Chats that wait when Redis is killed, at least.
-FEW_CHATS = 4
+FEW_CHATS = 12
 
 
 def chats_survive_redis(arena: Arena, rng: random.Random) -> None:
