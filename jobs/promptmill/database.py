@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from promptmill.addresses import database_url, masked, sqlite_url
 from promptmill.errors import DatabaseError
 from promptmill.resources import resource_dir
 
@@ -91,28 +92,25 @@ def connect(url: str) -> Engine:
 
     Raises :class:`DatabaseError` for a URL that cannot be understood or another kind of database.
     """
+    parsed = database_url(url)
     try:
-        parsed = make_url(url)
-    except sa.exc.ArgumentError as problem:
-        raise DatabaseError(
-            "JOBS_DATABASE_URL is not a database URL",
-            hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
-        ) from problem
-    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return _postgresql(parsed)
-    if parsed.get_backend_name() == "sqlite":
-        return _sqlite(parsed)
-    raise DatabaseError(
-        f"databases of the kind '{parsed.drivername}' are not supported",
-        hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
-    )
+        return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql(parsed)
+    except (ValueError, TypeError, sa.exc.ArgumentError):
+        raise DatabaseError("JOBS_DATABASE_URL: the value of an option cannot be used") from None
+
+
+def shown(engine: Engine) -> str:
+    """Where a database is, without secrets."""
+    if engine.dialect.name == "sqlite":
+        return sqlite_url(engine.url.database or "")
+    return masked(engine.url.set(drivername="postgresql").render_as_string(hide_password=False))
 
 
 def _postgresql(url: sa.URL) -> Engine:
     # What the URL says itself stays.
     connect_args = {name: value for name, value in CONNECTION.items() if name not in url.query}
     engine = sa.create_engine(
-        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=4, max_overflow=16,
+        url, pool_pre_ping=True, pool_size=4, max_overflow=16,
         connect_args=connect_args, hide_parameters=True,
     )  # fmt: skip
     sa.event.listen(engine, "connect", _prepare_postgresql)
@@ -275,8 +273,7 @@ def _unusable(engine: Engine, problem: Exception) -> DatabaseError | None:
         hint = "Check which other program writes to it, and that its disk has room; then try again."
     else:
         return None
-    url = engine.url.render_as_string(hide_password=True)
-    return DatabaseError(f"cannot use the database {url}: {_first_line(problem)}", hint=hint)
+    return DatabaseError(f"cannot use the database {shown(engine)}: {_first_line(problem)}", hint=hint)
 
 
 def _is_away(engine: Engine, problem: Exception) -> bool:

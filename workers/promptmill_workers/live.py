@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from redis import Redis
 from redis.exceptions import RedisError
 
+from promptmill.addresses import redis_client
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.errors import PromptmillError
 from promptmill.live_wire import (
@@ -70,7 +70,7 @@ class LiveLane:
     def __init__(self, model: str, worker_id: str, redis_url: str, hosts: HostKeeper, stop: Stop) -> None:
         self._model = model
         self._worker_id = worker_id
-        self._redis: Any = Redis.from_url(
+        self._redis: Any = redis_client(
             redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         )
         self._hosts = hosts

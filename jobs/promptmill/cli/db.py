@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from promptmill.cli.common import json_option, print_json
+from promptmill.terminal import say
 
 
 @click.group()
@@ -26,7 +27,7 @@ def upgrade(as_json: bool) -> None:
     if as_json:
         print_json({"before": before, "revision": after})
     else:
-        click.echo(f"the database is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
+        say(f"the database is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
 
 
 @db.command(epilog="Example: promptmill db current")
@@ -34,7 +35,8 @@ def upgrade(as_json: bool) -> None:
 def current(as_json: bool) -> None:
     """Print the revision of the database and the one this version needs."""
     from promptmill import database
-    from promptmill.settings import load_settings, mask
+    from promptmill.addresses import masked
+    from promptmill.settings import load_settings
 
     settings = load_settings()
     revision = database.current_revision(database.connect(settings.database_url))
@@ -42,4 +44,4 @@ def current(as_json: bool) -> None:
     if as_json:
         print_json({"revision": revision, "head": head})
     else:
-        click.echo(f"{mask(settings.database_url)}: revision {revision or 'none'}, this version needs {head}")
+        say(f"{masked(settings.database_url)}: revision {revision or 'none'}, this version needs {head}")
