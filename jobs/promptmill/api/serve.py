@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 
-import click
 import uvicorn
 
 from promptmill.api import keys
@@ -14,6 +14,7 @@ from promptmill.api.connections import Connection
 from promptmill.database import open_database
 from promptmill.errors import PromptmillError
 from promptmill.settings import load_settings
+from promptmill.terminal import for_people, say
 
 #: Seconds that answers under way may take when the server stops.
 GOODBYE_S = 20
@@ -26,18 +27,22 @@ MOST_CONNECTIONS = 2_000
 def serve(host: str, port: int, *, locked: bool) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PromptmillError for an address that cannot be used."""
     settings = load_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=settings.log_level,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=for_people(sys.stderr),
+    )
     db = open_database(settings.database_url)
     listening = _listen(host, port)
     if locked and not any(not each["revoked"] for each in keys.listed(db)):
-        click.echo("every call needs a key, and there is none yet: promptmill keys create --name NAME", err=True)
+        say("every call needs a key, and there is none yet: promptmill keys create --name NAME", err=True)
     config = uvicorn.Config(
         create_app(settings, db, locked=locked), log_config=None, access_log=False, server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S, limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GOODBYE_S,
         http=Connection, proxy_headers=False,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
-    click.echo(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)
+    say(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:
