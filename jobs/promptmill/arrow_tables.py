@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill import parallel
 from promptmill.arrow_reading import ReadingFailed, execute, failing, fetched, read_file
-from promptmill.database import LOCK_S, LOCKED, libpq_address, reading
+from promptmill.database import LOCK_S, LOCKED, libpq_address, reading, shown
 from promptmill.errors import DatabaseError
 from promptmill.tables import jobs, results
 from promptmill.types import JobState
@@ -116,12 +116,11 @@ def _told(db: Connection) -> Iterator[None]:
 
 
 def _unreadable(db: Connection, problem: str) -> DatabaseError:
-    where = db.engine.url.render_as_string(hide_password=True)
     # The driver begins with the query.
     told = re.search(r"(?:ERROR|FATAL):\s*(.+)", problem) or re.search(r"(.+)", problem)
     why = told[1].strip()[:200] if told else "no reason was given"
     return DatabaseError(
-        f"cannot read the database {where}: {why}",
+        f"cannot read the database {shown(db.engine)}: {why}",
         hint="Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it).",
     )
 

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from promptmill.addresses import celery_broker, masked, redis_client
 from promptmill.errors import BrokerError
-from promptmill.settings import mask
 from promptmill.types import ChunkId
 
 if TYPE_CHECKING:
@@ -62,8 +62,15 @@ def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
     with _IMPORTING:
         from celery import Celery
 
-    app = Celery("promptmill", broker=redis_url, set_as_current=False)
+    broker, secured, reaching = celery_broker(
+        redis_url,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        # A Redis that hangs is like one that is away. Workers block on it for a second at a time.
+        socket_timeout=answer_s,
+    )
+    app = Celery("promptmill", broker=broker, set_as_current=False)
     app.conf.update(
+        **secured,
         task_serializer="json",
         # A message never carries code.
         accept_content=["json"],
@@ -80,9 +87,7 @@ def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
             "sep": PRIORITY_SEPARATOR,
             "queue_order_strategy": "priority",
             "socket_keepalive": True,
-            "socket_connect_timeout": CONNECT_TIMEOUT_S,
-            # A Redis that hangs is like one that is away. Workers block on it for a second at a time.
-            "socket_timeout": answer_s,
+            **reaching,
             "health_check_interval": 25,
             # Named, and not by ``global_keyprefix``: kombu reads its index of unacknowledged messages without that.
             "unacked_key": f"{KEY_PREFIX}unacked",
@@ -176,19 +181,18 @@ class Broker:
             raise self._unreachable(problem) from problem
 
     def _redis(self) -> Any:
-        from redis import Redis
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
         # Its own default is to try four times.
-        return Redis.from_url(
+        return redis_client(
             self._url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ASK_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         )  # fmt: skip
 
     def _unreachable(self, problem: Exception) -> BrokerError:
         return BrokerError(
-            f"cannot reach Redis at {mask(self._url)}: {str(problem).splitlines()[0] if str(problem) else problem!r}",
+            f"cannot reach Redis at {masked(self._url)}: {str(problem).splitlines()[0] if str(problem) else problem!r}",
             hint="Check that it runs and that JOBS_REDIS_URL names it ('promptmill config' shows it).",
         )
 

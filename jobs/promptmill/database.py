@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from ulid import ULID
 
 from promptmill import counting
+from promptmill.addresses import database_url, masked, sqlite_url
 from promptmill.errors import DatabaseError
-from promptmill.registry import suggestion
 from promptmill.resources import resource_dir
 
 #: Milliseconds that a writer of SQLite waits for another one.
@@ -34,11 +34,6 @@ SQLITE_UNUSABLE = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
-
-#: What may follow the ``?`` in the URL of a SQLite file: arguments of the driver, and of SQLite's own URIs.
-SQLITE_OPTIONS = frozenset({
-    "timeout", "check_same_thread", "cached_statements", "uri", "mode", "cache", "vfs", "immutable", "nolock", "psow",
-})  # fmt: skip
 
 #: Seconds that a statement waits for another transaction's lock on PostgreSQL. Whoever held it longer is stuck.
 LOCK_S = 30
@@ -127,21 +122,20 @@ def connect(url: str, *, connections: int | None = None, idle_s: float | None = 
 
     Raises :class:`DatabaseError` for a URL that cannot be understood or another kind of database.
     """
+    parsed = database_url(url)
     try:
-        parsed = make_url(url)
-    except sa.exc.ArgumentError as problem:
-        raise DatabaseError(
-            "JOBS_DATABASE_URL is not a database URL",
-            hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
-        ) from problem
-    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        if parsed.get_backend_name() == "sqlite":
+            return _sqlite(parsed)
         return _postgresql(parsed, connections, idle_s)
-    if parsed.get_backend_name() == "sqlite":
-        return _sqlite(parsed)
-    raise DatabaseError(
-        f"databases of the kind '{parsed.drivername}' are not supported",
-        hint="Use sqlite:///path/to/file or postgresql://user:password@host/name.",
-    )
+    except (ValueError, TypeError, sa.exc.ArgumentError):
+        raise DatabaseError("JOBS_DATABASE_URL: the value of an option cannot be used") from None
+
+
+def shown(engine: Engine) -> str:
+    """Where a database is, without secrets."""
+    if engine.dialect.name == "sqlite":
+        return sqlite_url(engine.url.database or "")
+    return masked(engine.url.set(drivername="postgresql").render_as_string(hide_password=False))
 
 
 def _postgresql(url: sa.URL, connections: int | None, idle_s: float | None) -> Engine:
@@ -153,7 +147,7 @@ def _postgresql(url: sa.URL, connections: int | None, idle_s: float | None) -> E
     )
     # The driver begins no transaction: `begin` does, together with what holds for the transaction.
     engine = sa.create_engine(
-        url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **pool, connect_args=connect_args,
+        url, pool_pre_ping=True, **pool, connect_args=connect_args,
         hide_parameters=True, isolation_level="AUTOCOMMIT",
     )  # fmt: skip
     settings = [_set_unless_set("lock_timeout", LOCK_S)]
@@ -204,12 +198,7 @@ def _is_pooled(connection: Any) -> bool:
 
 
 def _options_of(url: sa.URL) -> tuple[sa.URL, bool]:
-    """The URL without what is ours, and whether it asks that nothing is prepared (``prepare_threshold=0``).
-
-    Raises :class:`DatabaseError` for options that PostgreSQL's library does not know.
-    """
-    from psycopg import pq
-
+    """The URL without what is ours, and whether it asks that nothing is prepared (``prepare_threshold=0``)."""
     asked = url.query.get("prepare_threshold", "5")
     if asked not in ("0", "5"):
         raise DatabaseError(
@@ -217,13 +206,6 @@ def _options_of(url: sa.URL) -> tuple[sa.URL, bool]:
             hint="A pooler such as pgbouncer is noticed by itself.",
         )
     url = url.difference_update_query(["prepare_threshold"])
-    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-    for name in url.query:
-        if name not in known:
-            raise DatabaseError(
-                f"JOBS_DATABASE_URL: PostgreSQL has no connection option '{name}'",
-                hint=suggestion(name, [*known, "prepare_threshold"]),
-            )
     return url, asked == "0"
 
 
@@ -253,11 +235,6 @@ def _is_out_of_step(problem: Any) -> bool:
 
 
 def _sqlite(url: sa.URL) -> Engine:
-    for name in url.query:
-        if name not in SQLITE_OPTIONS:
-            raise DatabaseError(
-                f"JOBS_DATABASE_URL: SQLite has no option '{name}'", hint="Write sqlite:///path/to/file."
-            )
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         path = Path(url.database).expanduser()
         _keep_private(path)
@@ -395,8 +372,7 @@ def _unusable(engine: Engine, problem: Exception) -> DatabaseError | None:
         hint = "Check which other program writes to it, and that its disk has room; then try again."
     else:
         return None
-    url = engine.url.render_as_string(hide_password=True)
-    return DatabaseError(f"cannot use the database {url}: {_first_line(problem)}", hint=hint)
+    return DatabaseError(f"cannot use the database {shown(engine)}: {_first_line(problem)}", hint=hint)
 
 
 def _is_away(engine: Engine, problem: Exception) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Engine, Row
 
 from promptmill import catalog
 from promptmill.broker import Broker
@@ -33,6 +36,19 @@ STALE_MESSAGE_S = 600.0
 
 #: Seconds without a chunk running after which a waiting job moves up by one priority, so that none waits for ever.
 AGE_S = 120.0
+
+
+def waits_for(db: Engine, job: Row[Any]) -> str | None:
+    """What an open job of the queue waits for in a sentence, when no live worker has its model; else None."""
+    if job.mode != "queue" or job.state not in OPEN_STATES:
+        return None
+    alive = sa.select(workers.c.models).where(workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - ALIVE_S)
+    with reading(db) as connection:
+        served = {name for models in connection.execute(alive).scalars() for name in json.loads(models)}
+    if job.model in served:
+        return catalog.waiting_for_models(db, ALIVE_S, job.id).get(job.id)
+    others = f"live workers serve {', '.join(sorted(served))}" if served else "no worker is alive"
+    return f"no live worker serves {job.model}: {others}. Start one: promptmill worker --model {shlex.quote(job.model)}"
 
 
 def _aged(priority: int, waited_s: float) -> int:

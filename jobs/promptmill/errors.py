@@ -10,6 +10,8 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
+#: What shells give a program whose reader has gone, as 'head' does when it has seen enough (SIGPIPE).
+EXIT_PIPE = 141
 
 
 class PromptmillError(Exception):
@@ -103,6 +105,12 @@ class QueueFull(JobError):
 
 class JobFailed(PromptmillError):
     """A job ended without success."""
+
+    exit_code = EXIT_FAILED
+
+
+class OutputFailed(PromptmillError):
+    """What was to be written could not be, in the middle of it: a full disk and its like."""
 
     exit_code = EXIT_FAILED
 

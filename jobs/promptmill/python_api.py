@@ -61,7 +61,7 @@ class Job:
 
     def status(self) -> dict[str, Any]:
         """What ``promptmill status --json`` prints."""
-        return catalog.job_status(self._db, catalog.find_job(self._db, self.id))
+        return service.status(self._db, catalog.find_job(self._db, self.id))
 
     def wait(self, timeout_s: float | None = None, on_progress: Callable[[Progress], None] | None = None) -> Job:
         """Return when the job has ended, whatever way; the scores of its task are kept then.

@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy as sa
@@ -20,9 +19,10 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import reading
 from promptmill.errors import PromptmillError
+from promptmill.outputs import appearing, folder_of
 from promptmill.reader_role import SECRET, reader
+from promptmill.spreadsheets import inert
 from promptmill.views import QUERIES
-from promptmill.whole_files import appearing
 
 #: Rows fetched, and written to Parquet, at a time.
 BATCH_ROWS = 5_000
@@ -155,10 +155,11 @@ def _clear(problem: sa.exc.DBAPIError) -> QueryError:
     return QueryError(f"the query is wrong: {text}", hint="'promptmill query --list' shows views and named queries.")
 
 
-def write_csv(columns: list[str], rows: Iterator[Sequence[Any]], stream: IO[str]) -> None:
+def write_csv(columns: list[str], rows: Iterator[Sequence[Any]], stream: IO[str], spreadsheet: bool = False) -> None:
+    """``spreadsheet``: no cell is a formula."""
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerow(inert(columns) if spreadsheet else columns)
+    writer.writerows(map(inert, rows) if spreadsheet else rows)
 
 
 def write_jsonl(columns: list[str], rows: Iterator[Sequence[Any]], stream: IO[str]) -> None:
@@ -180,7 +181,7 @@ def write_parquet(columns: list[str], rows: Iterator[Sequence[Any]], path: str) 
 
     _refuse_equal_names(columns)
     kinds: list[set[type]] = [set() for _ in columns]
-    with tempfile.TemporaryFile(dir=Path(path).absolute().parent) as held:
+    with tempfile.TemporaryFile(dir=folder_of(path)) as held:
         for row in rows:
             cells = [_plain(cell) for cell in row]
             for kind, cell in zip(kinds, cells, strict=True):

@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine, Row
 from promptmill.catalog import EXTRAS, result_line, result_rows
 from promptmill.database import reading
 from promptmill.openai_parameters import refusal_of
+from promptmill.spreadsheets import inert
 from promptmill.tables import jobs, results
 from promptmill.tool_calls import Call, Offer, read_calls, shown_calls
 
@@ -38,11 +39,19 @@ HTTP_STATUS = {"context_overflow": 400, "invalid_request": 400, "tokenize": 400,
 NEVER_EXECUTED = {"timeout": "request_timeout", "cancelled": "batch_cancelled"}
 
 
-def write(db: Engine, job_id: str, model: str, format_: str, stream: IO[str], failed_only: bool = False) -> int:
-    """Write the job's results to ``stream``, one line each; returns how many."""
+def write(
+    db: Engine,
+    job_id: str,
+    model: str,
+    format_: str,
+    stream: IO[str],
+    failed_only: bool = False,
+    spreadsheet: bool = False,
+) -> int:
+    """Write the job's results to ``stream``, one line each; returns how many. ``spreadsheet``: no cell is a formula."""
     rows = result_rows(db, job_id, failed_only)
     if format_ == "csv":
-        lines = _csv(rows, csv_extras(db, job_id))
+        lines = _csv(rows, csv_extras(db, job_id), spreadsheet)
     else:
         lines = _jsonl(rows) if format_ == "jsonl" else _openai(rows, model, common_sampling(db, job_id))
     count = 0
@@ -76,12 +85,13 @@ class _Line:
         return text
 
 
-def _csv(rows: Iterator[Row[Any]], extras: tuple[str, ...]) -> Iterator[str]:
+def _csv(rows: Iterator[Row[Any]], extras: tuple[str, ...], spreadsheet: bool) -> Iterator[str]:
     writer: Any = csv.writer(_Line())
     yield writer.writerow((*CSV_COLUMNS, *extras))
     for row in rows:
         line = result_line(row) | {"error_class": row.error_class, "error_message": row.error_message}
-        yield writer.writerow([line[name] for name in CSV_COLUMNS] + [_cell(line.get(name)) for name in extras])
+        cells = [line[name] for name in CSV_COLUMNS] + [_cell(line.get(name)) for name in extras]
+        yield writer.writerow(inert(cells) if spreadsheet else cells)
 
 
 def _cell(value: Any) -> Any:

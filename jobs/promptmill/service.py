@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Engine, Row
 
 from promptmill import catalog
+from promptmill.dispatch import waits_for
 from promptmill.embedded import (
     OnProgress,
     Outcome,
@@ -208,8 +209,17 @@ def submit(
                 raise
             return _attach(twin, db, warn)
     on_preflight(prepared.gauge.findings() if prepared.gauge else None)
-    dispatch(catalog.find_job(db, job_id), settings, db, warn)
+    job = catalog.find_job(db, job_id)
+    dispatch(job, settings, db, warn)
+    if waits := waits_for(db, job):
+        warn(waits)
     return job_id
+
+
+def status(db: Engine, job: Row[Any]) -> dict[str, Any]:
+    """One job with its counts and chunks, and what it waits for when nobody runs it."""
+    found = catalog.job_status(db, job)
+    return found | {"waits_for": waits_for(db, catalog.find_job(db, job.id))}
 
 
 def _attach(twin: JobExists, db: Engine, warn: OnWarning) -> str:

@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import platformdirs
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from promptmill.addresses import masked, redis_address, secrets_of, sqlite_url
 from promptmill.errors import SettingsError
 from promptmill.registry import suggestion
 
@@ -27,7 +27,7 @@ def data_dir() -> Path:
 
 
 def _default_database() -> str:
-    return f"sqlite:///{data_dir() / 'promptmill.sqlite'}"
+    return sqlite_url(data_dir() / "promptmill.sqlite")
 
 
 class Settings(BaseSettings):
@@ -92,37 +92,39 @@ def load_settings() -> Settings:
     """The settings of this process. Raises :class:`SettingsError` naming the variable that is wrong or unknown."""
     _refuse_unknown_names()
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as problem:
         first = problem.errors()[0]
         name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
         raise SettingsError(
             f"{name}: {first['msg']}", hint="'promptmill config' lists the settings and where each value comes from."
         ) from None
+    # A job is stored first and sent to the workers then: what cannot be used is found out before.
+    redis_address(settings.redis_url)
+    return settings
 
 
 def describe(settings: Settings) -> list[SettingSource]:
     """Each value and where it came from, secrets masked."""
-    environment, dotenv = _environment_names(), _dotenv_names()
+    environment, dotenv = _environment_names(), set(_in_dotenv())
     return [
         SettingSource(
             name=PREFIX + name.upper(),
-            value=mask(getattr(settings, name)),
+            value=masked(value) if name.endswith("_url") and value else value,
             source=_source_of(PREFIX + name.upper(), environment, dotenv),
             description=field.description or "",
         )
         for name, field in Settings.model_fields.items()
+        for value in [getattr(settings, name)]
     ]
 
 
-def mask(value: Any) -> Any:
-    """``value`` with the password of a URL hidden."""
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    parts = urlsplit(value)
-    if not parts.password:
-        return value
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
+def without_secrets(text: str) -> str:
+    """``text`` without the secrets of this process's settings, however it came to have them."""
+    urls = [value for name, value in _given().items() if name.endswith("_URL") and value]
+    for secret in sorted({each for url in urls for each in secrets_of(url)}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
 
 
 def _source_of(name: str, environment: set[str], dotenv: set[str]) -> str:
@@ -131,19 +133,26 @@ def _source_of(name: str, environment: set[str], dotenv: set[str]) -> str:
     return ".env" if name in dotenv else "default"
 
 
+def _given() -> dict[str, str | None]:
+    """Our names in the environment and in ``.env``, with their values; the environment goes first."""
+    environment = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}
+    return _in_dotenv() | environment
+
+
 def _environment_names() -> set[str]:
     return {name.upper() for name in os.environ if name.upper().startswith(PREFIX)}
 
 
-def _dotenv_names() -> set[str]:
+def _in_dotenv() -> dict[str, str | None]:
     if not Path(".env").is_file():
-        return set()
+        return {}
     from dotenv import dotenv_values
 
-    return {name.upper() for name in dotenv_values(".env", encoding=ENCODING) if name.upper().startswith(PREFIX)}
+    found = dotenv_values(".env", encoding=ENCODING)
+    return {name.upper(): value for name, value in found.items() if name.upper().startswith(PREFIX)}
 
 
 def _refuse_unknown_names() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted((_environment_names() | _dotenv_names()) - known):
+    for name in sorted(set(_given()) - known):
         raise SettingsError(f"unknown setting {name}", hint=suggestion(name, known))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from promptmill.whole_files import appearing
+from promptmill.outputs import appearing
 from promptmill_workers.devices import FileLock
 
 

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from redis import Redis
 from redis.exceptions import RedisError
 
+from promptmill.addresses import redis_client
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.database import COMMITS
 from promptmill.live_wire import BEAT_S, GONE_S, beat_key
@@ -26,7 +26,7 @@ class Beat:
         self._key = beat_key(worker_id)
         self._hosts = hosts
         self._worker_state = state
-        self._redis: Any = Redis.from_url(
+        self._redis: Any = redis_client(
             redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         )
         self._ended = threading.Event()

@@ -31,6 +31,7 @@ from promptmill.housekeeping import ROUND_S, STEP_S, Housekeeping
 from promptmill.ledger import Ledger
 from promptmill.settings import Settings, load_settings
 from promptmill.silence import end_silent_connections
+from promptmill.terminal import for_people
 from promptmill.types import ChunkId, Lease
 from promptmill_workers import queue_gate
 from promptmill_workers.beat import Beat
@@ -270,7 +271,9 @@ def main() -> None:
                           order["context_tokens"], order["grace_s"])  # fmt: skip
     settings = load_settings()
     logging.basicConfig(
-        level=settings.log_level, format=f"%(asctime)s %(levelname)s [{config.device}] %(name)s: %(message)s"
+        level=settings.log_level,
+        format=f"%(asctime)s %(levelname)s [{config.device}] %(name)s: %(message)s",
+        stream=for_people(sys.stderr),
     )
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
     logging.getLogger("celery.app.trace").setLevel(logging.WARNING)

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Collection
 from typing import Any
 
-from redis import Redis
 from redis.exceptions import RedisError
 
+from promptmill.addresses import redis_client
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.errors import PromptmillError
 from promptmill.live_wire import LOAD, UNLOAD, control_list
@@ -32,7 +32,7 @@ class Control:
         self._models = models
         self._hosts = hosts
         self._stop = stop
-        self._redis: Any = Redis.from_url(
+        self._redis: Any = redis_client(
             redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         )
 

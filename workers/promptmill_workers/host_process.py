@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from promptmill.terminal import for_people
 from promptmill.types import EngineCounters, Extras, SamplingParams, Sharing, Span
 from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import (
@@ -289,7 +290,9 @@ def main() -> None:
     # Ctrl-C in a terminal reaches the whole process group; the parent decides when the host ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = json.loads(sys.stdin.readline())
-    logging.basicConfig(level=config["log_level"], format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=config["log_level"], format="%(levelname)s %(name)s: %(message)s", stream=for_people(sys.stderr)
+    )
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if config["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config["cores"])

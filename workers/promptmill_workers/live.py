@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from redis import Redis
 from redis.exceptions import RedisError
 
+from promptmill.addresses import redis_client
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.clock import DatabaseClock
 from promptmill.errors import PromptmillError
@@ -65,7 +65,7 @@ class LiveLane:
     ) -> None:
         self._model = model
         self._worker_id = worker_id
-        self._redis: Any = Redis.from_url(
+        self._redis: Any = redis_client(
             redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         )
         self._hosts = hosts

@@ -44,6 +44,7 @@ from promptmill.result_formats import openai_line
 from promptmill.score_runs import unscored
 from promptmill.settings import Settings, load_settings
 from promptmill.tables import api_keys, batches, files, jobs, requests, results
+from promptmill.terminal import for_people
 from promptmill.times import Moment
 from promptmill.types import JobState
 
@@ -347,7 +348,11 @@ def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]
 def main() -> None:
     """Entry point of the process: until its parent is gone."""
     settings = load_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s [batches] %(message)s")
+    logging.basicConfig(
+        level=settings.log_level,
+        format="%(asctime)s %(levelname)s [batches] %(message)s",
+        stream=for_people(sys.stderr),
+    )
     stopping = threading.Event()
 
     def watch_parent() -> None:

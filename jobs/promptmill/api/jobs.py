@@ -63,7 +63,7 @@ def shape(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def status(parts: Services, job_id: str, principal: Principal) -> dict[str, Any]:
-    return shape(catalog.job_status(parts.db, find(parts, job_id, principal)))
+    return shape(service.status(parts.db, find(parts, job_id, principal)))
 
 
 @router.post("", summary="Create a job", openapi_extra=documents.JOB, responses=documents.responses(404, 409, 500))

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import orjson
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from ulid import ULID
 
+from promptmill.addresses import redis_client
 from promptmill.api.errors import ApiError
 from promptmill.api.ids import new_id
 from promptmill.live_wire import (
@@ -165,7 +165,9 @@ class Live:
     def __init__(self, redis_url: str, timeout_s: float) -> None:
         self._id = str(ULID()).lower()
         self._timeout_s = timeout_s
-        self._redis: Any = Redis.from_url(redis_url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S)
+        self._redis: Any = redis_client(
+            redis_url, asynchronous=True, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S
+        )
         self._calls: dict[str, Call] = {}
         # Id -> model, of requests that nobody waits for any more.
         self._withdrawn: dict[str, str] = {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from functools import partial
 
-import click
 import uvicorn
 
 from promptmill.api import keys
@@ -15,6 +15,7 @@ from promptmill.api.connections import Connection, crowd
 from promptmill.database import open_database
 from promptmill.errors import PromptmillError
 from promptmill.settings import load_settings
+from promptmill.terminal import for_people, say
 
 #: Seconds that answers under way may take when the server stops.
 GOODBYE_S = 20
@@ -26,11 +27,15 @@ KEEP_ALIVE_S = 30
 def serve(host: str, port: int, *, locked: bool) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises PromptmillError for an address that cannot be used."""
     settings = load_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=settings.log_level,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=for_people(sys.stderr),
+    )
     db = open_database(settings.database_url)
     listening = _listen(host, port)
     if locked and not any(not each["revoked"] for each in keys.listed(db)):
-        click.echo("every call needs a key, and there is none yet: promptmill keys create --name NAME", err=True)
+        say("every call needs a key, and there is none yet: promptmill keys create --name NAME", err=True)
     everybody = crowd()
     config = uvicorn.Config(
         create_app(settings, db, locked=locked), log_config=None, access_log=False, server_header=False,
@@ -38,7 +43,7 @@ def serve(host: str, port: int, *, locked: bool) -> None:
         http=partial(Connection, crowd=everybody), proxy_headers=False,  # type: ignore[arg-type]
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
-    click.echo(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)
+    say(f"http://{shown}:{listening.getsockname()[1]}/  (OpenAI clients: add /v1)", err=True)
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
 import sys
+import traceback
 from typing import Any
 
 import click
 
-from promptmill.errors import EXIT_FAILED, EXIT_INTERRUPTED, PromptmillError
+from promptmill.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE, PromptmillError
+from promptmill.terminal import for_people, nobody_reads, say
 
 #: Name -> (module:attribute, the line that ``--help`` shows).
 COMMANDS = {
@@ -58,8 +62,18 @@ Examples:
 """
 
 
+class ReaderGone(Exception):
+    """Nobody reads stdout any more. Of a BrokenPipeError click would make exit code 1."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on use."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGone from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -92,31 +106,51 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Entry point: run a command and turn errors into one clear message and an exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Whoever started this closed it.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
+    try:
+        code = _ended()
+        sys.stdout.flush()
+    except (ReaderGone, BrokenPipeError):
+        nobody_reads(sys.stdout)
+        code = EXIT_PIPE
+    sys.exit(code)
+
+
+def _ended() -> int:
+    """Run the command; its exit code. Raises ReaderGone or BrokenPipeError when nobody reads stdout any more."""
     debug = "--debug" in sys.argv[1:2]
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        return cli.main(standalone_mode=False) or 0
+    except ReaderGone:
+        raise
     except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
+        return ended.exit_code
     except click.ClickException as problem:
-        problem.show()
-        sys.exit(problem.exit_code)
+        problem.show(for_people(sys.stderr))
+        return problem.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough: that is no error.
-        sys.stderr.close()
-        sys.exit(0)
+        say("interrupted", err=True)
+        return EXIT_INTERRUPTED
     except PromptmillError as problem:
-        if debug:
-            raise
-        if "--json" in sys.argv[1:]:
-            click.echo(json.dumps(problem.to_json(), ensure_ascii=False, indent=2))
-        click.echo(f"error: {problem}", err=True)
-        sys.exit(problem.exit_code)
+        if "--json" in sys.argv[1:] and not debug:
+            say(json.dumps(problem.to_json(), ensure_ascii=False, indent=2))
+        say(_without_secrets(traceback.format_exc()) if debug else f"error: {problem}", err=True)
+        return problem.exit_code
     except Exception as problem:
-        if debug:
-            raise
-        click.echo(f"internal error: {type(problem).__name__}: {str(problem)[:300]}", err=True)
-        click.echo("This is a bug. 'promptmill --debug ...' shows where it happened.", err=True)
-        sys.exit(EXIT_FAILED)
+        if isinstance(problem, OSError) and problem.errno == errno.ENOSPC:
+            say(f"error: cannot write: {problem.strerror}", err=True)
+            nobody_reads(sys.stdout)
+            return EXIT_FAILED
+        what = f"internal error: {type(problem).__name__}: {str(problem)[:300]}"
+        say(_without_secrets(traceback.format_exc() if debug else what), err=True)
+        say("This is a bug. 'promptmill --debug ...' shows where it happened.", err=True)
+        return EXIT_FAILED
+
+
+def _without_secrets(text: str) -> str:
+    from promptmill.settings import without_secrets
+
+    return without_secrets(text)

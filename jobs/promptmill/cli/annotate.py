@@ -7,6 +7,7 @@ import sys
 import click
 
 from promptmill.cli.common import json_option, open_all, print_json
+from promptmill.terminal import say
 
 
 @click.command(
@@ -34,7 +35,7 @@ def tag(job: str, tags: tuple[str, ...], remove: bool, as_json: bool) -> None:
     if as_json:
         print_json({"job_id": job_id, "tags": found})
     else:
-        click.echo(" ".join(found) if found else f"{job_id} has no tags")
+        say(" ".join(found) if found else f"{job_id} has no tags")
 
 
 @click.command(
@@ -63,4 +64,4 @@ def note(job: str, text: str | None, remove: bool, as_json: bool) -> None:
     if as_json:
         print_json({"job_id": found.id, "note": kept})
     else:
-        click.echo(kept or f"{found.id} has no note")
+        say(kept or f"{found.id} has no note")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptmill.cli.common import json_option, print_json, stderr_console, table
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from promptmill.bench import Way
@@ -51,7 +52,7 @@ def _print(workload: str, requests: int, ways: list[Way]) -> None:
     from promptmill.bench import PARTS, SHORTEST_S
     from promptmill.bench import WORKLOADS as KNOWN
 
-    click.echo(f"{workload}: {requests} requests, {KNOWN[workload].about}; medians of {len(ways[0].runs)}")
+    say(f"{workload}: {requests} requests, {KNOWN[workload].about}; medians of {len(ways[0].runs)}")
     bare = ways[0].median
     rows: list[list[Any]] = [
         [way.median.name, f"{way.median.output_tps:,.1f}", f"{way.rates[0]:,.1f}-{way.rates[1]:,.1f}",
@@ -70,7 +71,7 @@ def _print(workload: str, requests: int, ways: list[Way]) -> None:
         if way.median.budget_s
     ]
     table(["seconds of the engine", *PARTS], spent, set(PARTS))
-    click.echo("Python of the whole job holds its sampling and its grammar.")
+    say("Python of the whole job holds its sampling and its grammar.")
     if any(way.is_short for way in ways):
-        click.echo(f"a run took less than {SHORTEST_S:g} s: its ratio means little; give more --requests")
-    click.echo()
+        say(f"a run took less than {SHORTEST_S:g} s: its ratio means little; give more --requests")
+    say()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from promptmill.terminal import nobody_reads, printable, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +26,16 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+force_option = click.option("--force", is_flag=True, help="Write over files that exist.")
+
+#: Of commands that write CSV.
+spreadsheet_option = click.option(
+    "--spreadsheet/--exact",
+    default=None,
+    help="CSV: put ' before what a spreadsheet would run as a formula, or write each text as it is.  "
+    "[default: --spreadsheet in a file, --exact to stdout]",
+)
 
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos", "regex", "thinking", "n",
@@ -88,6 +102,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="What stays of prompts and answers when the job has ended.",
         ),
         click.option("--junit", type=click.Path(), help="Write the task's gates there as JUnit XML."),
+        force_option,
         click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
         json_option,
     ]
@@ -176,6 +191,40 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def job_inputs(values: dict[str, Any]) -> list[str]:
+    """The files that ``run``, ``submit`` and ``sweep`` read by their options, and those that the task file names."""
+    found = [values["dataset"], values["task"], values.get("schema"), *(values["model"] or "").split(",")]
+    if (template := values["template"] or "").startswith("@"):
+        found.append(template[1:])
+    if values["task"] and os.path.isfile(values["task"]):
+        folder, text = os.path.split(values["task"])[0], Path(values["task"]).read_bytes().decode(errors="replace")
+        # Whatever is named like a file is one: scorers, few-shot examples.
+        found += [path for word in re.findall(r"[\w./-]+", text) if os.path.isfile(path := os.path.join(folder, word))]
+    return [each for each in found if each]
+
+
+def check_outputs(force: bool, *outputs: str | None, inputs: Sequence[str | None] = ()) -> None:
+    """Before anything is done: raises PromptmillError for an output that cannot be written, or is there already.
+
+    What the command reads is never written over. Another file is, with ``--force`` or where a person says so.
+    """
+    from promptmill.addresses import sqlite_files
+    from promptmill.errors import PromptmillError
+    from promptmill.outputs import holds_something, refuse
+    from promptmill.settings import load_settings
+
+    given = [each for each in outputs if each is not None and each != "-"]
+    if not given:
+        return
+    settings = load_settings()
+    refuse(given, [*inputs, settings.model, ".env", *sqlite_files(settings.database_url)])
+    for output in given:
+        if force or not holds_something(output):
+            continue
+        if not (sys.stdin.isatty() and click.confirm(f"{printable(output)} exists: write over it?", err=True)):
+            raise PromptmillError(f"{output} exists", hint="Give another name, or --force to write over it.")
+
+
 def open_all() -> tuple[Settings, Engine]:
     """Settings and the database at the right revision."""
     from promptmill import parallel
@@ -189,20 +238,37 @@ def open_all() -> tuple[Settings, Engine]:
 
 def stderr_console() -> Console:
     """The console for what is said beside the data. No markup: what models and people wrote may look like it."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return _console(stderr=True)
 
 
 def stdout_console() -> Console:
     """The console for what people read, without markup; in a pipe 100 columns wide."""
-    from rich.console import Console
+    return _console(width=None if sys.stdout.isatty() else 100)
 
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
+
+def _console(stderr: bool = False, width: int | None = None) -> Console:
+    """A console whose own colours and movements reach a terminal, and none of what it is given to print."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class ForPeople(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                is_foreign = self.is_terminal and not segment.control
+                yield segment._replace(text=printable(segment.text)) if is_foreign else segment
+
+        def on_broken_pipe(self) -> None:
+            # Nobody reads what is said beside the data: the work goes on without a word.
+            if not stderr:
+                raise BrokenPipeError
+            self.quiet = True
+            nobody_reads(sys.stderr)
+
+    return ForPeople(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+    say(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def table(columns: list[str], rows: list[list[Any]], right: set[str] | None = None) -> None:
@@ -219,15 +285,6 @@ def table(columns: list[str], rows: list[list[Any]], right: set[str] | None = No
     for row in rows:
         made.add_row(*["-" if cell is None else printable(str(cell)) for cell in row])
     stdout_console().print(made)
-
-
-#: What a terminal would obey: the control characters of ASCII and Latin-1, but for a line's end and a tab.
-_CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
-
-
-def printable(text: str) -> str:
-    """Foreign text without the characters by which it could move the cursor, or change colours and titles."""
-    return text.translate(_CONTROL)
 
 
 def clock(at: float | None) -> str | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from promptmill.cli.common import json_option, open_all, stderr_console, stdout_console
+from promptmill.cli.common import check_outputs, json_option, open_all, stderr_console, stdout_console
 from promptmill.errors import EXIT_GATE, PromptmillError
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def compare(
 ) -> None:
     """Compare JOBS: rows are paired by id, intervals take batches as a whole, and families of tests are corrected."""
     from promptmill.catalog import find_scored
-    from promptmill.cli.report import by_name, check_target
+    from promptmill.cli.report import by_name
     from promptmill.reports.compare import Side, compare_all, settings_of
     from promptmill.reports.conditions import parse
 
     gates = [parse(each) for each in conditions]
-    check_target(output, force)
+    check_outputs(force, output)
     _, db = open_all()
     sides = [Side(job.id, run) for job, run in (find_scored(db, each) for each in (baseline or jobs[0], *jobs))]
     sides = list(dict.fromkeys(sides))

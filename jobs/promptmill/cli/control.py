@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from promptmill.cli.common import json_option, open_all, print_json
+from promptmill.terminal import say
 
 
 @click.command(epilog="Example: promptmill cancel @last")
@@ -19,7 +20,7 @@ def cancel(job: str, as_json: bool) -> None:
     if as_json:
         print_json({"job_id": job_id, "cancelled": changed})
     else:
-        click.echo(f"job {job_id} is cancelled" if changed else f"job {job_id} had ended already")
+        say(f"job {job_id} is cancelled" if changed else f"job {job_id} had ended already")
 
 
 @click.command(epilog="Example: promptmill pause @last")
@@ -34,7 +35,7 @@ def pause(job: str, as_json: bool) -> None:
     if as_json:
         print_json({"job_id": job_id, "paused": changed})
     else:
-        click.echo(f"job {job_id} is paused" if changed else f"job {job_id} was paused already")
+        say(f"job {job_id} is paused" if changed else f"job {job_id} was paused already")
 
 
 @click.command(epilog="Example: promptmill retry @last --class timeout")
@@ -55,7 +56,7 @@ def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None
         print_json({"job_id": outcome.job_id, "rows": 0, "state": outcome.state.value})
     elif rows == 0:
         what = f"errors of class {error_class}" if error_class else "errors"
-        click.echo(f"job {outcome.job_id} has no {what} to run again")
+        say(f"job {outcome.job_id} has no {what} to run again")
     elif outcome.state.is_final:
         try:
             end(outcome, db, as_json, as_json)
@@ -64,7 +65,7 @@ def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None
     elif as_json:
         print_json({"job_id": outcome.job_id, "rows": rows, "state": outcome.state.value})
     else:
-        click.echo(f"{rows:,} rows of job {outcome.job_id} are run again; promptmill watch {outcome.job_id}")
+        say(f"{rows:,} rows of job {outcome.job_id} are run again; promptmill watch {outcome.job_id}")
 
 
 @click.command(epilog="Example: promptmill reconcile")
@@ -78,4 +79,4 @@ def reconcile(as_json: bool) -> None:
     if as_json:
         print_json({"taken_back": taken_back, "published": published})
     else:
-        click.echo(f"{taken_back:,} chunks taken back, {published:,} published")
+        say(f"{taken_back:,} chunks taken back, {published:,} published")

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from promptmill.cli.common import json_option, print_json
+from promptmill.cli.common import json_option, print_json, stdout_console
 from promptmill.errors import EXIT_BAD_INPUT
+from promptmill.terminal import say
 
 
 @click.group()
@@ -39,12 +40,12 @@ def validate(file: str, task: str | None, format_: str | None, model: str | None
 
 def _print(found: dict[str, Any]) -> None:
     verdict = "" if found["problems"] else "; all can be used"
-    click.echo(
+    say(
         f"{found['name']}: {found['rows']:,} rows of {found['format']}, {found['labelled']:,} of them labelled, "
         f"sha256 {found['sha256'][:12]}{verdict}"
     )
     for name, counts in found["labels"].items():
-        click.echo(f"  {name}: " + ", ".join(f"{label} {count:,}" for label, count in counts.items()))
+        say(f"  {name}: " + ", ".join(f"{label} {count:,}" for label, count in counts.items()))
     told = {
         "duplicate_ids": "ids used before, numbered",
         "duplicate_inputs": "inputs that were there before, with the same labels",
@@ -57,14 +58,14 @@ def _print(found: dict[str, Any]) -> None:
     for name, finding in found["missing_labels"].items():
         _print_finding(f"rows without a value for {name}", finding)
     if found["tokens"]:
-        click.echo("  prompt tokens: " + ", ".join(f"{key} {value}" for key, value in found["tokens"].items()))
+        say("  prompt tokens: " + ", ".join(f"{key} {value}" for key, value in found["tokens"].items()))
     for problem in found["problems"]:
-        click.echo(f"  wrong: {problem}")
+        say(f"  wrong: {problem}")
 
 
 def _print_finding(text: str, finding: dict[str, Any]) -> None:
     if finding["count"]:
-        click.echo(f"  {finding['count']:,} {text}: {', '.join(finding['ids'])}")
+        say(f"  {finding['count']:,} {text}: {', '.join(finding['ids'])}")
 
 
 @datasets.command(epilog="Example: promptmill datasets show comments.jsonl --task ads.task.yaml --model demo")
@@ -83,6 +84,8 @@ def show(
     """Print lines of FILE as the model will see them. What is expected is shown beside; no prompt holds it."""
     from dataclasses import asdict
 
+    from rich.text import Text
+
     from promptmill.preview import preview
     from promptmill.selection import Selection, parse_where
 
@@ -90,9 +93,10 @@ def show(
     if as_json:
         print_json([asdict(each) for each in found])
         return
+    console = stdout_console()
     for each in found:
         tokens = f", {each.tokens:,} tokens" if each.tokens is not None else ""
-        click.echo(click.style(f"--- line {each.line}, {each.id or 'no id'}{tokens}", bold=True))
-        click.echo(each.prompt if each.error is None else f"cannot be used: {each.error}")
+        console.print(Text(f"--- line {each.line}, {each.id or 'no id'}{tokens}", style="bold"), soft_wrap=True)
+        say(each.prompt if each.error is None else f"cannot be used: {each.error}")
         if each.expected is not None:
-            click.echo(click.style(f"expected: {each.expected}", dim=True))
+            console.print(Text(f"expected: {each.expected}", style="dim"), soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from promptmill.cli.common import json_option, print_json
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -32,7 +33,7 @@ def upgrade(as_json: bool) -> None:
     if as_json:
         print_json({"before": before, "revision": after})
     else:
-        click.echo(f"the database is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
+        say(f"the database is at revision {after}" + ("" if before == after else f" (was {before or 'empty'})"))
 
 
 def _make_reader(engine: Engine) -> None:
@@ -54,7 +55,8 @@ def _make_reader(engine: Engine) -> None:
 def current(as_json: bool) -> None:
     """Print the revision of the database and the one this version needs."""
     from promptmill import database
-    from promptmill.settings import load_settings, mask
+    from promptmill.addresses import masked
+    from promptmill.settings import load_settings
 
     settings = load_settings()
     revision = database.current_revision(database.connect(settings.database_url))
@@ -62,4 +64,4 @@ def current(as_json: bool) -> None:
     if as_json:
         print_json({"revision": revision, "head": head})
     else:
-        click.echo(f"{mask(settings.database_url)}: revision {revision or 'none'}, this version needs {head}")
+        say(f"{masked(settings.database_url)}: revision {revision or 'none'}, this version needs {head}")

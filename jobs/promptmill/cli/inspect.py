@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptmill.cli.common import clock, json_option, open_all, print_json, stderr_console, stdout_console, table
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -35,7 +36,7 @@ def list_(limit: int, as_json: bool) -> None:
         print_json(found)
         return
     if not found:
-        click.echo("no jobs yet; start one with: promptmill run DATASET --model MODEL")
+        say("no jobs yet; start one with: promptmill run DATASET --model MODEL")
         return
     rows = [
         [job["job_id"], job["name"], job["state"], job["dataset"], job["model"],
@@ -51,12 +52,11 @@ def list_(limit: int, as_json: bool) -> None:
 @json_option
 def status(job: str, as_json: bool) -> None:
     """Show where JOB stands: an id, a unique prefix of one, a name, or @last."""
-    from promptmill.catalog import find_job, job_status, waiting_for_models
-    from promptmill.dispatch import ALIVE_S
+    from promptmill import service
+    from promptmill.catalog import find_job
 
     _, db = open_all()
-    found = job_status(db, find_job(db, job))
-    found |= {"waits_for": waiting_for_models(db, ALIVE_S, found["job_id"]).get(found["job_id"])}
+    found = service.status(db, find_job(db, job))
     if as_json:
         print_json(found)
         return
@@ -90,7 +90,7 @@ def follow(settings: Settings, db: Engine, job_id: str) -> Outcome:
     from promptmill.types import JobState
 
     ledger = ledger_of(db, settings)
-    patience = _Patience(db)
+    patience = _Patience(db, job_id)
     with ProgressView() as view:
         while True:
             progress = ledger.progress(job_id)
@@ -102,27 +102,33 @@ def follow(settings: Settings, db: Engine, job_id: str) -> Outcome:
 
 
 class _Patience:
-    """Says once that nothing happens because no worker is alive."""
+    """Says that nothing happens because no worker serves the job's model: at once, and whenever that becomes so."""
 
-    #: Seconds without a new result before it looks.
-    AFTER_S = 10.0
+    #: Seconds without a new result before it looks again.
+    AGAIN_S = 10.0
 
-    def __init__(self, db: Engine) -> None:
+    def __init__(self, db: Engine, job_id: str) -> None:
         self._db = db
+        self._job_id = job_id
         self._done = -1
-        self._since = time.monotonic()
-        self._said = False
+        self._look_at = time.monotonic()
+        self._said: str | None = None
 
     def check(self, done: int) -> None:
-        from promptmill.catalog import list_workers
-        from promptmill.dispatch import ALIVE_S
+        from promptmill.catalog import find_job
+        from promptmill.dispatch import waits_for
 
-        if done != self._done:
-            self._done, self._since, self._said = done, time.monotonic(), False
-        elif not self._said and time.monotonic() - self._since > self.AFTER_S:
-            self._said = True
-            if not list_workers(self._db, ALIVE_S):
-                stderr_console().print("no worker is alive; start one with: promptmill worker", soft_wrap=True)
+        now = time.monotonic()
+        if done != self._done and self._done >= 0:
+            self._look_at = now + self.AGAIN_S
+        self._done = done
+        if now < self._look_at:
+            return
+        self._look_at = now + self.AGAIN_S
+        waits = waits_for(self._db, find_job(self._db, self._job_id))
+        if waits and waits != self._said:
+            stderr_console().print(waits, soft_wrap=True)
+        self._said = waits
 
 
 @click.command(epilog="Example: promptmill show @last 0")
@@ -213,12 +219,12 @@ def _section(title: str, text: str) -> None:
     from rich.text import Text
 
     stdout_console().print(Text(f"--- {title}", style="bold"))
-    click.echo(text)
+    say(text)
 
 
 def _show_result(result: dict[str, Any] | None) -> None:
     if result is None:
-        click.echo("--- no result yet")
+        say("--- no result yet")
         return
     if result["state"] == "error":
         _section("error", f"{result['error']['class']}: {result['error']['message']}")
@@ -231,7 +237,7 @@ def _show_result(result: dict[str, Any] | None) -> None:
         else f"latency {result['latency_s']:.3f} s, first token after {result['ttft_s']:.3f} s"
     )
     queued = "" if result["queue_s"] is None else f", {result['queue_s']:.3f} s in the queue"
-    click.echo(
+    say(
         f"--- {result['finish_reason']}; {result['prompt_tokens']} prompt tokens ({result['cached_tokens']} cached), "
         f"{result['output_tokens']} output tokens; {took}{queued}"
     )
@@ -291,7 +297,7 @@ def workers(as_json: bool) -> None:
         print_json([dict(worker) for worker in found])
         return
     if not found:
-        click.echo("no worker is alive; start this machine's with: promptmill worker --model MODEL")
+        say("no worker is alive; start this machine's with: promptmill worker --model MODEL")
         return
     rows = [
         [each["id"], each["state"], each["device_asked"], each["device_got"], _layers(each), each["model"],
@@ -302,7 +308,7 @@ def workers(as_json: bool) -> None:
     columns = ["worker", "state", "asked", "got", "layers on GPU", "model", "file", "slots", "tok/s", "heartbeat"]
     table(columns, rows, right={"slots", "tok/s", "layers on GPU"})
     for job_id, words in waiting_for_models(db, ALIVE_S).items():
-        click.echo(f"job {job_id} waits for {words}")
+        say(f"job {job_id} waits for {words}")
 
 
 def _rate(tokens_s: float | None) -> str | None:

@@ -7,9 +7,8 @@ from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from promptmill.cli.common import open_all, print_json
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from promptmill.judged_rows import Flip, JudgedRow
@@ -29,11 +28,11 @@ def show_wrong(job: str, score: str | None, unread_only: bool, limit: int, as_js
         print_json([asdict(each) for each in found[:limit]])
         return
     for each in found[:limit]:
-        click.echo(_line(each))
+        say(_line(each))
     if not found:
-        click.echo("no such row")
+        say("no such row")
     elif len(found) > limit:
-        click.echo(f"... and more; see them with --limit {limit * 10}")
+        say(f"... and more; see them with --limit {limit * 10}")
 
 
 def _line(each: JudgedRow) -> str:
@@ -65,20 +64,20 @@ def show_flipped(before: str, after: str, score: str | None, limit: int, as_json
         print_json({"scores": tests, "rows": [asdict(each) for each in flips[:limit]]})
         return
     if not flips:
-        click.echo("no row is right in the one and wrong in the other")
+        say("no row is right in the one and wrong in the other")
     for name, each in tests.items():
-        click.echo(
+        say(
             f"{name}: {each['losses']:,} right in {before} and wrong in {after}, {each['gains']:,} the other way; "
             f"McNemar's exact test p = {each['mcnemar_p']:.3g}"
         )
     for flip in flips[:limit]:
         way = "lost" if flip.is_loss else "won"
-        click.echo(
+        say(
             f"{way}: {flip.id}: {flip.score}: expected {flip.expected}, "
             f"{flip.before.predicted or flip.before.outcome} -> {flip.after.predicted or flip.after.outcome}"
         )
     if len(flips) > limit:
-        click.echo(f"... and {len(flips) - limit:,} more; see them with --limit {len(flips)}")
+        say(f"... and {len(flips) - limit:,} more; see them with --limit {len(flips)}")
 
 
 def _counts(flips: list[Flip]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from promptmill.cli.common import clock, json_option, open_all, print_json, table
+from promptmill.terminal import say
 
 
 @click.group(
@@ -42,8 +43,8 @@ def create(name: str, scopes: tuple[str, ...], as_json: bool, **limits: Any) -> 
     if as_json:
         print_json({"id": key_id, "name": name, "scopes": sorted(set(scopes)), "key": key})
     else:
-        click.echo(key)
-        click.echo(f"key {key_id} ({name}); it is not shown again", err=True)
+        say(key)
+        say(f"key {key_id} ({name}); it is not shown again", err=True)
 
 
 @keys.command("list")
@@ -76,4 +77,4 @@ def revoke(key: str) -> None:
     from promptmill.api import keys as stored
 
     _, db = open_all()
-    click.echo(f"key {stored.revoke(db, key)} is revoked")
+    say(f"key {stored.revoke(db, key)} is revoked")

@@ -7,8 +7,9 @@ from itertools import islice
 
 import click
 
-from promptmill.cli.common import open_all, stderr_console, table
+from promptmill.cli.common import check_outputs, force_option, open_all, spreadsheet_option, stderr_console, table
 from promptmill.errors import PromptmillError
+from promptmill.terminal import say
 
 #: Of files; and those that can be asked for.
 FILES = ("csv", "jsonl", "parquet")
@@ -41,40 +42,43 @@ Examples:
     help="[default: by the name of -o, else table]",
 )
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
-@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@spreadsheet_option
+@force_option
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Seconds it may take.")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format jsonl.")
 def query(
-    sql: str | None, show: bool, format_: str | None, output: str, force: bool, timeout: float, as_json: bool
-) -> None:
+    sql: str | None, show: bool, format_: str | None, output: str, spreadsheet: bool | None, force: bool,
+    timeout: float, as_json: bool,
+) -> None:  # fmt: skip
     """Run SQL (- reads it from stdin), or a named query, on a connection that cannot write."""
-    from promptmill.cli.report import check_target
+    from promptmill.outputs import is_stdout, writing
     from promptmill.queries import querying, write_csv, write_jsonl, write_parquet
-    from promptmill.whole_files import appearing
 
     if show or sql is None:
         _list()
         return
     chosen = _format("jsonl" if as_json else format_, output)
-    check_target(output, force)
+    check_outputs(force, output)
     settings, db = open_all()
     text = sys.stdin.read() if sql == "-" else sql
     with querying(db, text, timeout, settings.query_database_url) as (columns, rows):
-        write = write_jsonl if chosen == "jsonl" else write_csv
         if chosen == "parquet":
             write_parquet(columns, rows, output)
         elif chosen == "table":
             _table(columns, rows)
-        elif output == "-":
-            write(columns, rows, sys.stdout)
         else:
-            with appearing(output) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
-                write(columns, rows, stream)
+            with writing(output) as stream:
+                if chosen == "jsonl":
+                    write_jsonl(columns, rows, stream)
+                else:
+                    write_csv(columns, rows, stream, not is_stdout(output) if spreadsheet is None else spreadsheet)
 
 
 def _format(asked: str | None, output: str) -> str:
     """What was asked for, or what the file's name says. Raises PromptmillError where they do not go together."""
-    if output == "-":
+    from promptmill.outputs import is_stdout
+
+    if is_stdout(output):
         if asked == "parquet":
             raise PromptmillError("Parquet is written to a file", hint="Give -o FILE.parquet.")
         return asked or "table"
@@ -106,5 +110,5 @@ def _cell(value: object) -> object:
 def _list() -> None:
     from promptmill.views import QUERIES, VIEWS
 
-    click.echo(f"views: v_results, {', '.join(VIEWS)}\n")
+    say(f"views: v_results, {', '.join(VIEWS)}\n")
     table(["query", "about"], [[name, each.about] for name, each in QUERIES.items()])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from promptmill.cli.common import json_option, open_all, print_json, stderr_console, stdout_console
-from promptmill.errors import PromptmillError
+from promptmill.cli.common import (
+    check_outputs,
+    force_option,
+    json_option,
+    open_all,
+    print_json,
+    stderr_console,
+    stdout_console,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -37,14 +43,14 @@ Examples:
 )
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
 @click.option("--wide", is_flag=True, help="As wide as the terminal, not at most 100 columns.")
-@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@force_option
 @json_option
 def report(job: str, format_: str | None, output: str, wide: bool, force: bool, as_json: bool) -> None:
     """Report on JOB: throughput, latency, errors, consistency checks and scores, each figure from its rows."""
     from promptmill.catalog import find_job
 
     chosen = "json" if as_json else format_ or by_name(output)
-    check_target(output, force)
+    check_outputs(force, output)
     _, db = open_all()
     job_id = find_job(db, job).id
     if chosen == "term" and output == "-":
@@ -88,28 +94,14 @@ def _page(summary: Summary) -> str:
     return stream.getvalue()
 
 
-def check_target(output: str, force: bool) -> None:
-    """Raises PromptmillError for a file that cannot be written, or exists; asks first where a person can answer."""
-    from promptmill.cli.results import check_output
-
-    check_output(output)
-    if output == "-" or force or not Path(output).exists():
-        return
-    if sys.stdin.isatty() and click.confirm(f"{output} exists: write over it?", err=True):
-        return
-    raise PromptmillError(f"{output} exists", hint="Give another name, or --force to write over it.")
-
-
 def write_text(text: str, output: str) -> None:
     """To stdout, or to a file that appears whole."""
-    from promptmill.whole_files import appearing
+    from promptmill.outputs import is_stdout, writing
 
-    if output == "-":
-        click.echo(text, nl=False)
-        return
-    with appearing(output) as partial:
-        partial.write_text(text, encoding="utf-8")
-    stderr_console().print(f"wrote {output}", soft_wrap=True)
+    with writing(output) as stream:
+        stream.write(text)
+    if not is_stdout(output):
+        stderr_console().print(f"wrote {output}", soft_wrap=True)
 
 
 def print_report(db: Engine, job_id: str, as_json: bool, wide: bool = False) -> None:

@@ -8,6 +8,7 @@ import click
 
 from promptmill.cli.common import clock, json_option, open_all, print_json, table
 from promptmill.errors import PromptmillError
+from promptmill.terminal import say
 
 
 @click.command(epilog="Example: promptmill rm @last --yes")
@@ -23,7 +24,7 @@ def rm(jobs: tuple[str, ...], yes: bool) -> None:
     if not yes:
         _ask(f"remove {', '.join(ids)} and all results?")
     for job_id in ids:
-        click.echo(f"removed {remove(db, job_id)}")
+        say(f"removed {remove(db, job_id)}")
 
 
 def _ask(question: str) -> None:
@@ -59,4 +60,4 @@ def gc(older_than: str, keep_scores: bool, dry_run: bool, as_json: bool) -> None
         table(["job", "name", "state", "rows", "finished"], rows, right={"rows"})
     jobs = "job" if len(found) == 1 else "jobs"
     what = "prompts and answers of " if keep_scores else ""
-    click.echo(f"{what}{len(found)} {jobs} {'would be removed' if dry_run else 'removed'}")
+    say(f"{what}{len(found)} {jobs} {'would be removed' if dry_run else 'removed'}")

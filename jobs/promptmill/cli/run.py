@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptmill.cli.common import job_options, json_option, open_all, print_json, run_options, stderr_console
+from promptmill.cli.common import (
+    check_outputs,
+    job_inputs,
+    job_options,
+    json_option,
+    open_all,
+    print_json,
+    run_options,
+    stderr_console,
+)
 from promptmill.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -28,21 +38,21 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cpu:0-3, cuda:0 or metal.")
 @click.option("--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what the job needs]")
 @click.option("-o", "--output", type=click.Path(), help="Write the results here: .jsonl or .csv; - is stdout.")
-def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None:
+def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Run DATASET through a model on this machine; no server and no broker is needed.
 
     DATASET is JSONL, OpenAI batch lines, CSV, TSV or plain text (a prompt a line), also .gz or .zst; - is stdin.
     """
     from promptmill import service
     from promptmill.cli.progress import ProgressView
-    from promptmill.cli.results import check_output, write_results
+    from promptmill.cli.results import write_results
+    from promptmill.outputs import is_stdout
 
     options = run_options(values)
     if dry_run:
         report_dry_run(options, "embedded", as_json)
         return
-    if output:
-        check_output(output)
+    check_outputs(force, output, values["junit"], inputs=job_inputs(values))
     settings, db = open_all()
     with ProgressView() as view:
         outcome = service.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
@@ -50,7 +60,8 @@ def run(output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None
     if output:
         write_results(db, outcome.job_id, output)
     try:
-        end(outcome, db, as_json or output == "-", as_json, one=options.prompt is not None, junit=values["junit"])
+        quiet = as_json or (output is not None and is_stdout(output))
+        end(outcome, db, quiet, as_json, one=options.prompt is not None, junit=values["junit"])
     finally:
         forget_texts(db, outcome)
 
@@ -86,11 +97,9 @@ def resume(job: str, device: str, as_json: bool) -> None:
     elif as_json:
         print_json({"job_id": outcome.job_id, "state": outcome.state.value})
     elif outcome.was_open:
-        click.echo(
-            f"job {outcome.job_id} is {outcome.state.value} already; follow it with: promptmill watch {outcome.job_id}"
-        )
+        say(f"job {outcome.job_id} is {outcome.state.value} already; follow it with: promptmill watch {outcome.job_id}")
     else:
-        click.echo(f"job {outcome.job_id} is handed to the workers; follow it with: promptmill watch {outcome.job_id}")
+        say(f"job {outcome.job_id} is handed to the workers; follow it with: promptmill watch {outcome.job_id}")
 
 
 def _is_embedded(db: Engine, job_id: str) -> bool:
@@ -210,5 +219,5 @@ def _print_texts(line: dict[str, Any]) -> None:
         return
     for number, text in enumerate(answers, start=1):
         if len(answers) > 1:
-            click.echo(f"--- answer {number} of {len(answers)}")
-        click.echo(text)
+            say(f"--- answer {number} of {len(answers)}")
+        say(text)

@@ -9,6 +9,7 @@ import click
 from promptmill.cli.common import json_option, open_all, print_json
 from promptmill.cli.progress import counting
 from promptmill.errors import EXIT_GATE
+from promptmill.terminal import say
 
 
 @click.command(epilog="Example: promptmill score @last --task ads_v2.task.yaml")
@@ -30,13 +31,13 @@ def score(job: str, task: str | None, by: str | None, junit: str | None, as_json
     if as_json:
         print_json(found)
     else:
-        click.echo(f"score run @s{found['score_run']} of job {found['job_id']}")
+        say(f"score run @s{found['score_run']} of job {found['job_id']}")
         _print(found["scores"])
         for value, scores in found["groups"].items():
-            click.echo(f"{by} = {value}")
+            say(f"{by} = {value}")
             _print(scores)
         for gate in found["gates"]:
-            click.echo(f"  {gate['text']}")
+            say(f"  {gate['text']}")
     if junit is not None:
         from promptmill.gates import Verdict
         from promptmill.junit import write
@@ -56,8 +57,8 @@ def _print(scores: dict[str, Any]) -> None:
         for figure, value in each["figures"].items():
             metric = METRICS[figure]
             span = f"  95 % CI {metric.interval(tuple(spans[figure]))}" if spans.get(figure) else ""
-            click.echo(f"  {name}  {metric.label} {metric.shown(value)}{span}")
-        click.echo(f"    {_counts(each)}")
+            say(f"  {name}  {metric.label} {metric.shown(value)}{span}")
+        say(f"    {_counts(each)}")
 
 
 def _counts(each: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from promptmill.terminal import say
+
 SCRIPT = """\
 # promptmill: known subcommands of `jobs` go to promptmill, everything else to the shell's own `jobs`.
 jobs() {{
@@ -22,4 +24,4 @@ def shell_init() -> None:
     """Print a function for bash and zsh, so that 'jobs submit dataset.jsonl' works as typed."""
     from promptmill.cli import COMMANDS
 
-    click.echo(SCRIPT.format(names="|".join(COMMANDS)), nl=False)
+    say(SCRIPT.format(names="|".join(COMMANDS)), nl=False)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptmill.cli.common import job_options, open_all, print_json, run_options
+from promptmill.cli.common import check_outputs, job_inputs, job_options, open_all, print_json, run_options
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -29,12 +30,13 @@ Examples:
 @click.option("--expires", help="Give the job up if it has not begun by then: a span or a time.")
 @click.option("--wait", is_flag=True, help="Follow the job to its end and print its report.")
 @click.option("-o", "--output", type=click.Path(), help="With --wait: write the results here.")
-def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **values: Any) -> None:
+def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Send DATASET to the workers, through Redis. Everything is checked before anything is stored."""
     from promptmill import service
     from promptmill.cli.inspect import follow
-    from promptmill.cli.results import check_output, write_results
+    from promptmill.cli.results import write_results
     from promptmill.cli.run import end, report_dry_run, show_preflight, show_warning
+    from promptmill.outputs import is_stdout
 
     if output and not wait:
         raise click.UsageError("-o needs --wait: there are no results yet. Use 'promptmill results JOB -o FILE' later.")
@@ -42,8 +44,7 @@ def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **value
     if dry_run:
         report_dry_run(options, "queue", as_json)
         return
-    if output:
-        check_output(output)
+    check_outputs(force, output, values["junit"], inputs=job_inputs(values))
     settings, db = open_all()
 
     def send(options: RunOptions) -> str:
@@ -57,7 +58,8 @@ def submit(wait: bool, output: str | None, dry_run: bool, as_json: bool, **value
     outcome = follow(settings, db, job_id)
     if output:
         write_results(db, job_id, output)
-    end(outcome, db, as_json or output == "-", as_json, junit=values["junit"])
+    quiet = as_json or (output is not None and is_stdout(output))
+    end(outcome, db, quiet, as_json, junit=values["junit"])
 
 
 def _ask_and_send(options: RunOptions, send: Callable[[RunOptions], str]) -> str:
@@ -76,13 +78,15 @@ def _ask_and_send(options: RunOptions, send: Callable[[RunOptions], str]) -> str
 
 def _say_submitted(db: Engine, job_id: str, as_json: bool) -> None:
     from promptmill.catalog import find_job
+    from promptmill.dispatch import waits_for
 
-    state = find_job(db, job_id).state
+    job = find_job(db, job_id)
+    state = job.state
     if as_json:
-        print_json({"job_id": job_id, "state": state})
+        print_json({"job_id": job_id, "state": state, "waits_for": waits_for(db, job)})
     elif state == "paused":
-        click.echo(f"job {job_id} is paused; go on with: promptmill resume {job_id}")
+        say(f"job {job_id} is paused; go on with: promptmill resume {job_id}")
     elif state == "completed":
-        click.echo(f"job {job_id} is completed; see: promptmill report {job_id}")
+        say(f"job {job_id} is completed; see: promptmill report {job_id}")
     else:
-        click.echo(f"job {job_id} submitted; follow it with: promptmill watch {job_id}")
+        say(f"job {job_id} submitted; follow it with: promptmill watch {job_id}")

@@ -9,7 +9,14 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from promptmill.cli.common import json_option, open_all, stderr_console, stdout_console
+from promptmill.cli.common import (
+    check_outputs,
+    force_option,
+    json_option,
+    open_all,
+    stderr_console,
+    stdout_console,
+)
 from promptmill.errors import EXIT_INTERRUPTED, PromptmillError
 
 
@@ -37,16 +44,25 @@ The same --tag goes on with a sweep that was stopped. Its jobs stay: 'promptmill
 @click.option("--device", default="auto", show_default=True)
 @click.option("--tag", help="The jobs get this tag.  [default: sweep-TIME]")
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write .html, .md, .json or .csv; - is stdout.")
-@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@force_option
 @json_option
 def sweep(dataset: str, output: str, force: bool, as_json: bool, **values: Any) -> None:
     """Run DATASET under every combination of settings, in turns, and name the smallest that is fast enough."""
     from promptmill.cli.progress import ProgressView
-    from promptmill.cli.report import by_name, check_target, write_text
+    from promptmill.cli.report import by_name, write_text
     from promptmill.reports.sweep import text
     from promptmill.sweeping import sweep as run
 
-    check_target(output, force)
+    check_outputs(
+        force,
+        output,
+        inputs=[
+            dataset,
+            values["task"],
+            *(values["model"] or "").split(","),
+            (values["template"] or "").removeprefix("@"),
+        ],
+    )
     settings, db = open_all()
     plan = _plan(dataset, values)
     console = stderr_console()

@@ -6,7 +6,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from promptmill.cli.common import json_option, open_all, stdout_console
+from promptmill.cli.common import check_outputs, force_option, json_option, open_all, stdout_console
 
 
 @click.command(
@@ -22,14 +22,14 @@ Examples:
 @click.option("--limit", type=click.IntRange(2, 1000), default=50, show_default=True, help="The newest so many jobs.")
 @click.option("--format", "format_", type=click.Choice(["term", "md", "json", "csv"]), default="term")
 @click.option("-o", "--output", type=click.Path(), default="-", help="Write here; - is stdout.  [default: -]")
-@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@force_option
 @json_option
 def trend(tag: str, metric: str, limit: int, format_: str, output: str, force: bool, as_json: bool) -> None:
     """Show how figures went over the jobs of a tag, and mark where they changed for good."""
-    from promptmill.cli.report import check_target, write_text
+    from promptmill.cli.report import write_text
     from promptmill.reports.trend import COLUMNS, cells, text, trends
 
-    check_target(output, force)
+    check_outputs(force, output)
     _, db = open_all()
     found = trends(db, tag, [name.strip() for name in metric.split(",") if name.strip()], limit)
     chosen = "json" if as_json else format_

@@ -8,6 +8,7 @@ import click
 
 from promptmill.cli.common import json_option, open_all, print_json
 from promptmill.errors import EXIT_FAILED
+from promptmill.terminal import say
 
 if TYPE_CHECKING:
     from promptmill.verification import Verification
@@ -35,14 +36,14 @@ def verify(job: str, sample: int, seed: int, device: str, as_json: bool) -> None
     if as_json:
         print_json(found.to_json())
     else:
-        click.echo(summary(found))
+        say(summary(found))
         for each in found.examples:
             kind = " (sampled)" if each.sampled else ""
-            click.echo(f"  row {each.row}{kind}, character {each.at}: {each.stored!r} stored, {each.alone!r} alone")
+            say(f"  row {each.row}{kind}, character {each.at}: {each.stored!r} stored, {each.alone!r} alone")
         for left_out in found.left_out_rows:
-            click.echo(f"  row {left_out.row} left out: {left_out.reason}")
+            say(f"  row {left_out.row} left out: {left_out.reason}")
         for sentence in found.sums or ("the ledger's sums hold",):
-            click.echo(f"  {sentence}")
+            say(f"  {sentence}")
     if not found.ok:
         raise click.exceptions.Exit(EXIT_FAILED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import click
 
@@ -28,12 +29,17 @@ def worker(device: str, models: tuple[str, ...], slots: int | None, context: int
     """Start the workers of this machine, one per device, and keep them alive until Ctrl-C or SIGTERM."""
     from promptmill.database import open_database
     from promptmill.settings import load_settings
+    from promptmill.terminal import for_people
     from promptmill_workers.checkpoints import locate
     from promptmill_workers.devices import parse_devices, require_offload, usable
     from promptmill_workers.pool import Pool
 
     settings = load_settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s [pool] %(message)s")
+    logging.basicConfig(
+        level=settings.log_level,
+        format="%(asctime)s %(levelname)s [pool] %(message)s",
+        stream=for_people(sys.stderr),
+    )
     open_database(settings.database_url).dispose()
     found = [locate(name) for name in models or _default_model(settings.model)]
     devices = parse_devices(device)

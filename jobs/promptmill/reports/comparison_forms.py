@@ -14,6 +14,7 @@ from rich.text import Text
 
 from promptmill.reports import markdown
 from promptmill.reports.comparison import Comparison, Flips, Line, shown_change
+from promptmill.spreadsheets import inert
 
 COLUMNS = ("figure", "A", "B", "change", "95 % CI", "")
 
@@ -124,5 +125,5 @@ def _csv(found: Comparison) -> str:
     writer.writerow(names)
     for line in found.lines:
         values = line.to_json()
-        writer.writerow([found.before.job_id, found.after.job_id, *(values[name] for name in names[2:])])
+        writer.writerow(inert([found.before.job_id, found.after.job_id, *(values[name] for name in names[2:])]))
     return stream.getvalue()

@@ -7,6 +7,7 @@ import io
 
 from promptmill.reports.figures import metric_of, names_of, value_of
 from promptmill.reports.summary import Summary
+from promptmill.spreadsheets import inert
 
 COLUMNS = ("job_id", "completeness", "figure", "value", "unit", "kind", "better", "formula")
 
@@ -21,5 +22,5 @@ def text(summary: Summary) -> str:
         unit = "share" if metric.unit == "%" else metric.unit.value
         shown = "" if value is None else repr(value)
         about = (metric.kind.value, metric.better.value, metric.formula)
-        writer.writerow([summary.job_id, summary.completeness, name, shown, unit, *about])
+        writer.writerow(inert([summary.job_id, summary.completeness, name, shown, unit, *about]))
     return stream.getvalue()

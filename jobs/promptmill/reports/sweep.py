@@ -16,6 +16,7 @@ from promptmill.reports.figures import metric_of, score_name, value_of
 from promptmill.reports.html import document, safe, section, table
 from promptmill.reports.statistics import Change, repeated_ratio
 from promptmill.reports.summary import Summary
+from promptmill.spreadsheets import inert
 
 #: Share of the best output rate from which on a smaller setting is as good.
 KNEE_SHARE = 0.95
@@ -210,7 +211,7 @@ def text(found: Sweep, format_: str) -> str:
     if format_ == "csv":
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerows([columns, *cells])
+        writer.writerows(map(inert, [columns, *cells]))
         return stream.getvalue()
     blocks = [recommended(each) for each in found.knees()]
     if format_ == "md":

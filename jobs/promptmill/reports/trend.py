@@ -22,6 +22,7 @@ from promptmill.reports import markdown
 from promptmill.reports.figures import metric_of, names_of, value_of
 from promptmill.reports.scan import Floats
 from promptmill.reports.summary import Summary, summarise
+from promptmill.spreadsheets import inert
 
 #: Fewest jobs on either side of a change: fewer do not tell it from noise.
 LEAST_SIDE = 4
@@ -168,6 +169,6 @@ def text(found: Sequence[Trend], format_: str) -> str:
     writer.writerow(("tag", "figure", *Point.__slots__))
     for trend in found:
         writer.writerows(
-            (trend.tag, trend.name, *(getattr(each, name) for name in Point.__slots__)) for each in trend.points
+            inert((trend.tag, trend.name, *(getattr(each, name) for name in Point.__slots__))) for each in trend.points
         )
     return stream.getvalue()
