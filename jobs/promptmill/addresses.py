@@ -271,10 +271,30 @@ def redis_client(url: str, *, asynchronous: bool = False, **options: Any) -> Any
         asked = {name: value for name, value in options.items() if name.startswith("socket_")}
         sentinels = importlib.import_module(f"{side}.sentinel")
         known = sentinels.Sentinel(address.servers, sentinel_kwargs=address.sentinel_login | asked)
-        return known.master_for(address.service, **login, **options)
+        client = known.master_for(address.service, **login, **options)
+        # Connections to the Sentinels end with the client.
+        close, name = _closing_all([client, *known.sentinels], asynchronous)
+        setattr(client, name, close)
+        return client
     tls = {"ssl": True, **address.tls} if address.tls is not None else {}
     ((host, port),) = address.servers
     return redis.Redis(host=host, port=port, **tls, **login, **options)
+
+
+def _closing_all(clients: list[Any], asynchronous: bool) -> tuple[Callable[..., Any], str]:
+    """What closes all of these clients, and under which name a client has it."""
+    name = "aclose" if asynchronous else "close"
+    closes = [getattr(each, name) for each in clients]
+
+    def close() -> None:
+        for each in closes:
+            each()
+
+    async def aclose() -> None:
+        for each in closes:
+            await each()
+
+    return (aclose if asynchronous else close), name
 
 
 def celery_broker(url: str, **sockets: float) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -148,3 +148,17 @@ def test_an_error_about_redis_shows_no_secret() -> None:
         with pytest.raises(PromptmillError, match="cannot reach Redis at redis://") as away:
             Broker(url).waiting("m")
         assert "secret" not in str(away.value)
+
+
+def test_arrow_reads_a_sqlite_file_in_any_folder(tmp_path: Path) -> None:
+    """Its driver takes a URI of SQLite's own, in which other characters mean something."""
+    from promptmill import arrow_tables
+
+    db = connect(sqlite_url(tmp_path / "a?b%25c#d 数据&e" / "jobs.sqlite"))
+    with db.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE t (n INTEGER)"))
+        connection.execute(sa.text("INSERT INTO t VALUES (7)"))
+    with db.connect() as connection:
+        found = list(arrow_tables.tables(connection, ["SELECT n FROM t"]))
+    db.dispose()
+    assert [table.to_pylist() for table in found] == [[{"n": 7}]]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from redis import Redis
 
-from promptmill import broker, service
+from promptmill import broker, catalog, service
 from promptmill.broker import Broker, queue_name
 from promptmill.catalog import waiting_for_models
 from promptmill.database import connect, epoch, writing
-from promptmill.dispatch import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged
+from promptmill.dispatch import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged, waits_for
 from promptmill.ledger import Ledger, recovery
 from promptmill.settings import Settings
 from promptmill.tables import chunks, jobs, workers
 from promptmill.types import ChunkId
-from tests.conftest import migrate
+from tests.conftest import Command, migrate, wait_until
 
 MODEL = "echo"
 
@@ -199,3 +200,50 @@ def test_who_else_has_a_model_loaded(
             row = {"id": name, "state": says, "models": serves, "heartbeat_at": epoch() - age_s}
             db.execute(sa.insert(workers).values(own | row))
     assert Dispatcher(ledger, Broker(redis_url)).is_served_elsewhere(MODEL, "me") is expected
+
+
+# --- a model that nobody serves --------------------------------------------------------------------------------------
+
+
+def work(ledger: Ledger, models: str, age_s: float = 0.0, state: str = "idle") -> None:
+    with writing(ledger.db) as db:
+        values = {
+            "id": f"w{models}{age_s}{state}", "host": "h", "pid": 1, "device_asked": "cpu", "models": models,
+            "state": state, "started_at": epoch(), "heartbeat_at": epoch() - age_s,
+        }  # fmt: skip
+        db.execute(sa.insert(workers).values(values))
+
+
+def test_what_a_job_waits_for_is_said_with_what_is_served_and_what_to_start(ledger: Ledger) -> None:
+    job = catalog.find_job(ledger.db, "urgent")
+    start = f"Start one: promptmill worker --model {MODEL}"
+    assert waits_for(ledger.db, job) == f"no live worker serves {MODEL}: no worker is alive. {start}"
+    work(ledger, f'["{MODEL}"]', age_s=2 * ALIVE_S)
+    work(ledger, f'["{MODEL}"]', state="stopped")
+    work(ledger, '["other", "demo"]')
+    said = service.status(ledger.db, job)["waits_for"]
+    assert said == f"no live worker serves {MODEL}: live workers serve demo, other. {start}"
+    work(ledger, f'["{MODEL}"]', state="busy")
+    assert service.status(ledger.db, job)["waits_for"] is None
+
+
+@pytest.mark.parametrize("change", [{"state": "paused"}, {"state": "completed"}, {"mode": "embedded"}])
+def test_a_job_that_no_worker_is_to_run_waits_for_none(ledger: Ledger, change: dict[str, str]) -> None:
+    with writing(ledger.db) as db:
+        db.execute(sa.update(jobs).where(jobs.c.id == "urgent").values(change))
+    assert waits_for(ledger.db, catalog.find_job(ledger.db, "urgent")) is None
+
+
+def test_who_submits_or_watches_a_job_that_nobody_serves_is_told_at_once(command: Command, redis_url: str) -> None:
+    command.environment |= {"JOBS_REDIS_URL": redis_url}
+    submitted = command("submit", "-p", "hi", "--model", "echo")
+    assert (submitted.code, "warning: no live worker serves echo" in submitted.err) == (0, True), submitted.err
+    assert (
+        "no live worker serves echo"
+        in json.loads(command("submit", "-p", "x", "--model", "echo", "--json").out)["waits_for"]
+    )
+    process = command.start("watch", "@last")
+    (log,) = command.folder.glob("*.log")
+    wait_until(lambda: "no live worker serves echo" in log.read_text(), "it is said", 60)
+    process.terminate()
+    process.wait()
