@@ -15,7 +15,7 @@ import pytest
 from promptmill.addresses import redis_client
 from promptmill.broker import Broker
 from promptmill.types import ChunkId
-from tests.conftest import Command, _answers, _free_port, _redis_binary, unavailable, wait_until
+from tests.conftest import Command, answers, free_port, redis_binary, unavailable, wait_until
 
 #: Of a user of Redis, with everything in it that a URL gives another meaning.
 PASSWORD = "p@ss:w/o#r?d%&=[]"
@@ -31,9 +31,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def started(reached: str, *lines: str, binary: str | None = None, sentinel: bool = False) -> None:
         file = tmp_path / f"{uuid.uuid4().hex}.conf"
         file.write_text("\n".join((*lines, f"dir {tmp_path}", *([] if sentinel else ['save ""']))) + "\n")
-        order = [binary or _redis_binary(), str(file), *(["--sentinel"] if sentinel else [])]
+        order = [binary or redis_binary(), str(file), *(["--sentinel"] if sentinel else [])]
         processes.append(subprocess.Popen(order, stdout=subprocess.DEVNULL))
-        wait_until(lambda: _answers(redis_client(reached)), f"Redis answers at {reached}", 20)
+        wait_until(lambda: answers(redis_client(reached)), f"Redis answers at {reached}", 20)
 
     yield started
     for process in processes:
@@ -47,7 +47,7 @@ def works(url: str) -> None:
     model = uuid.uuid4().hex
     broker.publish([ChunkId("01M7XP73KJS3YD4NWB2ERSBS24", 7)], model, 5)
     assert broker.waiting_chunks(model) == {ChunkId("01M7XP73KJS3YD4NWB2ERSBS24", 7)}
-    assert abs(broker.clock_offset_s()) < 60
+    broker.ping()
     assert asyncio.run(_asked(url))
 
 
@@ -79,7 +79,7 @@ def test_a_socket_serves_with_and_without_a_password(start: Start, socket_path: 
 
 
 def test_a_user_may_have_a_password_of_any_characters(start: Start) -> None:
-    port = _free_port()
+    port = free_port()
     start(f"redis://worker:{PASSWORD}@127.0.0.1:{port}/1", f"port {port}", "bind 127.0.0.1",
           f'user worker on ">{PASSWORD}" ~* &* +@all', "user default off")  # fmt: skip
     works(f"redis://worker:{PASSWORD}@127.0.0.1:{port}/1")
@@ -95,7 +95,7 @@ def test_tls_is_spoken_and_certificates_are_checked(start: Start, tmp_path: Path
          "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
         cwd=tmp_path, check=True, capture_output=True,
     )  # fmt: skip
-    port, certificate = _free_port(), tmp_path / "cert.pem"
+    port, certificate = free_port(), tmp_path / "cert.pem"
     url = f"rediss://:{PASSWORD}@localhost:{port}/0?ssl_ca_certs={certificate}&ssl_cert_reqs=required"
     start(url, "port 0", f"tls-port {port}", "bind 127.0.0.1", f"tls-cert-file {certificate}",
           f"tls-key-file {tmp_path / 'key.pem'}", f"tls-ca-cert-file {certificate}", "tls-auth-clients no",
@@ -116,7 +116,7 @@ def _speaks_tls(binary: str) -> bool:
 
 
 def test_sentinels_are_asked_for_the_server(start: Start) -> None:
-    port, first, second = _free_port(), _free_port(), _free_port()
+    port, first, second = free_port(), free_port(), free_port()
     start(f"redis://:{PASSWORD}@127.0.0.1:{port}/0", f"port {port}", "bind 127.0.0.1", f'requirepass "{PASSWORD}"')
     for each in (first, second):
         start(f"redis://:ask me@127.0.0.1:{each}/0", f"port {each}", "bind 127.0.0.1", 'requirepass "ask me"',
