@@ -179,6 +179,7 @@ class Live:
         self._silent: dict[str, float] = {}
         self._flushing: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
 
     @property
     def waiting(self) -> int:
@@ -200,6 +201,8 @@ class Live:
         return {}
 
     async def close(self) -> None:
+        # A cancellation that comes together with an answer of Redis is lost in its client.
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
@@ -281,7 +284,7 @@ class Live:
 
     async def _read(self) -> None:
         name = reply_list(self._id)
-        while True:
+        while not self._closing:
             try:
                 found = await self._redis.blpop([name], LOOK_S)
                 if found is None:
@@ -335,7 +338,7 @@ class Live:
 
     async def _watch(self) -> None:
         """Whatever a worker or Redis loses is noticed here: a client waits for its answer."""
-        while True:
+        while not self._closing:
             try:
                 # Workers drop the requests of a server that is gone.
                 await self._redis.set(server_key(self._id), "1", ex=SERVER_GONE_S)

@@ -1,0 +1,132 @@
+"""Requests and replies that Redis loses: the client has one answer all the same. Over a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from promptmill.api import live
+from promptmill.api.live import Call, Live
+from promptmill.live_wire import DONE, REPEAT, TAKEN, TEXT, LiveRequest, beat_key, lane_list, live_queue
+from promptmill_workers.replies import Replies
+from promptmill_workers.stopping import Stop
+
+MODEL, WORKER = "echo", "here/cpu/1"
+ANSWER = {"text": "a b"}
+
+
+@pytest.fixture
+def redis(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Redis with a worker's sign of life. Servers look for what is quiet at once."""
+    monkeypatch.setattr(live, "WATCH_S", 0.1)
+    monkeypatch.setattr(live, "QUIET_S", 0.3)
+    with Redis.from_url(redis_url) as client:
+        client.set(beat_key(WORKER), "{}")
+        yield client
+
+
+@pytest.fixture
+def replies(redis: Any) -> Replies:
+    return Replies(redis, WORKER, Stop())
+
+
+async def popped(redis: Any, name: str) -> Any:
+    found = await asyncio.to_thread(redis.blpop, [name], 10)
+    assert found is not None, f"nothing came in {name}"
+    return found[1]
+
+
+async def taken(redis: Any) -> LiveRequest:
+    return LiveRequest.decode(await popped(redis, live_queue(MODEL)))
+
+
+async def heard(call: Call) -> list[Any]:
+    return [value if kind == DONE else value[0] async for kind, value in call.replies()]
+
+
+def over(url: str, scene: Any) -> None:
+    async def play() -> None:
+        server = Live(url, 20)
+        server.start()
+        try:
+            async with server.call(MODEL, {}, prompt="x", stream=True) as call:
+                await asyncio.wait_for(scene(call), 15)
+        finally:
+            await server.close()
+
+    asyncio.run(play())
+
+
+def lose(replies: Replies, request: LiveRequest, reply: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say something that Redis takes and then has no more."""
+    with monkeypatch.context() as lost:
+        lost.setattr(replies, "_push", lambda lists: None)
+        replies.say([(request, reply)])
+
+
+@pytest.mark.parametrize("last_is_lost", [False, True])
+def test_a_reply_that_is_lost_is_said_again(
+    redis: Any, redis_url: str, replies: Replies, monkeypatch: pytest.MonkeyPatch, last_is_lost: bool
+) -> None:
+    async def scene(call: Call) -> None:
+        request = await taken(redis)
+        replies.say([(request, [TAKEN]), (request, [TEXT, "a ", None, 0])])
+        lose(replies, request, [TEXT, "b", None, 0], monkeypatch)
+        if last_is_lost:
+            lose(replies, request, [DONE, ANSWER], monkeypatch)
+        else:
+            replies.say([(request, [DONE, ANSWER])])
+        kind, *asked = json.loads(await popped(redis, lane_list(WORKER, MODEL)))
+        assert kind == REPEAT
+        replies.repeat(*asked)
+        replies.repeat(*asked)
+        assert await heard(call) == ["a ", "b", ANSWER]
+
+    over(redis_url, scene)
+
+
+def test_a_request_that_nobody_has_is_sent_again_and_answered_once(
+    redis: Any, redis_url: str, replies: Replies
+) -> None:
+    async def scene(call: Call) -> None:
+        lost = await taken(redis)
+        again = await taken(redis)
+        assert (again.prompt, again.id != lost.id) == (lost.prompt, True)
+        # Somebody had it after all: what that one says reaches nobody, and it is told to stop.
+        replies.say([(lost, [TAKEN]), (lost, [TEXT, "twice", None, 0])])
+        assert json.loads(await popped(redis, lane_list(WORKER, MODEL))) == ["cancel", lost.id]
+        replies.say([(lost, [DONE, {"text": "twice"}]), (again, [TAKEN]), (again, [DONE, ANSWER])])
+        assert await heard(call) == [ANSWER]
+
+    over(redis_url, scene)
+
+
+def test_a_request_that_waits_in_its_list_is_left_there(redis: Any, redis_url: str, replies: Replies) -> None:
+    async def scene(call: Call) -> None:
+        await asyncio.sleep(1.5)
+        assert redis.llen(live_queue(MODEL)) == 1
+        request = await taken(redis)
+        assert request.id == call.request.id
+        replies.say([(request, [TAKEN]), (request, [DONE, ANSWER])])
+        assert await heard(call) == [ANSWER]
+
+    over(redis_url, scene)
+
+
+def test_what_its_worker_has_forgotten_begins_again(redis: Any, redis_url: str, replies: Replies) -> None:
+    async def scene(call: Call) -> None:
+        request = await taken(redis)
+        replies.say([(request, [TAKEN])])
+        replies.forget([request.id])
+        _, *asked = json.loads(await popped(redis, lane_list(WORKER, MODEL)))
+        replies.repeat(*asked)
+        again = await taken(redis)
+        replies.say([(again, [TAKEN]), (again, [DONE, ANSWER])])
+        assert await heard(call) == [ANSWER]
+
+    over(redis_url, scene)
