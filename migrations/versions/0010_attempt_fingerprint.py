@@ -15,11 +15,8 @@ def upgrade() -> None:
     op.add_column("workers", sa.Column("model_fingerprint", sa.String(length=64)))
     # They were kept under the fingerprint that a job named, whichever model had answered, and for all keys together.
     op.execute("DELETE FROM answers")
-    # Of a folder other files count than before. The first worker that goes on with such a job says which model it is.
-    op.execute(
-        "UPDATE jobs SET model_fingerprint = NULL "
-        "WHERE state IN ('queued', 'running', 'paused') AND model NOT LIKE '%.gguf'"
-    )
+    # A fingerprint counts more of the files than before. The first worker that goes on with a job says which it is.
+    op.execute("UPDATE jobs SET model_fingerprint = NULL WHERE state IN ('queued', 'running', 'paused')")
 
 
 def downgrade() -> None:

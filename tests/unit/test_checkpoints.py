@@ -140,6 +140,16 @@ def test_a_fingerprint_changes_with_names_sizes_and_both_ends_of_the_files(tmp_p
     assert fingerprint(Checkpoint("echo", "echo")) is None
 
 
+def test_a_fingerprint_changes_with_the_middle_of_a_large_file(tmp_path: Path) -> None:
+    path, content = tmp_path / "model.gguf", bytearray(os.urandom(12 * 2**20))
+    path.write_bytes(content)
+    before = fingerprint_of(states_of(path))
+    # Less than a hundredth of it.
+    content[6 * 2**20 : 6 * 2**20 + 100_000] = bytes(100_000)
+    path.write_bytes(content)
+    assert fingerprint_of(states_of(path)) != before
+
+
 def test_what_changes_no_answer_is_not_in_the_fingerprint_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     before = fingerprint(Checkpoint("x", "mlx", tmp_path))

@@ -800,7 +800,7 @@ def test_a_compressed_file_without_its_ending_is_read(write: Write, packing: str
 def test_a_broken_first_line_does_not_tell_the_format(write: Write, first: str) -> None:
     path = write("a.jsonl", f"{first}\n" + jsonl(batch_line()))
     with open_dataset(path) as dataset:
-        assert dataset.format == ("jsonl" if first == "{}" else "openai_batch")
+        assert dataset.format == "openai_batch"
         if first != "{}":
             assert [line.error is None for line in dataset.lines()] == [False, True]
 
@@ -847,3 +847,32 @@ def test_real_files_are_read_to_their_last_line(shared: Path, name: str) -> None
     if name.endswith("jsonl"):
         assert all(isinstance(line.expected["is_ad"], bool) for line in found if line.expected)
         assert not any("is_ad" in (line.fields or {}) for line in found)
+
+
+def test_a_line_that_is_no_call_does_not_tell_the_format(write: Write) -> None:
+    lines = [b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}', json.dumps(batch_line()).encode()]
+    with open_dataset(write("a.jsonl", b"\n".join(lines))) as dataset:
+        assert dataset.format == "openai_batch"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"prompt": "Hi", "stop": ["x"]},
+        {"prompt": "Hi", "expected": ["a"]},
+    ],
+)
+def test_one_record_in_a_json_file_is_that_record(write: Write, record: dict[str, Any]) -> None:
+    [line] = read(write("a.json", json.dumps(record).encode()))
+    assert line.error is None
+    assert line.prompt == record.get("prompt")
+
+
+@pytest.mark.parametrize("path", ["input.answer", "answer"])
+def test_an_expected_field_of_the_input_object_is_in_no_prompt(write: Write, path: str) -> None:
+    record = {"input": {"q": "why", "answer": "SECRET"}}
+    layout = {"has_template": True, "expected": {"answer": path}}
+    [line] = read(write("a.jsonl", json.dumps(record).encode()), **layout)
+    assert line.fields == {"q": "why"}
+    assert line.expected == {"answer": "SECRET"}

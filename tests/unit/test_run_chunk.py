@@ -31,7 +31,8 @@ from promptmill_workers.model_files import fingerprint_of, states_of
 from promptmill_workers.patience import Patience
 from promptmill_workers.run_chunk import ChunkRunner
 from promptmill_workers.stopping import Stop
-from tests.two_models import put
+from tests.conftest import wait_until
+from tests.two_models import CHANGED, put
 from tests.unit.test_ledger import JOB, add_job, ok
 
 
@@ -272,6 +273,26 @@ def test_a_host_that_ends_and_finds_another_file_gives_its_chunk_back(
 
     assert tried(db) == [(0, "done", right), (1, "released", None)]
     assert runner.refuses(JOB, str(model), right)
+
+
+def test_answers_of_files_that_are_written_to_meanwhile_are_not_stored(
+    db: sa.Engine, hosts: HostKeeper, model: Path
+) -> None:
+    right = fingerprint_at(model)
+    add_job(db, 8, 8, model=str(model), model_fingerprint=right, sampling='{"max_tokens": 400, "ignore_eos": true}')
+    ledger, runner = Ledger(db), runner_of(db, hosts, alone=False)
+    lease = ledger.claim(ChunkId(JOB, 0), "a")
+    assert lease is not None
+    running = threading.Thread(target=runner.run, args=(lease,))
+    running.start()
+    wait_until(lambda: hosts.load()[0] > 0, "rows are computed")
+    with model.open("r+b") as file:
+        file.seek(-CHANGED, os.SEEK_END)
+        file.write(bytes(CHANGED))
+    running.join(120)
+
+    assert tried(db) == [(0, "released", right)]
+    assert ledger.progress(JOB).done == 0
 
 
 def test_a_run_whose_model_became_another_one_ends_and_says_so(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:

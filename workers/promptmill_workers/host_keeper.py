@@ -46,7 +46,7 @@ def _is_stale(info: EngineInfo, wanted: Wanted) -> bool:
     if info.files is None:
         return False
     another = wanted.fingerprint is not None and wanted.fingerprint != info.fingerprint
-    return info.files.are_overwritten or (another and not info.files.are_current)
+    return info.is_overwritten or (another and not info.files.are_current)
 
 
 class NotWanted(Exception):

@@ -11,6 +11,9 @@ from pathlib import Path
 #: Bytes at each end of a file that go into its fingerprint: hashing all of a large model would take minutes.
 FINGERPRINT_BYTES = 1024 * 1024
 
+#: Pieces between its ends that go into it too, evenly spread: another training of a model changes all of its tensors.
+PIECES, PIECE_BYTES = 512, 16 * 1024
+
 #: What of a folder is an MLX model. Anything else of a repository is not fetched, and changes no answer.
 MLX_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
@@ -46,12 +49,16 @@ def _state(path: Path) -> FileState:
 
 @lru_cache(maxsize=64)
 def fingerprint_of(files: tuple[FileState, ...]) -> str:
-    """SHA-256 over the files' names and sizes and the first and last MiB of each. Raises OSError."""
+    """SHA-256 over the files' names and sizes, the first and last MiB of each, and pieces between. Raises OSError."""
     digest = hashlib.sha256()
     for each in files:
         digest.update(f"{Path(each.path).name}:{each.size}\n".encode())
         with open(each.path, "rb") as file:
             digest.update(file.read(FINGERPRINT_BYTES))
+            between = each.size - 2 * FINGERPRINT_BYTES
+            for piece in range(PIECES if between > 0 else 0):
+                file.seek(FINGERPRINT_BYTES + between * piece // PIECES)
+                digest.update(file.read(PIECE_BYTES))
             file.seek(max(0, each.size - FINGERPRINT_BYTES))
             digest.update(file.read())
     return digest.hexdigest()

@@ -139,6 +139,9 @@ class ChunkRunner:
                 self._record(lease, kept)
                 limits = {request.row: _limit(request) for request in requests}
                 for batch in session.answer(requests):
+                    if session.info.is_overwritten:
+                        self._overwritten(lease, hold, session)
+                        return
                     self._keep(lease, batch)
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
                     if limits:
@@ -172,6 +175,13 @@ class ChunkRunner:
         words = self._tell_wrong(job_id, lease.model, wanted, session.info.fingerprint)
         if self._is_alone:
             self._ledger.stop(job_id, words, lease)
+        counters = session.counters()
+        hold.let_go()
+        self._patiently(lambda again: self._ledger.release(lease, counters, self._hosts.slots))
+
+    def _overwritten(self, lease: Lease, hold: Hold, session: Session) -> None:
+        """The files changed under the engine: what it says now is no model's answer. The next claim loads them anew."""
+        log.error("job %s: the files of %s were written to while they were in use", lease.chunk.job_id, lease.model)
         counters = session.counters()
         hold.let_go()
         self._patiently(lambda again: self._ledger.release(lease, counters, self._hosts.slots))

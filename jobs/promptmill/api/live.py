@@ -397,7 +397,8 @@ class Live:
                 call.missed, call.seen_at = False, time.monotonic()
             elif call.missed:
                 log.warning("a request for %s was lost on its way and is sent again", request.model)
-                self._send_again(call)
+                # No worker may understand it: it is not sent for ever.
+                self._begin_again(call, ErrorClass.WORKER_LOST.value, "it was lost on its way again and again")
             else:
                 # A worker may just have taken it.
                 call.missed = True

@@ -153,7 +153,7 @@ def _structured(number: int, record: dict[str, Any], layout: Layout, question: s
     # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
     expected = record.pop("expected", None)
     if layout.expected:
-        value, expected, record = _apart(value, expected, record, layout)
+        value, expected, record = _apart(question, value, expected, record, layout)
     custom_id = take_id(record)
     meta = take_object(record, "meta")
     if not record.keys() <= KNOWN:
@@ -170,12 +170,17 @@ def _structured(number: int, record: dict[str, Any], layout: Layout, question: s
     return DatasetLine(number, custom_id, fields=value, expected=expected, meta=meta, sampling=sampling)
 
 
-def _apart(value: Any, expected: Any, record: dict[str, Any], layout: Layout) -> tuple[Any, Any, dict[str, Any]]:
+def _apart(
+    question: str, value: Any, expected: Any, record: dict[str, Any], layout: Layout
+) -> tuple[Any, Any, dict[str, Any]]:
     """What is asked, what is expected, and the rest of a record. No template may see what is expected."""
     named, record = split_named(record, layout.expected)
     if isinstance(value, dict):
-        inside, value = split_named(value, layout.expected)
-        named = inside | named
+        # A field of the object may be named from the outside too: ``input.answer``.
+        inner = {name: path.removeprefix(f"{question}.") for name, path in layout.expected.items()}
+        for paths in (layout.expected, inner):
+            inside, value = split_named(value, paths)
+            named = inside | named
     if named:
         expected = {**expected, **named} if isinstance(expected, dict) else named
     return value, expected, record

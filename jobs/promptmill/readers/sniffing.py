@@ -55,7 +55,7 @@ def _json(named: str | None, lines: list[str]) -> str:
         return "json"
     if named is None and not records and not lines[0].startswith("{"):
         return "text"
-    return "openai_batch" if records and _is_call(records[0]) else "jsonl"
+    return "openai_batch" if any(map(_is_call, records)) else "jsonl"
 
 
 def _is_document(named: str | None, lines: list[str]) -> bool:
@@ -69,7 +69,15 @@ def _is_document(named: str | None, lines: list[str]) -> bool:
     if named != "json":
         return False
     # An object in one line is the whole document, or the first of several records.
-    return first is None or (len(lines) == 1 and (not first or any(isinstance(each, list) for each in first.values())))
+    return first is None or (len(lines) == 1 and (not first or _holds_records(first)))
+
+
+def _holds_records(document: dict[str, Any]) -> bool:
+    """Whether an object is a dataset that has its records under one key, and no record itself."""
+    if not document.keys().isdisjoint(("prompt", "messages")):
+        return False
+    lists = [each for each in document.values() if isinstance(each, list)]
+    return any(not each or isinstance(each[0], dict) for each in lists)
 
 
 def _is_call(record: dict[str, Any]) -> bool:

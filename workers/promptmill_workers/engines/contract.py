@@ -81,6 +81,11 @@ class EngineInfo:
         return self.files.fingerprint if self.files else None
 
     @property
+    def is_overwritten(self) -> bool:
+        """Whether the loaded files were written to since: the engine computes with what is written there."""
+        return self.files is not None and self.files.are_overwritten
+
+    @property
     def environment(self) -> dict[str, str]:
         """All but the model that changes its answers."""
         return {"name": self.engine, "version": self.version, **self.settings}
