@@ -54,7 +54,7 @@ def over(url: str, scene: Any) -> None:
         server = Live(url, 20)
         server.start()
         try:
-            async with server.call(MODEL, {}, prompt="x", stream=True) as call:
+            async with server.call(MODEL, {}, None, prompt="x", stream=True) as call:
                 await asyncio.wait_for(scene(call), 15)
         finally:
             await server.close()

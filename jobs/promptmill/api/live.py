@@ -37,6 +37,7 @@ from promptmill.live_wire import (
     server_key,
 )
 from promptmill.openai_parameters import refusal_of
+from promptmill.types import ErrorClass
 
 log = logging.getLogger("promptmill.api")
 
