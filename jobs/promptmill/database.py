@@ -489,8 +489,10 @@ def _require_schema(connection: Connection) -> None:
     from alembic.migration import MigrationContext
 
     from promptmill.tables import metadata
+    from promptmill.views import VIEWS
 
-    lacking: list[str] = []
+    there = sa.inspect(connection).get_view_names()
+    lacking = [f"view {name}" for name in ("v_results", *VIEWS) if name not in there]
     for difference in compare_metadata(MigrationContext.configure(connection), metadata):
         match difference:
             case ("add_table", table):

@@ -43,6 +43,13 @@ def test_a_table_without_a_column_is_one_clear_sentence(database_url: str) -> No
     engine.dispose()
 
 
+def test_a_view_that_was_dropped_is_told(database_url: str) -> None:
+    engine = damage(database_url, "DROP VIEW v_errors")
+    with pytest.raises(DatabaseError, match="lacks: view v_errors"):
+        upgrade(engine)
+    engine.dispose()
+
+
 def test_an_upgrade_that_leaves_something_out_changes_nothing(database_url: str) -> None:
     engine = damage(
         database_url, "ALTER TABLE jobs DROP COLUMN paused_at", "UPDATE alembic_version SET version_num = '0011'",
