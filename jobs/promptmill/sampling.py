@@ -264,6 +264,8 @@ def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
         return f"'tools' make no sense with '{given[0]}'"
     if found.continue_final_message and found.add_generation_prompt:
         return "'continue_final_message' and 'add_generation_prompt' cannot both be true: the last message is left open"
+    if found.continue_final_message and (found.json_schema is not None or found.regex is not None):
+        return f"'continue_final_message' is given with '{given[0]}', which binds an answer from its first character"
     if found.stop and found.is_constrained:
         return f"'stop' is given with '{given[0]}': it would cut an answer that is bound, so give one of them"
     return None

@@ -140,3 +140,9 @@ def test_the_file_of_the_case_is_continued_by_the_option(shared: Path, words: Wo
     (line,) = lines
     assert line.messages is not None
     assert words.reader.render(asked(line.messages, continue_final_message=True)).endswith("assistant\nOne, two,")
+
+
+@pytest.mark.parametrize("bound", [{"json_schema": {"type": "object"}}, {"regex": "[0-9]+"}])
+def test_what_binds_an_answer_from_its_start_binds_no_rest(bound: dict[str, Any]) -> None:
+    with pytest.raises(BadParameter, match="from its first character"):
+        resolve_sampling({}, {"continue_final_message": True, **bound})

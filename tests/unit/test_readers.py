@@ -876,3 +876,8 @@ def test_an_expected_field_of_the_input_object_is_in_no_prompt(write: Write, pat
     [line] = read(write("a.jsonl", json.dumps(record).encode()), **layout)
     assert line.fields == {"q": "why"}
     assert line.expected == {"answer": "SECRET"}
+
+
+def test_a_column_may_have_the_other_name_of_a_parameter(write: Write) -> None:
+    [line] = read(write("a.csv", "prompt,max_completion_tokens\nHi,2\n"))
+    assert (line.sampling, line.meta) == ({"max_tokens": 2}, None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from promptmill.errors import DatasetError
 from promptmill.readers.fields import BadLine, as_id, from_fields, has_field, lookup, peek_id, split_expected, take_id
 from promptmill.readers.source import LONGEST_LINE, MARK, TextLine
-from promptmill.sampling import CONSTRAINTS, PARAMETERS, BadParameter, check_parameter
+from promptmill.sampling import ALIASES, CONSTRAINTS, PARAMETERS, BadParameter, check_parameter
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ def _asked(number: int, cells: dict[str, Any], layout: Layout) -> DatasetLine:
     prompt = cells.pop("prompt", "")
     if not prompt:
         raise BadLine("the prompt is empty")
-    found = {name: _parameter(name, cells.pop(name)) for name in PARAMETERS.keys() & cells.keys()}
+    names = [*(ALIASES.keys() & cells.keys()), *(PARAMETERS.keys() & cells.keys())]
+    found = {ALIASES.get(name, name): _parameter(ALIASES.get(name, name), cells.pop(name)) for name in names}
     given = {name: value for name, value in found.items() if value is not None}
     return DatasetLine(number, custom_id, prompt, expected=expected, meta=cells or None, sampling=given)
 

@@ -32,7 +32,7 @@ ORDERING_TOP_P = 0.9999999
 
 
 def make_sampler(shape: Shape, seed: int) -> Any:
-    """A chain with a random stream of its own. Seeds wrap at 2**32 - 1, which means "draw one" to llama.cpp."""
+    """A chain with a random stream of its own."""
     if shape is None:
         return None
     temperature, top_k, top_p, min_p = shape
@@ -47,5 +47,15 @@ def make_sampler(shape: Shape, seed: int) -> Any:
     if min_p > 0.0:
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_min_p(min_p, 1))
     llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(_in_32_bits(seed)))
     return chain
+
+
+def _in_32_bits(seed: int) -> int:
+    """A seed of 64 bits as llama.cpp takes it. Its largest one means "draw one" there.
+
+    Neighbours stay different: the high half of a product with an odd constant (Fibonacci hashing, Knuth 6.4).
+    """
+    if not 0 <= seed < llama_cpp.LLAMA_DEFAULT_SEED:
+        seed = (seed * 0x9E3779B97F4A7C15) % 2**64 >> 32
+    return int(min(seed, llama_cpp.LLAMA_DEFAULT_SEED - 1))
