@@ -356,7 +356,8 @@ def _refusal(problem: Exception) -> DatabaseError | None:
     state = getattr(cause, "sqlstate", None)
     if state is None and any(each in str(cause) for each in FULL):
         state = "53300"
-    if state in UNDEFINED or (isinstance(cause, sqlite3.OperationalError) and str(cause).startswith("no such ")):
+    lacks = isinstance(cause, sqlite3.OperationalError) and str(cause).startswith(("no such table", "no such column"))
+    if state in UNDEFINED or lacks:
         hint = "'promptmill db upgrade' brings it up to date, or says what is missing."
         return DatabaseError(f"the database lacks what this version needs: {_first_line(problem)}", hint=hint)
     if state not in REFUSALS:

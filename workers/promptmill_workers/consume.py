@@ -82,6 +82,8 @@ class Worker:
         # A connection for all work, and one for signs of life: however long results wait for a lock, or for each other,
         # leases are renewed.
         self.ledger, alive = _ledger(settings), _ledger(settings)
+        # Signs of life read the database's clock when nothing else does.
+        alive.database_clock = self.ledger.database_clock
         self._house = Housekeeping(self.ledger.db, settings.samples_days, scoring=False)
         self.dispatcher = Dispatcher(self.ledger, self.broker)
         host = HostConfig.of(
