@@ -98,7 +98,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _no_function(value: Any) -> Any:
-    """A method or a class, such as Python's own ``title`` of a text, is nothing that a prompt can hold."""
+    """A method or a class, such as Python's own ``title`` of a text, is nothing that a prompt can hold. Null is empty."""
+    if value is None:
+        return ""
     if callable(value) and not isinstance(value, Undefined):
         name = getattr(value, "__name__", "this")
         raise RenderError(f"template: '{name}' is a function and no field of the line")

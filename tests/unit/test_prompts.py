@@ -310,3 +310,9 @@ def test_several_greedy_answers_are_refused() -> None:
     with pytest.raises(BadParameter, match="'n' above 1 needs a 'temperature' above 0"):
         refuse_repeats(SamplingParams(n=2))
     refuse_repeats(SamplingParams(n=2, temperature=0.1))
+
+
+def test_a_field_that_is_null_is_empty_whatever_it_is_called() -> None:
+    fields = {"input": None, "context": None}
+    [turn] = Template("[{{ input }}|{{ context }}|{{ input.context }}]").render(fields, None)
+    assert turn.content == "[||]"

@@ -449,9 +449,9 @@ def test_escapes_that_stand_for_characters_are_read(write: Write, text: str) -> 
         ({"messages": [{"role": ["user"], "content": "c"}]}, r"messages\[0\].role is not one of"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content is neither"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\].content is neither"),
-        ({"messages": [{"role": "user", "content": "c", "tool_calls": []}]}, "belong to messages of the assistant"),
+        ({"messages": [{"role": "user", "content": "c", "tool_calls": [{}]}]}, "belong to messages of the assistant"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a call is"),
-        ({"messages": [{"role": "user", "content": "c", "audio": {}}]}, "unsupported key 'audio'"),
+        ({"messages": [{"role": "user", "content": "c", "audio": {"id": "a"}}]}, "unsupported key 'audio'"),
         ({"prompt": "p", "max_token": 5}, "unknown parameter 'max_token'. Did you mean max_tokens?"),
         ({"prompt": "p", "max_tokens": "5"}, "'max_tokens' must be a whole number"),
         ({"prompt": "p", "max_tokens": 0}, "'max_tokens' must be a whole number of 1 or more"),
@@ -881,3 +881,14 @@ def test_an_expected_field_of_the_input_object_is_in_no_prompt(write: Write, pat
 def test_a_column_may_have_the_other_name_of_a_parameter(write: Write) -> None:
     [line] = read(write("a.csv", "prompt,max_completion_tokens\nHi,2\n"))
     assert (line.sampling, line.meta) == ({"max_tokens": 2}, None)
+
+
+@pytest.mark.parametrize(
+    "more", [{"refusal": ""}, {"reasoning_details": []}, {"provider_specific_fields": {}}, {"reasoning_content": ""}]
+)
+def test_keys_of_a_message_with_nothing_in_them_are_as_if_absent(write: Write, more: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"} | more]
+    line = one(write, {"messages": [*turns, {"role": "user", "content": "Again"}]})
+    assert line.error is None
+    assert line.messages is not None
+    assert line.messages[1] == Message("assistant", "Ho")

@@ -216,9 +216,8 @@ def _message(index: int, value: Any) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise BadLine(f"messages[{index}].role is not one of {', '.join(sorted(ROLES))}")
-    extra = {name for name, each in value.items() if each is not None} - {"role", "content"} - PASSED_OVER
-    if role == "assistant" and value.get("tool_calls") == []:
-        extra.discard("tool_calls")
+    # What clients send back of an answer has many keys with nothing in them.
+    extra = {name for name, each in value.items() if each not in (None, "", [], {})} - {"role", "content"} - PASSED_OVER
     if not extra:
         return Message(role, _content(index, value.get("content")))
     allowed = {"tool_calls", "tool_call_id", *(REASONING if role == "assistant" else ())}
