@@ -98,7 +98,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _no_function(value: Any) -> Any:
-    """A method or a class, such as Python's own ``title`` of a text, is nothing that a prompt can hold. Null is empty."""
+    """Null is empty. A method or a class, such as Python's own ``title`` of a text, is nothing for a prompt."""
     if value is None:
         return ""
     if callable(value) and not isinstance(value, Undefined):
