@@ -94,7 +94,8 @@ def prepare(options: RunOptions, settings: Settings, mode: str) -> Iterator[Prep
         skip_invalid=options.skip_invalid, slots=options.slots or settings.slots,
         model_fingerprint=_fingerprint(checkpoint), deadline=moment(options.deadline, "--deadline"),
         expires=moment(options.expires, "--expires"), time_limit_s=span_s(options.time_limit, "--time-limit"),
-        if_exists=options.if_exists, queue_limit=settings.max_queued_requests, use_cache=options.use_cache,
+        must_expect=options.expected, if_exists=options.if_exists,
+        queue_limit=settings.max_queued_requests, use_cache=options.use_cache,
     )  # fmt: skip
     with _dataset(options, task) as dataset:
         yield Prepared(dataset, order, checkpoint, gauge)

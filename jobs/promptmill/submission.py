@@ -83,6 +83,8 @@ class JobOrder:
     deadline: Moment | None = None
     expires: Moment | None = None
     time_limit_s: float | None = None
+    #: Names of expected values that some line must have: who names a field by hand does not mean none.
+    must_expect: tuple[str, ...] = ()
     #: What to do when a job that asks the same is there: 'new', 'attach' or 'fail'.
     if_exists: str = "new"
     #: Look answers up in the cache of all jobs, and keep them there.
@@ -102,6 +104,8 @@ class Tally:
     bad_total: int = 0
     costs: array[int] = field(default_factory=lambda: array("I"))
     invalid_rows: list[int] = field(default_factory=list)
+    #: Names of ``JobOrder.must_expect`` that no line has had yet.
+    unmet: set[str] = field(default_factory=set)
 
     def note_bad(self, line: int, problem: str) -> None:
         self.bad_total += 1
@@ -134,7 +138,7 @@ class Preparer:
         self._own: tuple[Mapping[str, Any], str, SamplingParams] | None = None
         self._gauge = gauge
         self._skip_invalid = order.skip_invalid
-        self.tally = Tally()
+        self.tally = Tally(unmet=set(order.must_expect))
 
     def prepare(self, line: DatasetLine, row: int) -> PreparedRow | None:
         """The row, or None for a bad line that stops the submission (it is noted in the tally)."""
@@ -163,6 +167,8 @@ class Preparer:
 
     def _valid(self, line: DatasetLine, row: int) -> PreparedRow:
         asked, sampling = self._sampling_of(line)
+        if self.tally.unmet and isinstance(line.expected, dict):
+            self.tally.unmet -= line.expected.keys()
         body = payload(line)
         custom_id = line.custom_id if line.custom_id is not None else f"row-{row}"
         if self._template is not None or self._gauge is not None:
@@ -323,6 +329,11 @@ def refuse_bad(dataset: Dataset, tally: Tally, skip_invalid: bool, rows: int, su
         raise BadLines(dataset.name, tally.bad, tally.bad_total, submitting=submitting, place=dataset.place)
     if rows == 0:
         raise DatasetError(f"{dataset.name} holds no rows", hint="Check --limit, --where and the file.")
+    if tally.unmet:
+        raise DatasetError(
+            f"{dataset.name}: no line has the field '{min(tally.unmet)}' that --expected names",
+            hint="A field that is not named is a field of the prompt: the answer would be shown to the model.",
+        )
 
 
 def prepared_rows(dataset: Dataset, order: JobOrder, preparer: Preparer) -> Iterator[PreparedRow]:

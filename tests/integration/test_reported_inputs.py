@@ -134,6 +134,7 @@ REPORTED: list[tuple[str, str, tuple[str, ...], Check]] = [
     ("01", "01-csv-column-named-input.csv", ALPACA, ALPACA_ASKED),
     ("01", "01-csv-column-named-input.csv", (*ALPACA[2:], "--template", "{{ output }}"), refused("'output' is undef")),
     ("03", "03-schema-dead-end-ends-ok.jsonl", ("-m", "demo"), what_is_ok_is_json),
+    ("05", FLAT, ("--template", "{{ instruction }}", "--expected", "ouptut"), refused("has the field 'ouptut'")),
     ("05", FLAT, ALPACA[:2], ALPACA_ASKED),
     ("05", FLAT, ALPACA, ALPACA_ASKED),
     ("05", "05-flat-parquet-with-input-text.parquet", ALPACA, answers("a / b")),
