@@ -176,9 +176,7 @@ def migrate(url: str) -> None:
 
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
-        path = Path(parsed.database)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_migrated_file())
+        Path(parsed.database).write_bytes(_migrated_file())
         return
     engine = connect(url)
     upgrade(engine)

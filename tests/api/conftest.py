@@ -98,7 +98,8 @@ def starter_of(folder: Path, database_url: str, redis_url: str) -> Starter:
             "JOBS_RUNTIME_DIR": str(folder / "run"), "JOBS_FILES_DIR": str(folder / "files"), "JOBS_GRACE_S": "2",
         },
     )  # fmt: skip
-    if database_url.startswith("sqlite"):
+    # A folder that is not there yet is the product's to make, with the database in it.
+    if database_url.startswith("sqlite") and Path(database_url.removeprefix("sqlite:///")).parent.is_dir():
         migrate(database_url)
     return Starter(command, [])
 
