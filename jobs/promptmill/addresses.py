@@ -94,7 +94,7 @@ def _readings(url: str) -> Iterator[Parts]:
         user, password = _login(rest[: max(0, end)])
         place, asked, query = rest[end + 1 :].partition("?")
         servers, slash, path = place.partition("/")
-        options = tuple(_option(each) for each in query.split("&")) if asked else ()
+        options = tuple(_option(each) for each in query.split("&") if each) if asked else ()
         yield Parts(scheme.lower(), user, password, servers, slash + path, options)
 
 

@@ -21,7 +21,9 @@ SCHEMA = '\ufeff{"type": "object", "properties": {"a": {"type": "boolean"}}, "re
 
 def ask(*arguments: str, stdin: str | None = None) -> list[dict[str, Any]]:
     """The result lines of ``promptmill run``."""
-    done = CliRunner().invoke(cli, ["run", *arguments, "-o", "out.jsonl"], input=stdin, standalone_mode=False)
+    done = CliRunner().invoke(
+        cli, ["run", *arguments, "-o", "out.jsonl", "--force"], input=stdin, standalone_mode=False
+    )
     if done.exception is not None:
         raise done.exception
     return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
