@@ -237,9 +237,11 @@ def _is_out_of_step(problem: Any) -> bool:
 def _sqlite(url: sa.URL) -> Engine:
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
         path = Path(url.database).expanduser()
-        _keep_private(path)
         url = url.set(database=str(path))
         engine = sa.create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000}, hide_parameters=True)
+        # A URL that says nonsense makes no file.
+        engine.dialect.create_connect_args(url)
+        _keep_private(path)
     else:
         engine = sa.create_engine(
             url, poolclass=sa.StaticPool, connect_args={"check_same_thread": False}, hide_parameters=True
