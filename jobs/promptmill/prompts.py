@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, UndefinedError, nodes
+from jinja2 import (
+    Environment,
+    StrictUndefined,
+    TemplateSyntaxError,
+    Undefined,
+    UndefinedError,
+    nodes,
+    pass_environment,
+)
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.filters import make_attrgetter
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import TaskFileError
 from promptmill.own_text import CONTROL, marked, moved, own_spans
 from promptmill.sampling import refuse_unfinished, resolve_sampling
-from promptmill.template_names import HIDDEN, Named, RenderError, names_of
+from promptmill.template_names import HIDDEN, SPACES, Fields, Names, RenderError, assigned, names_of
 from promptmill.types import DatasetLine, Message, Request, SamplingParams, Span
 
 #: Longest rendered text, in characters: as long as the longest line of a dataset.
@@ -34,6 +43,12 @@ class TemplateMistake(TaskFileError):
 
 #: A width in a text that ``%`` fills.
 _WIDE = re.compile(r"\d{7}|\*")
+
+#: Filters that work on a text.
+TEXT_FILTERS = (
+    "capitalize", "center", "indent", "lower", "replace", "string", "striptags", "title", "trim", "truncate", "upper",
+    "wordcount", "wordwrap",
+)  # fmt: skip
 
 #: Largest power that a template may raise a number to, and largest base.
 LARGEST_POWER = 1_000
@@ -59,6 +74,25 @@ class _NothingComputed(CodeGenerator):
         raise nodes.Impossible
 
 
+def _of_text(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same filter, to which null is an empty text."""
+    # Jinja hands some filters its environment before the value.
+    at = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @wraps(function)
+    def filtered(*args: Any, **more: Any) -> Any:
+        return function(*args[:at], "" if args[at] is None else args[at], *args[at + 1 :], **more)
+
+    return filtered
+
+
+@pass_environment
+def _join(environment: Environment, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    """Jinja's filter, to which null is an empty text."""
+    each = value if attribute is None else map(make_attrgetter(environment, attribute), value)
+    return str(d).join("" if one is None else str(one) for one in each)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which limits ``range``, with limits on the operators that can fill the memory.
 
@@ -73,6 +107,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             undefined=_Missing, keep_trailing_newline=True, autoescape=False, optimized=False, finalize=finalize
         )
         del self.globals["lipsum"], self.filters["random"]
+        self.filters |= {name: _of_text(self.filters[name]) for name in TEXT_FILTERS}
+        self.filters["join"] = _join
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return self._field(obj, attribute, super().getattr)
@@ -82,8 +118,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _field(self, obj: Any, name: Any, otherwise: Callable[[Any, Any], Any]) -> Any:
         """A field goes before whatever Python's own values have under that name, such as ``items`` or ``title``."""
-        if isinstance(obj, Named) and isinstance(name, str) and name in obj._fields:
-            return obj._fields[name]
+        if isinstance(obj, Fields) and name in obj:
+            return obj[name]
         return otherwise(obj, name)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -122,9 +158,9 @@ class _Text:
 
     def __init__(self, part: str, source: str) -> None:
         """Raises :class:`TaskFileError`."""
-        self._template = _compile(part, source)
+        self._template = _compile(part, source, _environment())
         # Control tokens that the author wrote are meant; those in a line's fields are not.
-        self._marking = _marking_environment().from_string(source) if CONTROL.search(source) else None
+        self._marking = _compile(part, source, _marking_environment()) if CONTROL.search(source) else None
 
     def message(self, role: str, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> Message:
         """Raises :class:`RenderError`."""
@@ -195,13 +231,14 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _compile(part: str, text: str) -> Any:
-    environment = _environment()
+def _compile(part: str, text: str, environment: _Sandbox) -> Any:
     try:
         tree = environment.parse(text)
         _refuse_hidden(part, tree)
         _refuse_other_files(part, tree)
-        return environment.from_string(text)
+        if found := assigned(tree):
+            raise TemplateMistake(part, found[1], f"'{found[0]}' is a name of the line: call your own value otherwise")
+        return environment.from_string(Names().visit(tree))
     except TemplateSyntaxError as problem:
         raise TemplateMistake(part, problem.lineno, problem.message or "cannot be read") from None
     except (SyntaxError, RecursionError, ValueError, MemoryError) as problem:
@@ -210,19 +247,26 @@ def _compile(part: str, text: str) -> Any:
 
 
 def _refuse_hidden(part: str, tree: nodes.Template) -> None:
-    names = [(node.name, node.lineno) for node in tree.find_all(nodes.Name)]
-    names += [(node.attr, node.lineno) for node in tree.find_all(nodes.Getattr)]
-    names += [
-        (node.arg.value, node.lineno) for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)
-    ]
-    for name, line in names:
-        if name == HIDDEN:
+    """What is called ``expected`` at the top of the line, of ``input`` or of ``meta`` was taken out of it."""
+    for node in tree.find_all((nodes.Name, nodes.Getattr, nodes.Getitem)):
+        if _named(node) == HIDDEN:
             raise TemplateMistake(
                 part,
-                line,
+                node.lineno,
                 f"'{HIDDEN}' cannot be used in a prompt",
                 hint="The expected answer is for scoring; a model that saw it would prove nothing.",
             )
+
+
+def _named(node: Any) -> Any:
+    """The name at the top of the line that a node of a template names; None for anything else."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    if not isinstance(node.node, nodes.Name) or node.node.name not in SPACES:
+        return None
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    return node.arg.value if isinstance(node.arg, nodes.Const) else None
 
 
 def _refuse_other_files(part: str, tree: nodes.Template) -> None:

@@ -1,62 +1,104 @@
-"""What ``input`` and ``meta`` mean in a template, whatever the fields of a dataset are called."""
+"""What the names in a template mean, whatever the fields of a dataset are called.
+
+A name alone is the field of that name: ``{{ input }}`` too, and ``{{ self }}``. Followed by a point or brackets, ``input``
+is all fields and ``meta`` is what is known about the line: ``{{ input.x }}`` is the field ``x``, whatever ``x`` is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from jinja2 import nodes
+from jinja2.visitor import NodeTransformer
+
 from promptmill.errors import RequestError
 
 #: The answer key. No template reaches it, by whatever name.
 HIDDEN = "expected"
+
+#: Names that have all fields, or all of ``meta``, behind their point.
+SPACES = ("input", "meta")
+
+#: Jinja's own name for the blocks of a template, which no prompt needs. It is a field like any other.
+TAKEN_BACK = "self"
 
 
 class RenderError(RequestError):
     """A template cannot be filled with a line."""
 
 
-class Named:
-    """A value whose attributes in a template are fields first: ``{{ input.title }}`` is the field ``title``."""
-
-    _fields: Mapping[str, Any]
-    _name: str
-
-
-class Fields(Named, dict[str, Any]):
+class Fields(dict[str, Any]):
     """All fields under one name. Written as a whole by mistake it could tell anything, so it is refused."""
+
+    name = ""
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self)) or "none"
         raise RenderError(
-            f"template: '{self._name}' is all fields of the line ({shown[:200]}): name one, such as "
-            f"{self._name}.{next(iter(self), 'x')}"
+            f"template: '{self.name}' is all fields of the line ({shown[:200]}): name one, such as "
+            f"{self.name}.{next(iter(self), 'x')}"
         )
-
-
-class FieldText(Named, str):
-    """The text of a field that is called as its namespace is, with the fields as its attributes."""
-
-
-class FieldList(Named, list[Any]):
-    """The same for a list."""
 
 
 def names_of(fields: Mapping[str, Any], meta: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every name that a template sees of a line: its fields, ``input`` with the same fields, and ``meta``."""
     shown = {name: value for name, value in fields.items() if name != HIDDEN}
-    about = {name: value for name, value in (meta or {}).items() if name != HIDDEN}
-    return {**shown, "input": _named("input", shown, shown), "meta": _named("meta", about, shown)}
-
-
-def _named(name: str, namespace: Mapping[str, Any], fields: Mapping[str, Any]) -> Named:
-    """The namespace ``name``; a field of that name is what it is by itself."""
-    own = fields.get(name, namespace)
-    found: Named
-    if isinstance(own, list):
-        found = FieldList(own)
-    elif own is None or (isinstance(own, str | int | float) and not isinstance(own, bool)):
-        found = FieldText("" if own is None else own)
-    else:
-        found = Fields(namespace)
-    found._fields, found._name = namespace, name
+    found: dict[str, Any] = dict(shown)
+    for name, inside in zip(SPACES, (shown, meta or {}), strict=True):
+        space = Fields({key: value for key, value in inside.items() if key != HIDDEN})
+        space.name = name
+        found.setdefault(name, space)
+        found[_space(name)] = space
     return found
+
+
+def _space(name: str) -> str:
+    """Under which name a template finds all fields: one that nobody can write in it."""
+    return f"{name}."
+
+
+class Names(NodeTransformer):
+    """Rewrites a parsed template, so that names mean what they are said to mean above."""
+
+    def visit_Getattr(self, node: nodes.Getattr) -> nodes.Node:
+        return self._inside(node)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        return self._inside(node)
+
+    def _inside(self, node: Any) -> nodes.Node:
+        name = node.node.name if isinstance(node.node, nodes.Name) else None
+        if name in SPACES:
+            node.node = _looked_up(_space(name), node.lineno)
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        """No field can be called: ``{{ input.split() }}`` is what Python does with the value of ``{{ input }}``."""
+        method = node.node if isinstance(node.node, nodes.Getattr) else None
+        whole = method.node if method is not None else None
+        called = self.generic_visit(node)
+        if method is not None and isinstance(whole, nodes.Name) and whole.name in SPACES:
+            method.node = whole
+        return called
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        return _looked_up(node.name, node.lineno) if node.name == TAKEN_BACK and node.ctx == "load" else node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """Each part as the text that it is by itself: ``~`` would write null as None."""
+        node.nodes = [nodes.Filter(each, "string", [], [], None, None, lineno=node.lineno) for each in node.nodes]
+        return self.generic_visit(node)
+
+
+def _looked_up(name: str, line: int) -> nodes.Node:
+    """The name by its text, as Jinja knows it: some texts are no names that it could write as Python."""
+    return nodes.Getitem(nodes.ContextReference(lineno=line), nodes.Const(name, lineno=line), "load", lineno=line)
+
+
+def assigned(tree: nodes.Template) -> tuple[str, int] | None:
+    """The first of these names that a template gives a value of its own, and the line; None where it does not."""
+    for node in tree.find_all(nodes.Name):
+        if node.ctx != "load" and node.name in (*SPACES, TAKEN_BACK):
+            return node.name, node.lineno
+    return None

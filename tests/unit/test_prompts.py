@@ -74,10 +74,49 @@ def test_all_fields_at_once_are_no_text(text: str) -> None:
         render(text, {"a": 1}, {"b": 2})
 
 
-@pytest.mark.parametrize("text", ["{{ input.title }}", "{{ input.keys }}", "{{ range }}"])
+@pytest.mark.parametrize("text", ["{{ a.title }}", "{{ input.keys }}", "{{ range }}"])
 def test_a_function_is_never_written_into_a_prompt(text: str) -> None:
     with pytest.raises(RenderError, match="is a function and no field of the line"):
-        render(text, {"a": 1, "input": "text"} if "title" in text else {"a": 1})
+        render(text, {"a": "text"})
+
+
+@pytest.mark.parametrize("value", [True, False, 0, 5, 2.5, "text", "", None, ["a", None], {"b": None}, {}], ids=repr)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ # }}", "{{ # | tojson }}", "{% if # %}yes{% endif %}", "{{ # is boolean }}{{ # is none }}{{ # is number }}",
+        "{{ # == 5 }}{{ # == true }}", "{{ '<' ~ # ~ '>' }}", "{{ # | trim | upper }}", "{{ [#, 'x'] | join(',') }}",
+        "{{ # | string }}", "{{ # or 'none' }}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["input", "meta", "self", "super", "context", "loop", "range", "caller", "class"])
+def test_a_field_is_its_value_whatever_it_is_called(name: str, text: str, value: Any) -> None:
+    as_any_field = render(text.replace("#", "plain"), {"plain": value})
+    assert render(text.replace("#", name), {name: value, "x": 1}) == as_any_field
+    assert render(text.replace("#", f"input.{name}"), {name: value, "x": 1}) == as_any_field
+
+
+def test_a_field_called_as_a_word_of_jinja_is_reached_through_input() -> None:
+    fields = {"none": "n", "true": "t", "loop": "l", "varargs": "v", "items": "i"}
+    assert render("{{ input.none }}{{ input.true }}{{ input['varargs'] }}{{ input.items }}", fields) == "ntvi"
+    assert render("{% for each in [1] %}{{ loop.index }}{{ input.loop }}{% endfor %}", fields) == "1l"
+
+
+@pytest.mark.parametrize("text", ["{{ self }}", "{{ self.body() }}", "{{ input.self }}"])
+def test_a_name_of_jinja_that_is_no_field_is_undefined(text: str) -> None:
+    with pytest.raises(RenderError, match="'self' is undefined; fields of the line: a"):
+        render(text, {"a": 1})
+
+
+def test_what_an_object_calls_expected_is_a_field_of_it_like_any_other() -> None:
+    assert render("{{ context.expected }}{{ context['expected'] }}", {"context": {"expected": 5}}) == "55"
+    assert render("{{ input.context.expected }}", {"context": {"expected": 5}}) == "5"
+
+
+@pytest.mark.parametrize("text", ["{% set input = 1 %}", "{% for meta in [1] %}{% endfor %}", "{% set self = 1 %}"])
+def test_a_template_gives_no_name_of_the_line_another_meaning(text: str) -> None:
+    with pytest.raises(TaskFileError, match="line 2: '(input|meta|self)' is a name of the line"):
+        Template("first line\n" + text)
 
 
 def test_the_system_text_is_a_template_too() -> None:
