@@ -1,7 +1,7 @@
 """What the names in a template mean, whatever the fields of a dataset are called.
 
-A name alone is the field of that name: ``{{ input }}`` too, and ``{{ self }}``. Followed by a point or brackets, ``input``
-is all fields and ``meta`` is what is known about the line: ``{{ input.x }}`` is the field ``x``, whatever ``x`` is.
+A name alone is the field of that name: ``{{ input }}`` too, and ``{{ self }}``. Before a point or brackets ``input`` is
+all fields, and ``meta`` is what is known about the line: ``{{ input.x }}`` is the field ``x``, whatever ``x`` is.
 """
 
 from __future__ import annotations

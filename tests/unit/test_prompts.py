@@ -115,7 +115,7 @@ def test_what_an_object_calls_expected_is_a_field_of_it_like_any_other() -> None
 
 @pytest.mark.parametrize("text", ["{% set input = 1 %}", "{% for meta in [1] %}{% endfor %}", "{% set self = 1 %}"])
 def test_a_template_gives_no_name_of_the_line_another_meaning(text: str) -> None:
-    with pytest.raises(TaskFileError, match="line 2: '(input|meta|self)' is a name of the line"):
+    with pytest.raises(TaskFileError, match=r"line 2: '(input|meta|self)' is a name of the line"):
         Template("first line\n" + text)
 
 

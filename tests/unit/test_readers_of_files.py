@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,112 @@ def test_parquet_values_that_json_lacks_are_written_as_people_write_them(tmp_pat
     pq.write_table(table, tmp_path / "b.parquet")
     (bad,) = lines_of(tmp_path / "b.parquet", has_template=True)
     assert bad.error == "the column 'raw' holds bytes, which no prompt can show"
+
+
+def parquet(path: Path, *records: Any) -> Path:
+    pq.write_table(pa.Table.from_struct_array(pa.array(list(records))), path)
+    return path
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": ["a"]}}}
+OTHER_TOOL = {"type": "function", "function": {"name": "g", "description": "d", "strict": True}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"json_schema": {"type": "string", "enum": ["a", None]}}, {"json_schema": {"const": "x"}}),
+        ({"tools": [TOOL]}, {"tools": [OTHER_TOOL]}),
+        ({"logit_bias": {"5": 1.0}}, {"logit_bias": {"6": -1.0}}),
+        ({"max_tokens": 5}, {"stop": ["x"]}),
+    ],
+    ids=lambda each: str(*each),
+)
+def test_keys_that_parquet_fills_with_null_are_keys_that_the_record_lacks(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    records = [{"prompt": "p", **first}, {"prompt": "p", **second}]
+    lines = lines_of(parquet(tmp_path / "a.parquet", *records))
+    assert [line.error for line in lines] == [None, None]
+    assert lines == lines_of(jsonl(tmp_path / "a.jsonl", *records))
+
+
+def test_keys_of_messages_that_parquet_fills_with_null_are_keys_that_they_lack(tmp_path: Path) -> None:
+    call = CALL | {"function": {"name": "f", "arguments": {"day": 5}}}
+    turns = [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [CALL, call]},
+        {"role": "tool", "tool_call_id": "a", "content": "5"},
+    ]  # fmt: skip
+    assert lines_of(parquet(tmp_path / "a.parquet", {"messages": turns})) == lines_of(
+        jsonl(tmp_path / "a.jsonl", {"messages": turns})
+    )
+
+
+def test_null_that_is_data_stays(tmp_path: Path) -> None:
+    schema = {"properties": {"a": {"const": None, "default": None}, "b": {"enum": [None, 1]}}}
+    (line,) = lines_of(jsonl(tmp_path / "a.jsonl", {"prompt": "p", "json_schema": schema}))
+    assert json.loads(line.sampling["json_schema"]) == schema
+    # As text a schema is what it says in Parquet too.
+    (line,) = lines_of(parquet(tmp_path / "a.parquet", {"prompt": "p", "json_schema": json.dumps(schema)}))
+    assert json.loads(line.sampling["json_schema"]) == schema
+    # Fields of a template are data, whatever they are called.
+    record = {"tools": {"a": None, "b": 1}, "meta": {"c": None, "d": 1}, "expected": {"e": None, "f": 1}}
+    lines = lines_of(parquet(tmp_path / "b.parquet", record), has_template=True)
+    assert lines == lines_of(jsonl(tmp_path / "b.jsonl", record), has_template=True)
+    assert lines[0].fields == {"tools": {"a": None, "b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (pa.array([[("a", 1), ("b", None)], []], pa.map_(pa.string(), pa.int64())), [{"a": 1, "b": None}, {}]),
+        (pa.array([[(1, "x")], None], pa.map_(pa.int64(), pa.string())), [{"1": "x"}, None]),
+        (pa.array([decimal.Decimal(12345678901234567890), None], pa.decimal128(38, 0)), [12345678901234567890, None]),
+        (pa.array([1, None], pa.date32()), ["1970-01-02", None]),
+        (pa.array([1_001, None], pa.timestamp("us", "UTC")), ["1970-01-01T00:00:00.001001+00:00", None]),
+        (pa.array([1_500_000, None], pa.time64("us")), ["00:00:01.500000", None]),
+        (pa.array(["a", None]).dictionary_encode(), ["a", None]),
+        (pa.array([[1.5, float("nan")], []]), [[1.5, None], []]),
+        (pa.array([b"\0" * 16, None], pa.uuid()), ["00000000-0000-0000-0000-000000000000", None]),
+    ],
+    ids=lambda each: str(each.type) if isinstance(each, pa.Array) else "",
+)
+def test_values_of_parquet_are_values_of_json(tmp_path: Path, values: pa.Array, found: list[Any]) -> None:
+    pq.write_table(pa.table({"x": values}), tmp_path / "a.parquet")
+    lines = lines_of(tmp_path / "a.parquet", has_template=True)
+    assert [line.fields for line in lines] == [{"x": each} for each in found]
+    json.dumps([line.fields for line in lines], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (pa.array([1.0, float("inf")]), "an infinite number, which JSON has not"),
+        (pa.array([[], [float("-inf")]], pa.list_(pa.float32())), "an infinite number, which JSON has not"),
+        (pa.array([[], [("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())), "a map<.*> that cannot be read"),
+        (pa.array([[], [(b"a", 1)]], pa.map_(pa.binary(), pa.int64())), "bytes, which no prompt can show"),
+        (pa.array([0, 2**62], pa.timestamp("us")), r"a timestamp\[us\] that cannot be read: .* out of range"),
+        (pa.array([0, 2**30], pa.date32()), r"a date32\[day\] that cannot be read"),
+        (pa.array([b"a", b"\xff"]).view(pa.string()), "a string that cannot be read: 'utf-8' codec"),
+        (pa.array([None, 5], pa.duration("s")), "timedelta, which no prompt can show"),
+        (pa.array([None, b"x"]), "bytes, which no prompt can show"),
+    ],
+    ids=lambda each: str(each.type) if isinstance(each, pa.Array) else "",
+)
+def test_a_value_of_parquet_that_json_lacks_is_named_by_row_and_column(
+    tmp_path: Path, values: pa.Array, problem: str
+) -> None:
+    pq.write_table(pa.table({"y": ["1", "2"], "x": values}), tmp_path / "a.parquet", store_schema=True)
+    good, bad = lines_of(tmp_path / "a.parquet", has_template=True)
+    assert (good.error, good.line, bad.line) == (None, 1, 2)
+    assert re.fullmatch(f"the column 'x' holds {problem}.*", bad.error or "")
+
+
+def test_a_parquet_file_with_a_column_twice_is_one_clear_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["x", "x"]), tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match=r"a\.parquet has two columns called 'x'"):
+        lines_of(tmp_path / "a.parquet", has_template=True)
 
 
 def test_a_parquet_file_that_is_none_is_one_clear_error(tmp_path: Path) -> None:

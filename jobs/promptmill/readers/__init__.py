@@ -54,6 +54,8 @@ class Layout:
     meta: Mapping[str, str] = field(default_factory=dict)
     #: Second and later lines of one id become ``id#2``, ``id#3`` instead of errors.
     number_duplicates: bool = False
+    #: Each object has all keys that its column has anywhere, null where the record has none: as Parquet stores them.
+    is_filled: bool = False
 
 
 class Reader(Protocol):
@@ -138,7 +140,7 @@ def open_dataset(
     layout = Layout("", dict(expected or {}), has_template, id, dict(input or {}), dict(meta or {}), number_duplicates)
     name = str(path)
     if name.startswith(hub.PREFIX):
-        return _opened(Source.spooled(hub.records(name), name), format or "jsonl", layout)
+        return _opened(Source.spooled(hub.records(name), name), format or "jsonl", replace(layout, is_filled=True))
     if _is_many(name):
         from promptmill.readers.many import open_many
 
@@ -153,7 +155,9 @@ def _is_many(name: str) -> bool:
 
 def _opened(source: Source, format_: str | None, layout: Layout) -> Dataset:
     try:
-        return Dataset(source, _format(source, format_), replace(layout, source=source.name))
+        found = _format(source, format_)
+        is_filled = layout.is_filled or found in FILE_READERS
+        return Dataset(source, found, replace(layout, source=source.name, is_filled=is_filled))
     except BaseException:
         source.close()
         raise

@@ -37,6 +37,9 @@ MOST_MESSAGES = 10_000
 
 KNOWN = {*QUESTIONS, "id", "custom_id", "expected", "meta", *PARAMETERS, *ALIASES}
 
+#: What is read key by key, and no data of the line: in it a key that some library filled with null is none.
+STRUCTURED = {"messages", *PARAMETERS, *ALIASES}
+
 #: Escapes that may stand for what no database takes: NUL, and halves of surrogate pairs.
 SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 
@@ -149,6 +152,8 @@ def line_of(number: int, record: dict[str, Any], layout: Layout) -> DatasetLine:
 
 def _structured(number: int, record: dict[str, Any], layout: Layout, question: str) -> DatasetLine:
     record = {name: each for name, each in record.items() if each is not None or name not in QUESTIONS}
+    if layout.is_filled:
+        record = {name: without_null(each) if name in STRUCTURED else each for name, each in record.items()}
     value = record.pop(question, None)
     # Fields that the task expects are not parameters, and a line may carry them beside its prompt.
     expected = record.pop("expected", None)
@@ -168,6 +173,13 @@ def _structured(number: int, record: dict[str, Any], layout: Layout, question: s
     if not layout.has_template:
         raise BadLine("the line has 'input' fields and there is no template: give --template or --task")
     return DatasetLine(number, custom_id, fields=value, expected=expected, meta=meta, sampling=sampling)
+
+
+def without_null(value: Any) -> Any:
+    """Without the keys of objects that are null."""
+    if isinstance(value, dict):
+        return {name: without_null(each) for name, each in value.items() if each is not None}
+    return [without_null(each) for each in value] if isinstance(value, list) else value
 
 
 def _apart(
