@@ -15,15 +15,20 @@ from promptmill.sampling import (
     as_whole,
     check_parameter,
     check_parameters,
+    is_empty,
+    is_unset,
 )
 from promptmill.tool_calls import names_of, schema_of_calls
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
+#: What clients write for a parameter that they do not set. An empty object may ask for something, as that of
+#: ``web_search_options`` does.
+NOTHING: tuple[Any, ...] = (None, "", [])
+
 #: Parameters that change nothing about an answer of ours: with these values they may be given.
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "stream": (False, None), "store": (False, None), "echo": (False, None), "best_of": (1, None),
-    "encoding_format": ("float", None),
+    "stream": (False,), "store": (False,), "echo": (False,), "best_of": (1,), "encoding_format": ("float",),
 }  # fmt: skip
 
 #: Notes of the client to itself.
@@ -51,7 +56,9 @@ def translate(body: Mapping[str, Any], url: str, known: Collection[str] = KNOWN)
     """
     asked: dict[str, Any] = {}
     for name, value in body.items():
-        if name in NOT_OFFERED and value not in (None, *HARMLESS.get(name, ())):
+        if (value in NOTHING and name not in CONSTRAINTS) or (name in PARAMETERS and is_unset(name, value)):
+            continue
+        if name in NOT_OFFERED and value not in HARMLESS.get(name, ()):
             raise BadParameter(f"unsupported parameter 'body.{name}': {NOT_OFFERED[name]}")
         if name in HARMLESS:
             if not any(as_whole(value) == each and type(as_whole(value)) is type(each) for each in HARMLESS[name]):
@@ -99,8 +106,8 @@ def refusal_of(message: str) -> tuple[str | None, str]:
 
 def _tools(tools: Any, choice: Any, asked: dict[str, Any], url: str) -> dict[str, Any]:
     """``tools`` and ``tool_choice``. A call that must be is bound by the schema of its function."""
-    if tools is None or tools == []:
-        if choice not in (None, "none"):
+    if is_empty(tools):
+        if not is_empty(choice) and choice != "none":
             raise BadParameter("'tool_choice' is only allowed when 'tools' are given")
         if "parallel_tool_calls" in asked:
             raise BadParameter("'parallel_tool_calls' is only allowed when 'tools' are given")

@@ -47,6 +47,17 @@ def as_whole(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
+def is_empty(value: Any) -> bool:
+    """Null, or a text, a list or an object with nothing in it: what clients and table libraries write for "not set"."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
+def is_unset(name: str, value: Any) -> bool:
+    """Whether a parameter is not set by this value. What binds an answer is set by an empty one too: ``{}`` is a schema
+    of any JSON, and no choices or an empty expression are a mistake that may not let an answer go free."""
+    return value is None or (name not in CONSTRAINTS and is_empty(value))
+
+
 def _whole(least: int, most: int = LARGEST_WHOLE) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         value = as_whole(value)
@@ -199,10 +210,10 @@ ALIASES = {"max_completion_tokens": "max_tokens"}
 
 
 def check_parameter(name: str, value: Any) -> Any:
-    """``value`` in the type that SamplingParams wants; None, which is "not set", stays. Raises BadParameter."""
+    """``value`` in the type that SamplingParams wants; None where it is not set. Raises BadParameter."""
     if name not in PARAMETERS:
         raise BadParameter(f"unknown parameter '{name}'", hint=suggestion(name, PARAMETERS))
-    if value is None:
+    if is_unset(name, value):
         return None
     try:
         return PARAMETERS[name](value)
@@ -211,7 +222,7 @@ def check_parameter(name: str, value: Any) -> Any:
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter of a line under its own name, without those that are null: null is "not set".
+    """Every parameter of a line under its own name, without those that are not set.
 
     Raises :class:`BadParameter`, also for a value given twice.
     """
@@ -226,7 +237,7 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> SamplingParams:
-    """What a line is sampled with: its own parameters before the job's. Null is "not set" in either.
+    """What a line is sampled with: its own parameters before the job's, those that are set in either.
 
     Raises :class:`BadParameter`.
     """
@@ -234,7 +245,7 @@ def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> Samplin
         name: check_parameter(name, value)
         for each in (job, line)
         for name, value in each.items()
-        if value is not None or name not in PARAMETERS
+        if not is_unset(name, value) or name not in PARAMETERS
     }
     found = SamplingParams(**asked)
     given = [name for name in CONSTRAINTS if getattr(found, name) not in (None, (), False)]

@@ -312,10 +312,10 @@ def _past_call(value: Any) -> dict[str, Any]:
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(function, dict) or value.get("type", "function") != "function":
         raise ValueError('a call is {"id", "type": "function", "function": {"name", "arguments"}}')
-    name, arguments = function.get("name"), function.get("arguments", "{}")
+    name, arguments = function.get("name"), function.get("arguments") or "{}"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(name, str) or not isinstance(arguments, dict) or not isinstance(value.get("id", ""), str | None):

@@ -20,10 +20,13 @@ import pytest
 import zstandard
 
 from promptmill.errors import DatasetError
+from promptmill.openai_parameters import ANSWERED, CHAT, translate
+from promptmill.prompts import Template
 from promptmill.readers import ENDINGS, FILE_READERS, FORMATS, READERS, checked, open_dataset
 from promptmill.readers.ids import IdTable
 from promptmill.readers.source import LONGEST_LINE
 from promptmill.registry import resolve
+from promptmill.sampling import ALIASES, CONSTRAINTS, PARAMETERS, resolve_sampling
 from promptmill.types import DatasetLine, Message
 
 Write = Callable[[str, str | bytes], Path]
@@ -471,7 +474,7 @@ def test_escapes_that_stand_for_characters_are_read(write: Write, text: str) -> 
         ({"prompt": "p", "id": 1.5}, "an id is a text or a whole number"),
         ({"prompt": "p", "id": True}, "an id is a text or a whole number"),
         ({"prompt": "p", "id": ""}, "the id is empty"),
-        ({"prompt": "p", "meta": []}, "'meta' is a list, not an object"),
+        ({"prompt": "p", "meta": [1]}, "'meta' is a list, not an object"),
     ],
 )
 def test_a_line_that_cannot_be_used_says_why(write: Write, record: dict[str, Any], problem: str) -> None:
@@ -883,8 +886,90 @@ def test_a_column_may_have_the_other_name_of_a_parameter(write: Write) -> None:
     assert (line.sampling, line.meta) == ({"max_tokens": 2}, None)
 
 
+@pytest.mark.parametrize("name", sorted({*PARAMETERS, *ALIASES} - set(CONSTRAINTS)))
+@pytest.mark.parametrize("value", ["", [], {}, None], ids=repr)
+def test_a_parameter_with_nothing_in_it_is_not_set(write: Write, name: str, value: Any) -> None:
+    assert one(write, {"prompt": "p", name: value}).sampling == {}
+    given = resolve_sampling({"stop": ["x"], "seed": 5, "max_tokens": 3}, {ALIASES.get(name, name): value})
+    assert (given.stop, given.seed, given.max_tokens) == (("x",), 5, 3)
+    assert one(write, batch_line(**{name: value})).sampling == {}
+
+
+@pytest.mark.parametrize("name", ["choices", "continuations", "regex", "json_schema"])
+def test_an_answer_that_was_to_be_bound_never_goes_free(write: Write, name: str) -> None:
+    nothing: Any = [] if name in ("choices", "continuations") else ""
+    assert f"'{name}' must be" in error(write, {"prompt": "p", name: nothing})
+    assert one(write, {"prompt": "p", "json_schema": {}}).sampling == {"json_schema": "{}"}
+
+
 @pytest.mark.parametrize(
-    "more", [{"refusal": ""}, {"reasoning_details": []}, {"provider_specific_fields": {}}, {"reasoning_content": ""}]
+    "body",
+    [
+        {"tools": [], "tool_choice": None}, {"tools": [], "tool_choice": ""}, {"functions": [], "function_call": None},
+        {"stop": [], "logit_bias": {}}, {"reasoning_effort": "", "modalities": [], "audio": None}, {"stream": None},
+        {"temperature": None, "user": "", "metadata": {}}, {"response_format": None, "best_of": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_client_writes_for_not_set_changes_nothing(write: Write, body: dict[str, Any]) -> None:
+    line = one(write, batch_line(**body))
+    assert (line.error, line.sampling) == (None, {})
+    assert translate(body, CHAT, ANSWERED) == {}
+
+
+def test_an_empty_object_that_asks_for_something_is_refused(write: Write) -> None:
+    assert "unsupported parameter 'body.web_search_options'" in error(write, batch_line(web_search_options={}))
+    assert "'response_format.type' must be" in error(write, batch_line(response_format={}))
+
+
+@pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
+def test_a_call_without_arguments_is_one_with_none(write: Write, arguments: Any) -> None:
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [], "tool_calls": [call]}]
+    line = one(write, {"messages": turns})
+    assert line.messages is not None
+    assert json.loads(line.messages[1].extra or "")["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+@pytest.mark.parametrize("meta", [None, "", []])
+def test_a_meta_with_nothing_in_it_is_absent(write: Write, meta: Any) -> None:
+    assert one(write, {"prompt": "p", "meta": meta}) == one(write, {"prompt": "p"})
+
+
+INPUTS = [True, False, 5, 2.5]
+
+
+@pytest.mark.parametrize("value", INPUTS, ids=repr)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_a_value_called_input_is_shown_as_any_other_field_of_its_format(
+    tmp_path: Path, ending: str, value: Any
+) -> None:
+    path = tmp_path / f"a.{ending}"
+    record = {"input": value, "plain": value}
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist([record]), path)
+    elif ending in ("csv", "tsv"):
+        cells = [list(record), [str(each) for each in record.values()]]
+        path.write_text("".join(("," if ending == "csv" else "\t").join(row) + "\n" for row in cells), encoding="utf-8")
+    else:
+        path.write_text(json.dumps([record] if ending == "json" else record), encoding="utf-8")
+    (line,) = read(path, has_template=True)
+    assert line.fields is not None
+    (alone,) = Template("{{ input }}").render(line.fields, None)
+    (named,) = Template("{{ input.input }}").render(line.fields, None)
+    (other,) = Template("{{ plain }}").render(line.fields, None)
+    assert alone == named == other == Message("user", str(value))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"refusal": ""},
+        {"reasoning_details": []},
+        {"audio": None, "function_call": None},
+        {"provider_specific_fields": {}},
+        {"reasoning_content": ""},
+    ],
 )
 def test_keys_of_a_message_with_nothing_in_them_are_as_if_absent(write: Write, more: dict[str, Any]) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"} | more]

@@ -12,7 +12,7 @@ from promptmill.openai_parameters import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS
 from promptmill.prompts import resolve_sampling
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import messages_of
-from promptmill.sampling import BadParameter, refuse_unfinished
+from promptmill.sampling import BadParameter, is_empty, refuse_unfinished
 from promptmill.tool_calls import Offer
 
 #: Most tokens of an answer that somebody waits for and sets no limit to.
@@ -61,7 +61,7 @@ def _streaming(body: dict[str, Any], url: str) -> tuple[bool, bool]:
     if url != EMBEDDINGS:
         body.pop("stream", None)
         body.pop("stream_options", None)
-    if options is None:
+    if is_empty(options):
         return stream, False
     if not isinstance(options, dict):
         raise bodies.wrong_type("stream_options", "an object", options)

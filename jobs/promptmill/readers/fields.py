@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from promptmill.sampling import as_whole
+from promptmill.sampling import as_whole, is_empty
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def as_id(value: Any) -> str:
 
 def take_object(fields: dict[str, Any], name: str) -> dict[str, Any] | None:
     value = fields.pop(name, None)
-    if value is not None and not isinstance(value, dict):
+    if not isinstance(value, dict) and not is_empty(value):
         raise BadLine(f"'{name}' is {kind(value)}, not an object")
-    return value
+    return value if isinstance(value, dict) else None
 
 
 def split_expected(record: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:

@@ -20,7 +20,7 @@ from promptmill.readers.fields import (
 )
 from promptmill.readers.source import MARK, TextLine
 from promptmill.registry import suggestion
-from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters
+from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters, is_empty
 from promptmill.tool_calls import turn_extra
 from promptmill.types import DatasetLine, Message
 
@@ -229,7 +229,7 @@ def _message(index: int, value: Any) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise BadLine(f"messages[{index}].role is not one of {', '.join(sorted(ROLES))}")
     # What clients send back of an answer has many keys with nothing in them.
-    extra = {name for name, each in value.items() if each not in (None, "", [], {})} - {"role", "content"} - PASSED_OVER
+    extra = {name for name, each in value.items() if not is_empty(each)} - {"role", "content"} - PASSED_OVER
     if not extra:
         return Message(role, _content(index, value.get("content")))
     allowed = {"tool_calls", "tool_call_id", *(REASONING if role == "assistant" else ())}
@@ -241,7 +241,7 @@ def _message(index: int, value: Any) -> Message:
         raise BadLine(f"messages[{index}]: {problem}") from None
     content = value.get("content")
     # An assistant that calls something, or only thought so far, need not say anything.
-    said = "" if content is None and more else _content(index, content)
+    said = "" if is_empty(content) and more else _content(index, content)
     return Message(role, said, more)
 
 
