@@ -96,6 +96,10 @@ class JobOrder:
     key_limit: int | None = None
 
 
+#: Names of fields that are kept for a message.
+MOST_NAMES = 100
+
+
 @dataclass(slots=True)
 class Tally:
     """What passed through a submission: bad lines, and each row's expected cost in tokens."""
@@ -106,6 +110,15 @@ class Tally:
     invalid_rows: list[int] = field(default_factory=list)
     #: Names of ``JobOrder.must_expect`` that no line has had yet.
     unmet: set[str] = field(default_factory=set)
+    #: Fields of the first lines while there were some, for the message.
+    fields: dict[str, None] = field(default_factory=dict)
+
+    def note_names(self, line: DatasetLine) -> None:
+        """Which fields the line has."""
+        answers = line.expected if isinstance(line.expected, dict) else {}
+        self.unmet -= answers.keys()
+        if len(self.fields) < MOST_NAMES:
+            self.fields |= dict.fromkeys([*(line.fields or {}), *(line.meta or {}), *answers])
 
     def note_bad(self, line: int, problem: str) -> None:
         self.bad_total += 1
@@ -167,8 +180,8 @@ class Preparer:
 
     def _valid(self, line: DatasetLine, row: int) -> PreparedRow:
         asked, sampling = self._sampling_of(line)
-        if self.tally.unmet and isinstance(line.expected, dict):
-            self.tally.unmet -= line.expected.keys()
+        if self.tally.unmet:
+            self.tally.note_names(line)
         body = payload(line)
         custom_id = line.custom_id if line.custom_id is not None else f"row-{row}"
         if self._template is not None or self._gauge is not None:
@@ -330,8 +343,10 @@ def refuse_bad(dataset: Dataset, tally: Tally, skip_invalid: bool, rows: int, su
     if rows == 0:
         raise DatasetError(f"{dataset.name} holds no rows", hint="Check --limit, --where and the file.")
     if tally.unmet:
+        here = ", ".join(tally.fields)[:200] or "none"
         raise DatasetError(
-            f"{dataset.name}: no line has the field '{min(tally.unmet)}' that --expected names",
+            f"{dataset.name}: no line has a value in the field '{min(tally.unmet)[:40]}' that --expected names; "
+            f"fields: {here}",
             hint="A field that is not named is a field of the prompt: the answer would be shown to the model.",
         )
 

@@ -127,6 +127,8 @@ FLAT, MARKED = "05-flat-jsonl-with-input-text.jsonl", "12-bom-in-the-middle.json
 ALPACA = ("--template", "{{ instruction }} / {{ input }}", "--expected", "output")
 ALPACA_ASKED = answers("Translate to French. / Good morning", "Name a colour. / ")
 
+MISSPELLED = refused("in the field 'ouptut' that --expected names; fields: instruction, input, output")
+
 #: Number, file, arguments of ``run`` behind it (or of another command that they begin with), and what must happen.
 #: A ``{}`` in an argument is the folder of the files. In the order of the numbers.
 REPORTED: list[tuple[str, str, tuple[str, ...], Check]] = [
@@ -134,7 +136,7 @@ REPORTED: list[tuple[str, str, tuple[str, ...], Check]] = [
     ("01", "01-csv-column-named-input.csv", ALPACA, ALPACA_ASKED),
     ("01", "01-csv-column-named-input.csv", (*ALPACA[2:], "--template", "{{ output }}"), refused("'output' is undef")),
     ("03", "03-schema-dead-end-ends-ok.jsonl", ("-m", "demo"), what_is_ok_is_json),
-    ("05", FLAT, ("--template", "{{ instruction }}", "--expected", "ouptut"), refused("has the field 'ouptut'")),
+    ("05", FLAT, ("--template", "{{ instruction }}", "--expected", "ouptut"), MISSPELLED),
     ("05", FLAT, ALPACA[:2], ALPACA_ASKED),
     ("05", FLAT, ALPACA, ALPACA_ASKED),
     ("05", "05-flat-parquet-with-input-text.parquet", ALPACA, answers("a / b")),

@@ -759,6 +759,22 @@ def test_lines_that_end_in_a_carriage_return_alone_are_lines(write: Write, name:
     assert [line.prompt for line in read(write(name, content))] == ["a", "b"]
 
 
+@pytest.mark.parametrize("header", ["prompt,x", '"prompt",x', 'prompt,"x\ny"', 'prompt,"a ""b"""'])
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+@pytest.mark.parametrize("inside", ["\n", "\r\n", "\n\n"])
+def test_a_line_end_in_a_cell_is_none_of_the_table(write: Write, header: str, end: str, inside: str) -> None:
+    rows = [header, f'"a{inside}b",1', "c,2", f'd,"{inside}"', ""]
+    lines = read(write("a.csv", end.join(rows)))
+    assert [line.error for line in lines] == [None, None, None]
+    text = inside.replace("\r\n", "\n")
+    assert [line.prompt for line in lines] == [f"a{text}b", "c", "d"]
+    assert [(line.meta or {})[named] for line in lines for named in line.meta or {}] == ["1", "2", text]
+
+
+def test_a_tab_in_a_cell_makes_no_table_of_tabs(write: Write) -> None:
+    assert [line.prompt for line in read(write("a.csv", 'prompt\r"a\tb\nc"\r'))] == ["a\tb\nc"]
+
+
 def test_a_carriage_return_inside_a_line_of_text_stays(write: Write) -> None:
     assert [line.prompt for line in read(write("a.txt", "a\rb\nc\n"))] == ["a\rb", "c"]
 

@@ -94,7 +94,7 @@ class Dataset:
             )
             return found
         reader: Reader = resolve("dataset format", self.format, READERS)
-        return reader(self._source.lines(), self._layout)
+        return reader(self._source.lines(quoted=self.format in ("csv", "tsv")), self._layout)
 
     def checked(self) -> Iterator[DatasetLine]:
         """Every line with an id, and those that share one with an error or a number."""

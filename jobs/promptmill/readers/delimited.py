@@ -43,7 +43,8 @@ class _Feed:
         while (line := self._again.pop() if self._again else next(self._lines, None)) is not None:
             self.taken.append(line)
             self.error = self.error or line.error
-            yield line.text + "\n"
+            # Where lines end in a carriage return alone, the other half of a longer end begins the next one.
+            yield line.text.removeprefix("\n") + "\n"
 
     @property
     def number(self) -> int:

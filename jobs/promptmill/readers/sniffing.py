@@ -43,7 +43,8 @@ def _table(named: str, lines: list[str]) -> str:
     if _record(lines[0]) is not None:
         return _json("jsonl", lines)
     own, other = (",", "\t") if named == "csv" else ("\t", ",")
-    if own not in lines[0] and other in lines[0]:
+    header = lines[0].partition("\r")[0]
+    if own not in header and other in header:
         return "tsv" if named == "csv" else "csv"
     return named
 

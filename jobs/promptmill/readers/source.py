@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 import stat
 import sys
 import tempfile
@@ -154,12 +155,15 @@ class Source:
             raise DatasetError(f"{self.name} has no lines but blank ones", hint="A dataset has at least one line.")
         return found
 
-    def lines(self) -> Iterator[TextLine]:
-        """Every line. A problem of the compression ends the reading with a DatasetError."""
+    def lines(self, quoted: bool = False) -> Iterator[TextLine]:
+        """Every line. A problem of the compression ends the reading with a DatasetError.
+
+        ``quoted``: a line's end between quotes, as cells of tables have it, does not tell how the lines end.
+        """
         with self._path.open("rb") as file:
             unpacked = self._unpacked(file)
             try:
-                yield from _lines(_Blocks(unpacked, self.name), self.name)
+                yield from _lines(_Blocks(unpacked, self.name), self.name, quoted)
             finally:
                 unpacked.close()
 
@@ -183,7 +187,17 @@ class _Blocks:
             raise DatasetError(f"{self._name} is damaged: {problem}", hint="Compress or copy it again.") from None
 
 
-def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
+#: The first line of a table, to its end outside of quotes.
+_FIRST = re.compile(rb'[^\r\n"]*(?:"[^"]*"[^\r\n"]*)*(\r\n|\r|\n)')
+
+
+def _ends_in_cr(block: bytes, quoted: bool) -> bool:
+    """Whether lines end in a carriage return alone, as on old Macs, and in some spreadsheets on new ones."""
+    first = _FIRST.match(block) if quoted else None
+    return first[1] == b"\r" if first else b"\r" in block and b"\n" not in block
+
+
+def _lines(blocks: _Blocks, name: str, quoted: bool = False) -> Iterator[TextLine]:
     number, offset, rest = 0, 0, b""
     block = blocks.read()
     if block.startswith(UTF16):
@@ -193,8 +207,7 @@ def _lines(blocks: _Blocks, name: str) -> Iterator[TextLine]:
         )
     if block.startswith(BOM):
         block, offset = block[len(BOM) :], len(BOM)
-    # Old Macs, and some spreadsheets on new ones, end lines by a carriage return alone.
-    end = b"\r" if b"\r" in block and b"\n" not in block else b"\n"
+    end = b"\r" if _ends_in_cr(block, quoted) else b"\n"
     while block:
         parts = (rest + block).split(end)
         rest = parts.pop()
