@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -17,6 +18,15 @@ LONGEST_PATTERN = 4_096
 
 #: Keywords tried in one validation: about a second of work. A call of a tool needs some hundreds.
 MOST_STEPS = 100_000
+
+#: The same for a schema that is itself looked at, each keyword of which takes several: some seconds.
+MOST_CHECKS = 1_000_000
+
+#: Members of an object or a list that are walked through, and characters of a message, in the time of a step.
+MEMBERS, CHARACTERS = 10, 200
+
+#: Keywords whose value is compared whole.
+COMPARED = ("const", "enum")
 
 #: Keywords that refer to schemas, and those that hold data, in which nothing refers to anything.
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
@@ -86,19 +96,22 @@ class BadSchema(ValueError):
 def check(schema: Any) -> None:
     """Raises BadSchema for what is no JSON schema, or is none that is taken from anybody."""
     from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
 
     if not isinstance(schema, dict):
         raise BadSchema("it is no object")
     if problem := problem_of(schema):
         raise BadSchema(problem)
+    kind = validator_for(schema, default=Draft202012Validator)
+    _steps.left = MOST_CHECKS
     try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
-    except SchemaError as mistake:
-        raise BadSchema(mistake.message[:200], mistake.absolute_path) from None
-    except RecursionError:
-        raise BadSchema("it is nested too deeply") from None
+        rules = _bounded(kind)(kind.META_SCHEMA, format_checker=kind.FORMAT_CHECKER)
+        mistake = next(rules.iter_errors(schema), None)
+    except (RecursionError, TooManySteps) as problem:
+        why = "it is nested too deeply" if isinstance(problem, RecursionError) else "it takes too long to check"
+        raise BadSchema(why) from None
+    if mistake is not None:
+        raise BadSchema(mistake.message[:200], mistake.absolute_path)
 
 
 def is_valid(schema: Mapping[str, Any], value: Any) -> bool:
@@ -124,36 +137,66 @@ def _take(count: int = 1) -> None:
         raise TooManySteps
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _bounded(kind: Any) -> Any:
     """A class of validators of the same draft: keywords are counted, patterns are searched without backtracking."""
-    from jsonschema.validators import extend
+    from attrs import fields
+    from jsonschema.validators import extend, validator_for
 
-    ours = {"pattern": _pattern, "patternProperties": _pattern_properties, "uniqueItems": _unique_items(kind)}
+    ours: dict[str, Any] = {"pattern": _pattern, "patternProperties": _pattern_properties, "uniqueItems": _unique_items}
     ours["additionalProperties"] = _additional_properties
     ours = {name: each for name, each in ours.items() if name in kind.VALIDATORS}
-    made: Any = extend
-    return made(kind, {name: _counted(each) for name, each in (dict(kind.VALIDATORS) | ours).items()})
+    make: Any = extend
+    made = make(kind, {name: _counted(name, each) for name, each in (dict(kind.VALIDATORS) | ours).items()})
+    parts = [(each.name, each.alias) for each in fields(made) if each.init]
+
+    def evolve(self: Any, **changes: Any) -> Any:
+        # Theirs takes a class that counts nothing where a part of the schema names its draft.
+        schema = changes.setdefault("schema", self.schema)
+        kept = {alias: getattr(self, name) for name, alias in parts}
+        named = validator_for(schema, default=made)
+        return (made if named is made else _bounded(named))(**(kept | changes))
+
+    made.evolve = evolve
+    return made
 
 
-def _counted(keyword: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+def _counted(name: str, keyword: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
     def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        _take(1 + (len(value) if isinstance(value, list) else 0))
-        yield from keyword(validator, value, instance, schema) or ()
+        _take(1 + (_size(value) if name in COMPARED else _length(value) // MEMBERS) + _length(instance) // MEMBERS)
+        for mistake in keyword(validator, value, instance, schema) or ():
+            # It quotes the value and what it should be.
+            _take(len(mistake.message) // CHARACTERS)
+            yield mistake
 
     return counted
 
 
-def _unique_items(kind: Any) -> Callable[..., Any]:
-    theirs = kind.VALIDATORS.get("uniqueItems")
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict) else 0
 
-    def unique(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
-        if isinstance(instance, list):
-            # Objects are compared each with each.
-            _take(len(instance) ** 2 // 100)
-        return theirs(validator, value, instance, schema)
 
-    return unique
+def _size(value: Any) -> int:
+    """Values within a value, itself included."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_size, inner))
+
+
+def _unique_items(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    """Told by their text: each compared with each takes minutes for some thousands."""
+    if wanted and isinstance(instance, list):
+        _take(_size(instance) // MEMBERS)
+        if len({json.dumps(_comparable(each), sort_keys=True) for each in instance}) < len(instance):
+            yield _mistake("it has items that are equal")
+
+
+def _comparable(value: Any) -> Any:
+    """1.0 as 1: to a schema they are equal."""
+    if isinstance(value, dict):
+        return {name: _comparable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_comparable(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _pattern(validator: Any, pattern: Any, instance: Any, schema: Any) -> Iterator[Any]:

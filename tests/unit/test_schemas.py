@@ -90,6 +90,84 @@ def test_schemas_have_bounds() -> None:
     assert "more than 1,000 patterns" in str(schemas.problem_of(many))
 
 
+DRAFT_4, DRAFT_7 = "http://json-schema.org/draft-04/schema#", "http://json-schema.org/draft-07/schema#"
+LATEST = "https://json-schema.org/draft/2020-12/schema"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$schema": DRAFT_4, "enum": [{"a": number} for number in range(10_000)]},
+        {"$schema": DRAFT_4, "enum": [number if number % 2 else str(number) for number in range(40_000)]},
+        {"required": [str(number) for number in range(40_000)]},
+        {"enum": [str(number) for number in range(40_000)]},
+    ],
+    ids=["enum of objects", "enum of all kinds", "required", "enum of texts"],
+)  # fmt: skip
+def test_a_schema_with_a_huge_list_is_checked_in_a_moment(schema: dict[str, Any]) -> None:
+    started = time.process_time()
+    schemas.check(schema)
+    assert time.process_time() - started < 5
+
+
+def test_a_schema_that_takes_too_long_to_check_is_refused() -> None:
+    with pytest.raises(schemas.BadSchema, match="it takes too long to check"):
+        schemas.check({"properties": {f"p{n}": {"items": {"not": {"minLength": 1}}} for n in range(12_000)}})
+
+
+LIST = list(range(490))
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"items": {"not": {"enum": [[*LIST, -n] for n in range(1, 90)]}}}, [[*LIST, 0]] * 2_000),
+        ({"anyOf": [{"type": "string"}] * 10_000}, {"a": [1] * 40_000}),
+        ({"anyOf": [{"required": [str(n) for n in range(10_000)]}] * 4_000}, {str(n): 1 for n in range(9_999)}),
+        ({"anyOf": [{"additionalProperties": False}] * 5_000}, {str(n): 1 for n in range(5_000)}),
+        ({"items": {"properties": {str(n): {} for n in range(20_000)}}}, [{}] * 20_000),
+    ],
+    ids=["enum", "messages", "required", "additionalProperties", "properties"],
+)  # fmt: skip
+def test_a_value_that_takes_too_long_to_compare_is_given_up(schema: dict[str, Any], value: Any) -> None:
+    started = time.process_time()
+    assert not schemas.is_valid(schema, value)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("draft", [DRAFT_4, DRAFT_7, LATEST])
+def test_a_part_that_names_its_draft_is_bounded_like_the_rest(draft: str) -> None:
+    started = time.process_time()
+    text = "a" * 60 + "!"
+    assert not schemas.is_valid({"properties": {"a": {"$schema": draft, "pattern": "^(a|aa)+$"}}}, {"a": text})
+    assert schemas.is_valid({"properties": {"a": {"$schema": draft, "pattern": "^(a|aa)+!$"}}}, {"a": text})
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("items", "are_unique"),
+    [
+        ([1, 1.0], False), ([1, True], True), ([0, False], True), ([1, "1"], True), ([[1], [1.0]], False),
+        ([{"a": 1, "b": 2}, {"b": 2.0, "a": 1}], False), ([{"a": 1}, {"a": None}], True), (["é", "e\u0301"], True),
+        ([], True), ([None, None], False), ([0.5, 0.5], False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_items_are_equal_as_the_standard_has_it(items: list[Any], are_unique: bool) -> None:
+    from jsonschema import Draft202012Validator
+
+    assert schemas.is_valid({"uniqueItems": True}, items) is are_unique
+    assert Draft202012Validator({"uniqueItems": True}).is_valid(items) is are_unique
+    assert schemas.is_valid({"uniqueItems": False}, items)
+
+
+def test_ordinary_values_are_judged_as_before() -> None:
+    schema = {"type": "array", "items": {"type": "object", "required": ["a"], "properties": {"a": {"enum": ["x", 1]}}}}
+    assert schemas.is_valid(schema, [{"a": "x"}, {"a": 1.0}] * 1_000)
+    assert not schemas.is_valid(schema, [{"a": "y"}])
+    assert not schemas.is_valid(schema, [{"b": "x"}])
+
+
 def test_a_slow_regular_expression_is_given_up_after_some_rows() -> None:
     searches, pattern = SearchTime(0.5), compiled("^(a|aa)+$")
     started = time.process_time()
