@@ -20,7 +20,7 @@ LONGEST_PATTERN = 4_096
 MOST_STEPS = 100_000
 
 #: The same for a schema that is itself looked at, each keyword of which takes several: some seconds.
-MOST_CHECKS = 1_000_000
+MOST_CHECKS = 500_000
 
 #: Members of an object or a list that are walked through, and characters of a message, in the time of a step.
 MEMBERS, CHARACTERS = 10, 200
