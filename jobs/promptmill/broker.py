@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: All of our keys begin so: other programs may use the same Redis database, other applications of Celery among them.
 KEY_PREFIX = "promptmill."
 
+#: And the queues of chunks.
+QUEUE_PREFIX = f"{KEY_PREFIX}bulk."
+
 TASK_NAME = "promptmill.run_chunk"
 
 #: Priorities of jobs. Over Redis each is a list of its own, and 0 is read first.
@@ -48,7 +51,7 @@ _IMPORTING = threading.Lock()
 
 def queue_name(model: str) -> str:
     """The queue of a model's chunks."""
-    return f"{KEY_PREFIX}bulk.{key_of(model)}"
+    return f"{QUEUE_PREFIX}{key_of(model)}"
 
 
 def key_of(model: str) -> str:
@@ -199,8 +202,12 @@ class Broker:
 
 def _lists(model: str) -> list[str]:
     """The lists of a model's queue, one a priority."""
-    name = queue_name(model)
-    return [name if priority == 0 else f"{name}{PRIORITY_SEPARATOR}{priority}" for priority in PRIORITIES]
+    return [list_name(queue_name(model), priority) for priority in PRIORITIES]
+
+
+def list_name(queue: str, priority: int) -> str:
+    """The list of one priority."""
+    return queue if priority == 0 else f"{queue}{PRIORITY_SEPARATOR}{priority}"
 
 
 def _chunks(redis: Any, key: str) -> Iterator[ChunkId]:
@@ -217,7 +224,14 @@ def _chunks(redis: Any, key: str) -> Iterator[ChunkId]:
 def chunk_of(message: bytes) -> ChunkId | None:
     """What a message is about; None for one that is none of ours."""
     try:
-        sent = json.loads(message)
+        return chunk_in(json.loads(message))
+    except (ValueError, RecursionError):
+        return None
+
+
+def chunk_in(sent: Any) -> ChunkId | None:
+    """The same of one that is no text any more."""
+    try:
         (job_id, number), *_ = json.loads(base64.b64decode(sent["body"], validate=True))
         is_ours = sent["headers"]["task"] == TASK_NAME
     except (ValueError, TypeError, KeyError, RecursionError):
