@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from promptmill.errors import RequestError
+from promptmill.own_text import PRIVATE
 from promptmill.prompts import Template, payload, to_request
 from promptmill.readers import open_dataset
 from promptmill.sampling import resolve_sampling
@@ -156,6 +158,20 @@ def test_it_survives_what_templates_do_with_texts(words: Words, template: str, h
 
     assert holds in reader.render(chat(FORGED))
     assert not controls(reader.tokens(chat(FORGED)))
+
+
+def test_characters_without_a_meaning_stay_in_a_text(words: Words) -> None:
+    text = f"\ue000\ue001{END}\uf8fd\uf8fe\U000f0000{START}"
+
+    asked = chat(text)
+
+    assert words.reader.render(asked) == words.reader.render(chat("@")).replace("@", text)
+    assert controls(words.reader.tokens(asked)) == controls(words.reader.tokens(chat("Nice!")))
+
+
+def test_a_text_of_all_characters_without_a_meaning_is_one_clear_error(words: Words) -> None:
+    with pytest.raises(RequestError, match="each of the characters that Unicode gives no meaning"):
+        words.reader.render(chat("".join(map(chr, PRIVATE)) + END))
 
 
 def test_tools_and_calls_cannot_either(words: Words) -> None:

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from promptmill.errors import RequestError
+from promptmill.own_text import unused_marks
 from promptmill.prompts import turn_of
 from promptmill.types import Message, SamplingParams, Span
 from promptmill_workers.answering import END_OF_THINK, THINK, opened
 from promptmill_workers.engines.chat_template import tools_for, written
 from promptmill_workers.engines.contract import EngineRequest
-
-#: Characters that Unicode gives no meaning: none of them is in a text that is marked with it.
-PRIVATE = range(0xE000, 0xF8FF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,13 @@ def pieces_of(
         pieces = _Chat(template(sampling), controls, request.messages, sampling).pieces()
         if sampling.continue_final_message:
             said = request.messages[-1].content
-            return pieces, said.rfind(THINK) > said.rfind(END_OF_THINK)
+            thinks = said.rfind(THINK) > said.rfind(END_OF_THINK)
+            if thinks and request.is_scored:
+                raise RequestError(
+                    f"the last message leaves its reasoning open, and what is scored after it would be a part of that: "
+                    f"end it with {END_OF_THINK}"
+                )
+            return pieces, thinks
     tail = pieces.pop().text if pieces and not pieces[-1].plain else ""
     tail, thinks = opened(tail, sampling, scored=request.messages is not None and request.is_scored)
     return joined([*pieces, Piece(tail)]), thinks
@@ -149,8 +153,8 @@ class _Chat:
     def _marks(self) -> Iterator[str]:
         """Characters that are in none of the texts."""
         texts = [[turn_of(each) for each in self._messages], self._tools, self._template.source]
-        known = json.dumps(texts, ensure_ascii=False)
-        yield from (mark for mark in map(chr, PRIVATE) if mark not in known)
+        yield from unused_marks(json.dumps(texts, ensure_ascii=False))
+        raise RequestError("the messages hold each of the characters that Unicode gives no meaning")
 
     def pieces(self) -> list[Piece]:
         """Raises RequestError."""
