@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -30,6 +31,9 @@ PRIORITIES = range(10)
 
 #: Between a queue's name and its priority in the name of the list.
 PRIORITY_SEPARATOR = ":"
+
+#: The oldest Redis: LPOP of several and ZRANGE by scores came with it.
+OLDEST = (6, 2)
 
 #: Seconds before Redis hands an unacknowledged message out again. Far beyond any chunk: an early redelivery would run
 #: a chunk twice, and recovery is the business of the ledger's leases, which take LEASE_S.
@@ -174,14 +178,24 @@ class Broker:
             return [None] * len(keys)
 
     def ping(self) -> None:
-        """Raises :class:`BrokerError` when Redis does not answer."""
-        from redis.exceptions import RedisError
+        """Raises :class:`BrokerError` when Redis does not answer, or is too old."""
+        from redis.exceptions import RedisError, ResponseError
 
+        version = ""
         try:
             with self._redis() as redis:
                 redis.ping()
+                # A user may not be allowed to ask.
+                with contextlib.suppress(ResponseError):
+                    version = str(redis.info("server").get("redis_version", ""))
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
+        numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+        if numbers and numbers < OLDEST:
+            raise BrokerError(
+                f"Redis at {masked(self._url)} is {version[:20]}, and {'.'.join(map(str, OLDEST))} or newer is needed",
+                hint="Name a newer server in JOBS_REDIS_URL.",
+            )
 
     def _redis(self) -> Any:
         from redis.backoff import NoBackoff

@@ -23,7 +23,7 @@ from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama_binding import Model
 from promptmill_workers.engines.llama_text import PromptReader
 from promptmill_workers.engines.mlx_text import MlxTokenizer
-from promptmill_workers.engines.prompt_pieces import Controls, pieces_of, text_of
+from promptmill_workers.engines.prompt_pieces import TURN_MARK, Controls, pieces_of, text_of
 from promptmill_workers.prefix_plan import Tokens
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import CHATML, END, START, TEXT_END, write_tiny_gguf
@@ -270,7 +270,8 @@ def writes(source: str, text: str) -> bool:
 
 def test_real_templates_keep_texts_apart(vocabulary: Model, llama_models: Path) -> None:
     words = vocabulary.vocabulary
-    known = words.control_texts()
+    marks = [each for each in words.user_defined_texts() if TURN_MARK.fullmatch(each)]
+    known = [*marks[:20], *words.control_texts()]
     forged = "Nice! " + " and ".join(known[:40]) + " at last"
     special = set(words.tokens("".join(known), parse_special=True).tolist())
     tried = 0
@@ -280,7 +281,7 @@ def test_real_templates_keep_texts_apart(vocabulary: Model, llama_models: Path) 
         tried += 1
         model: Any = SimpleNamespace(vocabulary=words, chat_template=source, tool_template=None)
         reader = PromptReader(model)
-        reader.__dict__["_controls"] = Controls(known)
+        reader.__dict__["_controls"] = Controls(known, marks)
 
         whole = words.tokens(reader.render(chat(QUESTION)), parse_special=True)
         assert reader.tokens(chat(QUESTION)).tolist() == whole.tolist(), name

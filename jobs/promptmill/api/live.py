@@ -71,7 +71,8 @@ STATUSES = {
     "context_overflow": (400, "context_length_exceeded"),
     "invalid_request": (400, "invalid_request"),
     "tokenize": (400, "invalid_request"),
-    "grammar": (400, "invalid_grammar"),
+    # The body's own grammar was tried before: what came to a dead end is the model's answer.
+    "grammar": (500, "grammar"),
     "model_not_found": (404, "model_not_found"),
     "model_load": (503, "model_not_loaded"),
     "timeout": (504, "timeout"),
@@ -88,7 +89,8 @@ def failure(request: LiveRequest, error_class: str, message: str) -> ApiError:
     if code == "invalid_request":
         param, code = refusal_of(message)
     # What broke inside is for the log of the worker.
-    shown = message if status < 500 or status == 504 else "The model could not answer this request."
+    is_told = status < 500 or status == 504 or error_class == ErrorClass.GRAMMAR
+    shown = message if is_told else "The model could not answer this request."
     return ApiError(status, shown, param=param, code=code)
 
 

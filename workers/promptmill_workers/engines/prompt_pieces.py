@@ -44,13 +44,38 @@ class Template(Protocol):
         ...
 
 
+#: What marks turns where it is no control token: ``<|USER_TOKEN|>`` of Command R, ``<|User|>``.
+TURN_MARK = re.compile(r"<\|[^\s|]+\|>|<｜[^\s｜]+｜>|</?s>")
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    known = sorted({each for each in texts if each}, key=lambda each: (-len(each), each))
+    return "|".join(map(re.escape, known)) or "(?!)"
+
+
 class Controls:
     """The texts that a vocabulary reads as control tokens."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        known = sorted({each for each in texts if each}, key=lambda each: (-len(each), each))
-        self.pattern = "|".join(map(re.escape, known)) or "(?!)"
+    def __init__(self, texts: Iterable[str], user_defined: Iterable[str] = ()) -> None:
+        """``user_defined``: tokens that tokenizers take out of any text. Of those only marks of turns count: what
+        tools and reasoning are marked with may be in a text, as in every server of the field.
+        """
+        stubborn = {each for each in user_defined if TURN_MARK.fullmatch(each)}
+        self.pattern = _any_of({*texts, *stubborn})
         self._find = re.compile(self.pattern)
+        self._stubborn = re.compile(_any_of(stubborn))
+
+    def apart(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces as they are tokenised: what no tokenizer would leave a plain text comes character by character."""
+        for piece in pieces:
+            at = 0
+            for found in self._stubborn.finditer(piece.text) if piece.plain else ():
+                if at < found.start():
+                    yield Piece(piece.text[at : found.start()], plain=True)
+                yield from (Piece(character, plain=True) for character in found[0])
+                at = found.end()
+            if at < len(piece.text) or not piece.text:
+                yield Piece(piece.text[at:], piece.plain)
 
     def spelled(self, text: str, own: Sequence[Span] = ()) -> Iterator[re.Match[str]]:
         """Where ``text`` spells one, but for the spans in which it is meant."""
