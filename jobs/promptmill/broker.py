@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 #: All of our keys begin so: other programs may use the same Redis database, other applications of Celery among them.
 KEY_PREFIX = "promptmill."
 
+#: And the queues of chunks.
+QUEUE_PREFIX = f"{KEY_PREFIX}bulk."
+
 TASK_NAME = "promptmill.run_chunk"
 
 #: Priorities of jobs. Over Redis each is a list of its own, and 0 is read first.
@@ -27,6 +31,9 @@ PRIORITIES = range(10)
 
 #: Between a queue's name and its priority in the name of the list.
 PRIORITY_SEPARATOR = ":"
+
+#: The oldest Redis: LPOP of several and ZRANGE by scores came with it.
+OLDEST = (6, 2)
 
 #: Seconds before Redis hands an unacknowledged message out again. Far beyond any chunk: an early redelivery would run
 #: a chunk twice, and recovery is the business of the ledger's leases, which take LEASE_S.
@@ -48,7 +55,7 @@ _IMPORTING = threading.Lock()
 
 def queue_name(model: str) -> str:
     """The queue of a model's chunks."""
-    return f"{KEY_PREFIX}bulk.{key_of(model)}"
+    return f"{QUEUE_PREFIX}{key_of(model)}"
 
 
 def key_of(model: str) -> str:
@@ -171,14 +178,24 @@ class Broker:
             return [None] * len(keys)
 
     def ping(self) -> None:
-        """Raises :class:`BrokerError` when Redis does not answer."""
-        from redis.exceptions import RedisError
+        """Raises :class:`BrokerError` when Redis does not answer, or is too old."""
+        from redis.exceptions import RedisError, ResponseError
 
+        version = ""
         try:
             with self._redis() as redis:
                 redis.ping()
+                # A user may not be allowed to ask.
+                with contextlib.suppress(ResponseError):
+                    version = str(redis.info("server").get("redis_version", ""))
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
+        numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+        if numbers and numbers < OLDEST:
+            raise BrokerError(
+                f"Redis at {masked(self._url)} is {version[:20]}, and {'.'.join(map(str, OLDEST))} or newer is needed",
+                hint="Name a newer server in JOBS_REDIS_URL.",
+            )
 
     def _redis(self) -> Any:
         from redis.backoff import NoBackoff
@@ -199,8 +216,12 @@ class Broker:
 
 def _lists(model: str) -> list[str]:
     """The lists of a model's queue, one a priority."""
-    name = queue_name(model)
-    return [name if priority == 0 else f"{name}{PRIORITY_SEPARATOR}{priority}" for priority in PRIORITIES]
+    return [list_name(queue_name(model), priority) for priority in PRIORITIES]
+
+
+def list_name(queue: str, priority: int) -> str:
+    """The list of one priority."""
+    return queue if priority == 0 else f"{queue}{PRIORITY_SEPARATOR}{priority}"
 
 
 def _chunks(redis: Any, key: str) -> Iterator[ChunkId]:
@@ -217,7 +238,14 @@ def _chunks(redis: Any, key: str) -> Iterator[ChunkId]:
 def chunk_of(message: bytes) -> ChunkId | None:
     """What a message is about; None for one that is none of ours."""
     try:
-        sent = json.loads(message)
+        return chunk_in(json.loads(message))
+    except (ValueError, RecursionError):
+        return None
+
+
+def chunk_in(sent: Any) -> ChunkId | None:
+    """The same of one that is no text any more."""
+    try:
         (job_id, number), *_ = json.loads(base64.b64decode(sent["body"], validate=True))
         is_ours = sent["headers"]["task"] == TASK_NAME
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -148,12 +148,10 @@ def holding(device: Device) -> Iterator[None]:
 
 def require_unheld(job_id: str, ledger: Ledger) -> None:
     """Raise JobError for an embedded job that another machine, or a process with locks of its own, is running."""
-    import socket
-
-    import psutil
+    from promptmill_workers.devices import worker_lock
 
     for holder in ledger.holders(job_id):
-        if holder.host != socket.gethostname() or psutil.pid_exists(holder.pid):
+        if not worker_lock(holder.worker_id).is_left():
             # Its row may not be there any more, or not yet.
             who = "another process" if holder.host is None else f"process {holder.pid} on {holder.host}"
             raise JobError(

@@ -52,7 +52,7 @@ def forget_overdue(db: Engine, *, scoring: bool = True) -> list[str]:
     for job_id, how, late_s in overdue(db):
         if not scoring and late_s < UNSCORED_S - FETCH_S and not is_scored(db, catalog.find_job(db, job_id)):
             continue
-        with _claimed(db, job_id) as is_ours:
+        with claimed(db, job_id) as is_ours:
             if is_ours and (_forget_in_time(db, job_id, how) if scoring else redact(db, job_id, how)):
                 done.append(job_id)
     return done
@@ -69,7 +69,7 @@ def _forget_in_time(db: Engine, job_id: str, how: str) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(db: Engine, job_id: str) -> Iterator[bool]:
+def claimed(db: Engine, job_id: str) -> Iterator[bool]:
     """Whether the job is ours to forget; kept so, by a thread, until the end."""
     if not _claim(db, job_id, anew=True):
         yield False

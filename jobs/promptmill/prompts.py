@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, wraps
+from itertools import islice
 from typing import Any
 
 from jinja2 import (
@@ -24,7 +25,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import TaskFileError
-from promptmill.own_text import CONTROL, marked, moved, own_spans
+from promptmill.own_text import CONTROL, moved, own_spans, unused_marks
 from promptmill.sampling import refuse_unfinished, resolve_sampling
 from promptmill.template_names import HIDDEN, SPACES, Fields, Names, RenderError, assigned, names_of
 from promptmill.types import DatasetLine, Message, Request, SamplingParams, Span
@@ -148,9 +149,15 @@ def _environment() -> _Sandbox:
     return _Sandbox(_no_function)
 
 
-@lru_cache(maxsize=1)
-def _marking_environment() -> _Sandbox:
-    return _Sandbox(lambda value: marked(_no_function(value)))
+@lru_cache(maxsize=4)
+def _marking_environment(begin: str, end: str) -> _Sandbox:
+    """Each value that a template writes is between the two characters."""
+    return _Sandbox(lambda value: f"{begin}{_no_function(value)}{end}")
+
+
+@lru_cache(maxsize=128)
+def _marking(source: str, begin: str, end: str) -> Any:
+    return _compile("prompt", source, _marking_environment(begin, end))
 
 
 class _Text:
@@ -160,13 +167,20 @@ class _Text:
         """Raises :class:`TaskFileError`."""
         self._template = _compile(part, source, _environment())
         # Control tokens that the author wrote are meant; those in a line's fields are not.
-        self._marking = _compile(part, source, _marking_environment()) if CONTROL.search(source) else None
+        self._source = source if CONTROL.search(source) else None
 
     def message(self, role: str, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None) -> Message:
         """Raises :class:`RenderError`."""
         text = _fill(self._template, fields, line_meta)
-        own = own_spans(text, _fill(self._marking, fields, line_meta)) if self._marking is not None else ()
-        return Message(role, text, own=own)
+        return Message(role, text, own=() if self._source is None else self._own(self._source, text, fields, line_meta))
+
+    def _own(
+        self, source: str, text: str, fields: Mapping[str, Any], line_meta: Mapping[str, Any] | None
+    ) -> tuple[Span, ...]:
+        marks = tuple(islice(unused_marks(source + text), 2))
+        if len(marks) < 2:
+            return ()
+        return own_spans(text, _fill(_marking(source, *marks), fields, line_meta), *marks)
 
 
 class Template:

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.database import reading
 from promptmill.errors import PromptmillError
 from promptmill.outputs import appearing, folder_of
-from promptmill.reader_role import SECRET, reader
+from promptmill.reader_role import SECRET, bound, reader, refuse_disturbing
 from promptmill.spreadsheets import inert
 from promptmill.views import QUERIES
 
@@ -53,6 +53,8 @@ def querying(
             "only queries that read are run: SELECT, WITH, VALUES or EXPLAIN",
             hint=f"Named queries: {', '.join(QUERIES)}.",
         )
+    if db.dialect.name == "postgresql":
+        refuse_disturbing(text)
     late = threading.Event()
     with _harmless(db, reader_url) as reader, reading(reader) as connection, _read_only(connection, seconds, late):
         try:
@@ -98,12 +100,13 @@ def _in_time(found: Any, seconds: float, late: threading.Event) -> Iterator[Sequ
 def _read_only(connection: Connection, seconds: float, late: threading.Event) -> Iterator[None]:
     """``late`` is set, and what runs is cancelled, when the query has taken so long with all its pages.
 
-    A statement_timeout of PostgreSQL would be one of each page.
+    A statement_timeout of PostgreSQL is one of each page: it is for clients that are gone.
     """
     driver: Any = connection.connection.driver_connection
     postgresql = connection.dialect.name == "postgresql"
     if postgresql:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        bound(connection, seconds)
     else:
         connection.exec_driver_sql("PRAGMA query_only = ON")
         driver.set_authorizer(_may)

@@ -6,6 +6,7 @@ connection of its own, whose login has no more rights than to read.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database import connect, libpq_address, lock_name, reading, writing
-from promptmill.errors import DatabaseError
+from promptmill.errors import DatabaseError, PromptmillError
 from promptmill.tables import metadata
 from promptmill.views import VIEWS
 
@@ -24,6 +25,22 @@ PASSWORD_S = 60
 
 #: Tables that no query shows.
 SECRET = ("api_keys",)
+
+#: Functions that whoever may read may also call, and that reach beyond their query: locks that promptmill itself takes,
+#: sessions of other readers, limits of this one, waiting. Then those that run SQL out of a text, in which these could
+#: hide. PostgreSQL can only take them from everybody in a database, and that needs a superuser; so their names are
+#: refused, wherever they stand. A name can be written with escapes after U&.
+_DISTURBING = re.compile(
+    r"""(?ix) \b (?: pg_(try_)?advisory\w* | pg_sleep\w* | set_config | pg_notify | pg_logical_emit_message |
+    pg_(cancel|terminate)_backend | lo_\w+ | pg_export_snapshot |
+    ts_stat | ts_rewrite | query_to_xml\w* | cursor_to_xml\w* | dblink\w* | crosstab\w* | connectby | xpath_table
+    ) \b | \b u&" """
+)
+
+#: Seconds after its time in which PostgreSQL itself ends a statement, whoever asked being gone; and between its looks
+#: at whether somebody is still there.
+GRACE_S = 5.0
+LOOK_S = 10
 
 #: What an administrator does where the reader cannot be made.
 BY_HAND = (
@@ -48,6 +65,10 @@ class NoReader(DatabaseError):
     """There is no user that may only read."""
 
 
+class Disturbing(PromptmillError):
+    """A query would do more than read."""
+
+
 @contextmanager
 def reader(owner: Engine, url: str | None) -> Iterator[Engine]:
     """An engine whose user may only read: of ``url``, or a role of this database that the owner makes.
@@ -63,6 +84,23 @@ def reader(owner: Engine, url: str | None) -> Iterator[Engine]:
         yield engine
     finally:
         engine.dispose()
+
+
+def refuse_disturbing(sql: str) -> None:
+    """Raises :class:`Disturbing` for a query that names what would disturb others."""
+    found = _DISTURBING.search(sql)
+    if found:
+        raise Disturbing(
+            f"a query may not name {found[0]}: it reaches beyond the query", hint="Only ask for what is in the tables."
+        )
+
+
+def bound(db: Connection, seconds: float) -> None:
+    """Let the server end what runs in this transaction after so many seconds, or soon after its client is gone."""
+    db.exec_driver_sql(f"SET LOCAL statement_timeout = {min(int((seconds + GRACE_S) * 1000), 2**31 - 1)}")
+    if db.scalar(sa.text("SELECT current_setting('client_connection_check_interval', true)")) is not None:
+        # Servers before 14 cannot look.
+        db.exec_driver_sql(f"SET LOCAL client_connection_check_interval = '{LOOK_S}s'")
 
 
 def prepare(db: Connection) -> str:

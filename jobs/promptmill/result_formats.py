@@ -33,7 +33,7 @@ CSV_COLUMNS = (
 CSV_EXTRAS = ("reasoning", "reasoning_tokens", *EXTRAS, "deduplicated")
 
 #: Our error classes as the HTTP statuses that a server would have answered with; others are 500.
-HTTP_STATUS = {"context_overflow": 400, "invalid_request": 400, "tokenize": 400, "grammar": 400, "model_not_found": 404}
+HTTP_STATUS = {"context_overflow": 400, "invalid_request": 400, "tokenize": 400, "model_not_found": 404}
 
 #: Classes of requests that were never answered at all: they have no response.
 NEVER_EXECUTED = {"timeout": "request_timeout", "cancelled": "batch_cancelled"}

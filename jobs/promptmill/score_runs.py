@@ -96,23 +96,22 @@ def keep_scores(db: Engine, job: sa.Row[Any]) -> None:
     if judge_of(job) is None:
         return
     task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
-    if _kept(db, job.id, task):
+    if _kept(db, job.id, task.sha256):
         return
     try:
         run = append_score_run(db, job, task)
     except JobError:
         return
-    if _kept(db, job.id, task)[0] != run.id:
+    if _kept(db, job.id, task.sha256)[0] != run.id:
         # Another process was first, and may have begun to take texts away while this one still read them.
         _remove_run(db, run.id)
 
 
 def is_scored(db: Engine, job: sa.Row[Any]) -> bool:
-    """Whether no score of the job's own task is left to be kept. Runs no scorer, and looks at no file of one."""
-    if job.task_text is None or job.store in WITHOUT_TEXTS:
+    """Whether no score of the job's own task is left to be kept. Evaluates nothing of a task that a client sent."""
+    if job.task_text is None or job.store in WITHOUT_TEXTS or "scores" not in job.task_text:
         return True
-    task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
-    return not task.scores or bool(_kept(db, job.id, task))
+    return bool(_kept(db, job.id, job.task_sha256))
 
 
 #: A finished run over the answers that a job has: a retry ends the job anew, and gives it others.
@@ -129,9 +128,9 @@ def own_runs(db: Connection, job_id: str, task_sha256: str | None) -> list[str]:
     return list(db.execute(query.order_by(score_runs.c.number, score_runs.c.id)).scalars())
 
 
-def _kept(db: Engine, job_id: str, task: Task) -> list[str]:
+def _kept(db: Engine, job_id: str, task_sha256: str | None) -> list[str]:
     with reading(db) as connection:
-        return own_runs(connection, job_id, task.sha256)
+        return own_runs(connection, job_id, task_sha256)
 
 
 def unscored(db: Engine, within_s: float) -> list[sa.Row[Any]]:

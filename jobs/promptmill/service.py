@@ -60,12 +60,12 @@ def live_workers(settings: Settings, db: Engine) -> list[dict[str, Any]]:
     """
     from promptmill.broker import Broker
     from promptmill.dispatch import ALIVE_S
-    from promptmill.live_wire import beat_key
+    from promptmill.live_wire import beat_key, beat_of
 
     known = catalog.list_workers(db, SILENT_S)
-    beats = Broker(settings.redis_url).look_up([beat_key(each["id"]) for each in known])
+    beats = map(beat_of, Broker(settings.redis_url).look_up([beat_key(each["id"]) for each in known]))
     return [
-        {**each, "state": json.loads(beat)["state"] if beat else each["state"]}
+        {**each, "state": beat["state"] if beat else each["state"]}
         for each, beat in zip(known, beats, strict=True)
         if beat or each["age_s"] <= ALIVE_S
     ]

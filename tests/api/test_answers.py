@@ -47,6 +47,13 @@ def test_a_chat_says_what_of_its_time_was_the_servers_own(client: openai.OpenAI,
     assert int(count[1]) >= 1
 
 
+def test_an_answer_names_what_answered(client: openai.OpenAI) -> None:
+    named = {each.system_fingerprint for each in chat(client, stream=True, stream_options={"include_usage": True})}
+    named |= {chat(client).system_fingerprint, client.completions.create(model=ECHO, prompt="x").system_fingerprint}
+    (one,) = named
+    assert re.fullmatch(r"fp_echo_[0-9a-f]{8}", one)
+
+
 def test_a_chat_is_streamed(client: openai.OpenAI) -> None:
     text = " ".join(f"word{number}" for number in range(50))
     chunks = list(chat(client, text, stream=True, stream_options={"include_usage": True}))

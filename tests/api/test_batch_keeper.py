@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from promptmill import children
 from promptmill.api import batch_claims, batch_keeper, batch_rows
 from promptmill.api.batch_claims import Claims
 from promptmill.api.batch_keeper import Keeper
@@ -39,6 +40,15 @@ def made(db: sa.Engine, file_id: str = "file-none", key_id: str | None = None) -
     }  # fmt: skip
     with writing(db) as connection:
         return str(batch_rows.insert(connection, values, 3600.0).id)
+
+
+def add_key(db: sa.Engine, name: str) -> None:
+    with writing(db) as connection:
+        connection.execute(
+            sa.insert(api_keys).values(
+                id=name, name=name, key_sha256=name, scopes="submit", created_at=1.0, revoked=False
+            )
+        )
 
 
 def uploaded(store: FileStore, content: bytes) -> str:
@@ -96,7 +106,7 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
         raise OSError(28, "No space left on device")
 
     waits = []
-    monkeypatch.setattr(batch_keeper, "validate", full)
+    monkeypatch.setattr("promptmill.api.batch_keeper.children.call", full)
     for _ in range(6):
         assert keep(keeper) == [batch_id]
         assert keep(keeper) == []
@@ -151,13 +161,8 @@ def test_two_servers_with_one_batch_leave_one_job(
 
 
 def test_keys_take_turns(keeper: Keeper) -> None:
-    with writing(keeper.db) as connection:
-        for name in ("many", "few"):
-            connection.execute(
-                sa.insert(api_keys).values(
-                    id=name, name=name, key_sha256=name, scopes="submit", created_at=1.0, revoked=False
-                )
-            )
+    for name in ("many", "few"):
+        add_key(keeper.db, name)
     many = [made(keeper.db, key_id="many") for _ in range(6)]
     few = [made(keeper.db, key_id="few") for _ in range(2)]
     order = [each for _ in range(8) for each in keep(keeper)]
@@ -224,3 +229,24 @@ def test_what_no_database_takes_is_told_in_the_error_file(keeper: Keeper) -> Non
     (text,) = keeper.store.path(row.error_file_id).read_text().splitlines()
     assert json.loads(text)["custom_id"] == "nul"
     assert "NUL" in json.loads(text)["response"]["body"]["error"]["message"]
+
+
+def test_a_file_that_takes_too_long_to_read_ends_its_batch_with_a_word(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
+    monkeypatch.setattr(batch_keeper, "limits_for", lambda size: children.Limits(0.0, 512))
+    keep(keeper)
+    row = state_of(keeper.db, batch_id)
+    assert row.state == "failed"
+    (error,) = json.loads(row.errors)
+    assert error["message"] == "The file was not read: it takes more than 0 s."
+
+
+def test_one_key_does_not_take_all_places(keeper: Keeper) -> None:
+    for name in ("many", "few"):
+        add_key(keeper.db, name)
+    many = [made(keeper.db, key_id="many") for _ in range(6)]
+    assert keeper.claims.due() == many[:2]
+    few = made(keeper.db, key_id="few")
+    assert keeper.claims.due() == [few]

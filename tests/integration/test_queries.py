@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
+from promptmill import reader_role
 from promptmill.database import connect, reading, upgrade, writing
+from promptmill.errors import PromptmillError
 from promptmill.queries import QueryError, querying, write_jsonl, write_parquet
+from promptmill.reader_role import reader
 from promptmill.tables import api_keys
 from promptmill.views import QUERIES, VIEWS
 from tests.conftest import Command
@@ -88,6 +92,51 @@ POWERS = (
 )  # fmt: skip
 
 
+def as_reader(db: sa.Engine, sql: str) -> None:
+    """By the role alone, whatever names are refused before."""
+    with reader(db, None) as login, reading(login) as connection:
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        connection.exec_driver_sql(sql.replace("%", "%%")).all()
+
+
+#: Queries that would wait for ever, take promptmill's own locks, end other readers, or lift their own limits.
+DISTURBING = (
+    "SELECT pg_advisory_lock(hashtext('promptmill.migrations'))", "SELECT pg_sleep(1000000)",
+    "SELECT Pg_Try_Advisory_Xact_Lock_Shared(1, 2)", 'SELECT "pg_sleep_for"(\'1 day\')',
+    "SELECT pg_catalog . pg_advisory_lock (7)", 'SELECT U&"pg\\005fsleep"(9)',
+    'SELECT u&"!0070g_sleep" UESCAPE \'!\' (9)',
+    "SELECT set_config('statement_timeout', '0', false)", "SELECT pg_notify('a', 'b')",
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity", "WITH a AS (SELECT pg_sleep(9)) SELECT * FROM a",
+    "SELECT * FROM ts_stat('select to_tsvector(pg_adv' || 'isory_lock(1)::text)')",
+    "SELECT query_to_xml('select pg_sl' || 'eep(9)', true, true, '')", "SELECT (9).pg_sleep", "SELECT lo_create(1)",
+    "EXPLAIN ANALYZE SELECT pg_sleep(9)",
+)  # fmt: skip
+
+
+def test_a_query_disturbs_nobody(migrated_postgres_url: str) -> None:
+    db = connect(migrated_postgres_url)
+    for sql in DISTURBING:
+        with pytest.raises(PromptmillError, match="may not name"):
+            rows_of(db, sql)
+    assert rows_of(db, "SELECT state AS sleep FROM jobs WHERE name = 'pg sleep'") == []
+    db.dispose()
+
+
+def test_a_query_whose_client_is_gone_is_ended_by_the_server(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = connect(migrated_postgres_url)
+    monkeypatch.setattr(reader_role, "GRACE_S", 0.0)
+    # Nobody counts the seconds here.
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: None)
+    monkeypatch.setattr(threading.Timer, "join", lambda timer: None)
+    with pytest.raises(QueryError, match="statement timeout"):
+        rows_of(db, "SELECT count(*) FROM generate_series(1, 100000000000)", 0.3)
+    asked = "SELECT current_setting('client_connection_check_interval', true) AS looks"
+    assert rows_of(db, asked) in ([{"looks": "10s"}], [{"looks": None}])
+    db.dispose()
+
+
 def test_a_query_never_has_the_powers_of_who_owns_the_database(postgres_url: str) -> None:
     db = connect(postgres_url)
     upgrade(db)
@@ -102,8 +151,8 @@ def test_a_query_never_has_the_powers_of_who_owns_the_database(postgres_url: str
                 for setting in ("role", "session_authorization"):
                     asked += [INSIDE.format(setting=setting, value=value, call=call) for value in (owner, "none")]
                 for sql in asked:
-                    with pytest.raises(QueryError, match=r"permission denied|must be|cannot|invalid|does not exist"):
-                        rows_of(db, sql)
+                    with pytest.raises(sa.exc.DBAPIError, match=r"permission denied|must be|cannot|invalid|not exist"):
+                        as_reader(db, sql)
             assert victim.exec_driver_sql("SELECT 1").scalar() == 1
         assert rows_of(db, "SELECT current_user = session_user AS same") == [{"same": True}]
         with pytest.raises(QueryError, match="permission denied"):

@@ -12,8 +12,10 @@ from urllib.parse import quote
 
 import pytest
 
+from promptmill import broker
 from promptmill.addresses import redis_client
 from promptmill.broker import Broker
+from promptmill.errors import BrokerError
 from promptmill.types import ChunkId
 from tests.conftest import Command, answers, free_port, redis_binary, unavailable, wait_until
 
@@ -57,6 +59,13 @@ async def _asked(url: str) -> bool:
         return bool(await client.ping())
     finally:
         await client.aclose()
+
+
+def test_a_server_that_is_too_old_is_one_clear_sentence(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Broker(redis_url).ping()
+    monkeypatch.setattr(broker, "OLDEST", (99, 1))
+    with pytest.raises(BrokerError, match=r"^Redis at \S+ is \d+\.\d+\S*, and 99\.1 or newer is needed"):
+        Broker(redis_url).ping()
 
 
 @pytest.fixture

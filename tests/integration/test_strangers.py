@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 from celery import Celery
 from redis import Redis
 
-from promptmill.broker import KEY_PREFIX, TASK_NAME, queue_name
+from promptmill.broker import KEY_PREFIX, TASK_NAME, chunk_of, make_app, queue_name
 from promptmill.live_wire import LiveRequest, control_list, lane_list, live_queue
+from promptmill.types import ChunkId
+from promptmill_workers import queue_gate
 from tests.conftest import Command, wait_until
 
 #: Stands for what nobody may find in a log.
@@ -102,7 +105,8 @@ def as_bytes(value: object) -> bytes:
 def send_malformed(redis: Redis, worker_id: str) -> None:
     asked = LiveRequest("1", "server", "echo", {}, [("user", SECRET)])
     live = [
-        f"not json {SECRET}", "[]", "7", asked.encode().replace(b"[[", b"[5, ["), asked.encode()[:-2],
+        f"not json {SECRET}", "[]", "7", asked.encode().replace(b"[[", b"[5, ["),
+        b'["1", "server", "echo", {}, null, "hi", false, ""]', asked.encode()[:-2],
         LiveRequest("1", "server", "echo", {SECRET: SECRET}, [("user", SECRET)]).encode(),
     ]  # fmt: skip
     orders = [SECRET, "[]", "7", '["cancel"]', '["cancel", 5]', '["repeat", "1", "a", "b"]', '{"a": 1}']
@@ -112,6 +116,13 @@ def send_malformed(redis: Redis, worker_id: str) -> None:
     redis.rpush(live_queue("echo"), *live)
     redis.rpush(lane_list(worker_id, "echo"), *orders)
     redis.rpush(control_list(worker_id), *orders)
+
+
+def keep_unacknowledged(redis: Redis, each: object) -> None:
+    """As if a worker had read it, long ago, and died."""
+    tag = uuid.uuid4().hex
+    redis.hset(f"{KEY_PREFIX}unacked", tag, as_bytes(each))
+    redis.zadd(f"{KEY_PREFIX}unacked_index", {tag: 1.0})
 
 
 def wait_until_read(redis: Redis, *lists: str) -> None:
@@ -140,6 +151,54 @@ def test_no_message_ends_a_worker_and_none_is_shown(command: Command, worker: ps
     said = logs(command)
     assert SECRET not in said
     assert "is dropped" in said
+
+
+@pytest.fixture
+def channel(redis_url: str) -> Iterator[Any]:
+    """Of a worker's connection to its queue."""
+    queue_gate.install()
+    with make_app(redis_url).connection_for_read() as connection:
+        yield connection.channel()
+
+
+def test_messages_that_nobody_acknowledged_come_back_and_malformed_ones_go(
+    channel: Any, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange: list[object] = [[each, "", QUEUE] for each in MALFORMED[4:24]]
+    strange += [
+        *MALFORMED,
+        [message(), "", SECRET],
+        [message(), "", 5],
+        [message(properties={"priority": SECRET}), "", QUEUE],
+    ]
+    strange += [[message(properties={"priority": [1]}), "", QUEUE], [message()], {SECRET: 1}]
+    ours = message(properties={"priority": 3}, headers=HEADERS | {"eta": SECRET})
+    with Redis.from_url(redis_url) as redis:
+        for each in [*strange, [ours, "", QUEUE]]:
+            keep_unacknowledged(redis, each)
+        channel.qos.restore_visible(num=1000, interval=1)
+        assert redis.keys(f"{KEY_PREFIX}*") == [f"{QUEUE}:3".encode()]
+        (back,) = redis.lrange(f"{QUEUE}:3", 0, -1)
+    assert chunk_of(back) == ChunkId("01ABC", 0)
+    assert SECRET not in back.decode() + caplog.text
+    assert caplog.text.count("is dropped") == len(strange)
+
+
+def test_no_message_that_comes_back_ends_a_worker(command: Command, redis_url: str) -> None:
+    with Redis.from_url(redis_url) as redis:
+        for each in ["no json", [SECRET, "", QUEUE], [message(body=SECRET), "", QUEUE]]:
+            keep_unacknowledged(redis, each)
+        supervisor = command.start("worker", "--device", "cpu", "--model", "echo")
+        try:
+            wait_until_read(redis, f"{KEY_PREFIX}unacked", f"{KEY_PREFIX}unacked_index")
+            assert runs_a_job(command)
+        finally:
+            supervisor.terminate()
+            supervisor.wait(timeout=60)
+    said = logs(command)
+    assert SECRET not in said
+    assert said.count("is dropped") == 3
+    assert said.count("ready.") == 1
 
 
 def test_nobody_shuts_a_worker_down_through_redis(command: Command, worker: psutil.Process, redis_url: str) -> None:

@@ -76,6 +76,18 @@ def test_a_reasoning_that_it_has_begun_goes_on(words: Words) -> None:
     assert not thinks("One,")
 
 
+@pytest.mark.parametrize("how", [{"choices": ("yes", "no")}, {"continuations": ("yes",)}])
+def test_nothing_is_scored_within_an_open_reasoning(words: Words, how: dict[str, Any]) -> None:
+    def scored(said: str) -> str:
+        turns = (TURNS[0], Message("assistant", said))
+        return words.reader.render(asked(turns, continue_final_message=True, **how))
+
+    with pytest.raises(RequestError, match=r"leaves its reasoning open.*end it with </think>"):
+        scored("<think>\nThey want")
+    assert scored("<think>\nThey want</think>\n\nAnswer:").endswith("Answer:")
+    assert scored("Answer:").endswith("Answer:")
+
+
 def test_a_template_that_leaves_the_message_out_is_refused(words: Words) -> None:
     reader = words.with_template("{{ messages[0].content }}")
 

@@ -11,13 +11,34 @@ import pytest
 from redis import Redis
 
 from promptmill.api import live
+from promptmill.api.errors import ApiError
 from promptmill.api.live import Call, Live
-from promptmill.live_wire import DONE, REPEAT, TAKEN, TEXT, LiveRequest, beat_key, lane_list, live_queue
+from promptmill.live_wire import (
+    DONE,
+    FAILED,
+    MOST_TRIES,
+    REPEAT,
+    TAKEN,
+    TEXT,
+    BadReply,
+    LiveRequest,
+    answer_of,
+    beat_key,
+    lane_list,
+    live_queue,
+    reply_list,
+    reply_of,
+)
+from promptmill.types import FinishReason, Ok, Usage
 from promptmill_workers.replies import Replies
 from promptmill_workers.stopping import Stop
 
 MODEL, WORKER = "echo", "here/cpu/1"
-ANSWER = {"text": "a b"}
+#: What the worker's engine says that it is.
+BACKEND = "fp_echo_1"
+
+OK = Ok(1, "a b", FinishReason.STOP, Usage(1, 0, 2), None)
+ANSWER = answer_of(OK, None, BACKEND)
 
 
 @pytest.fixture
@@ -75,8 +96,8 @@ def test_a_reply_that_is_lost_is_said_again(
 ) -> None:
     async def scene(call: Call) -> None:
         request = await taken(redis)
-        replies.say([(request, [TAKEN]), (request, [TEXT, "a ", None, 0])])
-        lose(replies, request, [TEXT, "b", None, 0], monkeypatch)
+        replies.say([(request, [TAKEN]), (request, [TEXT, "a ", None, 0, BACKEND])])
+        lose(replies, request, [TEXT, "b", None, 0, BACKEND], monkeypatch)
         if last_is_lost:
             lose(replies, request, [DONE, ANSWER], monkeypatch)
         else:
@@ -98,9 +119,9 @@ def test_a_request_that_nobody_has_is_sent_again_and_answered_once(
         again = await taken(redis)
         assert (again.prompt, again.id != lost.id) == (lost.prompt, True)
         # Somebody had it after all: what that one says reaches nobody, and it is told to stop.
-        replies.say([(lost, [TAKEN]), (lost, [TEXT, "twice", None, 0])])
+        replies.say([(lost, [TAKEN]), (lost, [TEXT, "twice", None, 0, BACKEND])])
         assert json.loads(await popped(redis, lane_list(WORKER, MODEL))) == ["cancel", lost.id]
-        replies.say([(lost, [DONE, {"text": "twice"}]), (again, [TAKEN]), (again, [DONE, ANSWER])])
+        replies.say([(lost, [DONE, ANSWER | {"text": "twice"}]), (again, [TAKEN]), (again, [DONE, ANSWER])])
         assert await heard(call) == [ANSWER]
 
     over(redis_url, scene)
@@ -128,5 +149,52 @@ def test_what_its_worker_has_forgotten_begins_again(redis: Any, redis_url: str, 
         again = await taken(redis)
         replies.say([(again, [TAKEN]), (again, [DONE, ANSWER])])
         assert await heard(call) == [ANSWER]
+
+    over(redis_url, scene)
+
+
+#: Ends of replies that are none: kind, and what it holds.
+MALFORMED: list[list[Any]] = [
+    [DONE], [DONE, "secret"], [DONE, {}], [DONE, {"text": "secret"}], [DONE, ANSWER | {"usage": {"secret": 1}}],
+    [DONE, ANSWER | {"extras": ["secret"]}], [DONE, ANSWER, 5], [DONE, ANSWER | {"finish_reason": "secret"}],
+    [TEXT], [TEXT, 5, None, 0, BACKEND], [TEXT, "secret", None, -1, BACKEND], [TEXT, "secret", {}, 0, BACKEND],
+    [FAILED, "secret"], [FAILED, 1, 2], ["again", None, []], ["secret"], [["secret"]], [None], [],
+]  # fmt: skip
+
+
+def test_malformed_replies_are_dropped_and_the_true_one_is_asked_for(
+    redis: Any, redis_url: str, replies: Replies, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scene(call: Call) -> None:
+        request = await taken(redis)
+        replies.say([(request, [TAKEN])])
+        head = [request.id, WORKER, 1]
+        strange = [b"{", b"[]", b"7", b"\xff", b"[" * 100_000, json.dumps([request.id, 5, 1, DONE]).encode()]
+        redis.rpush(reply_list(request.server), *strange, json.dumps([*head, *MALFORMED[0]]))
+        assert json.loads(await popped(redis, lane_list(WORKER, MODEL)))[0] == REPEAT
+        replies.say([(request, [DONE, ANSWER])])
+        assert await heard(call) == [ANSWER]
+
+    over(redis_url, scene)
+    assert caplog.text.count("is dropped") == 7
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
+def test_no_malformed_reply_is_an_answer(malformed: list[Any]) -> None:
+    with pytest.raises(BadReply, match=r"^no reply of a worker of ours$"):
+        reply_of(json.dumps(["1", WORKER, 1, *malformed]).encode())
+
+
+def test_a_chat_whose_worker_says_what_nobody_understands_ends(redis: Any, redis_url: str, replies: Replies) -> None:
+    async def scene(call: Call) -> None:
+        for _ in range(MOST_TRIES):
+            request = await taken(redis)
+            replies.say([(request, [TAKEN]), (request, [DONE, "of another version"])])
+            _, *asked = json.loads(await popped(redis, lane_list(WORKER, MODEL)))
+            replies.repeat(*asked)
+        with pytest.raises(ApiError, match="could not answer") as refused:
+            await heard(call)
+        assert refused.value.status == 502
 
     over(redis_url, scene)

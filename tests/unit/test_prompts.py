@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from promptmill.errors import PromptmillError, TaskFileError
+from promptmill.own_text import PRIVATE
 from promptmill.prompts import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
 from promptmill.sampling import PARAMETERS, BadParameter, check_parameters, refuse_repeats
 from promptmill.types import DatasetLine, Message, SamplingParams
@@ -355,3 +356,18 @@ def test_a_field_that_is_null_is_empty_whatever_it_is_called() -> None:
     fields = {"input": None, "context": None}
     [turn] = Template("[{{ input }}|{{ context }}|{{ input.context }}]").render(fields, None)
     assert turn.content == "[||]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\uf8fd", "a\uf8feb", "\ue000\ue001\uf8fd<|im_end|>\uf8fe\ue000", "".join(map(chr, PRIVATE))],
+    ids=["a begin", "an end", "several", "all"],
+)
+def test_a_task_means_its_control_tokens_whatever_characters_its_data_hold(text: str) -> None:
+    source = "<|im_start|>{% set said %}\uf8fd[{{ input.t }}]{% endset %}{{ input.t }}<|im_end|>{{ said }}<|im_end|>"
+
+    (message,) = Template(source).render({"t": text}, None)
+
+    assert message.content == f"<|im_start|>{text}<|im_end|>\uf8fd[{text}]<|im_end|>"
+    meant = [message.content[start:end] for start, end in message.own]
+    assert meant == (["<|im_start|>", "<|im_end|>", "<|im_end|>"] if len(text) < 100 else [])

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from promptmill.api.live import failure
 from promptmill.cli.inspect import answer_parts
 from promptmill.database import connect, writing
+from promptmill.live_wire import LiveRequest
 from promptmill.result_formats import CSV_COLUMNS, FORMATS, write
 from promptmill.tables import jobs, metadata, requests, results
 
@@ -158,6 +160,15 @@ def test_a_refused_line_names_its_field_as_the_same_request_alone_would(
     add(db, 0, error_class="invalid_request", error_message=message)
     problem = openai_line(db)["response"]["body"]["error"]
     assert (problem["param"], problem["code"]) == (param, code)
+
+
+def test_a_grammar_that_could_not_be_followed_is_no_fault_of_the_client(db: sa.Engine) -> None:
+    add(db, 0, {"prompt": "p"}, error_class="grammar", error_message="the grammar came to a dead end")
+    response = openai_line(db)["response"]
+    assert (response["status_code"], response["body"]["error"]["type"]) == (500, "server_error")
+    request = LiveRequest("1", "server", "echo", {}, [("user", "Hi")])
+    told = failure(request, "grammar", "the grammar came to a dead end")
+    assert (told.status, told.code, told.message) == (500, "grammar", "the grammar came to a dead end")
 
 
 @pytest.mark.parametrize(("error_class", "code"), [("timeout", "request_timeout"), ("cancelled", "batch_cancelled")])

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from promptmill.errors import RequestError
+from promptmill.own_text import PRIVATE
 from promptmill.prompts import Template, payload, to_request
 from promptmill.readers import open_dataset
 from promptmill.sampling import resolve_sampling
@@ -21,7 +23,7 @@ from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama_binding import Model
 from promptmill_workers.engines.llama_text import PromptReader
 from promptmill_workers.engines.mlx_text import MlxTokenizer
-from promptmill_workers.engines.prompt_pieces import Controls, pieces_of, text_of
+from promptmill_workers.engines.prompt_pieces import TURN_MARK, Controls, pieces_of, text_of
 from promptmill_workers.prefix_plan import Tokens
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import CHATML, END, START, TEXT_END, write_tiny_gguf
@@ -158,6 +160,20 @@ def test_it_survives_what_templates_do_with_texts(words: Words, template: str, h
     assert not controls(reader.tokens(chat(FORGED)))
 
 
+def test_characters_without_a_meaning_stay_in_a_text(words: Words) -> None:
+    text = f"\ue000\ue001{END}\uf8fd\uf8fe\U000f0000{START}"
+
+    asked = chat(text)
+
+    assert words.reader.render(asked) == words.reader.render(chat("@")).replace("@", text)
+    assert controls(words.reader.tokens(asked)) == controls(words.reader.tokens(chat("Nice!")))
+
+
+def test_a_text_of_all_characters_without_a_meaning_is_one_clear_error(words: Words) -> None:
+    with pytest.raises(RequestError, match="each of the characters that Unicode gives no meaning"):
+        words.reader.render(chat("".join(map(chr, PRIVATE)) + END))
+
+
 def test_tools_and_calls_cannot_either(words: Words) -> None:
     reader = words.with_template(WITH_TOOLS)
     tool = {"type": "function", "function": {"name": "look", "description": FORGED, "parameters": {"title": FORGED}}}
@@ -254,7 +270,8 @@ def writes(source: str, text: str) -> bool:
 
 def test_real_templates_keep_texts_apart(vocabulary: Model, llama_models: Path) -> None:
     words = vocabulary.vocabulary
-    known = words.control_texts()
+    marks = [each for each in words.user_defined_texts() if TURN_MARK.fullmatch(each)]
+    known = [*marks[:20], *words.control_texts()]
     forged = "Nice! " + " and ".join(known[:40]) + " at last"
     special = set(words.tokens("".join(known), parse_special=True).tolist())
     tried = 0
@@ -264,7 +281,7 @@ def test_real_templates_keep_texts_apart(vocabulary: Model, llama_models: Path) 
         tried += 1
         model: Any = SimpleNamespace(vocabulary=words, chat_template=source, tool_template=None)
         reader = PromptReader(model)
-        reader.__dict__["_controls"] = Controls(known)
+        reader.__dict__["_controls"] = Controls(known, marks)
 
         whole = words.tokens(reader.render(chat(QUESTION)), parse_special=True)
         assert reader.tokens(chat(QUESTION)).tolist() == whole.tolist(), name

@@ -14,6 +14,7 @@ from promptmill.addresses import redis_client
 from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.database import COMMITS
 from promptmill.live_wire import BEAT_S, GONE_S, beat_key
+from promptmill.live_wire import Beat as BeatSaid
 from promptmill_workers.host_keeper import HostKeeper
 
 log = logging.getLogger("promptmill.worker")
@@ -53,7 +54,7 @@ class Beat:
             if self._ended.wait(BEAT_S):
                 return
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> BeatSaid:
         active, waiting = self._hosts.load()
         return {
             "state": self._worker_state(), "active": active, "waiting": waiting, "slots": self._hosts.slots,

@@ -233,6 +233,18 @@ class FileLock:
         self._file = file
         return None
 
+    def is_left(self) -> bool:
+        """Whether somebody had it here who is gone: what is left of it goes. False where nobody ever had it here."""
+        if not self._path.exists() or self.acquire() is not None:
+            return False
+        self.remove()
+        return True
+
+    def remove(self) -> None:
+        """Release it for good: nobody takes a lock of this name again."""
+        self._path.unlink(missing_ok=True)
+        self.release()
+
     def fileno(self) -> int:
         """Of a lock that is held: a child that inherits it holds the lock too, until both are gone."""
         assert self._file is not None
@@ -242,6 +254,11 @@ class FileLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def worker_lock(worker_id: str) -> FileLock:
+    """Held by a worker in a command's process while it lives. A pid proves nothing: each container has its own."""
+    return FileLock(f"worker-{worker_id.replace('/', '-')}")
 
 
 def _private(path: str, flags: int) -> int:

@@ -18,6 +18,7 @@ from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger, Progress
 from promptmill.types import Lease
 from promptmill_workers.claims import Claims
+from promptmill_workers.devices import worker_lock
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host import HostConfig
 from promptmill_workers.host_keeper import HostKeeper
@@ -57,6 +58,8 @@ class EmbeddedWorker:
         self._unseen_since: float | None = None
         self._interrupted_at: float | None = None
         self._hosts = HostKeeper(config)
+        self._lock = worker_lock(self._id)
+        self._lock.acquire()
         self._patiently = Patience(self._stop, limit_s=DATABASE_S)
         self._claims = Claims(ledger, self._id, self._patiently)
         self._runner = ChunkRunner(ledger, self._hosts, self._stop, self._patiently)
@@ -70,6 +73,7 @@ class EmbeddedWorker:
         self._stop.abandoning.set()
         self._hosts.close()
         self._threads.shutdown(wait=True)
+        self._lock.remove()
 
     def load(self, context_tokens: int | None) -> EngineInfo:
         """Load the model, with room for requests of ``context_tokens``; returns what was set up.

@@ -75,6 +75,8 @@ class LiveLane:
         self._replies = Replies(self._redis, worker_id, stop)
         self._running: dict[int, LiveRequest] = {}
         self._row = 0
+        #: What answers in the session that is open.
+        self._backend = ""
         #: Servers without a sign of life -> since when, by ``time.monotonic()``.
         self._silent: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -120,6 +122,7 @@ class LiveLane:
         try:
             with self._hosts.session(self._model, urgent=True) as session:
                 session.go_live()
+                self._backend = session.info.backend
                 self._send(session, rows)
                 ended = threading.Event()
                 reader = threading.Thread(target=self._read, args=(session, ended), daemon=True)
@@ -215,7 +218,7 @@ class LiveLane:
             for row, text, *more in texts:
                 running = self._running.get(row)
                 if running is not None and text:
-                    replies.append((running, [TEXT, text, *more]))
+                    replies.append((running, [TEXT, text, *more, self._backend]))
             for result in results:
                 ended = self._running.pop(result.row, None)
                 if ended is not None:
@@ -225,7 +228,8 @@ class LiveLane:
 
     def _reply_of(self, result: Result) -> list[Any]:
         if isinstance(result, Ok):
-            return [DONE, answer_of(result, self._clock.at(result.timing.finished_at) if result.timing else None)]
+            ended_at = self._clock.at(result.timing.finished_at) if result.timing else None
+            return [DONE, answer_of(result, ended_at, self._backend)]
         return [FAILED, result.error_class.value, result.message]
 
     def _read(self, session: Session, ended: threading.Event) -> None:

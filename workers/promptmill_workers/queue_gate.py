@@ -1,7 +1,8 @@
 """What a worker reads from its queue: only what it understands reaches Celery.
 
 Celery ends its process over a message that is no JSON, and its logs quote those it cannot use. So a message is looked
-at before, and written anew from the one thing that it says: which chunk. Whatever else it held is gone.
+at before, and written anew from the one thing that it says: which chunk. Whatever else it held is gone. The same goes
+for messages that nobody acknowledged in time and that kombu puts back into their queues.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from redis import Redis
 
-from promptmill.broker import PRIORITY_SEPARATOR, TASK_NAME, chunk_of
+from promptmill.broker import PRIORITIES, PRIORITY_SEPARATOR, QUEUE_PREFIX, TASK_NAME, chunk_in, chunk_of, list_name
 from promptmill.types import ChunkId
 
 log = logging.getLogger("promptmill.worker")
@@ -64,7 +65,43 @@ def _message(chunk: ChunkId, key: str) -> bytes:
     return json.dumps(message).encode()
 
 
+class QoS(kombu_redis.QoS):  # type: ignore[misc]
+    def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
+        """Put a message back into its queue that was not acknowledged; what is none of ours goes."""
+
+        def restore(pipe: Any) -> None:
+            kept = pipe.hget(self.unacked_key, tag)
+            pipe.multi()
+            self._remove_from_indices(tag, pipe)
+            if kept is None:
+                return
+            found = _kept(kept)
+            if found is None:
+                log.warning("a message of %d bytes in %s is dropped: it is none of ours", len(kept), self.unacked_key)
+            else:
+                chunk, key = found
+                (pipe.lpush if leftmost else pipe.rpush)(key, _message(chunk, key))
+
+        with self.channel.conn_or_acquire(client) as redis:
+            redis.transaction(restore, self.unacked_key)
+
+
+def _kept(kept: bytes) -> tuple[ChunkId, str] | None:
+    """The chunk and the list of a message as kombu keeps it: [message, exchange, routing key]."""
+    try:
+        message, _, queue = json.loads(kept)
+        priority = message["properties"]["priority"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    chunk = chunk_in(message)
+    if chunk is None or not isinstance(queue, str) or not queue.startswith(QUEUE_PREFIX) or priority not in PRIORITIES:
+        return None
+    return chunk, list_name(queue, int(priority))
+
+
 class Channel(kombu_redis.Channel):  # type: ignore[misc]
+    QoS = QoS
+
     def _get_client(self) -> Any:
         return Gate
 
@@ -74,6 +111,8 @@ class Transport(kombu_redis.Transport):  # type: ignore[misc]
 
 
 class SentinelChannel(kombu_redis.SentinelChannel):  # type: ignore[misc]
+    QoS = QoS
+
     def _get_client(self) -> Any:
         return Gate
 

@@ -16,9 +16,6 @@ from promptmill.result_formats import openai_choice, openai_usage, shown_logprob
 from promptmill.tool_calls import Call, Offer, Withheld, read_calls, shown_calls
 from promptmill.types import Usage
 
-#: What changes the answers of a model; clients compare it. The engine's versions are in /v1/system/status.
-FINGERPRINT = "promptmill"
-
 
 def new_id(raw: bool) -> str:
     return f"{'cmpl' if raw else 'chatcmpl'}-{ids.new_id()}"
@@ -56,7 +53,8 @@ def whole(question: Question, answers: list[dict[str, Any]]) -> dict[str, Any]:
         "model": question.model,
         "choices": [openai_choice(index, each, raw, question.offer, name) for index, each in enumerate(choices)],
         "usage": openai_usage(total_usage(answers)),
-        "system_fingerprint": FINGERPRINT,
+        # Prompts of one body may have been answered by several workers.
+        "system_fingerprint": "+".join(sorted({each["backend"] for each in answers})),
     }
 
 
@@ -105,7 +103,8 @@ class Told:
 class Chunks:
     """The chunks of one streamed completion. The choices of prompt ``p`` are ``p * n`` to ``p * n + n - 1``."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, backend: str) -> None:
+        """``backend``: what answers, as far as it is known at the first text."""
         self._raw = question.messages is None
         self._question = question
         self._n = int(question.sampling.get("n", 1))
@@ -113,7 +112,7 @@ class Chunks:
         self._told = [Told(withheld=Withheld() if question.offer else None) for _ in range(count)]
         self._frame = {
             "id": new_id(self._raw), "object": "text_completion" if self._raw else "chat.completion.chunk",
-            "created": int(time.time()), "model": question.model, "system_fingerprint": FINGERPRINT,
+            "created": int(time.time()), "model": question.model, "system_fingerprint": backend,
         }  # fmt: skip
 
     def begin(self) -> Iterator[dict[str, Any]]:
@@ -121,8 +120,9 @@ class Chunks:
             for index in range(len(self._told)):
                 yield self._chunk(index, delta={"role": "assistant", "content": "", "refusal": None})
 
-    def text(self, prompt: int, text: str, logprobs: Any, number: int) -> Iterator[dict[str, Any]]:
+    def text(self, prompt: int, text: str, logprobs: Any, number: int, backend: str) -> Iterator[dict[str, Any]]:
         """More of answer ``number`` to a prompt; nothing while it may be a call."""
+        self._frame["system_fingerprint"] = backend
         index = prompt * self._n + number
         told = self._told[index]
         if logprobs:
@@ -136,6 +136,7 @@ class Chunks:
 
     def end(self, prompt: int, answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What of the answers to a prompt has not been told, and why each ended."""
+        self._frame["system_fingerprint"] = answer["backend"]
         for number, choice in enumerate(choices_of(answer)):
             yield from self._end_of(prompt * self._n + number, choice)
 

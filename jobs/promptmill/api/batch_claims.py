@@ -21,8 +21,8 @@ from promptmill.types import JobState
 CLAIM_S = 15.0
 RENEW_S = 3.0
 
-#: Batches worked on at one time.
-AT_ONCE = 2
+#: Batches worked on at one time, and those of one key among them.
+AT_ONCE, AT_ONCE_OF_A_KEY = 4, 2
 
 #: Seconds before a batch is tried again that could not go on, doubled each time up to the longest.
 FIRST_WAIT_S = 1.0
@@ -36,7 +36,8 @@ class Claims:
         self._db = db
         self._id = str(ULID())
         self._lock = threading.Lock()
-        self._busy: set[str] = set()
+        #: Batch -> its API key.
+        self._busy: dict[str, str | None] = {}
         #: API key -> when a batch of it was last taken.
         self._turns: dict[str | None, float] = {}
         #: Batch -> seconds before its next try.
@@ -59,7 +60,7 @@ class Claims:
             .subquery()
         )
         with reading(self._db) as connection:
-            found = connection.execute(sa.select(waiting).where(waiting.c.place <= AT_ONCE)).all()
+            found = connection.execute(sa.select(waiting).where(waiting.c.place <= AT_ONCE_OF_A_KEY)).all()
         never = float("-inf")
         found = sorted(found, key=lambda row: (row.place, self._turns.get(row.api_key_id, never), row.id))
         return [row.id for row in found if self._claim(row.id, row.api_key_id)]
@@ -71,9 +72,10 @@ class Claims:
 
     def _claim(self, batch_id: str, key_id: str | None) -> bool:
         with self._lock:
-            if len(self._busy) >= AT_ONCE or batch_id in self._busy:
+            of_key = list(self._busy.values()).count(key_id)
+            if len(self._busy) >= AT_ONCE or of_key >= AT_ONCE_OF_A_KEY or batch_id in self._busy:
                 return False
-            self._busy.add(batch_id)
+            self._busy[batch_id] = key_id
         try:
             is_ours = self._renew(batch_id)
         except BaseException:
@@ -87,7 +89,7 @@ class Claims:
 
     def _release(self, batch_id: str) -> None:
         with self._lock:
-            self._busy.discard(batch_id)
+            self._busy.pop(batch_id, None)
 
     def _renew(self, batch_id: str) -> bool:
         with writing(self._db) as connection:

@@ -13,37 +13,33 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import orjson
-import psycopg
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.engine import Engine, Row
 
 from promptmill import children
 from promptmill.api import batch_work
 from promptmill.api.batch_claims import AT_ONCE, Claims
 from promptmill.api.batch_rows import move
-from promptmill.api.batch_validation import QUESTIONS, validate
+from promptmill.api.batch_validation import Findings, validate
 from promptmill.api.evaluation import for_report
 from promptmill.api.file_store import FileStore, usable
 from promptmill.api.job_creation import limits_for
 from promptmill.api.keys import LOCAL
 from promptmill.api.model_directory import ModelDirectory
+from promptmill.api.passing import PASSING
+from promptmill.api.score_keeper import ScoreKeeper
 from promptmill.broker import Broker
-from promptmill.catalog import FETCH_ROWS
 from promptmill.database import open_database, reading, writing
 from promptmill.dispatch import Dispatcher
 from promptmill.errors import BrokerError, DatabaseError, PromptmillError
 from promptmill.housekeeping import Housekeeping
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
-from promptmill.result_formats import openai_line
-from promptmill.score_runs import unscored
 from promptmill.settings import Settings, load_settings
-from promptmill.tables import api_keys, batches, files, jobs, requests, results
+from promptmill.tables import api_keys, batches, files, jobs
 from promptmill.terminal import for_people
 from promptmill.times import Moment
 from promptmill.types import JobState
@@ -55,14 +51,8 @@ TICK_S = 0.25
 EXPIRE_S = 5.0
 SWEEP_S = 600.0
 
-#: Seconds after the end of a client's job within which its scores are kept: the window of a batch.
-SCORED_WITHIN_S = 86_400.0
-
-#: What may go better in a moment, and is no fault of a batch: no database, no Redis, a full disk.
-PASSING = (
-    sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError, psycopg.OperationalError, DatabaseError,
-    BrokerError, OSError,
-)  # fmt: skip
+#: Seconds that the files of a batch may take beside those for its rows, as rows.
+WRITE_ROWS = 60_000
 
 #: What a client is told of a batch that met a bug of ours.
 BROKEN = "The server had an error while it worked on this batch; its log says more."
@@ -72,13 +62,6 @@ ENDS = {
     JobState.COMPLETED: "completed", JobState.FAILED: "completed", JobState.CANCELLED: "cancelled",
     JobState.EXPIRED: "expired",
 }  # fmt: skip
-
-#: Of rows that were never answered: code and message, by how the batch ended.
-UNANSWERED = {
-    "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
-    "cancelled": ("batch_cancelled", "This request was not executed: the batch was cancelled."),
-    "completed": ("batch_failed", "This request was not executed: the model could not answer."),
-}
 
 
 class Keeper:
@@ -91,25 +74,22 @@ class Keeper:
         self.store = FileStore(settings, db)
         self.models = ModelDirectory(db)
         self.dispatcher = Dispatcher(self.ledger, Broker(settings.redis_url))
-        #: Jobs whose scores were looked at: of some there is nothing to keep.
-        self._scored: set[tuple[str, float]] = set()
         self.claims = Claims(db)
-        self.house = Housekeeping(db, settings.samples_days, scoring=True)
+        self.house = Housekeeping(db, settings.samples_days, scoring=False)
+        self.scores = ScoreKeeper(settings, db)
 
     def run(self, stopping: threading.Event) -> None:
         """Look after batches until told to stop."""
         swept = expired = float("-inf")
-        scoring: Future[None] | None = None
-        # One more thread, so that scores of a large job hold no batch up.
-        with ThreadPoolExecutor(AT_ONCE + 1) as threads:
+        threading.Thread(target=self._keep_house, args=(stopping,), daemon=True).start()
+        with ThreadPoolExecutor(AT_ONCE) as threads:
             while not stopping.wait(TICK_S):
                 try:
                     if time.monotonic() - expired > EXPIRE_S:
                         # Workers do so too; a batch expires without one.
                         self.ledger.expire_overdue()
+                        self.scores.step()
                         expired = time.monotonic()
-                        if scoring is None or scoring.done():
-                            scoring = threads.submit(self._keep_scores)
                     for batch_id in self.claims.due():
                         threads.submit(self._keep, batch_id)
                     if time.monotonic() - swept > SWEEP_S:
@@ -118,27 +98,17 @@ class Keeper:
                 except (PromptmillError, sa.exc.SQLAlchemyError, OSError) as problem:
                     log.warning("batches wait: %s", str(problem).splitlines()[0][:200])
                     stopping.wait(1.0)
+        self.scores.close()
 
-    def _keep_scores(self) -> None:
-        """A score run of each job that ended and came with a task, batches among them; then a step of the house."""
-        try:
-            for job in unscored(self.db, SCORED_WITHIN_S):
-                if (job.id, job.finished_at) not in self._scored:
-                    self._score(job)
-                    self._scored.add((job.id, job.finished_at))
-            self.house.step()
-        except PASSING as problem:
-            log.warning("scores wait: %s", str(problem).splitlines()[0][:200])
-
-    def _score(self, job: Row[Any]) -> None:
-        """What cannot be scored once will not be the next time either."""
-        try:
-            children.call(for_report(job.rows), batch_work.score, self.settings, job.id)
-        except PASSING:
-            raise
-        except Exception as problem:
-            # Its message may hold an answer.
-            log.error("job %s is not scored: %s", job.id, type(problem).__name__)
+    def _keep_house(self, stopping: threading.Event) -> None:
+        """In a thread of its own: large jobs that lose their texts hold no batch up."""
+        while not stopping.wait(EXPIRE_S):
+            try:
+                self.house.step()
+            except PASSING as problem:
+                log.warning("old rows stay for now: %s", str(problem).splitlines()[0][:200])
+            except Exception:
+                log.exception("old rows could not be removed")
 
     def _keep(self, batch_id: str) -> None:
         try:
@@ -187,7 +157,13 @@ class Keeper:
             self._fail(batch, [{"code": "invalid_request", "line": None, "message": message, "param": "file_id"}])
             return
         self.models.refresh()
-        findings = validate(str(self.store.path(file.id)), batch.endpoint, self.models.resolve)
+        try:
+            findings = children.call(
+                limits_for(file.bytes), validate, str(self.store.path(file.id)), batch.endpoint, self.models.names()
+            )
+        except children.OverLimit as problem:
+            findings = Findings()
+            findings.note("invalid_request", f"The file was not read: {problem.message}.")
         if findings.errors:
             self._fail(batch, findings.errors)
             return
@@ -304,12 +280,10 @@ class Keeper:
 
     def _write(self, batch: Row[Any], end: str) -> dict[str, Any]:
         """The output and the error file, each only if it has a line; all rows together in both."""
-        with self.store.draft() as output, self.store.draft() as errors, reading(self.db) as connection:
-            for line in _lines(connection, batch, end):
-                response = line["response"]
-                is_ok = response is not None and response["status_code"] == 200
-                (output if is_ok else errors).write(orjson.dumps(line) + b"\n")
-            connection.rollback()
+        with self.store.draft() as output, self.store.draft() as errors:
+            self._write_lines(batch, end, (str(output.path), str(errors.path)))
+            output.look()
+            errors.look()
             suffix = batch.id.removeprefix("batch_")
             kept: dict[str, Any] = {}
             for draft, column, mark in ((output, "output_file_id", "o"), (errors, "error_file_id", "e")):
@@ -322,27 +296,13 @@ class Keeper:
                     kept[column] = row.id
         return kept
 
-
-def _lines(db: Connection, batch: Row[Any], end: str) -> Iterator[dict[str, Any]]:
-    query = (
-        sa.select(results, requests.c.custom_id, requests.c.input, requests.c.sampling, requests.c.row.label("number"))
-        .select_from(requests)
-        .outerjoin(results, sa.and_(requests.c.job_id == results.c.job_id, requests.c.row == results.c.row))
-        .where(requests.c.job_id == batch.job_id)
-        .order_by(requests.c.row)
-    )
-    code, message = UNANSWERED[end]
-    reading_calls = batch_work.Reading()
-    text = db.execute(sa.select(jobs.c.sampling).where(jobs.c.id == batch.job_id)).scalar()
-    common = json.loads(text or "{}")
-    for row in db.execution_options(yield_per=FETCH_ROWS).execute(query):
-        if row.state is None:
-            yield {
-                "id": f"batch_req_{batch.job_id}-{row.number}", "custom_id": row.custom_id, "response": None,
-                "error": {"code": code, "message": message},
-            }  # fmt: skip
-        else:
-            yield openai_line(row, batch.model or "", common, QUESTIONS[batch.endpoint], reading_calls.read)
+    def _write_lines(self, batch: Row[Any], end: str, paths: tuple[str, str]) -> None:
+        limits = for_report(batch.total + WRITE_ROWS)
+        try:
+            children.call(limits, batch_work.write, self.settings, batch.id, end, paths, batch_work.READ_CALLS_S)
+        except children.OverLimit:
+            # Calls by schemas that need too much are shown as the text that they are.
+            children.call(limits, batch_work.write, self.settings, batch.id, end, paths, 0.0)
 
 
 def main() -> None:

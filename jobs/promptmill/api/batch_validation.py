@@ -27,9 +27,6 @@ QUESTIONS = {CHAT: "messages", COMPLETIONS: "prompt", EMBEDDINGS: "input"}
 
 ENDPOINTS = tuple(QUESTIONS)
 
-#: Names of models -> the name that workers know, None for an unknown one.
-Resolve = Callable[[str], str | None]
-
 
 @dataclass(slots=True)
 class Findings:
@@ -57,8 +54,8 @@ class _Bad(Exception):
     """A line that is none: code, message, param."""
 
 
-def validate(path: str, endpoint: str, resolve: Resolve) -> Findings:
-    """Look at every line of the file."""
+def validate(path: str, endpoint: str, models: frozenset[str]) -> Findings:
+    """Look at every line of the file: in a child, for a client wrote it. ``models``: their names."""
     findings, seen, decode = Findings(), IdTable(), decoder().decode
     try:
         for number, text, problem in _lines(path):
@@ -68,7 +65,7 @@ def validate(path: str, endpoint: str, resolve: Resolve) -> Findings:
                     raise _Bad("invalid_json_line", "This line is not parseable as valid JSON.", None)
                 record = orjson.loads(text)
                 _refuse_what_readers_refuse(text, decode)
-                _check(record, number, endpoint, resolve, findings, seen)
+                _check(record, number, endpoint, models, findings, seen)
             except orjson.JSONDecodeError:
                 findings.note("invalid_json_line", "This line is not parseable as valid JSON.", number)
             except _Bad as bad:
@@ -108,7 +105,7 @@ def _refuse_what_readers_refuse(text: str, decode: Callable[[str], Any]) -> None
             raise _Bad("invalid_json_line", f"This line is not parseable as valid JSON: {why}.", None) from None
 
 
-def _check(record: Any, number: int, endpoint: str, resolve: Resolve, findings: Findings, seen: IdTable) -> None:
+def _check(record: Any, number: int, endpoint: str, models: frozenset[str], findings: Findings, seen: IdTable) -> None:
     if not isinstance(record, dict):
         raise _Bad("invalid_request", "Each line must be a JSON dictionary object.", None)
     for name in ("custom_id", "method", "url", "body"):
@@ -127,13 +124,13 @@ def _check(record: Any, number: int, endpoint: str, resolve: Resolve, findings: 
         raise _Bad("invalid_url", "The URL provided for this request does not match the batch endpoint.", "url")
     if not isinstance(body, dict):
         raise _Bad("invalid_type", "Invalid type for 'body': expected an object.", "body")
-    _check_body(body, endpoint, resolve, findings)
+    _check_body(body, endpoint, models, findings)
     first = seen.first_line(custom_id, number)
     if first != number:
         raise _Bad("duplicate_custom_id", f"The custom_id duplicates that of the request in line {first}.", "custom_id")
 
 
-def _check_body(body: dict[str, Any], endpoint: str, resolve: Resolve, findings: Findings) -> None:
+def _check_body(body: dict[str, Any], endpoint: str, models: frozenset[str], findings: Findings) -> None:
     model, question = body.get("model"), QUESTIONS[endpoint]
     if body.get("stream"):
         kind = "Chat Completions" if endpoint == CHAT else "Completions"
@@ -143,7 +140,7 @@ def _check_body(body: dict[str, Any], endpoint: str, resolve: Resolve, findings:
     if body.get(question) is None:
         raise _Bad("invalid_request", f"{question.capitalize()} parameter is required.", f"body.{question}")
     if findings.model is None:
-        if resolve(model) is None:
+        if model not in models:
             raise _Bad(
                 "model_not_found",
                 f"The provided model '{model[:100]}' is not supported by the Batch API.",

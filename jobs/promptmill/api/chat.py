@@ -212,7 +212,7 @@ async def _events(
     read_calls: Callable[[list[dict[str, Any]]], Awaitable[None]],
     held: contextlib.AsyncExitStack,
 ) -> AsyncIterator[bytes]:
-    chunks = answers.Chunks(question)
+    chunks = answers.Chunks(question, first[2]["backend"] if first[1] == DONE else first[2][-1])
     async with held:
         for chunk in chunks.begin():
             yield event(chunk)

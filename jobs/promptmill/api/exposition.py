@@ -130,7 +130,7 @@ async def _commits(parts: Services) -> Iterator[str]:
         await in_thread(parts.models.refresh)
     beats = await parts.live.beats([each["id"] for each in parts.models.workers])
     rows = [("api", *COMMITS.cumulative())]
-    rows += [(worker, *beat["commits"]) for worker, beat in beats.items() if "commits" in beat]
+    rows += [(worker, *beat["commits"]) for worker, beat in beats.items()]
     return histogram(
         "promptmill_db_commit_seconds", "Commits of the database, of this server and of each worker.",
         CommitTimes.BOUNDS, rows, "process",

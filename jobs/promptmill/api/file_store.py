@@ -63,6 +63,12 @@ class Draft:
     def flush(self) -> None:
         self._file.flush()
 
+    def look(self) -> None:
+        """See what another process wrote to the file instead."""
+        self.bytes = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            self._digest = hashlib.file_digest(file, hashlib.sha256)
+
     def finish(self) -> str:
         """On the disk; returns the SHA-256."""
         self._file.flush()

@@ -28,12 +28,16 @@ from promptmill.live_wire import (
     REPEAT,
     SERVER_GONE_S,
     TEXT,
+    BadReply,
+    Beat,
     LiveRequest,
     beat_key,
+    beat_of,
     control_list,
     lane_list,
     live_queue,
     reply_list,
+    reply_of,
     server_key,
 )
 from promptmill.openai_parameters import refusal_of
@@ -67,7 +71,8 @@ STATUSES = {
     "context_overflow": (400, "context_length_exceeded"),
     "invalid_request": (400, "invalid_request"),
     "tokenize": (400, "invalid_request"),
-    "grammar": (400, "invalid_grammar"),
+    # The body's own grammar was tried before: what came to a dead end is the model's answer.
+    "grammar": (500, "grammar"),
     "model_not_found": (404, "model_not_found"),
     "model_load": (503, "model_not_loaded"),
     "timeout": (504, "timeout"),
@@ -84,7 +89,8 @@ def failure(request: LiveRequest, error_class: str, message: str) -> ApiError:
     if code == "invalid_request":
         param, code = refusal_of(message)
     # What broke inside is for the log of the worker.
-    shown = message if status < 500 or status == 504 else "The model could not answer this request."
+    is_told = status < 500 or status == 504 or error_class == ErrorClass.GRAMMAR
+    shown = message if is_told else "The model could not answer this request."
     return ApiError(status, shown, param=param, code=code)
 
 
@@ -194,11 +200,12 @@ class Live:
         """Tell a worker to load or unload a model."""
         self._push(control_list(worker), orjson.dumps([what, model]))
 
-    async def beats(self, workers: list[str]) -> dict[str, dict[str, Any]]:
+    async def beats(self, workers: list[str]) -> dict[str, Beat]:
         """The signs of life of those workers that have one; none while Redis is away."""
         with contextlib.suppress(RedisError, OSError):
             found = await self._redis.mget([beat_key(each) for each in workers]) if workers else []
-            return {worker: orjson.loads(data) for worker, data in zip(workers, found, strict=True) if data}
+            beats = zip(workers, map(beat_of, found), strict=True)
+            return {worker: beat for worker, beat in beats if beat is not None}
         return {}
 
     async def close(self) -> None:
@@ -300,11 +307,25 @@ class Live:
     def _take(self, data: bytes) -> None:
         """One reply. What cannot be read spoils nothing of those beside it."""
         try:
-            self._hear(*orjson.loads(data))
+            self._hear(*reply_of(data))
+        except BadReply as bad:
+            log.warning("a reply of %d bytes is dropped: %s", len(data), bad)
+            if bad.about is not None:
+                self._mishear(*bad.about)
         except Exception as problem:
             log.warning("a reply of %d bytes is dropped: %s", len(data), type(problem).__name__)
 
-    def _hear(self, call_id: str, worker: str, number: int, kind: str, *rest: Any) -> None:
+    def _mishear(self, call_id: str, number: int) -> None:
+        """Something else may have come in the place of a reply: it is asked for again, once."""
+        call = self._calls.get(call_id)
+        if call is None or call.ended or number < call.heard or call.worker is None:
+            return
+        if call.asked_at != call.heard:
+            self._ask_again(call)
+        else:
+            self._begin_again(call, ErrorClass.WORKER_LOST.value, "nobody understands what its worker says")
+
+    def _hear(self, call_id: str, worker: str, number: int, kind: str, rest: list[Any]) -> None:
         call = self._calls.get(call_id)
         if call is None:
             if kind not in LAST:

@@ -98,6 +98,13 @@ class ModelDirectory:
         found = self.find(name)
         return found.name if found else name if name in BUNDLED else self._once_served(name)
 
+    def names(self) -> frozenset[str]:
+        """All that :meth:`resolve` knows."""
+        from promptmill_workers.checkpoints import BUNDLED
+
+        self._once_served("")
+        return frozenset((*self._models, *self._aliases, *BUNDLED, *self._earlier))
+
     def _once_served(self, name: str) -> str | None:
         with self._lock:
             if time.monotonic() - self._earlier_at > REMEMBER_S:

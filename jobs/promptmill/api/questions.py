@@ -8,6 +8,7 @@ from typing import Any
 
 from promptmill.api import bodies
 from promptmill.api.errors import ApiError, bad, missing
+from promptmill.live_wire import Turn
 from promptmill.openai_parameters import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, translate
 from promptmill.prompts import resolve_sampling
 from promptmill.readers.fields import BadLine
@@ -29,7 +30,7 @@ class Question:
 
     model: str
     sampling: dict[str, Any]
-    messages: list[tuple[str, ...]] | None = None
+    messages: list[Turn] | None = None
     texts: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
@@ -71,12 +72,12 @@ def _streaming(body: dict[str, Any], url: str) -> tuple[bool, bool]:
     return stream, bodies.flag(options, "include_usage")
 
 
-def _messages(body: dict[str, Any]) -> list[tuple[str, ...]]:
+def _messages(body: dict[str, Any]) -> list[Turn]:
     value = body.pop("messages", None)
     if value is None:
         raise missing("messages")
     try:
-        turns: list[tuple[str, ...]] = [
+        turns: list[Turn] = [
             (each.role, each.content, each.extra) if each.extra else (each.role, each.content)
             for each in messages_of(value)
         ]

@@ -141,14 +141,14 @@ class Recovery(Retrying):
         return [ChunkId(row.job_id, row.number) for row in found]
 
     def holders(self, job_id: str) -> list[sa.Row[Any]]:
-        """Who holds a lease of the job that has not run out: host and pid (None: unknown), seconds_left."""
+        """Who holds a lease of the job that has not run out: worker_id, host and pid (None: unknown), seconds_left."""
         left = sa.func.max(chunks.c.leased_until - self._now()).label("seconds_left")
         query = (
-            sa.select(workers.c.host, workers.c.pid, left)
+            sa.select(chunks.c.worker_id, workers.c.host, workers.c.pid, left)
             .select_from(chunks.outerjoin(workers, workers.c.id == chunks.c.worker_id))
             .where(chunks.c.job_id == job_id, chunks.c.state == ChunkState.LEASED.value)
             .where(chunks.c.leased_until > self._now())
-            .group_by(workers.c.host, workers.c.pid)
+            .group_by(chunks.c.worker_id, workers.c.host, workers.c.pid)
         )
         with reading(self.db) as db:
             return list(db.execute(query))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,12 @@ class EngineInfo:
     def environment(self) -> dict[str, str]:
         """All but the model that changes its answers."""
         return {"name": self.engine, "version": self.version, **self.settings}
+
+    @property
+    def backend(self) -> str:
+        """The model and the environment in few letters, as OpenAI's ``system_fingerprint``."""
+        environment = hashlib.sha256(json.dumps(self.environment, sort_keys=True).encode()).hexdigest()
+        return f"fp_{(self.fingerprint or self.engine)[:12]}_{environment[:8]}"
 
 
 def template_digest(*sources: str | None) -> str:

@@ -155,6 +155,11 @@ class Vocabulary:
         """What a prompt whose special tokens are parsed spells control tokens with."""
         return [self._text(each) for each in range(self.size) if self._attributes(each) & PARSED]
 
+    def user_defined_texts(self) -> list[str]:
+        """The tokens that are taken out of any text, parsed or not."""
+        user_defined = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+        return [self._text(each) for each in range(self.size) if self._attributes(each) & user_defined]
+
     def _tokenize(self, data: bytes, parse_special: bool, start: bool) -> int:
         size = len(self._buffer)
         return int(llama_cpp.llama_tokenize(self._vocab, data, len(data), self._buffer, size, start, parse_special))

@@ -66,7 +66,7 @@ class PromptReader:
 
     @cached_property
     def _controls(self) -> Controls:
-        return Controls(self._vocabulary.control_texts())
+        return Controls(self._vocabulary.control_texts(), self._vocabulary.user_defined_texts())
 
     def _chat_template(self, sampling: SamplingParams) -> ChatTemplate:
         return self._template if sampling.tools is None or self._tool_source is None else self._tool_template
@@ -107,7 +107,7 @@ class PromptReader:
         found, scored = self._tokens(pieces, request), 0
         if request.continuation is not None:
             # Apart from the prompt, so that every continuation follows the same tokens.
-            more = self._vocabulary.inner(request.continuation, parse_special=False, after=int(found[-1]))
+            more = self._after(found, [Piece(request.continuation, plain=True)])[len(found) :]
             if not len(more):
                 raise RequestError("a continuation has no tokens")
             if request.closed and self.end is not None:
@@ -117,16 +117,20 @@ class PromptReader:
             raise PromptTooLong(f"the prompt has {len(found):,} tokens, the context {context_tokens:,}")
         return Prompt(found, thinks, scored)
 
-    def _tokens(self, pieces: Sequence[Piece], request: EngineRequest) -> Tokens:
-        found = np.zeros(0, dtype=np.int32)
-        for number, piece in enumerate(pieces):
+    def _after(self, found: Tokens, pieces: Sequence[Piece]) -> Tokens:
+        """``found`` and the tokens of the pieces after it."""
+        for piece in self._controls.apart(pieces):
             # The whole prompt in one go, but for pieces that must not be what they spell.
             more = (
                 self._vocabulary.inner(piece.text, parse_special=not piece.plain, after=int(found[-1]))
-                if number and len(found)
+                if len(found)
                 else self._vocabulary.tokens(piece.text, parse_special=not piece.plain)
             )
             found = np.concatenate([found, more])
+        return found
+
+    def _tokens(self, pieces: Sequence[Piece], request: EngineRequest) -> Tokens:
+        found = self._after(np.zeros(0, dtype=np.int32), pieces)
         if not len(found) and not text_of(pieces) and request.is_scored:
             # Nothing but what every text begins with: a text is scored from there.
             found = np.array(self._vocabulary.start, dtype=np.int32)

@@ -60,7 +60,10 @@ class MlxTokenizer:
 
     @cached_property
     def _controls(self) -> Controls:
-        return Controls(each.content for each in self._tokenizer.added_tokens_decoder.values() if each.special)
+        added = self._tokenizer.added_tokens_decoder.values()
+        return Controls(
+            (each.content for each in added if each.special), (each.content for each in added if not each.special)
+        )
 
     def _chat_template(self, sampling: SamplingParams) -> FolderTemplate:
         if not self._tokenizer.chat_template:
@@ -92,7 +95,7 @@ class MlxTokenizer:
         """
         pieces = self.pieces(request)
         found: list[int] = []
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(self._controls.apart(pieces)):
             found += (
                 self._inner(piece.text, found[-1], plain=piece.plain)
                 if number
@@ -118,7 +121,9 @@ class MlxTokenizer:
     def continuation(self, text: str, *, closed: bool, after: int) -> Tokens:
         """Tokens of a text that follows a prompt, which ends with the token ``after``; ``closed``: and of the end of
         the answer. Raises RequestError."""
-        found = self._inner(text, after, plain=True)
+        found: list[int] = []
+        for piece in self._controls.apart([Piece(text, plain=True)]):
+            found += self._inner(piece.text, found[-1] if found else after, plain=True)
         if not found:
             raise RequestError("a continuation has no tokens")
         return np.array([*found, self.end] if closed and self.end is not None else found, dtype=np.int32)

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from promptmill.errors import RequestError
+from promptmill.own_text import unused_marks
 from promptmill.prompts import turn_of
 from promptmill.types import Message, SamplingParams, Span
 from promptmill_workers.answering import END_OF_THINK, THINK, opened
 from promptmill_workers.engines.chat_template import tools_for, written
 from promptmill_workers.engines.contract import EngineRequest
-
-#: Characters that Unicode gives no meaning: none of them is in a text that is marked with it.
-PRIVATE = range(0xE000, 0xF8FF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +44,38 @@ class Template(Protocol):
         ...
 
 
+#: What marks turns where it is no control token: ``<|USER_TOKEN|>`` of Command R, ``<|User|>``.
+TURN_MARK = re.compile(r"<\|[^\s|]+\|>|<｜[^\s｜]+｜>|</?s>")
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    known = sorted({each for each in texts if each}, key=lambda each: (-len(each), each))
+    return "|".join(map(re.escape, known)) or "(?!)"
+
+
 class Controls:
     """The texts that a vocabulary reads as control tokens."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        known = sorted({each for each in texts if each}, key=lambda each: (-len(each), each))
-        self.pattern = "|".join(map(re.escape, known)) or "(?!)"
+    def __init__(self, texts: Iterable[str], user_defined: Iterable[str] = ()) -> None:
+        """``user_defined``: tokens that tokenizers take out of any text. Of those only marks of turns count: what
+        tools and reasoning are marked with may be in a text, as in every server of the field.
+        """
+        stubborn = {each for each in user_defined if TURN_MARK.fullmatch(each)}
+        self.pattern = _any_of({*texts, *stubborn})
         self._find = re.compile(self.pattern)
+        self._stubborn = re.compile(_any_of(stubborn))
+
+    def apart(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """The pieces as they are tokenised: what no tokenizer would leave a plain text comes character by character."""
+        for piece in pieces:
+            at = 0
+            for found in self._stubborn.finditer(piece.text) if piece.plain else ():
+                if at < found.start():
+                    yield Piece(piece.text[at : found.start()], plain=True)
+                yield from (Piece(character, plain=True) for character in found[0])
+                at = found.end()
+            if at < len(piece.text) or not piece.text:
+                yield Piece(piece.text[at:], piece.plain)
 
     def spelled(self, text: str, own: Sequence[Span] = ()) -> Iterator[re.Match[str]]:
         """Where ``text`` spells one, but for the spans in which it is meant."""
@@ -92,7 +115,13 @@ def pieces_of(
         pieces = _Chat(template(sampling), controls, request.messages, sampling).pieces()
         if sampling.continue_final_message:
             said = request.messages[-1].content
-            return pieces, said.rfind(THINK) > said.rfind(END_OF_THINK)
+            thinks = said.rfind(THINK) > said.rfind(END_OF_THINK)
+            if thinks and request.is_scored:
+                raise RequestError(
+                    f"the last message leaves its reasoning open, and what is scored after it would be a part of that: "
+                    f"end it with {END_OF_THINK}"
+                )
+            return pieces, thinks
     tail = pieces.pop().text if pieces and not pieces[-1].plain else ""
     tail, thinks = opened(tail, sampling, scored=request.messages is not None and request.is_scored)
     return joined([*pieces, Piece(tail)]), thinks
@@ -149,8 +178,8 @@ class _Chat:
     def _marks(self) -> Iterator[str]:
         """Characters that are in none of the texts."""
         texts = [[turn_of(each) for each in self._messages], self._tools, self._template.source]
-        known = json.dumps(texts, ensure_ascii=False)
-        yield from (mark for mark in map(chr, PRIVATE) if mark not in known)
+        yield from unused_marks(json.dumps(texts, ensure_ascii=False))
+        raise RequestError("the messages hold each of the characters that Unicode gives no meaning")
 
     def pieces(self) -> list[Piece]:
         """Raises RequestError."""
