@@ -57,6 +57,11 @@ def key_of(model: str) -> str:
     return f"{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
+def beat_key(worker_id: str) -> str:
+    """JSON with a life of a few seconds: the worker lives, what it does, and how long its commits took."""
+    return f"{KEY_PREFIX}live.worker.{worker_id}"
+
+
 def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
     """The Celery application. Nothing is connected yet. ``answer_s``: how long it waits for each answer of Redis."""
     with _IMPORTING:
@@ -115,7 +120,16 @@ class Broker:
 
     def __init__(self, redis_url: str, app: Any | None = None) -> None:
         self._url = redis_url
-        self._app = app or make_app(redis_url, ASK_TIMEOUT_S)
+        self._made = app
+        self._making = threading.Lock()
+
+    @property
+    def _app(self) -> Any:
+        """Made when something is published: who only looks does not wait for Celery's modules."""
+        with self._making:
+            if self._made is None:
+                self._made = make_app(self._url, ASK_TIMEOUT_S)
+            return self._made
 
     def publish(self, chunks: Sequence[ChunkId], model: str, priority: int) -> None:
         """Send one message a chunk. Raises :class:`BrokerError` when Redis cannot be reached."""
@@ -162,11 +176,13 @@ class Broker:
 
     def look_up(self, keys: Sequence[str]) -> list[bytes | None]:
         """What each key holds, if it is there. Nothing is while Redis is away."""
+        if not keys:
+            return []
         from redis.exceptions import RedisError
 
         try:
             with self._redis() as redis:
-                return list(redis.mget(keys)) if keys else []
+                return list(redis.mget(keys))
         except (RedisError, OSError):
             return [None] * len(keys)
 

@@ -12,7 +12,8 @@ from redis import Redis
 
 from promptmill.api import live
 from promptmill.api.live import Call, Live
-from promptmill.live_wire import DONE, REPEAT, TAKEN, TEXT, LiveRequest, beat_key, lane_list, live_queue
+from promptmill.broker import beat_key
+from promptmill.live_wire import DONE, REPEAT, TAKEN, TEXT, LiveRequest, lane_list, live_queue
 from promptmill_workers.replies import Replies
 from promptmill_workers.stopping import Stop
 
