@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from promptmill.addresses import celery_broker, masked, redis_client
@@ -148,16 +149,18 @@ class Broker:
         except (OperationalError, OSError) as problem:
             raise self._unreachable(problem) from problem
 
-    def waiting(self, model: str) -> int:
-        """Messages that wait in the model's queue, over all priorities."""
+    def waiting(self, models: Sequence[str]) -> list[int]:
+        """Messages that wait in the queue of each model, over all priorities."""
         from redis.exceptions import RedisError
 
         try:
             with self._redis() as redis:
                 pipe = redis.pipeline()
-                for key in _lists(model):
-                    pipe.llen(key)
-                return sum(pipe.execute())
+                for model in models:
+                    for key in _lists(model):
+                        pipe.llen(key)
+                each = iter(pipe.execute())
+            return [sum(islice(each, len(PRIORITIES))) for _ in models]
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
 

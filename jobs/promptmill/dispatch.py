@@ -124,7 +124,7 @@ class Dispatcher:
         leased.
         """
         for model in models:
-            some_wait = self._broker.waiting(model) > 0
+            some_wait = self._broker.waiting([model]) != [0]
             if some_wait and not self._may_search(model):
                 continue
             lost = self._published_and_waiting(model)

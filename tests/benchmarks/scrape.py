@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import sqlalchemy as sa
 from servers import PROMPTMILL, call, folder, on_queue
 
@@ -34,6 +35,9 @@ JOB_ROWS, CHUNK, WORKERS, BETWEEN_S = 1_000_000, 64, 10, 5
 
 #: Scrapes that are timed. One job in ten still runs, and a tenth of its chunks wait.
 SCRAPES = 20
+
+#: Seconds in which the server is watched while nobody asks it.
+QUIET_S = 10.0
 
 #: Seconds that the workers are alive: longer than this takes.
 ALIVE_FOR_S = 3600.0
@@ -126,7 +130,8 @@ def _counter(name: str, rows: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(environment: dict[str, str]) -> Iterator[str]:
+def serving(environment: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of ``/metrics``, and the server's process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -140,10 +145,15 @@ def serving(environment: dict[str, str]) -> Iterator[str]:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close()
                 break
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/metrics"
+        yield f"http://127.0.0.1:{port}/metrics", psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
+
+
+def cpu_s(process: psutil.Process) -> float:
+    used = process.cpu_times()
+    return float(used.user + used.system)
 
 
 def measure(environment: dict[str, str], rows: int, samples: int) -> None:
@@ -152,18 +162,26 @@ def measure(environment: dict[str, str], rows: int, samples: int) -> None:
     make(db, rows, samples)
     db.dispose()
     print(f"  filled in {time.perf_counter() - began:.0f} s", flush=True)
-    with serving(environment) as url:
+    with serving(environment) as (url, server):
         taken = []
-        for _ in range(SCRAPES):
+        for place in range(SCRAPES):
+            if place == 1:
+                # The first scrape imports and connects.
+                used_s, watched = cpu_s(server), time.perf_counter()
             began = time.perf_counter()
             with urllib.request.urlopen(url, timeout=300) as answer:
                 size = len(answer.read())
             taken.append(1000 * (time.perf_counter() - began))
             time.sleep(KEPT_S + 0.1)
+        used_s, watched_s = cpu_s(server) - used_s, time.perf_counter() - watched
+        quiet_s = cpu_s(server)
+        time.sleep(QUIET_S)
+        quiet_s = cpu_s(server) - quiet_s
+        each_s = (used_s - quiet_s / QUIET_S * watched_s) / (SCRAPES - 1)
     first, *rest = taken
     print(
         f"  scrape of {size / 1000:.0f} kB: p50 {statistics.median(rest):.1f} ms, max {max(rest):.1f} ms; "
-        f"the first {first:.1f} ms", flush=True
+        f"the first {first:.1f} ms; CPU of the server for each {1000 * each_s:.1f} ms", flush=True
     )  # fmt: skip
     listed = min(call(environment, "workers")[1] for _ in range(5))
     # The start of Python, of SQLAlchemy and of the connection, without a worker or a sample.

@@ -80,7 +80,7 @@ def test_a_lost_message_is_found_beside_those_of_a_busy_job(
     pass_time(ledger, LOST_MESSAGE_S + 1)
     assert Dispatcher(ledger, broker_).reconcile() == 4
     assert broker_.waiting_chunks(MODEL) == all_of("urgent", "busy")
-    assert broker_.waiting(MODEL) == 8, "what waits was not sent again"
+    assert broker_.waiting([MODEL]) == [8], "what waits was not sent again"
 
 
 def test_one_lost_message_of_a_job_is_found(ledger: Ledger, redis_url: str) -> None:
