@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -156,6 +157,14 @@ def cpu_s(process: psutil.Process) -> float:
     return float(used.user + used.system)
 
 
+def timed(environment: dict[str, str], command: list[str]) -> tuple[float, float]:
+    """Seconds that a command took, and those of CPU."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _, wall_s = call(environment, *command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def measure(environment: dict[str, str], rows: int, samples: int) -> None:
     began = time.perf_counter()
     db = connect(environment["JOBS_DATABASE_URL"])
@@ -183,10 +192,9 @@ def measure(environment: dict[str, str], rows: int, samples: int) -> None:
         f"  scrape of {size / 1000:.0f} kB: p50 {statistics.median(rest):.1f} ms, max {max(rest):.1f} ms; "
         f"the first {first:.1f} ms; CPU of the server for each {1000 * each_s:.1f} ms", flush=True
     )  # fmt: skip
-    listed = min(call(environment, "workers")[1] for _ in range(5))
-    # The start of Python, of SQLAlchemy and of the connection, without a worker or a sample.
-    bare = min(call(environment, "db", "current")[1] for _ in range(5))
-    print(f"  promptmill workers: {listed:.2f} s; promptmill db current: {bare:.2f} s", flush=True)
+    for command in (["workers"], ["db", "current"], ["--version"]):
+        wall_s, command_cpu_s = map(min, zip(*(timed(environment, command) for _ in range(5)), strict=True))
+        print(f"  promptmill {' '.join(command)}: {wall_s:.2f} s, CPU {command_cpu_s:.2f} s", flush=True)
 
 
 def main() -> None:

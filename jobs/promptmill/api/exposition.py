@@ -324,8 +324,8 @@ def _queues(db: Connection, parts: Services) -> Iterator[str]:
     oldest = _pairs(db, age, "queue")
     yield from family("promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that waits.", oldest)
     try:
-        waiting = Broker(parts.settings.redis_url).waiting([labels["queue"] for labels, _ in items])
-        messages = [(labels, float(count)) for (labels, _), count in zip(items, waiting, strict=True)]
+        counts = Broker(parts.settings.redis_url).waiting([labels["queue"] for labels, _ in items])
+        messages = [(labels, float(count)) for (labels, _), count in zip(items, counts, strict=True)]
     except Exception:
         messages = []
     yield from family("promptmill_queue_messages", "gauge", "Messages in Redis.", messages)
