@@ -242,17 +242,11 @@ def database(migrated_url: str) -> Iterator[sa.Engine]:
 def workers_alive(environment: Mapping[str, str]) -> int:
     """Workers that are ready, by the rows they write: asking the command for them costs a process each time."""
     from promptmill.database import connect
-    from promptmill.service import live_workers
-    from promptmill.settings import Settings
+    from promptmill.dispatch import live_workers
 
-    settings = Settings(
-        database_url=environment["JOBS_DATABASE_URL"],
-        redis_url=environment["JOBS_REDIS_URL"],
-        lease_s=float(environment["JOBS_LEASE_S"]),
-    )
-    engine = connect(settings.database_url)
+    engine = connect(environment["JOBS_DATABASE_URL"])
     try:
-        return sum(each["state"] in ("idle", "busy") for each in live_workers(settings, engine))
+        return sum(each["state"] in ("idle", "busy") for each in live_workers(engine, environment["JOBS_REDIS_URL"]))
     finally:
         engine.dispose()
 

@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from promptmill.addresses import celery_broker, masked, redis_client
@@ -62,6 +63,11 @@ def key_of(model: str) -> str:
     """The part of a key that names a model: readable, and distinct for distinct models."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rpartition("/")[2])[:40]
     return f"{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+
+
+def beat_key(worker_id: str) -> str:
+    """JSON with a life of a few seconds: the worker lives, what it does, and how long its commits took."""
+    return f"{KEY_PREFIX}live.worker.{worker_id}"
 
 
 def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
@@ -122,7 +128,16 @@ class Broker:
 
     def __init__(self, redis_url: str, app: Any | None = None) -> None:
         self._url = redis_url
-        self._app = app or make_app(redis_url, ASK_TIMEOUT_S)
+        self._made = app
+        self._making = threading.Lock()
+
+    @property
+    def _app(self) -> Any:
+        """Made when something is published: who only looks does not wait for Celery's modules."""
+        with self._making:
+            if self._made is None:
+                self._made = make_app(self._url, ASK_TIMEOUT_S)
+            return self._made
 
     def publish(self, chunks: Sequence[ChunkId], model: str, priority: int) -> None:
         """Send one message a chunk. Raises :class:`BrokerError` when Redis cannot be reached."""
@@ -141,16 +156,18 @@ class Broker:
         except (OperationalError, OSError) as problem:
             raise self._unreachable(problem) from problem
 
-    def waiting(self, model: str) -> int:
-        """Messages that wait in the model's queue, over all priorities."""
+    def waiting(self, models: Sequence[str]) -> list[int]:
+        """Messages that wait in the queue of each model, over all priorities."""
         from redis.exceptions import RedisError
 
         try:
             with self._redis() as redis:
                 pipe = redis.pipeline()
-                for key in _lists(model):
-                    pipe.llen(key)
-                return sum(pipe.execute())
+                for model in models:
+                    for key in _lists(model):
+                        pipe.llen(key)
+                each = iter(pipe.execute())
+            return [sum(islice(each, len(PRIORITIES))) for _ in models]
         except (RedisError, OSError) as problem:
             raise self._unreachable(problem) from problem
 
@@ -169,11 +186,13 @@ class Broker:
 
     def look_up(self, keys: Sequence[str]) -> list[bytes | None]:
         """What each key holds, if it is there. Nothing is while Redis is away."""
+        if not keys:
+            return []
         from redis.exceptions import RedisError
 
         try:
             with self._redis() as redis:
-                return list(redis.mget(keys)) if keys else []
+                return list(redis.mget(keys))
         except (RedisError, OSError):
             return [None] * len(keys)
 

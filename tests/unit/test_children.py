@@ -47,6 +47,16 @@ def test_a_call_beyond_its_limits_is_one_clear_error_and_the_next_is_served(pool
     assert pool.call(Limits(10), operator.add, 1, 2) == 3
 
 
+def test_each_call_of_a_child_has_its_own_limit_of_memory(pool: Pool) -> None:
+    much = (eval, "len(bytearray(600_000_000))")
+    child = pool.call(SHORT, os.getpid)
+    for _ in range(2):
+        assert pool.call(Limits(10, 1024), *much) == 600_000_000
+        assert pool.call(SHORT, os.getpid) == child
+    with pytest.raises(OverLimit, match="needs more than 512 MiB"):
+        pool.call(SHORT, *much)
+
+
 def test_a_pool_that_is_closed_ends_the_calls_that_run() -> None:
     pool = Pool()
     threading.Timer(0.5, pool.close).start()

@@ -80,7 +80,17 @@ def test_a_lost_message_is_found_beside_those_of_a_busy_job(
     pass_time(ledger, LOST_MESSAGE_S + 1)
     assert Dispatcher(ledger, broker_).reconcile() == 4
     assert broker_.waiting_chunks(MODEL) == all_of("urgent", "busy")
-    assert broker_.waiting(MODEL) == 8, "what waits was not sent again"
+    assert broker_.waiting([MODEL]) == [8], "what waits was not sent again"
+
+
+def test_the_queues_of_all_models_are_counted_on_one_connection(ledger: Ledger, redis_url: str) -> None:
+    broker_ = Broker(redis_url)
+    Dispatcher(ledger, broker_).reconcile()
+    with Redis.from_url(redis_url) as redis:
+        before = redis.info("stats")["total_connections_received"]
+        assert broker_.waiting(["other", MODEL, "another"]) == [0, 8, 0]
+        assert redis.info("stats")["total_connections_received"] == before + 1
+    assert broker_.waiting([]) == []
 
 
 def test_one_lost_message_of_a_job_is_found(ledger: Ledger, redis_url: str) -> None:

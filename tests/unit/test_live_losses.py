@@ -13,6 +13,7 @@ from redis import Redis
 from promptmill.api import live
 from promptmill.api.errors import ApiError
 from promptmill.api.live import Call, Live
+from promptmill.broker import beat_key
 from promptmill.live_wire import (
     DONE,
     FAILED,
@@ -23,7 +24,6 @@ from promptmill.live_wire import (
     BadReply,
     LiveRequest,
     answer_of,
-    beat_key,
     lane_list,
     live_queue,
     reply_list,

@@ -11,9 +11,9 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from promptmill.addresses import redis_client
-from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, beat_key
 from promptmill.database import COMMITS
-from promptmill.live_wire import BEAT_S, GONE_S, beat_key
+from promptmill.live_wire import BEAT_S, GONE_S
 from promptmill.live_wire import Beat as BeatSaid
 from promptmill_workers.host_keeper import HostKeeper
 

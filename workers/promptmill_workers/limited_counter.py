@@ -56,7 +56,7 @@ class LimitedCounter:
         if self._problem is not None:
             raise self._problem
         try:
-            raised, value, _ = self._child.call(limits, _in_child, (self._engine, self._path, name, argument))
+            raised, value = self._child.call(limits, _in_child, (self._engine, self._path, name, argument))
         except OverLimit as problem:
             self._child.end()
             self._problem = ModelError(

@@ -253,15 +253,14 @@ def _engines(engines: dict[str, Counts]) -> Iterator[str]:
 
 def _workers(db: Connection) -> Iterator[str]:
     query = (
-        sa.select(workers, worker_samples)
+        sa.select(workers, worker_samples, epoch().label("now"))
         .select_from(with_newest_samples())
         .where(workers.c.heartbeat_at > epoch() - SHOWN_S)
     )
     found = db.execute(query).mappings().all()
-    now = float(db.execute(sa.select(epoch())).scalar() or 0)
     gauges: tuple[tuple[str, str, str, Any], ...] = (
         ("worker_up", "gauge", "1 while its heartbeat is fresh.",
-         lambda w: w["state"] != "stopped" and w["heartbeat_at"] > now - ALIVE_S),
+         lambda w: w["state"] != "stopped" and w["heartbeat_at"] > w["now"] - ALIVE_S),
         ("worker_last_heartbeat_timestamp_seconds", "gauge", "Of the database's clock.", lambda w: w["heartbeat_at"]),
         ("worker_restarts_total", "counter", "Engine hosts started again.", lambda w: w["host_restarts"]),
         ("engine_slots", "gauge", "Sequences decoded together.", lambda w: w[workers.c.slots]),
@@ -325,8 +324,8 @@ def _queues(db: Connection, parts: Services) -> Iterator[str]:
     oldest = _pairs(db, age, "queue")
     yield from family("promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that waits.", oldest)
     try:
-        broker = Broker(parts.settings.redis_url)
-        messages = [(labels, float(broker.waiting(labels["queue"]))) for labels, _ in items]
+        counts = Broker(parts.settings.redis_url).waiting([labels["queue"] for labels, _ in items])
+        messages = [(labels, float(count)) for (labels, _), count in zip(items, counts, strict=True)]
     except Exception:
         messages = []
     yield from family("promptmill_queue_messages", "gauge", "Messages in Redis.", messages)

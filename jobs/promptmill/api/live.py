@@ -17,6 +17,7 @@ from ulid import ULID
 from promptmill.addresses import redis_client
 from promptmill.api.errors import ApiError
 from promptmill.api.ids import new_id
+from promptmill.broker import beat_key
 from promptmill.live_wire import (
     AGAIN,
     BEAT_S,
@@ -31,7 +32,6 @@ from promptmill.live_wire import (
     BadReply,
     Beat,
     LiveRequest,
-    beat_key,
     beat_of,
     control_list,
     lane_list,

@@ -288,11 +288,10 @@ def _logprobs(found: list[dict[str, Any]]) -> str:
 def workers(as_json: bool) -> None:
     """List the workers that are alive: device asked for and got, layers offloaded, model, slots, speed."""
     from promptmill.catalog import waiting_for_models
-    from promptmill.dispatch import ALIVE_S
-    from promptmill.service import live_workers
+    from promptmill.dispatch import ALIVE_S, live_workers
 
     settings, db = open_all()
-    found = live_workers(settings, db)
+    found = live_workers(db, settings.redis_url)
     if as_json:
         print_json([dict(worker) for worker in found])
         return
