@@ -1,8 +1,8 @@
-"""Alembic's environment: the connection is given by promptmill.database.upgrade, so that no ini file is needed."""
+"""Alembic's environment: the connection is given by promptmill.database.engine.upgrade: no ini file is needed."""
 
 from alembic import context
 
-from promptmill.tables import metadata
+from promptmill.database.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

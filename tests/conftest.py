@@ -172,7 +172,7 @@ def _database_of(server: str, name: str) -> str:
 
 def migrate(url: str) -> None:
     """Bring a database to the newest revision: a SQLite file by copying one that was migrated once."""
-    from promptmill.database import connect, upgrade
+    from promptmill.database.engine import connect, upgrade
 
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -185,7 +185,7 @@ def migrate(url: str) -> None:
 
 @functools.cache
 def _migrated_file() -> bytes:
-    from promptmill.database import connect, upgrade
+    from promptmill.database.engine import connect, upgrade
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "migrated.sqlite"
@@ -232,7 +232,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def database(migrated_url: str) -> Iterator[sa.Engine]:
     """A migrated database of each kind in turn."""
-    from promptmill.database import connect
+    from promptmill.database.engine import connect
 
     engine = connect(migrated_url)
     yield engine
@@ -241,8 +241,8 @@ def database(migrated_url: str) -> Iterator[sa.Engine]:
 
 def workers_alive(environment: Mapping[str, str]) -> int:
     """Workers that are ready, by the rows they write: asking the command for them costs a process each time."""
-    from promptmill.database import connect
-    from promptmill.dispatch import live_workers
+    from promptmill.database.engine import connect
+    from promptmill.queue.dispatcher import live_workers
 
     engine = connect(environment["JOBS_DATABASE_URL"])
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from promptmill.metrics import METRICS, PERCENTILES, Metric
+from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 

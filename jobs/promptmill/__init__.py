@@ -1,6 +1,6 @@
 """promptmill: batch inference for local language models.
 
-``run``, ``submit`` and ``job`` give a :class:`promptmill.python_api.Job`; docs/evaluation.md shows what it can do.
+``run``, ``submit`` and ``job`` give a :class:`~promptmill.service.python_api.Job`; see docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from promptmill.errors import PromptmillError
-    from promptmill.python_api import Job, job, run, submit
-    from promptmill.selection import Selection
+    from promptmill.service.python_api import Job, job, run, submit
+    from promptmill.service.selection import Selection
 
 __all__ = ["Job", "PromptmillError", "Selection", "job", "run", "submit"]
 
-_HOME = {"PromptmillError": "promptmill.errors", "Selection": "promptmill.selection"}
+_HOME = {"PromptmillError": "promptmill.errors", "Selection": "promptmill.service.selection"}
 
 
 def __getattr__(name: str) -> Any:
@@ -22,5 +22,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         import importlib
 
-        return getattr(importlib.import_module(_HOME.get(name, "promptmill.python_api")), name)
+        return getattr(importlib.import_module(_HOME.get(name, "promptmill.service.python_api")), name)
     raise AttributeError(f"module 'promptmill' has no attribute '{name}'")

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from promptmill.views import VIEWS
+from promptmill.database.views import VIEWS
 
 #: ``v_scores`` as it was before 0004.
 V_SCORES = """

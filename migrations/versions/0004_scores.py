@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from promptmill.views import VIEWS
+from promptmill.database.views import VIEWS
 
 _BEFORE = """
 SELECT s.score_run_id, u.job_id, u.created_at, s."row", q.custom_id AS id, s.metric, s.value, s.predicted, s.expected,

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill import children
-from promptmill.api import batch_claims, batch_keeper, batch_rows
-from promptmill.api.batch_claims import Claims
-from promptmill.api.batch_keeper import Keeper
-from promptmill.api.errors import ApiError
-from promptmill.api.file_store import FileStore
+from promptmill.api.batches import leases, records, worker
+from promptmill.api.batches.leases import Claims
+from promptmill.api.batches.worker import Keeper
+from promptmill.api.http.errors import ApiError
 from promptmill.api.keys import LOCAL
-from promptmill.api.model_directory import ModelDirectory
-from promptmill.database import epoch, reading, writing
-from promptmill.settings import Settings
-from promptmill.tables import api_keys, batches, files, jobs, workers
+from promptmill.api.openai.file_store import FileStore
+from promptmill.api.openai.model_directory import ModelDirectory
+from promptmill.core import child_processes
+from promptmill.core.settings import Settings
+from promptmill.database.engine import epoch, reading, writing
+from promptmill.database.tables import api_keys, batches, files, jobs, workers
 from promptmill.types import JobState
 from tests.api.conftest import batch_lines
 from tests.conftest import wait_until
@@ -39,7 +39,7 @@ def made(db: sa.Engine, file_id: str = "file-none", key_id: str | None = None) -
         "input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h", "api_key_id": key_id,
     }  # fmt: skip
     with writing(db) as connection:
-        return str(batch_rows.insert(connection, values, 3600.0).id)
+        return str(records.insert(connection, values, 3600.0).id)
 
 
 def add_key(db: sa.Engine, name: str) -> None:
@@ -106,7 +106,7 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
         raise OSError(28, "No space left on device")
 
     waits = []
-    monkeypatch.setattr("promptmill.api.batch_keeper.children.call", full)
+    monkeypatch.setattr("promptmill.api.batches.worker.children.call", full)
     for _ in range(6):
         assert keep(keeper) == [batch_id]
         assert keep(keeper) == []
@@ -128,13 +128,13 @@ def test_what_a_dead_server_held_is_taken_over_soon(keeper: Keeper, monkeypatch:
     batch_id = made(keeper.db)
     assert Claims(keeper.db).due() == [batch_id]
     held_s = state_of(keeper.db, batch_id).claimed_until - now_of(keeper.db)
-    assert 4 * batch_claims.RENEW_S <= held_s <= 15
+    assert 4 * leases.RENEW_S <= held_s <= 15
     assert keeper.claims.due() == []
     with writing(keeper.db) as connection:
         connection.execute(sa.update(batches).values(claimed_until=now_of(keeper.db) + 0.2))
     wait_until(lambda: keeper.claims.due() == [batch_id], "its time is over", 5)
     # Who lives keeps it.
-    monkeypatch.setattr(batch_claims, "RENEW_S", 0.05)
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
     before = state_of(keeper.db, batch_id).claimed_until
     with keeper.claims.renewing(batch_id):
         wait_until(lambda: state_of(keeper.db, batch_id).claimed_until > before, "it is renewed", 5)
@@ -235,7 +235,7 @@ def test_a_file_that_takes_too_long_to_read_ends_its_batch_with_a_word(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
-    monkeypatch.setattr(batch_keeper, "limits_for", lambda size: children.Limits(0.0, 512))
+    monkeypatch.setattr(worker, "limits_for", lambda size: child_processes.Limits(0.0, 512))
     keep(keeper)
     row = state_of(keeper.db, batch_id)
     assert row.state == "failed"

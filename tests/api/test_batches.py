@@ -15,9 +15,9 @@ import openai
 import pytest
 import sqlalchemy as sa
 
-from promptmill.api import batches
-from promptmill.database import connect, writing
-from promptmill.tables import files, jobs
+from promptmill.api.batches import batches
+from promptmill.database.engine import connect, writing
+from promptmill.database.tables import files, jobs
 from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, finished
 from tests.conftest import wait_until
 

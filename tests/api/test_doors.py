@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from promptmill.api.connections import Crowd
-from promptmill.api.errors import ApiError
+from promptmill.api.http.connections import Crowd
+from promptmill.api.http.errors import ApiError
 from promptmill.api.keys import Principal
 from promptmill.api.limits import PAGE_CALLS_PER_S, Limits
-from promptmill.api.login import COOKIE, LASTS_S, cookie_of
-from promptmill.settings import Settings
+from promptmill.api.pages.login import COOKIE, LASTS_S, cookie_of
+from promptmill.core.settings import Settings
 from tests.api.conftest import Server, end_all, free_port, log_of, starter_of
 from tests.api.test_jobs import refused
 from tests.api.test_security import key

@@ -12,13 +12,13 @@ import sqlalchemy as sa
 from ulid import ULID
 
 from promptmill.api import keys
-from promptmill.api.errors import ApiError
-from promptmill.api.file_store import FileStore
-from promptmill.api.own_folder import MARK, secret
-from promptmill.database import connect, upgrade, writing
+from promptmill.api.http.errors import ApiError
+from promptmill.api.openai.file_store import FileStore
+from promptmill.api.openai.own_folder import MARK, secret
+from promptmill.core.settings import Settings
+from promptmill.database.engine import connect, upgrade, writing
+from promptmill.database.tables import files
 from promptmill.errors import SettingsError
-from promptmill.settings import Settings
-from promptmill.tables import files
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_what_expired_is_swept_and_told(
     expired, kept = stored(store, expires_in_s=60), stored(store)
     with writing(database) as connection:
         connection.execute(sa.update(files).where(files.c.id == expired).values(expires_at=1))
-    with caplog.at_level("INFO", "promptmill.api.files"):
+    with caplog.at_level("INFO", "promptmill.api.openai.files"):
         store.sweep()
     assert files_in(tmp_path) == [store.path(kept)]
     assert f"{expired} is removed: it expired" in caplog.text
@@ -125,7 +125,7 @@ def test_a_file_is_found_once_its_bytes_are_there(
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr("promptmill.api.file_store.os.replace", broken)
+        patched.setattr("promptmill.api.openai.file_store.os.replace", broken)
         with pytest.raises(OSError, match="the disk is gone"):
             stored(store)
     assert files_in(tmp_path) == []
@@ -176,7 +176,7 @@ def test_files_of_another_database_without_a_mark_are_refused_too(
 def test_databases_without_a_setting_have_folders_of_their_own(
     database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promptmill.api.own_folder.data_dir", lambda: tmp_path / "app")
+    monkeypatch.setattr("promptmill.api.openai.own_folder.data_dir", lambda: tmp_path / "app")
     other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
     upgrade(other)
     first, second = [FileStore(Settings(), each) for each in (database, other)]

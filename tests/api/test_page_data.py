@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from promptmill.api.page_data import STEPS, _by_rows
-from promptmill.database import reading
+from promptmill.api.pages.page_queries import STEPS, _by_rows
+from promptmill.database.engine import reading
 
 
 @pytest.mark.parametrize(("seconds", "step"), [(2.0, 1), (14.5, 1), (60.0, 1), (61.0, 2), (3_600.0, 60)])

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill import children
-from promptmill.api import score_keeper
-from promptmill.api.score_keeper import ScoreKeeper
-from promptmill.database import epoch, reading, writing
-from promptmill.housekeeping import Housekeeping
-from promptmill.privacy import FETCH_S
-from promptmill.settings import Settings
-from promptmill.tables import api_keys, jobs, results, score_runs
-from promptmill.task_file import parse_task
+from promptmill.api.batches import scoring
+from promptmill.api.batches.scoring import ScoreKeeper
+from promptmill.core import child_processes
+from promptmill.core.settings import Settings
+from promptmill.database.engine import epoch, reading, writing
+from promptmill.database.tables import api_keys, jobs, results, score_runs
+from promptmill.queue.housekeeping import Housekeeping
+from promptmill.store.redaction import FETCH_S
+from promptmill.tasks.task_file import parse_task
 from tests.conftest import wait_until
 from tests.unit.test_reports import TASK, answer, store
 
@@ -52,12 +52,12 @@ def test_a_keys_large_jobs_hold_up_nobody_elses_scores(
     ended(database, "01SMALL", "few")
     called, may_end = [], threading.Event()
 
-    def call(limits: children.Limits, function: Any, settings: Settings, job_id: str) -> None:
+    def call(limits: child_processes.Limits, function: Any, settings: Settings, job_id: str) -> None:
         called.append(job_id)
         if "LARGE" in job_id:
             assert may_end.wait(30)
 
-    monkeypatch.setattr(score_keeper.children, "call", call)
+    monkeypatch.setattr(scoring.children, "call", call)
     for _ in range(3):
         # None of these waits for a scorer.
         scores.step()
@@ -78,7 +78,7 @@ def test_texts_that_are_to_go_are_scored_in_a_child_first(
     def never(*_: object) -> None:
         raise AssertionError("a client's task was evaluated in the keeper")
 
-    monkeypatch.setattr("promptmill.score_runs.parse_task", never)
+    monkeypatch.setattr("promptmill.scoring.runs.parse_task", never)
     ended(database, "01GOES", store="none", ago_s=FETCH_S + 60)
     Housekeeping(database, 14.0, scoring=False).step()
     assert stored_of(database, "01GOES") == "none"
@@ -93,7 +93,7 @@ def test_texts_go_in_time_where_their_scores_take_too_long(
     scores: ScoreKeeper, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(database, "01SLOW", store="none", ago_s=FETCH_S + 60)
-    monkeypatch.setattr(score_keeper, "for_report", lambda rows: children.Limits(0.0, 512))
+    monkeypatch.setattr(scoring, "for_report", lambda rows: child_processes.Limits(0.0, 512))
     scores.step()
     wait_until(lambda: stored_of(database, "01SLOW") == "removed", "its texts are gone", 30)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import psutil
 
-from promptmill.grammars import grammar_problem
+from promptmill.tasks.grammars import grammar_problem
 from promptmill.types import FinishReason, SamplingParams
 from promptmill_workers.checkpoints import build_engine, bundled, locate
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished

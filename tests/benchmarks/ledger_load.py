@@ -15,9 +15,9 @@ from concurrent.futures import ProcessPoolExecutor
 import sqlalchemy as sa
 from servers import folder, on_queue
 
-from promptmill.database import writing
+from promptmill.database.engine import writing
+from promptmill.database.tables import chunks, jobs, requests
 from promptmill.ledger import Ledger
-from promptmill.tables import chunks, jobs, requests
 from promptmill.types import ChunkId, FinishReason, Ok, Result, Timing, Usage
 
 #: Seconds a chunk takes in a fleet: 256 requests of 25 requests/s.

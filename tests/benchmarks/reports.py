@@ -22,8 +22,8 @@ import numpy as np
 import sqlalchemy as sa
 from servers import PROMPTMILL, folder, postgres
 
-from promptmill.database import connect, copy_rows, refresh_statistics, upgrade, writing
-from promptmill.tables import attempts, chunks, jobs, requests, results, worker_samples, workers
+from promptmill.database.engine import connect, copy_rows, refresh_statistics, upgrade, writing
+from promptmill.database.tables import attempts, chunks, jobs, requests, results, worker_samples, workers
 
 START = 1_760_000_000.0
 
@@ -181,7 +181,7 @@ def _say(name: str, wall: float, cpu: float, memory: float, more: str = "") -> N
 
 def status(environment: dict[str, str], db: sa.Engine) -> None:
     """Of a running job: what the query costs in a process that is up, and the command with Python's start."""
-    from promptmill.catalog import find_job, job_status
+    from promptmill.store.catalog import find_job, job_status
 
     spent = []
     for _ in range(5):

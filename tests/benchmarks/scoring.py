@@ -18,11 +18,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from promptmill import catalog
-from promptmill.database import copy_rows, open_database, writing
-from promptmill.score_runs import append_score_run
-from promptmill.tables import jobs, requests, results
-from promptmill.task_file import parse_task
+from promptmill.database.engine import copy_rows, open_database, writing
+from promptmill.database.tables import jobs, requests, results
+from promptmill.scoring.runs import append_score_run
+from promptmill.store import catalog
+from promptmill.tasks.task_file import parse_task
 
 LABELS = ("normal", "app", "contact", "site", "scam", "other")
 PAGE = 50_000

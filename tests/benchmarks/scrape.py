@@ -26,10 +26,10 @@ import psutil
 import sqlalchemy as sa
 from servers import PROMPTMILL, call, folder, on_queue
 
-from promptmill.api.exposition import KEPT_S
-from promptmill.counting import Counts
-from promptmill.database import connect, epoch, upgrade, writing
-from promptmill.tables import counters, jobs, workers
+from promptmill.api.prometheus import KEPT_S
+from promptmill.database.counting import Counts
+from promptmill.database.engine import connect, epoch, upgrade, writing
+from promptmill.database.tables import counters, jobs, workers
 
 #: Rows of a job and of a chunk; workers, and the seconds between two of their samples.
 JOB_ROWS, CHUNK, WORKERS, BETWEEN_S = 1_000_000, 64, 10, 5

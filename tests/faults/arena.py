@@ -236,10 +236,10 @@ class Arena:
         self.supervisors.clear()
 
     def consumers(self) -> list[psutil.Process]:
-        return self._children("promptmill_workers.consume")
+        return self._children("promptmill_workers.worker.celery_worker")
 
     def hosts(self) -> list[psutil.Process]:
-        return self._children("promptmill_workers.host_process")
+        return self._children("promptmill_workers.host.process")
 
     def _children(self, module: str) -> list[psutil.Process]:
         found = []

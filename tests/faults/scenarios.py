@@ -24,10 +24,10 @@ import psutil
 import redis
 import sqlalchemy as sa
 
-from promptmill.broker import KEY_PREFIX, Broker
-from promptmill.live_wire import live_queue
+from promptmill.queue.broker import KEY_PREFIX, Broker
+from promptmill.queue.interactive_wire import live_queue
 from promptmill.types import ChunkId
-from promptmill_workers.host import FOLDER_PREFIX
+from promptmill_workers.host.client import FOLDER_PREFIX
 from tests.faults.arena import (
     ENDED,
     ENDING_S,

@@ -15,10 +15,11 @@ import pytest
 import sqlalchemy as sa
 from psycopg.conninfo import conninfo_to_dict
 
-from promptmill import arrow_tables, parquet_form
-from promptmill.database import connect, libpq_address, reading, upgrade, writing
+from promptmill.database import arrow_tables
+from promptmill.database.engine import connect, libpq_address, reading, upgrade, writing
+from promptmill.database.tables import results
 from promptmill.errors import DatabaseError
-from promptmill.tables import results
+from promptmill.store import parquet
 from tests.unit.test_reports import JOB, answer, store
 
 
@@ -67,7 +68,7 @@ def test_another_encoding_of_the_database_changes_no_text(db: sa.Engine, tmp_pat
     latin = connect(db.url.set(database=name).render_as_string(hide_password=False))
     upgrade(latin)
     store(latin, [answer(row, text="déjà vu", worker_id="wörker") for row in range(5)])
-    parquet_form.write(latin, JOB, str(tmp_path / "out.parquet"))
+    parquet.write(latin, JOB, str(tmp_path / "out.parquet"))
     assert pq.read_table(tmp_path / "out.parquet")["text"].to_pylist() == ["déjà vu"] * 5
     latin.dispose()
 

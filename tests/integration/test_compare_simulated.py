@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import connect, copy_rows, upgrade, writing
-from promptmill.reports.compare import Comparison, compare
-from promptmill.tables import attempts, chunks, jobs, requests, results
+from promptmill.database.engine import connect, copy_rows, upgrade, writing
+from promptmill.database.tables import attempts, chunks, jobs, requests, results
+from promptmill.reports.compare.compare import Comparison, compare
 from tests.unit.test_reports import START, answer, store
 
 ROWS, SLOTS, CHUNK, PAIRS = 512, 16, 64, 200

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import connect
+from promptmill.database.engine import connect
 from promptmill.ledger import Ledger
 from promptmill.types import ErrorClass, Failed
 from tests.conftest import Command, wait_until

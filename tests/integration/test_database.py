@@ -14,7 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from psycopg import InternalError, OperationalError, errors
 
-from promptmill.database import (
+from promptmill.database.engine import (
     connect,
     connecting,
     copy_rows,
@@ -25,12 +25,12 @@ from promptmill.database import (
     upgrade,
     writing,
 )
+from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
+from promptmill.database.timeouts import end_silent_connections
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
-from promptmill.silence import end_silent_connections
-from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import ChunkId, ErrorClass, JobState
-from promptmill_workers.patience import PASSING
+from promptmill_workers.worker.database_retry import PASSING
 from tests.conftest import wait_until
 from tests.unit.test_ledger import JOB, add_job, failed, ok
 

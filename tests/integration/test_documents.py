@@ -9,8 +9,8 @@ import sys
 import pytest
 import sqlalchemy as sa
 
-from promptmill.queries import querying
-from promptmill.views import VIEWS
+from promptmill.database.views import VIEWS
+from promptmill.store.queries import querying
 from tests.conftest import ROOT
 
 EXAMPLES = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "queries.md").read_text(encoding="utf-8"), re.DOTALL)

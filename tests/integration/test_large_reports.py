@@ -11,17 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from promptmill import arrow_tables, parallel, parquet_form
-from promptmill.database import reading, writing
+from promptmill.core import processes
+from promptmill.database import arrow_tables
+from promptmill.database.engine import reading, writing
+from promptmill.database.figure_sql import FIGURE_SQL
+from promptmill.database.tables import jobs, results
 from promptmill.errors import DatabaseError
-from promptmill.figure_sql import FIGURE_SQL
-from promptmill.metrics import METRICS
-from promptmill.queries import querying
-from promptmill.reports import sources, times
-from promptmill.reports.figures import DISTRIBUTIONS, SINGLE
-from promptmill.reports.html import text as page
-from promptmill.reports.summary import summarise
-from promptmill.tables import jobs, results
+from promptmill.reports.figures import percentiles, row_sources
+from promptmill.reports.figures.figures import DISTRIBUTIONS, SINGLE
+from promptmill.reports.figures.metrics import METRICS
+from promptmill.reports.figures.summary import summarise
+from promptmill.reports.render.html import text as page
+from promptmill.store import parquet
+from promptmill.store.queries import querying
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
 
 ROWS = 400
@@ -57,7 +59,7 @@ def fill(db: sa.Engine) -> None:
 
 
 def recomputed(path: Path) -> dict[str, Any]:
-    """The figures by their definitions in promptmill.metrics, from the export alone."""
+    """The figures by their definitions in promptmill.reports.figures.metrics, from the export alone."""
     pandas = pytest.importorskip("pandas")
     rows = pandas.read_parquet(path)
     ok, slot = rows[rows.state == "ok"], rows.dropna(subset=["admitted_at", "finished_at"])
@@ -83,7 +85,9 @@ def recomputed(path: Path) -> dict[str, Any]:
         "peak_active": changes.change.cumsum().max(),
     }  # fmt: skip
     for name, values in columns.items():
-        found |= {f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in times.PERCENTILES.items()}
+        found |= {
+            f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in percentiles.PERCENTILES.items()
+        }
         found[f"{name}.mean"] = values.mean()
     return found
 
@@ -93,9 +97,9 @@ def test_every_figure_equals_what_pandas_makes_of_the_export(
     db: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
     fill(db)
-    parquet_form.write(db, JOB, str(tmp_path / "out.parquet"))
+    parquet.write(db, JOB, str(tmp_path / "out.parquet"))
     if not exact:
-        monkeypatch.setattr(times, "EXACT_ROWS", 100)
+        monkeypatch.setattr(percentiles, "EXACT_ROWS", 100)
     found = summarise(db, JOB)
     assert found.latency_s.exact is exact
     for name, value in recomputed(tmp_path / "out.parquet").items():
@@ -108,7 +112,7 @@ def test_every_figure_equals_what_pandas_makes_of_the_export(
 def test_blocks_of_any_size_give_the_same_report(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(db)
     whole = summarise(db, JOB).to_json()
-    monkeypatch.setattr("promptmill.reports.scan.BLOCK_ROWS", 7)
+    monkeypatch.setattr("promptmill.reports.figures.columns.BLOCK_ROWS", 7)
     again = summarise(db, JOB).to_json()
     assert again.pop("curve")["output_tps"] == pytest.approx(whole.pop("curve")["output_tps"])
     assert str(again) == str(whole)
@@ -118,17 +122,17 @@ def test_blocks_of_any_size_give_the_same_report(db: sa.Engine, monkeypatch: pyt
 def read_in_ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The queries that are asked in ranges."""
     monkeypatch.setattr(arrow_tables, "WORTH_ROWS", 100)
-    monkeypatch.setattr(parallel, "_most", 2)
-    monkeypatch.setattr(parquet_form, "GROUP_ROWS", 90)
-    monkeypatch.setattr(sources, "BLOCK_ROWS", 90)
+    monkeypatch.setattr(processes, "_most", 2)
+    monkeypatch.setattr(parquet, "GROUP_ROWS", 90)
+    monkeypatch.setattr(row_sources, "BLOCK_ROWS", 90)
     asked: list[str] = []
 
     def noted(db: sa.Connection, queries: Iterable[str]) -> Iterator[Any]:
         asked.extend(queries := list(queries))
         return arrow_tables.tables(db, queries)
 
-    monkeypatch.setattr(sources, "tables", noted)
-    monkeypatch.setattr(parquet_form, "tables", noted)
+    monkeypatch.setattr(row_sources, "tables", noted)
+    monkeypatch.setattr(parquet, "tables", noted)
     return asked
 
 
@@ -138,18 +142,18 @@ def test_ranges_report_and_export_the_same(
 ) -> None:
     fill(db)
     if not exact:
-        monkeypatch.setattr(times, "EXACT_ROWS", 100)
+        monkeypatch.setattr(percentiles, "EXACT_ROWS", 100)
     found = summarise(db, JOB).to_json()
     # Twice, for the attempts do not name the workers.
     assert len(read_in_ranges) == 2 * (5 if exact else 10)
     exported = tmp_path / "many.parquet"
-    parquet_form.write(db, JOB, str(exported), prompts=True)
+    parquet.write(db, JOB, str(exported), prompts=True)
     assert len(read_in_ranges) == 2 * (5 if exact else 10) + 5
     read_in_ranges.clear()
     monkeypatch.setattr(arrow_tables, "WORTH_ROWS", ROWS + 1)
     alone = summarise(db, JOB).to_json()
     assert not read_in_ranges
-    parquet_form.write(db, JOB, str(tmp_path / "one.parquet"), prompts=True)
+    parquet.write(db, JOB, str(tmp_path / "one.parquet"), prompts=True)
     assert found.pop("curve")["output_tps"] == pytest.approx(alone.pop("curve")["output_tps"])
     for name in ("wall_s", "mean_active", "latency_s", "ttft_s", "tpot_s", "queue_s"):
         assert found.pop(name) == pytest.approx(alone.pop(name), rel=1e-9), name
@@ -169,10 +173,10 @@ def test_columns_that_are_empty_in_some_ranges_only(
             (results.c.row >= 200, {"text": "100 %% 'of' \"it\"\n", "error_message": ""}),
         ):
             connection.execute(sa.update(results).where(rows).values(values))
-    parquet_form.write(db, JOB, str(tmp_path / "many.parquet"))
+    parquet.write(db, JOB, str(tmp_path / "many.parquet"))
     assert len(read_in_ranges) == 5
     monkeypatch.setattr(arrow_tables, "WORTH_ROWS", ROWS + 1)
-    parquet_form.write(db, JOB, str(tmp_path / "one.parquet"))
+    parquet.write(db, JOB, str(tmp_path / "one.parquet"))
     assert pq.read_table(tmp_path / "many.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
 
 
@@ -183,7 +187,7 @@ def test_of_a_job_that_goes_on_one_moment_is_read(db: sa.Engine, tmp_path: Path,
     assert summarise(db, JOB).attempted == ROWS
     # Processes would see several moments; PostgreSQL's connections share one.
     assert bool(read_in_ranges) == (db.dialect.name == "postgresql")
-    assert parquet_form.write(db, JOB, str(tmp_path / "out.parquet")) == ROWS
+    assert parquet.write(db, JOB, str(tmp_path / "out.parquet")) == ROWS
     assert pq.read_table(tmp_path / "out.parquet")["row"].to_pylist() == list(range(ROWS))
 
 
@@ -209,9 +213,9 @@ def retried_meanwhile(
                 retry(db, request.param)
             yield table
 
-    monkeypatch.setattr(sources, "tables", changing)
-    monkeypatch.setattr(parquet_form, "tables", changing)
-    monkeypatch.setattr(parallel, "AHEAD", 1)
+    monkeypatch.setattr(row_sources, "tables", changing)
+    monkeypatch.setattr(parquet, "tables", changing)
+    monkeypatch.setattr(processes, "AHEAD", 1)
 
 
 @pytest.mark.usefixtures("retried_meanwhile")
@@ -225,10 +229,10 @@ def test_a_report_of_a_job_that_changed_meanwhile_is_of_one_moment(db: sa.Engine
 def test_an_export_of_a_job_that_changed_meanwhile_is_of_one_moment(db: sa.Engine, tmp_path: Path) -> None:
     path = str(tmp_path / "out.parquet")
     if db.dialect.name == "postgresql":
-        assert parquet_form.write(db, JOB, path) == ROWS
+        assert parquet.write(db, JOB, path) == ROWS
     else:
         with pytest.raises(DatabaseError, match="changed while it was read"):
-            parquet_form.write(db, JOB, path)
+            parquet.write(db, JOB, path)
 
 
 def test_what_the_driver_says_is_one_clear_error(db: sa.Engine) -> None:
@@ -255,7 +259,7 @@ def test_ranges_without_a_result_are_no_obstacle(db: sa.Engine) -> None:
 
 def test_html_of_counted_rows(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(db)
-    monkeypatch.setattr(times, "EXACT_ROWS", 100)
+    monkeypatch.setattr(percentiles, "EXACT_ROWS", 100)
     text = page(db, JOB)
     assert text.count("<svg") >= 7
     assert "Active sequences against slots of each worker" in text

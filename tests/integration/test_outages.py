@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import promptmill
-from promptmill import database
+from promptmill.database import engine
 from promptmill.errors import DatabaseError
-from promptmill_workers import embedded
+from promptmill_workers.worker import local_worker
 
 LINES = [{"prompt": f"one two three {row}"} for row in range(60)]
 MODEL = "echo:token_s=0.05"
@@ -24,7 +24,7 @@ MODEL = "echo:token_s=0.05"
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path / "run"))
     # What half a minute is in earnest: each statement gives up after it.
-    monkeypatch.setattr(database, "SQLITE_BUSY_MS", 200)
+    monkeypatch.setattr(engine, "SQLITE_BUSY_MS", 200)
     return tmp_path / "jobs.db"
 
 
@@ -72,7 +72,7 @@ def test_a_run_outlasts_a_writer_that_holds_the_database(file: Path) -> None:
 
 
 def test_a_run_gives_up_with_one_sentence_and_goes_on_later(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "DATABASE_S", 1.0)
+    monkeypatch.setattr(local_worker, "DATABASE_S", 1.0)
     url = f"sqlite:///{file}"
     with held_while_running(file, 60) as moments, pytest.raises(DatabaseError, match="database is locked"):
         promptmill.run(LINES, model=MODEL, database_url=url, slots=4)

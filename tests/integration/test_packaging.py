@@ -80,9 +80,7 @@ def test_another_package_named_datasets_wins_from_the_repositorys_root(tmp_path:
     package = tmp_path / "datasets"
     package.mkdir()
     (package / "__init__.py").write_text("ORIGIN = 'the other one'")
-    probe = (
-        "import promptmill.service, promptmill_workers.checkpoints, datasets; assert datasets.ORIGIN == 'the other one'"
-    )
+    probe = "import promptmill.service.service, datasets; assert datasets.ORIGIN == 'the other one'"
     environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

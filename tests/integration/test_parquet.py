@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy as sa
 
-from promptmill import parquet_form
-from promptmill.parquet_form import write
-from promptmill.reports.summary import summarise
+from promptmill.reports.figures.summary import summarise
+from promptmill.store import parquet
+from promptmill.store.parquet import write
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store
 
 
@@ -52,14 +52,14 @@ def test_an_empty_job_is_an_empty_file_with_its_columns(database: sa.Engine, tmp
 
 def test_rows_come_in_pages_on_either_database(database: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     store(database, [answer(row) for row in range(25)])
-    monkeypatch.setattr("promptmill.parquet_form.GROUP_ROWS", 10)
-    assert [batch.num_rows for batch in parquet_form.record_batches(database, JOB)] == [10, 10, 5]
+    monkeypatch.setattr("promptmill.store.parquet.GROUP_ROWS", 10)
+    assert [batch.num_rows for batch in parquet.record_batches(database, JOB)] == [10, 10, 5]
 
 
 def test_texts_come_as_they_are_on_either_database(database: sa.Engine) -> None:
     texts = ["", " ", '"', '","', "a\nb\r\nc\\.", "\\.", "\\N", "NULL", "null", "NaN", "t", "一二三", "%s %(x)s :job"]
     store(database, [*(answer(row, text=text) for row, text in enumerate(texts)), failure(len(texts))])
-    [batch] = parquet_form.record_batches(database, JOB)
+    [batch] = parquet.record_batches(database, JOB)
     assert batch.column("text").to_pylist() == [*texts, None]
     assert batch.column("deduplicated").to_pylist() == [False] * (len(texts) + 1)
     assert batch.column("error_class").null_count == len(texts)
@@ -67,10 +67,10 @@ def test_texts_come_as_they_are_on_either_database(database: sa.Engine) -> None:
 
 @pytest.mark.parametrize("worth", [1, 100])
 def test_groups_of_long_texts_have_fewer_rows(database: sa.Engine, monkeypatch: pytest.MonkeyPatch, worth: int) -> None:
-    monkeypatch.setattr("promptmill.arrow_tables.WORTH_ROWS", worth)
-    monkeypatch.setattr("promptmill.parallel._most", 2)
-    monkeypatch.setattr("promptmill.parquet_form.GROUP_ROWS", 10)
-    monkeypatch.setattr("promptmill.parquet_form.GROUP_CHARACTERS", 3500)
+    monkeypatch.setattr("promptmill.database.arrow_tables.WORTH_ROWS", worth)
+    monkeypatch.setattr("promptmill.core.processes._most", 2)
+    monkeypatch.setattr("promptmill.store.parquet.GROUP_ROWS", 10)
+    monkeypatch.setattr("promptmill.store.parquet.GROUP_CHARACTERS", 3500)
     # The first ones say nothing of the others.
     store(database, [answer(row, text="x" * (1000 if row >= 10 else 1)) for row in range(20)])
-    assert [batch.num_rows for batch in parquet_form.record_batches(database, JOB)] == [10, 3, 3, 3, 1]
+    assert [batch.num_rows for batch in parquet.record_batches(database, JOB)] == [10, 3, 3, 3, 1]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import connect, reading, upgrade, writing
+from promptmill.database.engine import connect, reading, upgrade, writing
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
 from promptmill.types import ChunkId

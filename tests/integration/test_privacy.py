@@ -9,21 +9,21 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill import privacy
-from promptmill.broker import Broker
-from promptmill.database import epoch
-from promptmill.dispatch import Dispatcher
+from promptmill.database.engine import epoch
+from promptmill.database.tables import jobs, requests, results, score_runs
 from promptmill.errors import JobError
-from promptmill.forgetting import UNSCORED_S, forget, forget_overdue
-from promptmill.judged_rows import judged_rows
 from promptmill.ledger import Ledger
-from promptmill.privacy import FETCH_S, hashed, overdue, redact
-from promptmill.reports.compare import compare
-from promptmill.reports.summary import summarise
-from promptmill.score_runs import unscored
-from promptmill.service import keep_scores, score_again
-from promptmill.tables import jobs, requests, results, score_runs
-from promptmill.task_file import parse_task
+from promptmill.queue.broker import Broker
+from promptmill.queue.dispatcher import Dispatcher
+from promptmill.reports.compare.compare import compare
+from promptmill.reports.figures.summary import summarise
+from promptmill.scoring.forgetting import UNSCORED_S, forget, forget_overdue
+from promptmill.scoring.mistakes import judged_rows
+from promptmill.scoring.runs import unscored
+from promptmill.service.service import keep_scores, score_again
+from promptmill.store import redaction
+from promptmill.store.redaction import FETCH_S, hashed, overdue, redact
+from promptmill.tasks.task_file import parse_task
 from tests.unit.test_reports import JOB, START, TASK, answer, failure, store
 
 SHA = parse_task(TASK, "ads").sha256
@@ -166,8 +166,8 @@ def test_nothing_is_run_again_while_texts_go(db: sa.Engine, how: str, monkeypatc
     fill(db, store=how, mode="queue")
     before = summarise(db, JOB).to_json()["scores"]
     with monkeypatch.context() as patch:
-        patch.setattr(privacy, "BATCH_ROWS", 4)
-        patch.setattr(privacy, "_redact_rows", cut_off_after(2))
+        patch.setattr(redaction, "BATCH_ROWS", 4)
+        patch.setattr(redaction, "_redact_rows", cut_off_after(2))
         with pytest.raises(InterruptedError):
             forget(db, JOB, how)
     with pytest.raises(JobError, match="has lost its prompts"):
@@ -182,7 +182,7 @@ def test_nothing_is_run_again_while_texts_go(db: sa.Engine, how: str, monkeypatc
 
 def cut_off_after(batches: int) -> Callable[..., None]:
     left = iter(range(batches - 1))
-    redact_rows = privacy._redact_rows
+    redact_rows = redaction._redact_rows
 
     def some(*asked: Any) -> None:
         if next(left, None) is None:
@@ -223,7 +223,7 @@ def test_workers_forget_without_running_a_scorer(db: sa.Engine, monkeypatch: pyt
     def never(*_: object) -> None:
         raise AssertionError("a scorer ran on a worker")
 
-    monkeypatch.setattr("promptmill.forgetting.keep_scores", never)
+    monkeypatch.setattr("promptmill.scoring.forgetting.keep_scores", never)
     fill(db, store="none")
     with db.begin() as connection:
         connection.execute(sa.update(jobs).values(finished_at=epoch() - FETCH_S - 60))

@@ -101,7 +101,7 @@ def evaluated(lm: Any, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, 
 def test_a_multiple_choice_task_of_the_harness_runs_as_a_job(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from promptmill.lm_eval_adapter import PromptmillLM
+    from promptmill.experiments.lm_eval import PromptmillLM
 
     lm = PromptmillLM("demo", database_url=url)
     found = evaluated(lm, bundled("arc/arc_easy.yaml", tmp_path, QUESTIONS), monkeypatch, tmp_path)
@@ -119,7 +119,7 @@ def test_a_multiple_choice_task_of_the_harness_runs_as_a_job(
 def test_a_generating_task_of_the_harness_runs_as_a_job(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from promptmill.lm_eval_adapter import PromptmillLM
+    from promptmill.experiments.lm_eval import PromptmillLM
 
     records = [{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}]
     lm = PromptmillLM("demo", database_url=url)
@@ -135,7 +135,7 @@ def test_texts_are_scored_from_their_start_and_alike_on_both_engines(url: str) -
     """A longer text is less likely than its beginning; llama.cpp and MLX give the same log-probability."""
     from lm_eval.api.instance import Instance
 
-    from promptmill.lm_eval_adapter import PromptmillLM
+    from promptmill.experiments.lm_eval import PromptmillLM
 
     asked = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("hello", "hello world")]
     first, whole = PromptmillLM("demo", database_url=url).loglikelihood_rolling(asked)
@@ -148,7 +148,7 @@ def test_texts_are_scored_from_their_start_and_alike_on_both_engines(url: str) -
 def test_what_no_job_can_obey_is_refused(url: str) -> None:
     from lm_eval.api.instance import Instance
 
-    from promptmill.lm_eval_adapter import PromptmillLM
+    from promptmill.experiments.lm_eval import PromptmillLM
 
     with pytest.raises(JobError, match="num_beams"):
         PromptmillLM("demo", database_url=url).generate_until(

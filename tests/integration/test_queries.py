@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill import reader_role
-from promptmill.database import connect, reading, upgrade, writing
+from promptmill.database import reader_role
+from promptmill.database.engine import connect, reading, upgrade, writing
+from promptmill.database.reader_role import reader
+from promptmill.database.tables import api_keys
+from promptmill.database.views import QUERIES, VIEWS
 from promptmill.errors import PromptmillError
-from promptmill.queries import QueryError, querying, write_jsonl, write_parquet
-from promptmill.reader_role import reader
-from promptmill.tables import api_keys
-from promptmill.views import QUERIES, VIEWS
+from promptmill.store.queries import QueryError, querying, write_jsonl, write_parquet
 from tests.conftest import Command
 from tests.unit.test_reports import JOB, START, answer, counters, failure, store, store_worker
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import connect
+from promptmill.database.engine import connect
 from tests.conftest import Command, wait_until, workers_alive
 
 ROWS = 400
@@ -80,12 +80,12 @@ def rows_in(queue: Command, query: str) -> list[Any]:
 
 def consumers(supervisor: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(supervisor.pid).children(recursive=True)
-    return [child for child in children if "promptmill_workers.consume" in child.cmdline()]
+    return [child for child in children if "promptmill_workers.worker.celery_worker" in child.cmdline()]
 
 
 def hosts(supervisor: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(supervisor.pid).children(recursive=True)
-    return [child for child in children if "promptmill_workers.host_process" in child.cmdline()]
+    return [child for child in children if "promptmill_workers.host.process" in child.cmdline()]
 
 
 def has_ended(process: psutil.Process) -> bool:

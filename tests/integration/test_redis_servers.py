@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 import pytest
 
-from promptmill import broker
-from promptmill.addresses import redis_client
-from promptmill.broker import Broker
+from promptmill.core.addresses import redis_client
 from promptmill.errors import BrokerError
+from promptmill.queue import broker
+from promptmill.queue.broker import Broker
 from promptmill.types import ChunkId
 from tests.conftest import Command, answers, free_port, redis_binary, unavailable, wait_until
 

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from promptmill.cli import cli
-from promptmill.database import open_database, reading
+from promptmill.database.engine import open_database, reading
+from promptmill.database.tables import requests
 from promptmill.errors import PromptmillError
-from promptmill.tables import requests
 
 
 @dataclass(frozen=True)

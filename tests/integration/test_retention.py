@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
+from promptmill.database.tables import attempts, chunks, jobs, requests, results
 from promptmill.errors import JobError
-from promptmill.retention import collect, old_jobs, remove
-from promptmill.tables import attempts, chunks, jobs, requests, results
+from promptmill.store.retention import collect, old_jobs, remove
 from tests.unit.test_reports import JOB, START, answer, counters, store
 
 DAY = 86_400.0

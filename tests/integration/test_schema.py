@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from promptmill.catalog import find_job
-from promptmill.database import connect, current_revision, head_revision, upgrade, writing
+from promptmill.database.engine import connect, current_revision, head_revision, upgrade, writing
 from promptmill.errors import DatabaseError
+from promptmill.store.catalog import find_job
 from tests.conftest import Command
 
 

@@ -16,10 +16,10 @@ import pytest
 from celery import Celery
 from redis import Redis
 
-from promptmill.broker import KEY_PREFIX, TASK_NAME, chunk_of, make_app, queue_name
-from promptmill.live_wire import LiveRequest, control_list, lane_list, live_queue
+from promptmill.queue.broker import KEY_PREFIX, TASK_NAME, chunk_of, make_app, queue_name
+from promptmill.queue.interactive_wire import LiveRequest, control_list, lane_list, live_queue
 from promptmill.types import ChunkId
-from promptmill_workers import queue_gate
+from promptmill_workers.worker import queue_gate
 from tests.conftest import Command, wait_until
 
 #: Stands for what nobody may find in a log.

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill import submission
-from promptmill.database import connect, reading
+from promptmill.database.engine import connect, reading
+from promptmill.database.tables import jobs
 from promptmill.errors import JobExists, QueueFull
 from promptmill.readers import open_dataset
-from promptmill.submission import JobOrder, submit
-from promptmill.tables import jobs
+from promptmill.service import submission
+from promptmill.service.submission import JobOrder, submit
 from tests.conftest import wait_until
 
 ORDER = JobOrder(model="echo", mode="queue")

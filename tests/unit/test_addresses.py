@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill.addresses import database_url, masked, redis_address, secrets_of, sqlite_url
-from promptmill.database import connect
+from promptmill.core.addresses import database_url, masked, redis_address, secrets_of, sqlite_url
+from promptmill.core.settings import load_settings, without_secrets
+from promptmill.database.engine import connect
 from promptmill.errors import DatabaseError, PromptmillError, SettingsError
-from promptmill.settings import load_settings, without_secrets
 
 #: Passwords as people make them.
 PASSWORDS = ["abc#def", "pa[ss", "a/b", "12/34", "1?w=x", "p@ss@word", "a:b", "a b", "密码#1", "x%zz", "=&?#/@:[]"]
@@ -133,7 +133,7 @@ def test_a_sqlite_file_may_lie_in_any_folder(name: str, tmp_path: Path) -> None:
 def test_the_default_database_lies_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "what? 100%25 #1 数据"
     monkeypatch.delenv("JOBS_DATABASE_URL", raising=False)
-    monkeypatch.setattr("promptmill.settings.data_dir", lambda: folder)
+    monkeypatch.setattr("promptmill.core.settings.data_dir", lambda: folder)
     assert database_url(load_settings().database_url).database == str(folder / "promptmill.sqlite")
 
 
@@ -142,7 +142,7 @@ def test_a_question_mark_that_begins_no_option_belongs_to_the_path() -> None:
 
 
 def test_an_error_about_redis_shows_no_secret() -> None:
-    from promptmill.broker import Broker
+    from promptmill.queue.broker import Broker
 
     for url in ("redis://u:secret#1@127.0.0.1:1/0", "redis://127.0.0.1:1/0?password=secret"):
         with pytest.raises(PromptmillError, match="cannot reach Redis at redis://") as away:
@@ -152,7 +152,7 @@ def test_an_error_about_redis_shows_no_secret() -> None:
 
 def test_arrow_reads_a_sqlite_file_in_any_folder(tmp_path: Path) -> None:
     """Its driver takes a URI of SQLite's own, in which other characters mean something."""
-    from promptmill import arrow_tables
+    from promptmill.database import arrow_tables
 
     db = connect(sqlite_url(tmp_path / "a?b%25c#d 数据&e" / "jobs.sqlite"))
     with db.begin() as connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from promptmill.bench import Figures, Way
+from promptmill.experiments.bench import Figures, Way
 
 
 def run(seconds: float) -> Figures:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from promptmill.api.questions import read
-from promptmill.openai_parameters import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, HARMLESS, NOTES
+from promptmill.api.openai.request_parsing import read
+from promptmill.tasks.openai import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, HARMLESS, NOTES
 
 ASKED: dict[str, dict[str, Any]] = {
     CHAT: {"model": "m", "messages": [{"role": "user", "content": "hi"}]},

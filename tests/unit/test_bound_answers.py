@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from promptmill.grammars import grammar_problem
+from promptmill.tasks.grammars import grammar_problem
 from promptmill.types import FinishReason, SamplingParams
-from promptmill_workers.answering import Answer, Tools
-from promptmill_workers.constraint import GrammarError, Grammars
-from promptmill_workers.engines.llama_binding import Model
-from promptmill_workers.engines.llama_text import AnswerText
+from promptmill_workers.engines.answer import Answer, Tools
+from promptmill_workers.engines.constraint import GrammarError, Grammars
+from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.text import AnswerText
 from tests.unit.tiny_models import write_tiny_gguf
 
 #: Most tokens of an answer: some end before they are complete.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from promptmill import broker
-from promptmill.broker import Broker
 from promptmill.errors import BrokerError
+from promptmill.queue import broker
+from promptmill.queue.broker import Broker
 from promptmill.types import ChunkId
 
 

@@ -47,7 +47,7 @@ DEVELOPER, SYSTEM = Message("developer", "Be brief."), Message("system", "You ar
     ids=["passes over", "first only", "knows"],
 )  # fmt: skip
 def test_a_developer_is_heard_by_every_template(tmp_path: Path, source: str, rendered: str) -> None:
-    from promptmill_workers.engines.mlx_text import MlxTokenizer
+    from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 
     assert rendered_by(source, (DEVELOPER, USER)) == rendered
     words = MlxTokenizer(write_tiny_mlx(tmp_path / "tiny", chat_template=source))

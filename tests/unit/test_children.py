@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from promptmill.children import ChildBroke, Limits, OverLimit, Pool
+from promptmill.core.child_processes import ChildBroke, Limits, OverLimit, Pool
 from promptmill.errors import TaskFileError
-from promptmill.prompts import Template, TemplateMistake
-from promptmill.task_file import parse_task
+from promptmill.tasks.task_file import parse_task
+from promptmill.tasks.templates import Template, TemplateMistake
 
 SHORT = Limits(1.0, 512)
 

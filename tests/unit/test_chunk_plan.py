@@ -8,7 +8,7 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmill.submission import (
+from promptmill.service.submission import (
     CHUNK_ROWS,
     CHUNK_TOKENS,
     FIRST_CHUNK_ROWS,

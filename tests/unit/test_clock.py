@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill import catalog
-from promptmill.clock import DatabaseClock
-from promptmill.database import connect, epoch
+from promptmill.core.spans import moment
+from promptmill.database.clock import DatabaseClock
+from promptmill.database.engine import connect, epoch
+from promptmill.database.tables import jobs, metadata, results
 from promptmill.ledger import Ledger
 from promptmill.readers import open_dataset
-from promptmill.retention import old_jobs
-from promptmill.submission import JobOrder, submit
-from promptmill.tables import jobs, metadata, results
-from promptmill.times import moment
+from promptmill.service.submission import JobOrder, submit
+from promptmill.store import catalog
+from promptmill.store.retention import old_jobs
 from promptmill.types import ErrorClass, Failed, FinishReason, Lease, Ok, Timing, Usage
 
 HOUR = 3600.0
@@ -79,7 +79,7 @@ class Far:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.here, self.clock = 100.0, DatabaseClock()
-        monkeypatch.setattr("promptmill.clock.time.monotonic", lambda: self.here)
+        monkeypatch.setattr("promptmill.database.clock.time.monotonic", lambda: self.here)
 
     def ask(self, there_s: float, back_s: float, ahead_s: float = 1000.0) -> float:
         """Seconds that it is believed to be ahead after an answer."""
@@ -179,7 +179,7 @@ def test_stored_times_are_in_order_on_a_machine_that_slept_or_whose_clock_was_se
 def test_the_times_of_an_error_that_is_tried_again_are_the_database_s_too(
     db: sa.Engine, machine: Machine, submitted: Callable[..., str]
 ) -> None:
-    from promptmill.tables import retries
+    from promptmill.database.tables import retries
 
     machine.slept_s = HOUR
     ledger, job = Ledger(db), submitted()

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 #: Celery, the modules that run jobs, and what they import.
-HEAVY = ("celery", "kombu", "jinja2", "alembic", "promptmill.service", "promptmill.preparing", "promptmill_workers")
+HEAVY = (
+    "celery",
+    "kombu",
+    "jinja2",
+    "alembic",
+    "promptmill.service.service",
+    "promptmill.service.prepare",
+    "promptmill_workers",
+)
 
 LOOK = f"""
 import sys
@@ -21,8 +29,8 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 
 @pytest.mark.parametrize("command", [["workers"], ["workers", "--json"], ["list"]])
 def test_a_command_that_looks_imports_nothing_that_runs(command: list[str], tmp_path: Path, redis_url: str) -> None:
-    from promptmill.database import connect, epoch, upgrade, writing
-    from promptmill.tables import workers
+    from promptmill.database.engine import connect, epoch, upgrade, writing
+    from promptmill.database.tables import workers
 
     url = f"sqlite:///{tmp_path / 'a.sqlite'}"
     db = connect(url)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import COMMITS, CommitTimes, connect, writing
+from promptmill.database.engine import COMMITS, CommitTimes, connect, writing
 
 
 def test_counts_are_cumulative_and_bounds_belong_to_their_bucket() -> None:

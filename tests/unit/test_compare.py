@@ -11,13 +11,13 @@ import pytest
 import sqlalchemy as sa
 from rich.console import Console
 
-from promptmill.catalog import find_scored
+from promptmill.database.tables import requests, score_runs, scores
 from promptmill.errors import JobError, PromptmillError, UnknownName
-from promptmill.reports import comparison_forms, comparison_page
-from promptmill.reports.compare import Side, compare, compare_all, service_change, settings_of
-from promptmill.reports.conditions import parse
-from promptmill.reports.statistics import ALPHA, holm, paired_means, paired_rates, unpaired_rates
-from promptmill.tables import requests, score_runs, scores
+from promptmill.reports.compare.compare import Side, compare, compare_all, service_change, settings_of
+from promptmill.reports.compare.conditions import parse
+from promptmill.reports.compare.statistics import ALPHA, holm, paired_means, paired_rates, unpaired_rates
+from promptmill.reports.render import comparison_forms, comparison_page
+from promptmill.store.catalog import find_scored
 from tests.unit.test_reports import JOB, START, TASK, answer, counters, db, failure, store
 
 __all__ = ["db"]

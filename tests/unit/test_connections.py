@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from promptmill.api import connections
+from promptmill.api.http import connections
 
 ASK = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

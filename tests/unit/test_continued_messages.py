@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from promptmill.errors import RequestError
-from promptmill.prompts import to_request
 from promptmill.readers import open_dataset
-from promptmill.sampling import BadParameter, resolve_sampling
+from promptmill.tasks.sampling import BadParameter, resolve_sampling
+from promptmill.tasks.templates import to_request
 from promptmill.types import DatasetLine, Message, SamplingParams
 from promptmill_workers.engines.contract import EngineRequest
-from promptmill_workers.engines.llama_binding import Model
-from promptmill_workers.engines.llama_text import PromptReader
-from promptmill_workers.engines.mlx_text import MlxTokenizer
+from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.text import PromptReader
+from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from tests.unit.test_special_tokens import Words, real_templates, words, writes
 from tests.unit.tiny_models import CHATML, END, START
 
@@ -107,9 +107,9 @@ def test_only_a_message_of_the_assistant_is_continued(body: dict[str, Any]) -> N
 
 def test_a_body_of_the_api_may_ask_for_it() -> None:
     pytest.importorskip("starlette")
-    from promptmill.api.errors import ApiError
-    from promptmill.api.questions import read
-    from promptmill.openai_parameters import CHAT
+    from promptmill.api.http.errors import ApiError
+    from promptmill.api.openai.request_parsing import read
+    from promptmill.tasks.openai import CHAT
 
     turns = [{"role": each.role, "content": each.content} for each in TURNS]
     body = {"model": "m", "messages": turns, "continue_final_message": True, "add_generation_prompt": False}

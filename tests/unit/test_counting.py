@@ -5,14 +5,14 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from promptmill.api.exposition import family, histogram
-from promptmill.catalog import list_workers
-from promptmill.counting import NOBODY, Counts, counting, stored
-from promptmill.database import epoch, reading, writing
-from promptmill.housekeeping import STEP_ROWS, Housekeeping
+from promptmill.api.prometheus import family, histogram
+from promptmill.database.counting import NOBODY, Counts, counting, stored
+from promptmill.database.engine import epoch, reading, writing
+from promptmill.database.tables import attempts, worker_samples, workers
 from promptmill.ledger import Ledger
-from promptmill.retention import remove
-from promptmill.tables import attempts, worker_samples, workers
+from promptmill.queue.housekeeping import STEP_ROWS, Housekeeping
+from promptmill.store.catalog import list_workers
+from promptmill.store.retention import remove
 from promptmill.types import ChunkId, EngineCounters, ErrorClass
 from tests.unit.test_ledger import JOB, add_job, failed, ok
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from promptmill.cli import main
+from promptmill.core.resources import resource_dir
 from promptmill.errors import BadLines, DatasetError, TaskFileError
-from promptmill.preparing import validate_dataset
 from promptmill.readers import checked, open_dataset
-from promptmill.resources import resource_dir
-from promptmill.task_file import parse_task
+from promptmill.service.prepare import validate_dataset
+from promptmill.tasks.task_file import parse_task
 from promptmill.types import DatasetLine
 
 TASK = """\

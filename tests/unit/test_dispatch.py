@@ -9,14 +9,16 @@ import pytest
 import sqlalchemy as sa
 from redis import Redis
 
-from promptmill import broker, catalog, service
-from promptmill.broker import Broker, queue_name
-from promptmill.catalog import waiting_for_models
-from promptmill.database import connect, epoch, writing
-from promptmill.dispatch import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged, waits_for
+from promptmill.core.settings import Settings
+from promptmill.database.engine import connect, epoch, writing
+from promptmill.database.tables import chunks, jobs, workers
 from promptmill.ledger import Ledger, recovery
-from promptmill.settings import Settings
-from promptmill.tables import chunks, jobs, workers
+from promptmill.queue import broker
+from promptmill.queue.broker import Broker, queue_name
+from promptmill.queue.dispatcher import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged, waits_for
+from promptmill.service import service
+from promptmill.store import catalog
+from promptmill.store.catalog import waiting_for_models
 from promptmill.types import ChunkId
 from tests.conftest import Command, migrate, wait_until
 
@@ -118,7 +120,7 @@ def test_a_full_queue_is_searched_now_and_then(ledger: Ledger, redis_url: str, m
     broker_ = Broker(redis_url)
     dispatcher = Dispatcher(ledger, broker_)
     now = [1000.0]
-    monkeypatch.setattr("promptmill.dispatch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("promptmill.queue.dispatcher.time.monotonic", lambda: now[0])
     dispatcher.reconcile()
     dispatcher.reconcile()
     pass_time(ledger, LOST_MESSAGE_S + 1)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill.catalog import find_job
-from promptmill.database import connect, writing
-from promptmill.embedded import require_same_model, require_unheld
+from promptmill.database.engine import connect, writing
+from promptmill.database.tables import jobs, metadata, workers
 from promptmill.errors import JobError, ModelError
 from promptmill.ledger import Ledger
-from promptmill.tables import jobs, metadata, workers
+from promptmill.service.local_run import require_same_model, require_unheld
+from promptmill.store.catalog import find_job
 from promptmill_workers.devices import worker_lock
 from tests.unit.test_ledger import JOB, add_job
 

@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 
 from promptmill.types import ErrorClass, Extras, FinishReason, SamplingParams, Sharing
-from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import Engine, EngineRequest, Event, Finished, Rejected, TokenEvent
+from promptmill_workers.host.fan_out import Desk
 from tests.unit.test_engine_contract import Case, Load, case, chat, checkpoint, load, raw
 
 __all__ = ["case", "checkpoint", "load"]
@@ -450,6 +450,6 @@ def test_waiting_keys_name_requests_and_not_their_parts(desk: Callable[..., Desk
 
 
 def test_sampling_defaults_need_no_logits() -> None:
-    from promptmill_workers.answering import needs_logits
+    from promptmill_workers.engines.answer import needs_logits
 
     assert not needs_logits(SamplingParams(temperature=0.7, top_k=4, min_p=0.1, seed=3, stop=("a",)))

@@ -6,8 +6,8 @@ import json
 import random
 from typing import Any
 
-from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import EngineRequest, Finished, TokenEvent
+from promptmill_workers.host.fan_out import Desk
 from tests.unit.test_engine_contract import RULES, WORDS, Case, Load, case, chat, checkpoint, load, raw
 
 __all__ = ["case", "checkpoint", "load"]

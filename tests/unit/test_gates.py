@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from promptmill.errors import TaskFileError
-from promptmill.gates import judge
-from promptmill.scorers.scoring import Answer, Judge, build
-from promptmill.scorers.scoring import score_rows as score_answers
-from promptmill.scorers.tally import Score
-from promptmill.task_file import parse_task
+from promptmill.scoring.scorers.scoring import Answer, Judge, build
+from promptmill.scoring.scorers.scoring import score_rows as score_answers
+from promptmill.scoring.scorers.tally import Score
+from promptmill.tasks.gates import judge
+from promptmill.tasks.task_file import parse_task
 
 
 def row(answer: Any, expected: Any, state: str = "ok") -> Answer:

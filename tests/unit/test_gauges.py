@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from promptmill_workers.devices import Device
-from promptmill_workers.gauges import DeviceGauge
+from promptmill_workers.worker.device_metrics import DeviceGauge
 
 
 class NVMLError(Exception):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promptmill.types import SamplingParams
-from promptmill_workers.host_sampling import HostSampler, likeliest, log_sum
+from promptmill_workers.engines.host_sampling import HostSampler, likeliest, log_sum
 
 NOTHING = np.array([], dtype=np.int32)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from promptmill.errors import ModelError
-from promptmill_workers.kv_budget import CPU_SLOTS, GPU_SLOTS, Room, fit
+from promptmill_workers.engines.kv_budget import CPU_SLOTS, GPU_SLOTS, Room, fit
 
 USUAL: dict[str, Any] = {
     "slots": None, "cells": None, "context_tokens": 4096, "cell_bytes": 100_000,

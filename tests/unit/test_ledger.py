@@ -13,10 +13,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.database import connect, writing
+from promptmill.database.engine import connect, writing
+from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.errors import DatabaseError, JobError
 from promptmill.ledger import LEASE_S, Ledger, Standing, guard_verdict, recovery
-from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import (
     ChunkId,
     EngineCounters,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import connect, writing
+from promptmill.database.engine import connect, writing
+from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results, retries
 from promptmill.errors import JobError
 from promptmill.ledger import Ledger, Standing, waiting_requests
-from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, retries
 from promptmill.types import (
     WITHOUT_TEXTS,
     ChunkId,

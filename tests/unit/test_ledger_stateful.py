@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from promptmill.database import connect, writing
+from promptmill.database.engine import connect, writing
+from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results, retries
 from promptmill.errors import JobError
 from promptmill.ledger import Ledger, Standing
-from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, retries
 from promptmill.types import (
     ErrorClass,
     Failed,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from promptmill.children import Limits
+from promptmill.core.child_processes import Limits
+from promptmill.core.settings import Settings
 from promptmill.errors import ModelError, PromptmillError
-from promptmill.preparing import RunOptions, dry_run
-from promptmill.settings import Settings
+from promptmill.service.prepare import RunOptions, dry_run
 from promptmill_workers import limited_counter
 from tests.unit.tiny_models import write_tiny_gguf
 

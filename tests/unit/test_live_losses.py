@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from promptmill.api import live
-from promptmill.api.errors import ApiError
-from promptmill.api.live import Call, Live
-from promptmill.broker import beat_key
-from promptmill.live_wire import (
+from promptmill.api import interactive
+from promptmill.api.http.errors import ApiError
+from promptmill.api.interactive import Call, Live
+from promptmill.queue.broker import beat_key
+from promptmill.queue.interactive_wire import (
     DONE,
     FAILED,
     MOST_TRIES,
@@ -30,8 +30,8 @@ from promptmill.live_wire import (
     reply_of,
 )
 from promptmill.types import FinishReason, Ok, Usage
-from promptmill_workers.replies import Replies
-from promptmill_workers.stopping import Stop
+from promptmill_workers.worker.replies import Replies
+from promptmill_workers.worker.shutdown import Stop
 
 MODEL, WORKER = "echo", "here/cpu/1"
 #: What the worker's engine says that it is.
@@ -44,8 +44,8 @@ ANSWER = answer_of(OK, None, BACKEND)
 @pytest.fixture
 def redis(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Redis with a worker's sign of life. Servers look for what is quiet at once."""
-    monkeypatch.setattr(live, "WATCH_S", 0.1)
-    monkeypatch.setattr(live, "QUIET_S", 0.3)
+    monkeypatch.setattr(interactive, "WATCH_S", 0.1)
+    monkeypatch.setattr(interactive, "QUIET_S", 0.3)
     with Redis.from_url(redis_url) as client:
         client.set(beat_key(WORKER), "{}")
         yield client

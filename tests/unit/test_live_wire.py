@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmill.live_wire import LiveRequest, beat_of
+from promptmill.queue.interactive_wire import LiveRequest, beat_of
 
 PROMPT = LiveRequest("2", "server", "echo", {}, prompt="Once", stream=True)
 

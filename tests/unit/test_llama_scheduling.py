@@ -12,7 +12,7 @@ import pytest
 
 from promptmill.types import ErrorClass, SamplingParams
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
-from promptmill_workers.engines.llamacpp import PREFIXES, LlamaCppEngine
+from promptmill_workers.engines.llama.engine import PREFIXES, LlamaCppEngine
 from tests.unit.tiny_models import write_tiny_gguf
 
 CONTEXT = 512

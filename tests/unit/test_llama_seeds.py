@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from promptmill_workers.engines.llama_sampling import _in_32_bits
+from promptmill_workers.engines.llama.sampling import _in_32_bits
 
 
 @pytest.mark.parametrize(("one", "other"), [(2**63 - 1, -(2**63)), (0, 2**32 - 1), (-1, 2**32 - 2), (5, 5 + 2**32)])

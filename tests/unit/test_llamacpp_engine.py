@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from tools.demo_model.float32 import write_float32
 
+from promptmill.core.resources import resource_dir
 from promptmill.errors import DeviceError, ModelError
-from promptmill.prompts import Template
 from promptmill.readers import open_dataset
-from promptmill.resources import resource_dir
-from promptmill.sampling import resolve_sampling
+from promptmill.tasks.sampling import resolve_sampling
+from promptmill.tasks.templates import Template
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
-from promptmill_workers.engines.llama_binding import Model
-from promptmill_workers.engines.llama_text import AnswerText
-from promptmill_workers.engines.llamacpp import LlamaCppEngine
+from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.engine import LlamaCppEngine
+from promptmill_workers.engines.llama.text import AnswerText
 from tests.unit.tiny_models import write_tiny_gguf
 
 ODD = "加V：abc123 😂 好听 naïve žluťoučký 👨‍👩‍👧‍👦 ░▒▓"
@@ -58,7 +58,7 @@ def load(exact: Path) -> Iterator[Load]:
 @pytest.fixture(scope="module")
 def task() -> Template:
     """The template of the bundled task."""
-    from promptmill.task_file import load_task
+    from promptmill.tasks.task_file import load_task
 
     prompt = load_task(resource_dir("datasets") / "ad_comments.task.yaml").model.prompt
     assert prompt is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from promptmill.metrics import METRICS, PERCENTILES, Kind, Unit, comparable, digits
+from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Kind, Unit, comparable, digits
 
 
 def test_every_figure_says_what_it_is_and_how_it_is_computed() -> None:

@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
+from promptmill.core.resources import resource_dir
 from promptmill.errors import DeviceError, ModelError, RequestError
-from promptmill.resources import resource_dir
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import bundled
-from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.host.fan_out import Desk
 from tests.unit.tiny_mlx import write_tiny_mlx
 
 pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptmill[mlx]'")
 
-from promptmill_workers.engines.mlx import MlxEngine
-from promptmill_workers.engines.mlx_text import AnswerText, MlxTokenizer
+from promptmill_workers.engines.mlx_lm.engine import MlxEngine
+from promptmill_workers.engines.mlx_lm.text import AnswerText, MlxTokenizer
 
 RULES = "Is this comment an advertisement? Answer with JSON such as the one below, and nothing else. "
 
@@ -473,7 +473,7 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from promptmill.types import SamplingParams;"
         "from promptmill_workers.engines.contract import EngineRequest;"
-        "from promptmill_workers.engines.mlx import MlxEngine;"
+        "from promptmill_workers.engines.mlx_lm.engine import MlxEngine;"
         f"counter = MlxEngine.token_counter(Path({str(folder)!r}));"
         "print(counter.context_tokens, counter.count(EngineRequest(0, SamplingParams(), prompt='a free phone')));"
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm')])"
@@ -489,7 +489,7 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
 
 
 def test_the_bundled_model_says_the_same_with_both_engines() -> None:
-    llamacpp = pytest.importorskip("promptmill_workers.engines.llamacpp")
+    llamacpp = pytest.importorskip("promptmill_workers.engines.llama.engine")
     lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").strip().split("\n")[::9]
     rules = "You are a moderator of comments. Decide whether the comment is an advertisement. Answer with JSON."
     requests = [
@@ -513,7 +513,7 @@ def test_the_bundled_model_says_the_same_with_both_engines() -> None:
 
 def test_choices_are_as_likely_with_both_engines() -> None:
     """Where one choice begins another, the end of the answer is scored with each: the same token by both."""
-    llamacpp = pytest.importorskip("promptmill_workers.engines.llamacpp")
+    llamacpp = pytest.importorskip("promptmill_workers.engines.llama.engine")
     found = []
     for kind, file in ((MlxEngine, "mlx"), (llamacpp.LlamaCppEngine, "demo.gguf")):
         desk = Desk(kind.load(bundled(file), "demo", EngineOptions(slots=2)))

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "monitoring"
 
 
 def exposed() -> str:
-    return "".join(path.read_text() for path in Path(promptmill.api.__file__).parent.glob("exposition.py"))
+    return "".join(path.read_text() for path in Path(promptmill.api.__file__).parent.glob("prometheus.py"))
 
 
 def expressions() -> list[str]:

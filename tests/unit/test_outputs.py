@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from promptmill.core.outputs import appearing, holds_something, refuse, writing
 from promptmill.errors import OutputFailed, PromptmillError
-from promptmill.outputs import appearing, holds_something, refuse, writing
 
 
 def write(output: Path | str, text: str = "new") -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from promptmill.api.page_data import job_view
-from promptmill.catalog import find_job, job_summary
-from promptmill.database import connect, reading
-from promptmill.reports.summary import summarise
-from promptmill.tables import chunks, metadata
+from promptmill.api.pages.page_queries import job_view
+from promptmill.database.engine import connect, reading
+from promptmill.database.tables import chunks, metadata
+from promptmill.reports.figures.summary import summarise
+from promptmill.store.catalog import find_job, job_summary
 from tests.unit.test_reports import JOB, START, answer, counters, store
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmill_workers.prefix_plan import LEAST_TOKENS, PrefixGroup, Tokens, common_length, plan, plan_nested
+from promptmill_workers.engines.prefix_plan import LEAST_TOKENS, PrefixGroup, Tokens, common_length, plan, plan_nested
 
 RULES = list(range(100, 160))
 

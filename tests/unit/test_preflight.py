@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptmill.cli.progress import preflight_line
-from promptmill.preflight import (
+from promptmill.service.preflight import (
     CONTEXT_STEP,
     MEASURED_ROWS,
     SAMPLE_EVERY,
@@ -20,7 +20,7 @@ from promptmill.preflight import (
     Gauge,
     PromptTooLong,
 )
-from promptmill.sampling import BadParameter
+from promptmill.tasks.sampling import BadParameter
 from promptmill.types import ErrorClass, Message, Request, SamplingParams
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from promptmill.outputs import appearing
+from promptmill.core.outputs import appearing
 from promptmill_workers.devices import FileLock
 
 

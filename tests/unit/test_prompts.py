@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from promptmill.errors import PromptmillError, TaskFileError
-from promptmill.own_text import PRIVATE
-from promptmill.prompts import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
-from promptmill.sampling import PARAMETERS, BadParameter, check_parameters, refuse_repeats
+from promptmill.tasks.own_text import PRIVATE
+from promptmill.tasks.sampling import PARAMETERS, BadParameter, check_parameters, refuse_repeats
+from promptmill.tasks.templates import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
 from promptmill.types import DatasetLine, Message, SamplingParams
 
 

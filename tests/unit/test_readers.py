@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from promptmill.core.registry import resolve
 from promptmill.errors import DatasetError
-from promptmill.openai_parameters import ANSWERED, CHAT, translate
-from promptmill.prompts import Template
 from promptmill.readers import ENDINGS, FILE_READERS, FORMATS, READERS, checked, open_dataset
 from promptmill.readers.ids import IdTable
 from promptmill.readers.source import LONGEST_LINE
-from promptmill.registry import resolve
-from promptmill.sampling import ALIASES, CONSTRAINTS, PARAMETERS, resolve_sampling
+from promptmill.tasks.openai import ANSWERED, CHAT, translate
+from promptmill.tasks.sampling import ALIASES, CONSTRAINTS, PARAMETERS, resolve_sampling
+from promptmill.tasks.templates import Template
 from promptmill.types import DatasetLine, Message
 
 Write = Callable[[str, str | bytes], Path]

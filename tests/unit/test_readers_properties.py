@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promptmill.errors import DatasetError, PromptmillError
-from promptmill.prompts import Template, payload, to_request
 from promptmill.readers import READERS, Dataset, checked, open_dataset, source
 from promptmill.readers.ids import IdTable
-from promptmill.task_file import Task
+from promptmill.tasks.task_file import Task
+from promptmill.tasks.templates import Template, payload, to_request
 from promptmill.types import DatasetLine, Message, SamplingParams
 
 #: Text that a file can hold: no halves of surrogate pairs, no NUL.

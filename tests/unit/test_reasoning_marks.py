@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from promptmill.types import Extras, FinishReason, Message, SamplingParams
-from promptmill_workers.answering import END_OF_THINK, THINK, Answer
 from promptmill_workers.checkpoints import Checkpoint, build_engine
-from promptmill_workers.desk import Desk
+from promptmill_workers.engines.answer import END_OF_THINK, THINK, Answer
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
-from promptmill_workers.engines.llama_binding import Model
-from promptmill_workers.engines.llama_text import PromptReader
-from promptmill_workers.engines.mlx_text import MlxTokenizer
+from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.text import PromptReader
+from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
+from promptmill_workers.host.fan_out import Desk
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import CHATML, write_tiny_gguf
 

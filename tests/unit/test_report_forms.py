@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill.reports import csv_form, html, json_form, markdown
-from promptmill.reports.details import calibrated
-from promptmill.reports.summary import summarise
-from promptmill.reports.timeline import merged, phases_of, read_phases, without
-from promptmill.service import keep_scores
-from promptmill.tables import worker_samples
-from promptmill.task_file import parse_task
+from promptmill.database.tables import worker_samples
+from promptmill.reports.figures.details import calibrated
+from promptmill.reports.figures.summary import summarise
+from promptmill.reports.figures.timeline import merged, phases_of, read_phases, without
+from promptmill.reports.render import csv as csv_report
+from promptmill.reports.render import html, markdown
+from promptmill.reports.render import json as json_report
+from promptmill.service.service import keep_scores
+from promptmill.tasks.task_file import parse_task
 from tests.unit.test_reports import JOB, START, TASK, WORKER, answer, counters, db, failure, store, store_worker
 
 __all__ = ["db"]
@@ -34,7 +36,7 @@ def test_markdown_escapes_what_it_did_not_write(db: sa.Engine) -> None:
 
 def test_csv_holds_each_figure_unrounded_with_its_definition(db: sa.Engine) -> None:
     store(db, [answer(0), answer(1), answer(2)], tried=[counters()])
-    lines = {line["figure"]: line for line in csv.DictReader(io.StringIO(csv_form.text(summarise(db, JOB))))}
+    lines = {line["figure"]: line for line in csv.DictReader(io.StringIO(csv_report.text(summarise(db, JOB))))}
     assert float(lines["output_tps"]["value"]) == 33 / 4
     assert lines["output_tps"]["unit"] == "tok/s"
     assert float(lines["latency_s.p50"]["value"]) == 2
@@ -44,7 +46,7 @@ def test_csv_holds_each_figure_unrounded_with_its_definition(db: sa.Engine) -> N
 
 def test_json_names_the_version_of_its_schema(db: sa.Engine) -> None:
     store(db, [answer(0)], rows=3, state="running")
-    found = json.loads(json_form.text(summarise(db, JOB)))
+    found = json.loads(json_report.text(summarise(db, JOB)))
     assert found["schema_version"] == 1
     assert found["completeness"] == "INCOMPLETE 1/3"
 

@@ -14,19 +14,20 @@ import pytest
 import sqlalchemy as sa
 from rich.console import Console
 
-from promptmill.database import connect
+from promptmill.core.registry import resolve
+from promptmill.database.engine import connect
+from promptmill.database.figure_sql import FIGURE_SQL
+from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results, worker_samples, workers
 from promptmill.errors import UnknownName
-from promptmill.figure_sql import FIGURE_SQL
-from promptmill.metrics import METRICS
-from promptmill.registry import resolve
-from promptmill.reports import REPORTS, distributions, times
-from promptmill.reports.checks import Check
-from promptmill.reports.scan import Series
-from promptmill.reports.summary import JSON_KEYS, Summary, summarise
-from promptmill.reports.terminal import render
-from promptmill.service import keep_scores
-from promptmill.tables import attempts, chunks, jobs, metadata, requests, results, worker_samples, workers
-from promptmill.task_file import parse_task
+from promptmill.reports import REPORTS
+from promptmill.reports.figures import distributions, percentiles
+from promptmill.reports.figures.checks import Check
+from promptmill.reports.figures.columns import Series
+from promptmill.reports.figures.metrics import METRICS
+from promptmill.reports.figures.summary import JSON_KEYS, Summary, summarise
+from promptmill.reports.render.terminal import render
+from promptmill.service.service import keep_scores
+from promptmill.tasks.task_file import parse_task
 
 JOB, WORKER = "01JOB", "box/cpu/1"
 
@@ -303,7 +304,7 @@ def test_work_of_requests_that_failed_in_a_slot_is_part_of_the_time(db: sa.Engin
 
 def test_time_per_output_token_needs_two_tokens(db: sa.Engine) -> None:
     store(db, [answer(0, output_tokens=1), answer(1, output_tokens=0)])
-    assert summarise(db, JOB).tpot_s == times.Distribution(0)
+    assert summarise(db, JOB).tpot_s == percentiles.Distribution(0)
 
 
 def test_a_clock_that_runs_ahead_gives_no_negative_queue_time(db: sa.Engine) -> None:
@@ -314,7 +315,7 @@ def test_a_clock_that_runs_ahead_gives_no_negative_queue_time(db: sa.Engine) -> 
 
 
 def test_percentiles_are_linear_between_neighbours() -> None:
-    found = times.distribution(np.arange(10.0))
+    found = percentiles.distribution(np.arange(10.0))
     assert (found.p50, found.p90, found.p95) == pytest.approx((4.5, 8.1, 8.55))
 
 

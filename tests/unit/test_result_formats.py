@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill.api.live import failure
-from promptmill.cli.inspect import answer_parts
-from promptmill.database import connect, writing
-from promptmill.live_wire import LiveRequest
-from promptmill.result_formats import CSV_COLUMNS, FORMATS, write
-from promptmill.tables import jobs, metadata, requests, results
+from promptmill.api.interactive import failure
+from promptmill.cli.look.inspect import answer_parts
+from promptmill.database.engine import connect, writing
+from promptmill.database.tables import jobs, metadata, requests, results
+from promptmill.queue.interactive_wire import LiveRequest
+from promptmill.store.result_lines import CSV_COLUMNS, FORMATS, write
 
 JOB = "01JOB"
 

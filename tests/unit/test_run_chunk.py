@@ -17,20 +17,20 @@ from typing import Any, cast
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database import connect
+from promptmill.database.engine import connect
+from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.ledger import Ledger, Standing
-from promptmill.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.types import ChunkId, JobState, Lease, Request, SamplingParams
-from promptmill_workers import run_chunk
-from promptmill_workers.claims import Claims
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineOptions
-from promptmill_workers.host import HostConfig, HostCrashed, HostDied
-from promptmill_workers.host_keeper import HostKeeper
+from promptmill_workers.host.client import HostConfig, HostCrashed, HostDied
+from promptmill_workers.host.model_hosts import HostKeeper
 from promptmill_workers.model_files import fingerprint_of, states_of
-from promptmill_workers.patience import Patience
-from promptmill_workers.run_chunk import ChunkRunner
-from promptmill_workers.stopping import Stop
+from promptmill_workers.worker import chunk_runner
+from promptmill_workers.worker.chunk_runner import ChunkRunner
+from promptmill_workers.worker.database_retry import Patience
+from promptmill_workers.worker.held_leases import Claims
+from promptmill_workers.worker.shutdown import Stop
 from tests.conftest import wait_until
 from tests.two_models import CHANGED, put
 from tests.unit.test_ledger import JOB, add_job, ok
@@ -120,16 +120,16 @@ class SlowLedger:
 
 def test_leases_are_renewed_by_the_clock(monkeypatch: pytest.MonkeyPatch, clock: Any) -> None:
     ledger = SlowLedger(clock)
-    monkeypatch.setattr(run_chunk, "WATCH_S", 0.001)
-    monkeypatch.setattr(run_chunk, "time", SimpleNamespace(monotonic=clock), raising=False)
+    monkeypatch.setattr(chunk_runner, "WATCH_S", 0.001)
+    monkeypatch.setattr(chunk_runner, "time", SimpleNamespace(monotonic=clock), raising=False)
     lease = Lease(ChunkId(JOB, 0), 1, 0, "a", 0, 1, "echo", 0.0, None, 5)
-    with run_chunk.watching(cast(Ledger, ledger), lease, Stop()):
+    with chunk_runner.watching(cast(Ledger, ledger), lease, Stop()):
         give_up = time.monotonic() + 20
         while ledger.looks < 20 and time.monotonic() < give_up:
             time.sleep(0.001)
     waits = [later - earlier for earlier, later in zip(ledger.renewed, ledger.renewed[1:], strict=False)]
     assert waits
-    assert max(waits) <= ledger.lease_s / run_chunk.RENEWALS + 1
+    assert max(waits) <= ledger.lease_s / chunk_runner.RENEWALS + 1
 
 
 class LosingLedger(Ledger):
@@ -460,7 +460,7 @@ def test_a_model_that_loads_nowhere_ends_its_job(db: sa.Engine, others: bool) ->
     run_sick(ledger, hosts, others=others)
     progress = ledger.progress(JOB)
     assert (progress.state, progress.stop_reason) == (JobState.FAILED, "no memory")
-    assert hosts.restarts == (run_chunk.DEATHS_IN_A_ROW if others else 0)
+    assert hosts.restarts == (chunk_runner.DEATHS_IN_A_ROW if others else 0)
 
 
 def test_deaths_under_other_jobs_are_not_this_one_s(db: sa.Engine) -> None:
@@ -480,7 +480,7 @@ def test_a_job_that_others_answer_is_not_given_up_by_one_whose_hosts_die(db: sa.
     ledger = Ledger(db, clock=clock)
     stop = Stop()
     runner = ChunkRunner(ledger, cast(HostKeeper, SickHosts(HostDied("signal 9"))), stop, Patience(stop))
-    for _ in range(run_chunk.DEATHS_IN_A_ROW + 5):
+    for _ in range(chunk_runner.DEATHS_IN_A_ROW + 5):
         bad = ledger.claim_next(JOB, "sick")
         assert bad is not None
         good = ledger.claim(ChunkId(JOB, 99 - bad.attempt - bad.chunk.number), "healthy")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from promptmill import schemas
+from promptmill.core.patterns import SearchTime, compiled, is_found
 from promptmill.errors import TaskFileError
-from promptmill.patterns import SearchTime, compiled, is_found
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import MOST_MESSAGES, decoder, messages_of
-from promptmill.sampling import BadParameter, check_parameter
-from promptmill.task_file import parse_task
+from promptmill.tasks import json_schemas
+from promptmill.tasks.sampling import BadParameter, check_parameter
+from promptmill.tasks.task_file import parse_task
 
 #: As many ways through it as 2 to the 40th.
 BRANCHES: dict[str, Any] = {
@@ -39,7 +39,7 @@ SLOW_PATTERNS = ["^(a|aa)+$", "^((a|aa)+c|a*b)$", "(a+)+$", "^(?=(a|aa)+$)x", r"
 def test_a_slow_pattern_of_a_schema_takes_a_moment(schema: Any, pattern: str) -> None:
     started = time.monotonic()
     text = "a" * 60 + "!"
-    assert not schemas.is_valid(schema(pattern), {text: text, "a": text})
+    assert not json_schemas.is_valid(schema(pattern), {text: text, "a": text})
     assert time.monotonic() - started < 5
 
 
@@ -55,9 +55,9 @@ def test_patterns_mean_what_they_did() -> None:
 
 def test_a_schema_with_more_ways_than_steps_is_given_up() -> None:
     started = time.monotonic()
-    assert not schemas.is_valid(BRANCHES, 1)
+    assert not json_schemas.is_valid(BRANCHES, 1)
     assert time.monotonic() - started < 10
-    assert schemas.is_valid({"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}}, 1)
+    assert json_schemas.is_valid({"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}}, 1)
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.1:1/x", "file:///etc/passwd", "sec.json", "/etc/x", "other#/a"])
@@ -73,21 +73,21 @@ def test_a_reference_out_of_the_schema_is_refused_wherever_a_schema_is_taken(nam
         with pytest.raises(TaskFileError, match="leads out of the schema"):
             parse_task(json.dumps(task), "t")
     # Stored by an earlier version: nothing is fetched, and nothing keeps to it.
-    assert not schemas.is_valid(schema, {"a": 1})
+    assert not json_schemas.is_valid(schema, {"a": 1})
 
 
 def test_what_is_called_like_a_reference_is_none() -> None:
-    assert schemas.problem_of({"properties": {"$ref": {"type": "string"}}, "enum": [{"$ref": "http://x"}]}) is None
+    assert json_schemas.problem_of({"properties": {"$ref": {"type": "string"}}, "enum": [{"$ref": "http://x"}]}) is None
 
 
 def test_schemas_have_bounds() -> None:
     deep: Any = {}
     for _ in range(200):
         deep = {"items": deep}
-    assert "levels deep" in str(schemas.problem_of(deep))
-    assert "more than 50,000 values" in str(schemas.problem_of({"enum": list(range(60_000))}))
+    assert "levels deep" in str(json_schemas.problem_of(deep))
+    assert "more than 50,000 values" in str(json_schemas.problem_of({"enum": list(range(60_000))}))
     many = {"properties": {f"p{n}": {"pattern": "a"} for n in range(1_001)}}
-    assert "more than 1,000 patterns" in str(schemas.problem_of(many))
+    assert "more than 1,000 patterns" in str(json_schemas.problem_of(many))
 
 
 DRAFT_4, DRAFT_7 = "http://json-schema.org/draft-04/schema#", "http://json-schema.org/draft-07/schema#"
@@ -106,15 +106,15 @@ LATEST = "https://json-schema.org/draft/2020-12/schema"
 )  # fmt: skip
 def test_a_schema_with_a_huge_list_is_checked_in_a_moment(schema: dict[str, Any]) -> None:
     started = time.process_time()
-    schemas.check(schema)
+    json_schemas.check(schema)
     assert time.process_time() - started < 5
 
 
 def test_a_schema_that_takes_too_long_to_check_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemas, "MOST_CHECKS", 10_000)
-    schemas.check({"properties": {f"p{n}": {"type": "string"} for n in range(100)}})
-    with pytest.raises(schemas.BadSchema, match="it takes too long to check"):
-        schemas.check({"properties": {f"p{n}": {"type": "string"} for n in range(1_000)}})
+    monkeypatch.setattr(json_schemas, "MOST_CHECKS", 10_000)
+    json_schemas.check({"properties": {f"p{n}": {"type": "string"} for n in range(100)}})
+    with pytest.raises(json_schemas.BadSchema, match="it takes too long to check"):
+        json_schemas.check({"properties": {f"p{n}": {"type": "string"} for n in range(1_000)}})
 
 
 LIST = list(range(490))
@@ -133,7 +133,7 @@ LIST = list(range(490))
 )  # fmt: skip
 def test_a_value_that_takes_too_long_to_compare_is_given_up(schema: dict[str, Any], value: Any) -> None:
     started = time.process_time()
-    assert not schemas.is_valid(schema, value)
+    assert not json_schemas.is_valid(schema, value)
     assert time.process_time() - started < 5
 
 
@@ -141,8 +141,8 @@ def test_a_value_that_takes_too_long_to_compare_is_given_up(schema: dict[str, An
 def test_a_part_that_names_its_draft_is_bounded_like_the_rest(draft: str) -> None:
     started = time.process_time()
     text = "a" * 60 + "!"
-    assert not schemas.is_valid({"properties": {"a": {"$schema": draft, "pattern": "^(a|aa)+$"}}}, {"a": text})
-    assert schemas.is_valid({"properties": {"a": {"$schema": draft, "pattern": "^(a|aa)+!$"}}}, {"a": text})
+    assert not json_schemas.is_valid({"properties": {"a": {"$schema": draft, "pattern": "^(a|aa)+$"}}}, {"a": text})
+    assert json_schemas.is_valid({"properties": {"a": {"$schema": draft, "pattern": "^(a|aa)+!$"}}}, {"a": text})
     assert time.process_time() - started < 5
 
 
@@ -158,16 +158,16 @@ def test_a_part_that_names_its_draft_is_bounded_like_the_rest(draft: str) -> Non
 def test_items_are_equal_as_the_standard_has_it(items: list[Any], are_unique: bool) -> None:
     from jsonschema import Draft202012Validator
 
-    assert schemas.is_valid({"uniqueItems": True}, items) is are_unique
+    assert json_schemas.is_valid({"uniqueItems": True}, items) is are_unique
     assert Draft202012Validator({"uniqueItems": True}).is_valid(items) is are_unique
-    assert schemas.is_valid({"uniqueItems": False}, items)
+    assert json_schemas.is_valid({"uniqueItems": False}, items)
 
 
 def test_ordinary_values_are_judged_as_before() -> None:
     schema = {"type": "array", "items": {"type": "object", "required": ["a"], "properties": {"a": {"enum": ["x", 1]}}}}
-    assert schemas.is_valid(schema, [{"a": "x"}, {"a": 1.0}] * 1_000)
-    assert not schemas.is_valid(schema, [{"a": "y"}])
-    assert not schemas.is_valid(schema, [{"b": "x"}])
+    assert json_schemas.is_valid(schema, [{"a": "x"}, {"a": 1.0}] * 1_000)
+    assert not json_schemas.is_valid(schema, [{"a": "y"}])
+    assert not json_schemas.is_valid(schema, [{"b": "x"}])
 
 
 def test_a_slow_regular_expression_is_given_up_after_some_rows() -> None:

@@ -15,10 +15,10 @@ import pytest
 from sklearn import metrics as sk
 
 from promptmill.errors import TaskFileError
-from promptmill.scorers.aggregates import class_figures
-from promptmill.scorers.scoring import Answer, Judge, score_rows
-from promptmill.scorers.tally import Score
-from promptmill.task_file import load_task, parse_task
+from promptmill.scoring.scorers.aggregates import class_figures
+from promptmill.scoring.scorers.scoring import Answer, Judge, score_rows
+from promptmill.scoring.scorers.tally import Score
+from promptmill.tasks.task_file import load_task, parse_task
 
 
 def judge_of(scores: list[dict[str, Any]], **parts: Any) -> Judge:
@@ -161,7 +161,7 @@ def test_intervals_of_macro_f1_cover_the_truth_as_often_as_they_say() -> None:
 
 def test_intervals_of_auc_cover_the_truth_as_often_as_they_say() -> None:
     """Normal scores one standard deviation apart: the true AUC is Phi(1 / sqrt 2) = 0.7602."""
-    from promptmill.scorers.aggregates import of_ranking
+    from promptmill.scoring.scorers.aggregates import of_ranking
 
     rng = np.random.default_rng(2)
     covered = 0

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from promptmill.score_entries import KINDS
-from promptmill.scorers import SCORERS, Outcome
-from promptmill.scorers.exact import Exact, same
-from promptmill.scorers.extraction import Extractor, extract, without_thinking
-from promptmill.scorers.intervals import wilson
-from promptmill.scorers.scoring import Answer, Judge, build, required_keys, score_rows
-from promptmill.scorers.tally import Score
-from promptmill.task_file import parse_task
+from promptmill.scoring.scorers import SCORERS, Outcome
+from promptmill.scoring.scorers.exact import Exact, same
+from promptmill.scoring.scorers.extraction import Extractor, extract, without_thinking
+from promptmill.scoring.scorers.intervals import wilson
+from promptmill.scoring.scorers.scoring import Answer, Judge, build, required_keys, score_rows
+from promptmill.scoring.scorers.tally import Score
+from promptmill.tasks.scores import KINDS
+from promptmill.tasks.task_file import parse_task
 
 REQUIRED = ("is_ad",)
 
@@ -200,7 +200,7 @@ def test_an_answer_must_have_the_keys_that_the_schema_requires_or_else_the_score
 
 @pytest.mark.parametrize("kind", sorted(SCORERS.keys() - {"python"}))
 def test_every_scorer_says_its_field_and_its_figure(kind: str) -> None:
-    from promptmill.metrics import METRICS
+    from promptmill.reports.figures.metrics import METRICS
 
     options = {name: 1 for name, option in KINDS[kind].options.items() if option.required or name in KINDS[kind].one_of}
     (scorer,) = build([{kind: "label"} | options]).values()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from promptmill.errors import DatasetError
-from promptmill.sampling import resolve_sampling
-from promptmill.selection import Selection, parse_where
-from promptmill.submission import JobOrder, Preparer
+from promptmill.service.selection import Selection, parse_where
+from promptmill.service.submission import JobOrder, Preparer
+from promptmill.tasks.sampling import resolve_sampling
 from promptmill.types import DatasetLine
 
 

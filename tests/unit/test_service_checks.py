@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from promptmill.errors import BadLines, JobError
-from promptmill.preparing import check_max_errors, check_name
+from promptmill.service.prepare import check_max_errors, check_name
 
 
 @pytest.mark.parametrize("name", ["@last", "", " a", "a\n", "a" * 101, "01M7XXYM4ZEBJ1DDGAVYZ7GYA9"])

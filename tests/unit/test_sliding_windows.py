@@ -8,7 +8,7 @@ import pytest
 
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished
-from promptmill_workers.engines.llamacpp import LlamaCppEngine
+from promptmill_workers.engines.llama.engine import LlamaCppEngine
 from tests.unit.tiny_models import write_tiny_gguf
 
 RULES = "Is this comment an advertisement? Answer with JSON such as the one below, and nothing else. "

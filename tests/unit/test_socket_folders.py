@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from promptmill_workers.host import FOLDER_PREFIX, LOCK_NAME, SocketFolder, _remove_leftovers
+from promptmill_workers.host.client import FOLDER_PREFIX, LOCK_NAME, SocketFolder, _remove_leftovers
 
 #: Larger than any process id here: one that no process of this namespace has.
 NOBODY = 4_999_999
@@ -32,7 +32,8 @@ def test_the_folder_of_a_parent_in_another_pid_namespace_stays(temporary: Path) 
 
 def test_the_folder_of_a_parent_that_was_killed_goes(temporary: Path) -> None:
     program = (
-        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]; from promptmill_workers.host import SocketFolder\n"
+        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from promptmill_workers.host.client import SocketFolder\n"
         "SocketFolder(); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-P", "-c", program, str(temporary)], check=False).returncode == -9

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from promptmill.errors import RequestError
-from promptmill.own_text import PRIVATE
-from promptmill.prompts import Template, payload, to_request
 from promptmill.readers import open_dataset
-from promptmill.sampling import resolve_sampling
+from promptmill.tasks.own_text import PRIVATE
+from promptmill.tasks.sampling import resolve_sampling
+from promptmill.tasks.templates import Template, payload, to_request
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.chat_template import ChatTemplate
 from promptmill_workers.engines.contract import EngineRequest
-from promptmill_workers.engines.llama_binding import Model
-from promptmill_workers.engines.llama_text import PromptReader
-from promptmill_workers.engines.mlx_text import MlxTokenizer
+from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.text import PromptReader
+from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
+from promptmill_workers.engines.prefix_plan import Tokens
 from promptmill_workers.engines.prompt_pieces import TURN_MARK, Controls, pieces_of, text_of
-from promptmill_workers.prefix_plan import Tokens
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import CHATML, END, START, TEXT_END, write_tiny_gguf
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill.annotations import add_tags, remove_tags, tagged, tags_of
-from promptmill.database import open_database
+from promptmill.core.settings import Settings
+from promptmill.database.engine import open_database
 from promptmill.errors import PromptmillError, UnknownName
-from promptmill.preparing import RunOptions
-from promptmill.reports.summary import summarise
-from promptmill.reports.sweep import Setting, Sweep, recommended, text, verdict
-from promptmill.reports.trend import change_points, trends
-from promptmill.reports.trend import text as trend_text
-from promptmill.selection import Selection
-from promptmill.settings import Settings
-from promptmill.sweeping import Plan, axis, sweep
+from promptmill.experiments.sweep import Plan, axis, sweep
+from promptmill.reports.compare.sweep import Setting, Sweep, recommended, text, verdict
+from promptmill.reports.compare.trend import change_points, trends
+from promptmill.reports.compare.trend import text as trend_text
+from promptmill.reports.figures.summary import summarise
+from promptmill.service.prepare import RunOptions
+from promptmill.service.selection import Selection
+from promptmill.store.tags import add_tags, remove_tags, tagged, tags_of
 from tests.unit.test_reports import START, answer, db, store
 
 __all__ = ["db"]
@@ -138,7 +138,7 @@ def test_tags_are_kept_once_and_go_with_remove(db: sa.Engine) -> None:
 def test_the_table_of_a_sweep_breaks_no_word_at_100_columns(
     db: sa.Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from promptmill.cli import sweep as command
+    from promptmill.cli.measure import sweep as command
 
     found = swept(db)
     wide = [Setting({"slots": each.values["slots"], "batch_tokens": 128}, each.runs) for each in found.settings]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from promptmill import score_entries
-from promptmill.cli import init
-from promptmill.cli.init import KINDS
+from promptmill.cli.admin import init
+from promptmill.cli.admin.init import KINDS
 from promptmill.errors import TaskFileError
-from promptmill.scorers import SCORERS
-from promptmill.task_file import Task, load_task, parse_task
+from promptmill.scoring.scorers import SCORERS
+from promptmill.tasks import scores
+from promptmill.tasks.task_file import Task, load_task, parse_task
 from promptmill.types import Message
 
 WHOLE = """\
@@ -83,7 +83,7 @@ def test_a_wrong_template_of_the_command_line_names_no_file() -> None:
 
 
 def test_the_scores_of_a_task_are_those_that_exist() -> None:
-    assert set(score_entries.KINDS) == set(SCORERS)
+    assert set(scores.KINDS) == set(SCORERS)
 
 
 def test_the_bundled_task_is_valid() -> None:
@@ -195,6 +195,6 @@ def test_a_task_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path, cont
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_task_to_begin_with_can_be_used(kind: str) -> None:
-    path = Path(init.__file__).parents[1] / "task_templates" / f"{kind}.yaml"
+    path = Path(init.__file__).parents[2] / "tasks" / "examples" / f"{kind}.yaml"
     task = parse_task(path.read_text(encoding="utf-8"), path.name)
     assert task.name == kind

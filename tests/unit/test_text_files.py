@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from promptmill.cli import cli
+from promptmill.core.settings import load_settings
 from promptmill.errors import PromptmillError
-from promptmill.settings import load_settings
-from promptmill.task_file import load_task
+from promptmill.tasks.task_file import load_task
 
 TASK = "task: t\nprompt: {user: '{{ x }}', examples: shots.jsonl}\n"
 SHOTS = '\ufeff{"input": {"x": "a"}, "output": "b"}\n\ufeff{"input": {"x": "c"}, "output": "d"}\n'

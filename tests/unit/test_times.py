@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from promptmill.core.spans import moment, span_s
 from promptmill.errors import JobError
-from promptmill.times import moment, span_s
 
 
 @pytest.mark.parametrize(

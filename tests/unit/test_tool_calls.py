@@ -7,10 +7,10 @@ import json
 import pytest
 
 from promptmill.errors import RequestError
-from promptmill.openai_parameters import CHAT, COMPLETIONS, translate
 from promptmill.readers.jsonl import messages_of
-from promptmill.sampling import BadParameter
-from promptmill.tool_calls import ID_LENGTH, Offer, Withheld, call_id, checked_tools, read_calls, shown_calls
+from promptmill.tasks.openai import CHAT, COMPLETIONS, translate
+from promptmill.tasks.sampling import BadParameter
+from promptmill.tasks.tools import ID_LENGTH, Offer, Withheld, call_id, checked_tools, read_calls, shown_calls
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.chat_template import PLAIN, ChatTemplate, knows_tools
 from promptmill_workers.engines.contract import EngineRequest

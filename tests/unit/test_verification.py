@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from promptmill.cli.verify import summary
-from promptmill.verification import Verification
+from promptmill.cli.measure.verify import summary
+from promptmill.experiments.verify import Verification
 
 CLEAN = Verification(
     "01JOB", asked=9, compared=8, left_out=1, mismatches=0, sampled_compared=3, sampled_mismatches=0, exact=False,

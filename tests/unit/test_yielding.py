@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from promptmill.types import SamplingParams
-from promptmill_workers.desk import Desk
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Finished, enqueue
 from promptmill_workers.engines.echo import EchoEngine
+from promptmill_workers.host.fan_out import Desk
 from tests.conftest import Clock
 
 

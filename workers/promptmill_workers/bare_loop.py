@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from promptmill.openai_parameters import COMPLETIONS, translate
-from promptmill.sampling import resolve_sampling
-from promptmill_workers import answering, constraint
+from promptmill.tasks.openai import COMPLETIONS, translate
+from promptmill.tasks.sampling import resolve_sampling
 from promptmill_workers.checkpoints import build_engine, locate
+from promptmill_workers.engines import answer, constraint
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Finished
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     spent: Counter[str] = Counter()
     for name in ("allowed", "take", "forced"):
         _clocked(constraint.Constraint, name, spent, "grammar")
-    _clocked(answering.Answer, "draw", spent, "sampling and grammar")
+    _clocked(answer.Answer, "draw", spent, "sampling and grammar")
     engine = build_engine(locate(order["model"]), EngineOptions(**order["options"]))
     requests = []
     for key, body in enumerate(order["bodies"]):

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from promptmill.core.registry import resolve, suggestion
 from promptmill.errors import ModelError
-from promptmill.registry import resolve, suggestion
 from promptmill_workers.engines import ENGINES
 from promptmill_workers.engines.contract import Engine, EngineOptions, TokenCounter
 from promptmill_workers.model_files import MLX_FILES, LoadedFiles, fingerprint_of, states_of

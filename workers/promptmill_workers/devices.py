@@ -17,8 +17,8 @@ from typing import IO
 
 import psutil
 
+from promptmill.core.settings import load_settings
 from promptmill.errors import DeviceError
-from promptmill.settings import load_settings
 
 log = logging.getLogger("promptmill.devices")
 

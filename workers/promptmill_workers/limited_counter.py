@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from promptmill.children import Child, Limits, OverLimit
+from promptmill.core.child_processes import Child, Limits, OverLimit
 from promptmill.errors import ModelError
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.checkpoints import counter_here

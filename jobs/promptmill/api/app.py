@@ -17,18 +17,23 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.staticfiles import StaticFiles
 
-from promptmill.api import batches, chat, errors, exposition, files, jobs, models, own_folder, pages, system
-from promptmill.api.evaluation import Evaluation
-from promptmill.api.file_store import FileStore
+from promptmill.api import health, prometheus
+from promptmill.api.batches import batches
+from promptmill.api.dependencies import Services, in_thread
+from promptmill.api.http import errors
+from promptmill.api.http.evaluation import Evaluation
+from promptmill.api.http.middleware import Gate, Timings
+from promptmill.api.interactive import Live
+from promptmill.api.jobs import routes
 from promptmill.api.limits import Limits
-from promptmill.api.live import Live
-from promptmill.api.middleware import Gate, Timings
-from promptmill.api.model_directory import ModelDirectory
-from promptmill.api.services import Services, in_thread
-from promptmill.database import reading
+from promptmill.api.openai import chat, files, models, own_folder
+from promptmill.api.openai.file_store import FileStore
+from promptmill.api.openai.model_directory import ModelDirectory
+from promptmill.api.pages import pages
+from promptmill.core.settings import Settings
+from promptmill.database.engine import reading
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
-from promptmill.settings import Settings
 
 log = logging.getLogger("promptmill.api")
 
@@ -92,7 +97,7 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
     app.state.scores = {}
     app.state.scraping = asyncio.Lock()
     errors.install(app, pages.error_page)
-    for module in (chat, files, batches, jobs, models, system, exposition, pages):
+    for module in (chat, files, batches, routes, models, health, prometheus, pages):
         app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     app.add_middleware(
@@ -120,7 +125,7 @@ async def _keep_batches() -> None:
     delay = RESTART_S
     while True:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "promptmill.api.batch_keeper"], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-P", "-m", "promptmill.api.batches.worker"], stdin=subprocess.PIPE, start_new_session=True
         )
         started = asyncio.get_running_loop().time()
         try:

@@ -10,9 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from promptmill.database import epoch, id_at, now_of, reading, writing
+from promptmill.database.engine import epoch, id_at, now_of, reading, writing
+from promptmill.database.tables import api_keys
 from promptmill.errors import PromptmillError, UnknownName
-from promptmill.tables import api_keys
 
 #: What a key may do: look; look and submit; everything, of all keys.
 SCOPES = ("read", "submit", "admin")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from promptmill.api.errors import ApiError, bad
+from promptmill.api.http.errors import ApiError, bad
 from promptmill.api.keys import Principal
-from promptmill.settings import Settings
+from promptmill.core.settings import Settings
 
 #: Seconds of its rate that a key may use at once.
 BURST_S = 2.0

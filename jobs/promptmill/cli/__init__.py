@@ -12,45 +12,45 @@ from typing import Any
 
 import click
 
+from promptmill.core.terminal import for_people, nobody_reads, say
 from promptmill.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PIPE, PromptmillError
-from promptmill.terminal import for_people, nobody_reads, say
 
 #: Name -> (module:attribute, the line that ``--help`` shows).
 COMMANDS = {
-    "run": ("promptmill.cli.run:run", "Run a dataset on this machine, with nothing else installed."),
-    "resume": ("promptmill.cli.run:resume", "Go on with an interrupted job."),
-    "submit": ("promptmill.cli.submit:submit", "Send a dataset to the workers."),
-    "worker": ("promptmill.cli.worker:worker", "Start this machine's workers."),
-    "workers": ("promptmill.cli.inspect:workers", "List the workers that are alive."),
-    "list": ("promptmill.cli.inspect:list_", "List jobs, the newest first."),
-    "status": ("promptmill.cli.inspect:status", "Show where a job stands."),
-    "watch": ("promptmill.cli.inspect:watch", "Follow a job to its end."),
-    "show": ("promptmill.cli.inspect:show", "Show one row: prompt, answer, tokens, timings, attempts."),
-    "results": ("promptmill.cli.results:results", "Write a job's results."),
-    "report": ("promptmill.cli.report:report", "Report on a job, from its rows."),
-    "score": ("promptmill.cli.score:score", "Score stored answers again, with no engine."),
-    "bench": ("promptmill.cli.bench:bench", "Measure the engine, a whole job and a server side by side."),
-    "verify": ("promptmill.cli.verify:verify", "Run rows again, each alone, and compare the answers."),
-    "compare": ("promptmill.cli.compare:compare", "Compare jobs, with intervals."),
-    "sweep": ("promptmill.cli.sweep:sweep", "Measure settings against each other and find the best."),
-    "trend": ("promptmill.cli.trend:trend", "Follow figures over the jobs of a tag."),
-    "tag": ("promptmill.cli.annotate:tag", "Give jobs tags."),
-    "note": ("promptmill.cli.annotate:note", "Write a remark beside a job."),
-    "query": ("promptmill.cli.query:query", "Run SQL over tables and views, read-only."),
-    "pause": ("promptmill.cli.control:pause", "Start nothing more of a job; what runs may end."),
-    "retry": ("promptmill.cli.control:retry", "Run the errors of an ended job again."),
-    "reconcile": ("promptmill.cli.control:reconcile", "Find chunks that lost their worker or their message."),
-    "cancel": ("promptmill.cli.control:cancel", "End a job."),
-    "rm": ("promptmill.cli.retention:rm", "Remove jobs and their results."),
-    "gc": ("promptmill.cli.retention:gc", "Remove jobs that ended long ago."),
-    "api": ("promptmill.cli.api:api", "Serve the REST API and the live page."),
-    "keys": ("promptmill.cli.keys:keys", "Who may use the API: create, list, revoke."),
-    "db": ("promptmill.cli.db:db", "The database: upgrade, current revision."),
-    "models": ("promptmill.cli.models:models", "Models at hand."),
-    "init": ("promptmill.cli.init:init", "Write a commented task file to begin with."),
-    "datasets": ("promptmill.cli.datasets:datasets", "Look at datasets before they are run."),
-    "config": ("promptmill.cli.config:config", "Print the settings and where each comes from."),
-    "shell-init": ("promptmill.cli.shell_init:shell_init", "Print what makes 'jobs' work as a shell command."),
+    "run": ("promptmill.cli.job.run:run", "Run a dataset on this machine, with nothing else installed."),
+    "resume": ("promptmill.cli.job.run:resume", "Go on with an interrupted job."),
+    "submit": ("promptmill.cli.job.submit:submit", "Send a dataset to the workers."),
+    "worker": ("promptmill.cli.admin.worker:worker", "Start this machine's workers."),
+    "workers": ("promptmill.cli.look.inspect:workers", "List the workers that are alive."),
+    "list": ("promptmill.cli.look.inspect:list_", "List jobs, the newest first."),
+    "status": ("promptmill.cli.look.inspect:status", "Show where a job stands."),
+    "watch": ("promptmill.cli.look.inspect:watch", "Follow a job to its end."),
+    "show": ("promptmill.cli.look.inspect:show", "Show one row: prompt, answer, tokens, timings, attempts."),
+    "results": ("promptmill.cli.look.results:results", "Write a job's results."),
+    "report": ("promptmill.cli.look.report:report", "Report on a job, from its rows."),
+    "score": ("promptmill.cli.measure.score:score", "Score stored answers again, with no engine."),
+    "bench": ("promptmill.cli.measure.bench:bench", "Measure the engine, a whole job and a server side by side."),
+    "verify": ("promptmill.cli.measure.verify:verify", "Run rows again, each alone, and compare the answers."),
+    "compare": ("promptmill.cli.measure.compare:compare", "Compare jobs, with intervals."),
+    "sweep": ("promptmill.cli.measure.sweep:sweep", "Measure settings against each other and find the best."),
+    "trend": ("promptmill.cli.look.trend:trend", "Follow figures over the jobs of a tag."),
+    "tag": ("promptmill.cli.job.annotate:tag", "Give jobs tags."),
+    "note": ("promptmill.cli.job.annotate:note", "Write a remark beside a job."),
+    "query": ("promptmill.cli.look.query:query", "Run SQL over tables and views, read-only."),
+    "pause": ("promptmill.cli.job.control:pause", "Start nothing more of a job; what runs may end."),
+    "retry": ("promptmill.cli.job.control:retry", "Run the errors of an ended job again."),
+    "reconcile": ("promptmill.cli.job.control:reconcile", "Find chunks that lost their worker or their message."),
+    "cancel": ("promptmill.cli.job.control:cancel", "End a job."),
+    "rm": ("promptmill.cli.admin.retention:rm", "Remove jobs and their results."),
+    "gc": ("promptmill.cli.admin.retention:gc", "Remove jobs that ended long ago."),
+    "api": ("promptmill.cli.admin.api:api", "Serve the REST API and the live page."),
+    "keys": ("promptmill.cli.admin.keys:keys", "Who may use the API: create, list, revoke."),
+    "db": ("promptmill.cli.admin.db:db", "The database: upgrade, current revision."),
+    "models": ("promptmill.cli.admin.models:models", "Models at hand."),
+    "init": ("promptmill.cli.admin.init:init", "Write a commented task file to begin with."),
+    "datasets": ("promptmill.cli.admin.datasets:datasets", "Look at datasets before they are run."),
+    "config": ("promptmill.cli.admin.config:config", "Print the settings and where each comes from."),
+    "shell-init": ("promptmill.cli.admin.shell_init:shell_init", "Print what makes 'jobs' work as a shell command."),
 }
 
 EPILOG = """\b
@@ -87,7 +87,7 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from promptmill.registry import suggestion
+            from promptmill.core.registry import suggestion
 
             raise click.UsageError(f"no such command '{args[0]}'. {suggestion(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
@@ -151,6 +151,6 @@ def _ended() -> int:
 
 
 def _without_secrets(text: str) -> str:
-    from promptmill.settings import without_secrets
+    from promptmill.core.settings import without_secrets
 
     return without_secrets(text)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptmill.terminal import nobody_reads, printable, say
+from promptmill.core.terminal import nobody_reads, printable, say
 
 if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy.engine import Engine
 
-    from promptmill.preparing import RunOptions
-    from promptmill.selection import Selection
-    from promptmill.settings import Settings
+    from promptmill.core.settings import Settings
+    from promptmill.service.prepare import RunOptions
+    from promptmill.service.selection import Selection
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -114,7 +114,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run_options(values: dict[str, Any]) -> RunOptions:
     """The options of :func:`job_options` as the service takes them."""
     from promptmill.errors import PromptmillError
-    from promptmill.preparing import RunOptions
+    from promptmill.service.prepare import RunOptions
 
     sampling = _sampling(values)
     if values["store"] != "full" and values["cache"]:
@@ -133,7 +133,7 @@ def run_options(values: dict[str, Any]) -> RunOptions:
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:
     """Sampling parameters of the options, checked. Raises PromptmillError that names the option."""
-    from promptmill.sampling import BadParameter, check_parameter, resolve_sampling
+    from promptmill.tasks.sampling import BadParameter, check_parameter, resolve_sampling
 
     found = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
     if values["stop"]:
@@ -159,7 +159,7 @@ def _sampling(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _selection(values: dict[str, Any]) -> Selection:
-    from promptmill.selection import Selection, parse_where
+    from promptmill.service.selection import Selection, parse_where
 
     return Selection(
         where=parse_where(values["where"]), shuffle=values["shuffle"], sample=values["sample"], limit=values["limit"],
@@ -169,8 +169,8 @@ def _selection(values: dict[str, Any]) -> Selection:
 
 def _schema_text(path: str) -> str:
     """The text of a schema file. Raises PromptmillError."""
+    from promptmill.core.text_files import read_text, without_marks
     from promptmill.errors import RequestError
-    from promptmill.text_files import read_text, without_marks
 
     try:
         return without_marks(sys.stdin.read()) if path == "-" else read_text(path)
@@ -208,10 +208,10 @@ def check_outputs(force: bool, *outputs: str | None, inputs: Sequence[str | None
 
     What the command reads is never written over. Another file is, with ``--force`` or where a person says so.
     """
-    from promptmill.addresses import sqlite_files
+    from promptmill.core.addresses import sqlite_files
+    from promptmill.core.outputs import holds_something, refuse
+    from promptmill.core.settings import load_settings
     from promptmill.errors import PromptmillError
-    from promptmill.outputs import holds_something, refuse
-    from promptmill.settings import load_settings
 
     given = [each for each in outputs if each is not None and each != "-"]
     if not given:
@@ -227,11 +227,11 @@ def check_outputs(force: bool, *outputs: str | None, inputs: Sequence[str | None
 
 def open_all() -> tuple[Settings, Engine]:
     """Settings and the database at the right revision."""
-    from promptmill import parallel
-    from promptmill.database import open_database
-    from promptmill.settings import load_settings
+    from promptmill.core import processes
+    from promptmill.core.settings import load_settings
+    from promptmill.database.engine import open_database
 
-    parallel.allow()
+    processes.allow()
     settings = load_settings()
     return settings, open_database(settings.database_url)
 

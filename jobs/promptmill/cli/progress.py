@@ -13,7 +13,7 @@ from promptmill.cli.common import stderr_console
 
 if TYPE_CHECKING:
     from promptmill.ledger import Progress
-    from promptmill.preflight import Preflight
+    from promptmill.service.preflight import Preflight
 
 #: Seconds over which rates are measured.
 WINDOW_S = 10.0

@@ -10,10 +10,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.clock import DatabaseClock
-from promptmill.database import epoch
+from promptmill.database.clock import DatabaseClock
+from promptmill.database.engine import epoch
+from promptmill.database.tables import chunks, jobs, results
 from promptmill.ledger.values import BACKOFF_S, JITTER, LEASE_S, LONGEST_BACKOFF_S, MAX_ATTEMPTS, OPEN_STATES, Standing
-from promptmill.tables import chunks, jobs, results
 from promptmill.types import ChunkId, ChunkState, JobState, Lease
 
 log = logging.getLogger("promptmill.ledger")

@@ -8,12 +8,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.counting import counting
-from promptmill.database import reading, writing
+from promptmill.database.counting import counting
+from promptmill.database.engine import reading, writing
+from promptmill.database.tables import attempts, chunks, jobs, results, retries
 from promptmill.ledger.base import counts_between, held_by, is_chunk, log, model_of, storable
 from promptmill.ledger.results import Results, generated, is_attempt
 from promptmill.ledger.values import LOST_WORKERS, SPLIT_PIECES
-from promptmill.tables import attempts, chunks, jobs, results, retries
 from promptmill.types import ChunkId, ChunkState, EngineCounters, ErrorClass, Failed, JobState, Lease, Ok, Result
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.database import reading, writing
+from promptmill.database.engine import reading, writing
+from promptmill.database.tables import attempts, chunks, jobs
 from promptmill.errors import JobError
 from promptmill.ledger.base import LedgerBase, counts_of, held_by, storable
 from promptmill.ledger.values import OPEN_STATES, Progress, Standing, guard_verdict
-from promptmill.tables import attempts, chunks, jobs
 from promptmill.types import WITHOUT_TEXTS, ChunkState, JobState, Lease
 
 #: States from which a job can still be ended.

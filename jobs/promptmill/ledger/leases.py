@@ -11,12 +11,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.database import connecting, reading, writing
+from promptmill.database.engine import connecting, reading, writing
+from promptmill.database.tables import FAILED, attempts, chunks, jobs
 from promptmill.ledger.base import held_by, is_chunk
 from promptmill.ledger.endings import Endings
 from promptmill.ledger.results import is_attempt
 from promptmill.ledger.values import OPEN_STATES, Standing
-from promptmill.tables import FAILED, attempts, chunks, jobs
 from promptmill.types import ChunkId, ChunkState, JobState, Lease
 
 

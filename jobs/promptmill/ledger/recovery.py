@@ -9,12 +9,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.counting import counting
-from promptmill.database import reading, writing
+from promptmill.database.counting import counting
+from promptmill.database.engine import reading, writing
+from promptmill.database.tables import attempts, chunks, workers
 from promptmill.ledger.base import is_chunk, model_of
 from promptmill.ledger.retrying import Retrying
 from promptmill.ledger.values import Standing
-from promptmill.tables import attempts, chunks, workers
 from promptmill.types import ChunkId, ChunkState, ErrorClass
 
 #: Seconds that the database may take to begin a transaction, in leases, before it counts as having been away.

@@ -11,14 +11,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.clock import DatabaseClock
-from promptmill.counting import counting
-from promptmill.database import copy_rows, reading, writing
+from promptmill.database.clock import DatabaseClock
+from promptmill.database.counting import counting
+from promptmill.database.engine import copy_rows, reading, writing
+from promptmill.database.tables import attempts, chunks, jobs, requests, results, retries
 from promptmill.errors import JobError
 from promptmill.ledger.base import held_by, in_range, log, storable
 from promptmill.ledger.jobs import Jobs
 from promptmill.ledger.values import RETRYABLE, JobSpec, StoredRequest
-from promptmill.tables import attempts, chunks, jobs, requests, results, retries
 from promptmill.types import EngineCounters, Extras, Failed, JobState, Lease, Ok, Result
 
 RESULT_COLUMNS = (

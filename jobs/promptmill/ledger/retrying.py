@@ -10,14 +10,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.counting import counting
-from promptmill.database import copy_rows, writing
+from promptmill.database.counting import counting
+from promptmill.database.engine import copy_rows, writing
+from promptmill.database.tables import chunks, jobs, requests, results, retries
 from promptmill.errors import JobError
 from promptmill.ledger.base import is_chunk, model_of
 from promptmill.ledger.leases import Leases
 from promptmill.ledger.results import RETRY_COLUMNS
 from promptmill.ledger.values import RETRY_CHUNK_ROWS
-from promptmill.tables import chunks, jobs, requests, results, retries
 from promptmill.types import ChunkId, ErrorClass, JobState
 
 #: Rows named in one statement.

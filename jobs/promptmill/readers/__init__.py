@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from promptmill.core.registry import resolve, suggestion
 from promptmill.errors import DatasetError
 from promptmill.readers import hub
 from promptmill.readers.ids import IdTable
 from promptmill.readers.sniffing import ENDINGS, format_of
 from promptmill.readers.source import Source, TextLine
-from promptmill.registry import resolve, suggestion
 from promptmill.types import DatasetLine
 
 #: Format -> the function that turns its lines of text into dataset lines.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from promptmill.errors import DatasetError
 from promptmill.readers.fields import BadLine, as_id, from_fields, has_field, lookup, peek_id, split_expected, take_id
 from promptmill.readers.source import LONGEST_LINE, MARK, TextLine
-from promptmill.sampling import ALIASES, CONSTRAINTS, PARAMETERS, BadParameter, check_parameter
+from promptmill.tasks.sampling import ALIASES, CONSTRAINTS, PARAMETERS, BadParameter, check_parameter
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:

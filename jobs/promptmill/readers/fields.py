@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from promptmill.sampling import as_whole, is_empty
+from promptmill.tasks.sampling import as_whole, is_empty
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from promptmill.core.registry import suggestion
 from promptmill.readers.fields import (
     BadLine,
     from_fields,
@@ -19,9 +20,8 @@ from promptmill.readers.fields import (
     take_object,
 )
 from promptmill.readers.source import MARK, TextLine
-from promptmill.registry import suggestion
-from promptmill.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters, is_empty
-from promptmill.tool_calls import turn_extra
+from promptmill.tasks.sampling import ALIASES, PARAMETERS, BadParameter, check_parameters, is_empty
+from promptmill.tasks.tools import turn_extra
 from promptmill.types import DatasetLine, Message
 
 if TYPE_CHECKING:

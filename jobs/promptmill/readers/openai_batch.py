@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from promptmill.openai_parameters import CHAT, COMPLETIONS, EMBEDDINGS, translate
 from promptmill.readers.fields import BadLine, as_id, kind, take_object
 from promptmill.readers.jsonl import messages_of, read_objects, text_of
 from promptmill.readers.source import TextLine
+from promptmill.tasks.openai import CHAT, COMPLETIONS, EMBEDDINGS, translate
 from promptmill.types import DatasetLine
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 #: Name -> what prints a summary: ``render(summary, console)``.
 REPORTS = {
-    "terminal": "promptmill.reports.terminal:render",
-    "json": "promptmill.reports.json_form:render",
+    "terminal": "promptmill.reports.render.terminal:render",
+    "json": "promptmill.reports.render.json:render",
 }
 
 #: Name -> what makes a file of a summary: ``text(summary)``. HTML reads more of the job: ``text(db, summary)``.
 TEXTS = {
-    "md": "promptmill.reports.markdown:text",
-    "csv": "promptmill.reports.csv_form:text",
-    "json": "promptmill.reports.json_form:text",
+    "md": "promptmill.reports.render.markdown:text",
+    "csv": "promptmill.reports.render.csv:text",
+    "json": "promptmill.reports.render.json:text",
 }

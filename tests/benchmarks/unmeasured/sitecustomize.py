@@ -8,7 +8,7 @@ if os.environ.get("WITHOUT_MEASURING") is not None:
     from promptmill.ledger.results import Results
     from promptmill_workers.engines.contract import Finished
     from promptmill_workers.engines.echo import EchoEngine
-    from promptmill_workers.presence import Presence
+    from promptmill_workers.worker.heartbeat import Presence
 
     def take_out() -> None:
         """No timestamps of requests, no counters of attempts, no samples of workers."""

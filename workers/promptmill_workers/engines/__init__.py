@@ -2,6 +2,6 @@
 
 ENGINES = {
     "echo": "promptmill_workers.engines.echo:EchoEngine",
-    "llamacpp": "promptmill_workers.engines.llamacpp:LlamaCppEngine",
-    "mlx": "promptmill_workers.engines.mlx:MlxEngine",
+    "llamacpp": "promptmill_workers.engines.llama.engine:LlamaCppEngine",
+    "mlx": "promptmill_workers.engines.mlx_lm.engine:MlxEngine",
 }

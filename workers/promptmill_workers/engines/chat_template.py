@@ -14,7 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from promptmill.errors import RequestError
-from promptmill.prompts import SYSTEM_ROLES
+from promptmill.tasks.templates import SYSTEM_ROLES
 from promptmill.types import Message, SamplingParams
 
 #: A conversation that ends with an answer, which shows what a template writes after one.

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from promptmill.core.registry import suggestion
 from promptmill.errors import ModelError
-from promptmill.registry import suggestion
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.engines.contract import (
     EngineInfo,
@@ -36,7 +36,7 @@ from promptmill_workers.engines.contract import (
     TokenEvent,
     enqueue,
 )
-from promptmill_workers.kv_budget import CPU_SLOTS
+from promptmill_workers.engines.kv_budget import CPU_SLOTS
 
 #: The context of an engine that has none of its own to respect.
 CONTEXT_TOKENS = 131_072

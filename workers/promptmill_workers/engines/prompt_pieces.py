@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from promptmill.errors import RequestError
-from promptmill.own_text import unused_marks
-from promptmill.prompts import turn_of
+from promptmill.tasks.own_text import unused_marks
+from promptmill.tasks.templates import turn_of
 from promptmill.types import Message, SamplingParams, Span
-from promptmill_workers.answering import END_OF_THINK, THINK, opened
+from promptmill_workers.engines.answer import END_OF_THINK, THINK, opened
 from promptmill_workers.engines.chat_template import tools_for, written
 from promptmill_workers.engines.contract import EngineRequest
 

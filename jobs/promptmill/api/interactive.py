@@ -1,0 +1,433 @@
+"""Requests that somebody waits for: sent to a worker through Redis, their tokens read from this server's own list."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import orjson
+from redis.exceptions import RedisError
+from ulid import ULID
+
+from promptmill.api.http.errors import ApiError
+from promptmill.api.http.ids import new_id
+from promptmill.core.addresses import redis_client
+from promptmill.queue.broker import beat_key
+from promptmill.queue.interactive_wire import (
+    AGAIN,
+    BEAT_S,
+    CANCEL,
+    DONE,
+    FAILED,
+    LAST,
+    MOST_TRIES,
+    REPEAT,
+    SERVER_GONE_S,
+    TEXT,
+    BadReply,
+    Beat,
+    LiveRequest,
+    beat_of,
+    control_list,
+    lane_list,
+    live_queue,
+    reply_list,
+    reply_of,
+    server_key,
+)
+from promptmill.tasks.openai import refusal_of
+from promptmill.types import ErrorClass
+
+log = logging.getLogger("promptmill.api")
+
+#: Seconds that a look into the list of replies waits, and replies taken at a time.
+LOOK_S = 2
+REPLIES_AT_ONCE = 500
+
+#: Seconds between looks at whether the workers that hold requests are alive.
+WATCH_S = 2.0
+
+#: Seconds without a word on a request after which it is looked for, and requests that are looked for at a time.
+QUIET_S = 5.0
+MOST_LOOKED_FOR = 256
+
+#: Seconds without a worker's sign of life after which its requests are sent again: Redis may have begun anew.
+MISSED_S = 2 * BEAT_S
+
+#: Seconds before Redis is tried again after it was away, and in which it answers or is away.
+AWAY_S = 0.5
+ANSWER_S = 10
+
+#: Most requests that nobody waits for which are remembered, should a worker run one all the same.
+MOST_WITHDRAWN = 4096
+
+#: Our error classes -> the status and code of the answer. Others are 502: another try may go better.
+STATUSES = {
+    "context_overflow": (400, "context_length_exceeded"),
+    "invalid_request": (400, "invalid_request"),
+    "tokenize": (400, "invalid_request"),
+    # The body's own grammar was tried before: what came to a dead end is the model's answer.
+    "grammar": (500, "grammar"),
+    "model_not_found": (404, "model_not_found"),
+    "model_load": (503, "model_not_loaded"),
+    "timeout": (504, "timeout"),
+    "stall": (504, "timeout"),
+}
+
+NO_REDIS = "A service is not reachable; try again later."
+
+
+def failure(request: LiveRequest, error_class: str, message: str) -> ApiError:
+    """What a client is told of a request that failed."""
+    status, code = STATUSES.get(error_class, (502, error_class))
+    param = _question(request) if code == "context_length_exceeded" else None
+    if code == "invalid_request":
+        param, code = refusal_of(message)
+    # What broke inside is for the log of the worker.
+    is_told = status < 500 or status == 504 or error_class == ErrorClass.GRAMMAR
+    shown = message if is_told else "The model could not answer this request."
+    return ApiError(status, shown, param=param, code=code)
+
+
+def _question(request: LiveRequest) -> str:
+    """The field that its body asked with."""
+    if request.messages is not None:
+        return "messages"
+    return "input" if request.sampling.get("embedding") else "prompt"
+
+
+class Call:
+    """One request under way, and what is known of it."""
+
+    def __init__(self, request: LiveRequest, until: float) -> None:
+        #: As it was sent last.
+        self.request = request
+        #: By the clock of the event loop.
+        self.until = until
+        self.tries = 1
+        self.worker: str | None = None
+        #: Somebody was shown a part of its answer: it cannot begin again.
+        self.told = False
+        self.ended = False
+        #: Replies that came, in their order, and after how many the worker was asked for the next one.
+        self.heard = 0
+        self.asked_at: int | None = None
+        #: When there was news of it, or a look; whether that look did not find it. By ``time.monotonic()``.
+        self.seen_at = time.monotonic()
+        self.missed = False
+        #: When it was in the queue, by ``time.perf_counter()``.
+        self.queued_at: float | None = None
+        self._replies: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+
+    def put(self, kind: str, value: Any) -> None:
+        self.ended = self.ended or kind in LAST
+        self._replies.put_nowait((kind, value))
+
+    def begin_again(self) -> None:
+        """Sent under another id, it is a request that nobody has taken."""
+        self.request = replace(self.request, id=new_id())
+        self.worker, self.heard, self.asked_at = None, 0, None
+        self.seen_at, self.missed = time.monotonic(), False
+
+    async def replies(self) -> AsyncIterator[tuple[str, Any]]:
+        """Text as it comes (``TEXT``: text, log-probabilities, number of the answer), then the answer (``DONE``).
+
+        Raises ApiError for a request that fails.
+        """
+        try:
+            async with asyncio.timeout_at(self.until):
+                while True:
+                    kind, value = await self._replies.get()
+                    if kind == FAILED:
+                        raise value
+                    yield kind, value
+                    if kind == DONE:
+                        return
+        except TimeoutError:
+            raise ApiError(504, "No answer in time.", code="timeout") from None
+
+    async def answer(self) -> dict[str, Any]:
+        """The whole answer, as ``live_wire.answer_of`` made it."""
+        try:
+            async with asyncio.timeout_at(self.until):
+                kind, value = await self._replies.get()
+                while kind == TEXT:
+                    kind, value = await self._replies.get()
+        except TimeoutError:
+            raise ApiError(504, "No answer in time.", code="timeout") from None
+        if kind == FAILED:
+            raise value
+        found: dict[str, Any] = value
+        return found
+
+
+class Live:
+    """All requests of this server that are under way. One event loop owns it."""
+
+    def __init__(self, redis_url: str, timeout_s: float) -> None:
+        self._id = str(ULID()).lower()
+        self._timeout_s = timeout_s
+        self._redis: Any = redis_client(
+            redis_url, asynchronous=True, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S
+        )
+        self._calls: dict[str, Call] = {}
+        # Id -> model, of requests that nobody waits for any more.
+        self._withdrawn: dict[str, str] = {}
+        # List -> what is pushed to its end, and to its head.
+        self._outbox: dict[str, list[bytes]] = {}
+        self._first: dict[str, list[bytes]] = {}
+        self._unsent: list[Call] = []
+        # Workers without a sign of life -> since when, by ``time.monotonic()``.
+        self._silent: dict[str, float] = {}
+        self._flushing: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests under way."""
+        return len(self._calls)
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    def order(self, worker: str, what: str, model: str) -> None:
+        """Tell a worker to load or unload a model."""
+        self._push(control_list(worker), orjson.dumps([what, model]))
+
+    async def beats(self, workers: list[str]) -> dict[str, Beat]:
+        """The signs of life of those workers that have one; none while Redis is away."""
+        with contextlib.suppress(RedisError, OSError):
+            found = await self._redis.mget([beat_key(each) for each in workers]) if workers else []
+            beats = zip(workers, map(beat_of, found), strict=True)
+            return {worker: beat for worker, beat in beats if beat is not None}
+        return {}
+
+    async def close(self) -> None:
+        # A cancellation that comes together with an answer of Redis is lost in its client.
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._redis.aclose()
+
+    @contextlib.asynccontextmanager
+    async def call(
+        self, model: str, sampling: dict[str, Any], owner: str | None, **question: Any
+    ) -> AsyncIterator[Call]:
+        """Send a request of ``owner``'s key. Leaving before its end drops it: its slot is free within a step or two."""
+        until = asyncio.get_running_loop().time() + self._timeout_s
+        call = Call(LiveRequest(new_id(), self._id, model, sampling, owner=owner or "", **question), until)
+        self._calls[call.request.id] = call
+        self._unsent.append(call)
+        try:
+            self._push(live_queue(model), call.request.encode())
+            yield call
+        finally:
+            del self._calls[call.request.id]
+            if not call.ended:
+                self._drop(call)
+
+    def _drop(self, call: Call) -> None:
+        self._remember_withdrawn(call.request)
+        if call.worker is not None:
+            self._cancel(call.request.id, call.worker, call.request.model)
+        else:
+            task = asyncio.ensure_future(self._withdraw(call.request))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _remember_withdrawn(self, request: LiveRequest) -> None:
+        self._withdrawn[request.id] = request.model
+        while len(self._withdrawn) > MOST_WITHDRAWN:
+            del self._withdrawn[next(iter(self._withdrawn))]
+
+    async def _withdraw(self, request: LiveRequest) -> None:
+        """Out of the queue, if it is still there; whoever took it meanwhile is told when it says so."""
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.lrem(live_queue(request.model), 1, request.encode())
+
+    # --- to Redis ----------------------------------------------------------------------------------------------------
+
+    def _push(self, name: str, data: bytes, *, first: bool = False) -> None:
+        """Together with all that is pushed in this round of the event loop: one round trip."""
+        (self._first if first else self._outbox).setdefault(name, []).append(data)
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.ensure_future(self._flush())
+
+    def _cancel(self, request_id: str, worker: str, model: str) -> None:
+        self._push(lane_list(worker, model), orjson.dumps([CANCEL, request_id]))
+
+    async def _flush(self) -> None:
+        while self._outbox or self._first:
+            outbox, self._outbox = self._outbox, {}
+            first, self._first = self._first, {}
+            calls, self._unsent = self._unsent, []
+            try:
+                pipe = self._redis.pipeline(transaction=False)
+                for name, data in outbox.items():
+                    pipe.rpush(name, *data)
+                for name, data in first.items():
+                    pipe.lpush(name, *reversed(data))
+                for name in outbox.keys() | first.keys():
+                    pipe.expire(name, int(self._timeout_s) + 60)
+                await pipe.execute()
+                now = time.perf_counter()
+                for call in calls:
+                    call.queued_at = now
+            except (RedisError, OSError) as problem:
+                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+                for call in calls:
+                    # It may be in the queue all the same.
+                    self._remember_withdrawn(call.request)
+                    call.put(FAILED, ApiError(503, NO_REDIS))
+
+    # --- from Redis --------------------------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        name = reply_list(self._id)
+        while not self._closing:
+            try:
+                found = await self._redis.blpop([name], LOOK_S)
+                if found is None:
+                    continue
+                self._take(found[1])
+                for data in await self._redis.lpop(name, REPLIES_AT_ONCE) or ():
+                    self._take(data)
+            except (RedisError, OSError) as problem:
+                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+                await asyncio.sleep(AWAY_S)
+
+    def _take(self, data: bytes) -> None:
+        """One reply. What cannot be read spoils nothing of those beside it."""
+        try:
+            self._hear(*reply_of(data))
+        except BadReply as bad:
+            log.warning("a reply of %d bytes is dropped: %s", len(data), bad)
+            if bad.about is not None:
+                self._mishear(*bad.about)
+        except Exception as problem:
+            log.warning("a reply of %d bytes is dropped: %s", len(data), type(problem).__name__)
+
+    def _mishear(self, call_id: str, number: int) -> None:
+        """Something else may have come in the place of a reply: it is asked for again, once."""
+        call = self._calls.get(call_id)
+        if call is None or call.ended or number < call.heard or call.worker is None:
+            return
+        if call.asked_at != call.heard:
+            self._ask_again(call)
+        else:
+            self._begin_again(call, ErrorClass.WORKER_LOST.value, "nobody understands what its worker says")
+
+    def _hear(self, call_id: str, worker: str, number: int, kind: str, rest: list[Any]) -> None:
+        call = self._calls.get(call_id)
+        if call is None:
+            if kind not in LAST:
+                self._cancel_withdrawn(call_id, worker)
+            return
+        if call.ended or number < call.heard:
+            return
+        call.worker = worker
+        if number > call.heard:
+            # Redis has lost what was said between.
+            if call.asked_at != call.heard:
+                self._ask_again(call)
+            return
+        call.heard, call.seen_at = number + 1, time.monotonic()
+        if kind == AGAIN:
+            self._begin_again(call, *rest)
+        elif kind == TEXT:
+            call.told = True
+            call.put(TEXT, rest)
+        elif kind == DONE:
+            call.put(DONE, rest[0])
+        elif kind == FAILED:
+            call.put(FAILED, failure(call.request, *rest))
+
+    def _cancel_withdrawn(self, call_id: str, worker: str) -> None:
+        """A worker runs what nobody waits for."""
+        model = self._withdrawn.pop(call_id, None)
+        if model is not None:
+            self._cancel(call_id, worker, model)
+
+    # --- what is lost ------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Whatever a worker or Redis loses is noticed here: a client waits for its answer."""
+        while not self._closing:
+            try:
+                # Workers drop the requests of a server that is gone.
+                await self._redis.set(server_key(self._id), "1", ex=SERVER_GONE_S)
+                await self._look_at_workers()
+                await self._look_for_quiet()
+            except (RedisError, OSError) as problem:
+                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+            except Exception:
+                log.exception("looking after requests failed, and goes on")
+            await asyncio.sleep(WATCH_S)
+
+    async def _look_at_workers(self) -> None:
+        """Requests of a worker that is gone are sent again."""
+        held = sorted({each.worker for each in self._calls.values() if each.worker is not None})
+        alive = await self._redis.mget([beat_key(each) for each in held]) if held else []
+        now = time.monotonic()
+        missed = [worker for worker, found in zip(held, alive, strict=True) if found is None]
+        self._silent = {each: self._silent.get(each, now) for each in missed}
+        for worker in [each for each, since in self._silent.items() if now - since >= MISSED_S]:
+            for call in [each for each in self._calls.values() if each.worker == worker and not each.ended]:
+                self._begin_again(call, "worker_lost", "its worker is gone")
+
+    def _begin_again(self, call: Call, error_class: str, message: str) -> None:
+        """On another worker; it fails when somebody has seen a part of the answer, or it was tried often."""
+        if call.told or call.tries >= MOST_TRIES:
+            call.put(FAILED, failure(call.request, error_class, message))
+        else:
+            call.tries += 1
+            self._send_again(call)
+
+    def _send_again(self, call: Call) -> None:
+        """Before those that came later."""
+        del self._calls[call.request.id]
+        self._remember_withdrawn(call.request)
+        call.begin_again()
+        self._calls[call.request.id] = call
+        self._push(live_queue(call.request.model), call.request.encode(), first=True)
+
+    async def _look_for_quiet(self) -> None:
+        """Of what is taken, its worker is asked; what is not is to be in its list."""
+        old = time.monotonic() - QUIET_S
+        quiet = [each for each in self._calls.values() if each.queued_at and not each.ended and each.seen_at < old]
+        quiet = quiet[:MOST_LOOKED_FOR]
+        for call in quiet:
+            if call.worker is not None:
+                call.seen_at = time.monotonic()
+                self._ask_again(call)
+        waiting = [(each, each.request) for each in quiet if each.worker is None]
+        pipe = self._redis.pipeline(transaction=False)
+        for _, request in waiting:
+            pipe.lpos(live_queue(request.model), request.encode())
+        for (call, request), place in zip(waiting, await pipe.execute() if waiting else (), strict=True):
+            if call.request is not request or call.worker is not None or call.ended:
+                continue
+            if place is not None:
+                call.missed, call.seen_at = False, time.monotonic()
+            elif call.missed:
+                log.warning("a request for %s was lost on its way and is sent again", request.model)
+                # No worker may understand it: it is not sent for ever.
+                self._begin_again(call, ErrorClass.WORKER_LOST.value, "it was lost on its way again and again")
+            else:
+                # A worker may just have taken it.
+                call.missed = True
+
+    def _ask_again(self, call: Call) -> None:
+        """For what its worker has said, from the first reply that did not come."""
+        assert call.worker is not None
+        call.asked_at = call.heard
+        asked = orjson.dumps([REPEAT, call.request.id, self._id, call.heard])
+        self._push(lane_list(call.worker, call.request.model), asked)

@@ -1,0 +1,130 @@
+"""Scores by a function of the user's: ``python: file.py:function``, or one that an installed package offers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from promptmill.errors import TaskFileError
+from promptmill.scoring.scorers import Item, JsonObject, Verdict
+
+#: What a function may return beside a truth value, a number and None.
+VERDICT_KEYS = {"value", "predicted", "expected", "confidence"}
+
+
+@dataclass(frozen=True, slots=True)
+class PythonScorer:
+    """``score(output, expected, item)`` returns true or false, a number, a label, None, or a dict of a verdict.
+
+    A label is compared with the expected value of ``field``, or with the only expected value there is. ``item`` is a
+    dict with ``id``, ``row``, ``input``, ``meta``, ``text`` and ``choice_probs``.
+    """
+
+    function: Callable[..., Any]
+    #: SHA-256 of the file or the name and version of the package it comes from.
+    sha256: str
+    field: str | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """That of the values: truth values and labels make an accuracy, numbers a mean."""
+        return "mean"
+
+    @property
+    def needs_item(self) -> bool:
+        return True
+
+    @property
+    def needs_label(self) -> bool:
+        return self.field is not None
+
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | bool | float | None:
+        # What it prints must not stand in the middle of a command's own output.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = self.function(dict(output), dict(expected), asdict(item), **self.options)
+        if type(found).__module__ == "numpy" and hasattr(found, "item"):
+            found = found.item()
+        if found is None or isinstance(found, bool | int | float):
+            return found
+        if isinstance(found, str):
+            wanted = self._wanted(expected)
+            return Verdict(found == wanted, predicted=found, expected=wanted)
+        if isinstance(found, dict) and found.keys() <= VERDICT_KEYS and "value" in found:
+            sure = found.get("confidence")
+            return Verdict(**found, is_probability=sure is not None and 0.0 <= sure <= 1.0)
+        raise TypeError(
+            f"a scorer returns true, false, a number, a label, None or a verdict, not {type(found).__name__}"
+        )
+
+    def _wanted(self, expected: JsonObject) -> Any:
+        if self.field is not None:
+            return expected[self.field]
+        if len(expected) != 1:
+            raise ValueError("the row expects more than one value: name the one to compare with, as 'field'")
+        return next(iter(expected.values()))
+
+
+def load(target: str, folder: str | None) -> PythonScorer:
+    """The function that ``file.py:function`` names; the path is relative to ``folder``, the task file's.
+
+    Raises :class:`TaskFileError` for a file that is missing or fails to import, for a name it does not have, and for a
+    task that came from no file of this machine: who sends one over a network must not choose what is run here.
+    """
+    if folder is None:
+        raise TaskFileError(f"the scorer {target} can only be used by a task file on this machine")
+    name, _, attribute = target.rpartition(":")
+    path = Path(folder) / name
+    try:
+        source = path.read_bytes()
+    except OSError as problem:
+        raise TaskFileError(
+            f"the scorer file {path} cannot be read: {problem.strerror}", hint="Its path is relative to the task file."
+        ) from None
+    digest = hashlib.sha256(source).hexdigest()
+    function = getattr(_imported(path, digest), attribute, None)
+    if not callable(function):
+        raise TaskFileError(f"the scorer file {path} has no function '{attribute}'")
+    return PythonScorer(function, digest)
+
+
+def _imported(path: Path, digest: str) -> Any:
+    """The module in ``path``, imported once for each content it had."""
+    module_name = f"promptmill_scorer_{digest[:16]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise TaskFileError(f"the scorer file {path} is no Python file", hint="Its name ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+    except BaseException as problem:
+        del sys.modules[module_name]
+        if isinstance(problem, KeyboardInterrupt):
+            raise
+        line = _line_in(problem, path)
+        raise TaskFileError(
+            f"the scorer file {path}{line} fails to import: {type(problem).__name__}: {str(problem)[:200]}"
+        ) from None
+    return module
+
+
+def _line_in(problem: BaseException, path: Path) -> str:
+    if isinstance(problem, SyntaxError) and problem.lineno:
+        return f":{problem.lineno}"
+    lines, trace = [], problem.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f":{lines[-1]}" if lines else ""

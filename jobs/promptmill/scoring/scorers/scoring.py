@@ -1,0 +1,204 @@
+"""A job's answers against what was expected: one pass over its rows, all scorers of the task at once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from promptmill.core.registry import resolve
+from promptmill.database.tables import requests, results
+from promptmill.errors import TaskFileError
+from promptmill.scoring.scorers import SCORERS, Item, JsonObject, Outcome, Scorer
+from promptmill.scoring.scorers.extraction import Extractor
+from promptmill.scoring.scorers.tally import Judgement, Score, Tally, judge
+from promptmill.tasks.scores import KINDS, entry_kind, names_of, offered
+
+if TYPE_CHECKING:
+    from promptmill.tasks.task_file import Task
+
+#: Rows fetched and counted at a time.
+BATCH_ROWS = 10_000
+
+#: Different expected objects that are remembered.
+REMEMBERED = 4096
+
+
+class Answer(NamedTuple):
+    """One result with what its row expects; objects are JSON text. The last four are there for scorers that ask."""
+
+    state: str
+    text: str | None
+    finish_reason: str | None
+    expected: str | None
+    choice_probs: str | None = None
+    id: str | None = None
+    row: int | None = None
+    input: str | None = None
+    meta: str | None = None
+
+
+class Judge:
+    """The scorers of a task, ready for answers. Equal answers are judged once while they are remembered."""
+
+    def __init__(self, task: Task, scorers: Mapping[str, Scorer] | None = None) -> None:
+        """Raises :class:`TaskFileError` for scores that cannot be built."""
+        self.scorers = dict(scorers if scorers is not None else build(task.scores, task.folder))
+        self._extract = Extractor.of(task.output, required_keys(task, self.scorers), task.generate)
+        self._aliases = task.output.aliases
+        self._task = task
+        self._expected: dict[str | None, JsonObject] = {}
+        #: Whether a scorer looks at more of a row than its answer and what it expects.
+        self.needs_item = any(getattr(scorer, "needs_item", False) for scorer in self.scorers.values())
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the code of scorers that are not part of promptmill."""
+        found = sorted(each for scorer in self.scorers.values() if (each := getattr(scorer, "sha256", None)))
+        return ",".join(found)[:64] or None
+
+    def __call__(self, answer: Answer) -> tuple[Judgement | None, ...]:
+        """A judgement by each scorer."""
+        outcome, output, expected = self.read(answer)
+        item = self._item(answer)
+        return tuple(judge(scorer, outcome, output, expected, item) for scorer in self.scorers.values())
+
+    def read(self, answer: Answer) -> tuple[Outcome, JsonObject, JsonObject]:
+        """What became of one answer, the object it holds, and the expected one, both in the labels that are meant."""
+        wanted = self._wanted(answer.expected)
+        if answer.state != "ok":
+            return Outcome.INFRA_ERROR, {}, wanted
+        outcome, output = self._extract(answer.text, answer.finish_reason)
+        return outcome, _meant(output, self._aliases), wanted
+
+    def _wanted(self, text: str | None) -> JsonObject:
+        """The expected object as the task means it; few different ones are many rows."""
+        found = self._expected.get(text)
+        if found is None:
+            if len(self._expected) >= REMEMBERED:
+                self._expected.clear()
+            found = {name: self._task.meant(name, value) for name, value in _object(text).items()}
+            self._expected[text] = found
+        return found
+
+    def _item(self, answer: Answer) -> Item:
+        probs = _object(answer.choice_probs) if answer.choice_probs else None
+        if not self.needs_item:
+            return Item(answer.text or "", probs)
+        parts = (json.loads(each) if each else None for each in (answer.input, answer.meta))
+        return Item(answer.text or "", probs, answer.id, answer.row, *parts)
+
+
+def build(entries: Sequence[Mapping[str, Any]], folder: str | None = None) -> dict[str, Scorer]:
+    """Scorers by the names of their figures. ``folder``: where files of ``python`` scorers are looked for.
+
+    ``entries``: ``{scorer: FIELD, option: value, ...}`` each. Raises :class:`TaskFileError`.
+    """
+    return {name: _make(entry, folder) for name, entry in zip(names_of(entries), entries, strict=True)}
+
+
+def _make(entry: Mapping[str, Any], folder: str | None) -> Scorer:
+    kind = entry_kind(entry)
+    target, options = entry[kind], {key: value for key, value in entry.items() if key not in (kind, "as")}
+    if kind not in KINDS:
+        return _offered(kind, target, options)
+    if kind == "python":
+        from dataclasses import replace
+
+        from promptmill.scoring.scorers.python_scorer import load
+
+        return replace(load(target, folder), field=options.get("field"))
+    scorer: Scorer = resolve("scorer", kind, SCORERS)(target, **options)
+    return scorer
+
+
+def _offered(kind: str, target: Any, options: Mapping[str, Any]) -> Scorer:
+    """A function that an installed package offers; ``target`` is the field it is given, or true for none."""
+    from promptmill.scoring.scorers.python_scorer import PythonScorer
+
+    entry = offered()[kind]
+    try:
+        function = entry.load()
+    except Exception as problem:
+        raise TaskFileError(f"the scorer '{kind}' cannot be loaded: {type(problem).__name__}: {problem}") from None
+    version = f"{entry.dist.name} {entry.dist.version}" if entry.dist else kind
+    field = target if isinstance(target, str) else None
+    return PythonScorer(function, version, field, options)
+
+
+def score_rows(answers: Iterable[Answer], judge_: Judge) -> dict[str, Score]:
+    """Scores of ``answers``, whatever their order."""
+    tallies = {name: Tally(scorer) for name, scorer in judge_.scorers.items()}
+    for judged, times in judged_rows(answers, judge_):
+        for tally, judgement in zip(tallies.values(), judged, strict=True):
+            tally.add(judgement, times)
+    return {name: tally.score(name) for name, tally in tallies.items()}
+
+
+def judged_rows(answers: Iterable[Answer], judge_: Judge) -> Iterator[tuple[tuple[Judgement | None, ...], int]]:
+    """Judgements with how many rows they are of: classifiers have few answers, so equal neighbours are one."""
+    source = iter(answers)
+    while batch := Counter(islice(source, BATCH_ROWS)):
+        for answer, times in batch.items():
+            yield judge_(answer), times
+
+
+def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]]) -> JsonObject:
+    if not aliases or not found:
+        return found
+    return {
+        name: aliases.get(name, {}).get(value, value) if isinstance(value, str) else value
+        for name, value in found.items()
+    }
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _object(text: str | None) -> JsonObject:
+    """The expected object; of anything else no field can be scored."""
+    value = json.loads(text) if text else None
+    return value if isinstance(value, dict) else {}
+
+
+def required_keys(task: Task, scorers: Mapping[str, Scorer]) -> tuple[str, ...]:
+    """What an object must have to be the answer: the schema's required keys, else the fields that are scored."""
+    by_schema = (task.output.schema_ or {}).get("required", ())
+    return tuple(by_schema) or tuple(sorted({scorer.field for scorer in scorers.values() if scorer.field}))
+
+
+def answers_query(job_id: str, *, whole: bool) -> sa.Select[Any]:
+    """The job's results as columns of :class:`Answer`; ``whole``: with input and meta, which can be long."""
+    result, request = results.c, requests.c
+    columns: list[Any] = [result.state, result.text, result.finish_reason, request.expected, result.choice_probs]
+    if whole:
+        columns += [request.custom_id.label("id"), result.row, request.input, request.meta]
+    joined = sa.and_(request.job_id == result.job_id, request.row == result.row)
+    return sa.select(*columns).join_from(results, requests, joined).where(result.job_id == job_id)
+
+
+def judge_of(job: sa.Row[Any]) -> Judge | None:
+    """The judge of the job's own task; None without a task or without scores. Raises :class:`TaskFileError`."""
+    if job.task_text is None:
+        return None
+    # Parsing a task needs pydantic and a template engine: jobs without one do not wait for them.
+    from promptmill.tasks.task_file import parse_task
+
+    task = parse_task(job.task_text, job.task_name or "task", job.task_folder)
+    return Judge(task) if task.scores else None
+
+
+def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
+    """The scores that the job's task asks for, over the results that are there; none without a task.
+
+    Raises :class:`TaskFileError` for a task whose scores cannot be computed.
+    """
+    judge_ = judge_of(job)
+    if judge_ is None:
+        return {}
+    streamed = db.execute(answers_query(job.id, whole=judge_.needs_item), execution_options={"yield_per": BATCH_ROWS})
+    return score_rows((Answer(*row) for row in streamed), judge_)

@@ -1,0 +1,437 @@
+"""The task file: prompts, sampling, expected values, output and scores of a job, in YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from promptmill.core.registry import suggestion
+from promptmill.core.text_files import read_text
+from promptmill.errors import TaskFileError
+from promptmill.tasks import json_schemas, scores
+from promptmill.tasks.sampling import BadParameter, check_parameter
+from promptmill.tasks.schema import (
+    GATE,
+    MOST_EXAMPLES,
+    OTHER_FIGURES,
+    PLAIN_STEPS,
+    STEPS,
+    Example,
+    ExtractStep,
+    OutputPart,
+    PromptPart,
+    TaskModel,
+)
+from promptmill.tasks.scores import figures_of
+from promptmill.tasks.template_names import HIDDEN
+from promptmill.tasks.templates import Template, TemplateMistake
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and the text it came from. The text is what is stored: a worker parses it again."""
+
+    text: str
+    model: TaskModel
+    template: Template = field(repr=False)
+    #: Folder of the task file: where the files that it names are. None for a task without a file.
+    folder: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.model.task
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def generate(self) -> Mapping[str, Any]:
+        """Sampling parameters of every line that sets none of its own."""
+        found = {name: check_parameter(name, value) for name, value in self.model.generate.items()}
+        if self.output.mode == "constrain":
+            found["json_schema"] = check_parameter("json_schema", self.output.schema_)
+        return found
+
+    @property
+    def expected(self) -> Mapping[str, str]:
+        return self.model.expected
+
+    @property
+    def mapping(self) -> dict[str, Any]:
+        """Where id, input, expected values and meta come from: arguments of ``readers.open_dataset``."""
+        model = self.model
+        return {
+            "expected": model.expected, "id": model.id, "input": model.input, "meta": model.meta,
+            "number_duplicates": model.duplicate_ids == "number",
+        }  # fmt: skip
+
+    @property
+    def scores(self) -> list[dict[str, Any]]:
+        return self.model.scores
+
+    @property
+    def output(self) -> OutputPart:
+        return self.model.output
+
+    def meant(self, name: str, value: Any) -> Any:
+        """A value of the field as the schema has it: another label for an alias, a number for a text that spells one.
+
+        Tables hold texts only; where the schema says that the field is a number, its text means that number.
+        """
+        if not isinstance(value, str):
+            return value
+        label = self.model.output.aliases.get(name, {}).get(value, value)
+        kind = _properties(self.model.output.schema_).get(name, {}).get("type")
+        return _typed(label, kind) if isinstance(label, str) else label
+
+    @classmethod
+    def from_template(cls, template: str, system: str | None = None, expected: Sequence[str] = ()) -> Task:
+        """The task that ``--template``, ``--system`` and ``--expected`` amount to. Raises :class:`TaskFileError`."""
+        # First by itself: a mistake in it has no place in a file.
+        Template(template, system)
+        prompt = {"user": template} | ({"system": system} if system else {})
+        # In double quotes, the only style of YAML that keeps every character.
+        said: dict[str, Any] = {"task": "template", "prompt": prompt}
+        if expected:
+            said["expected"] = {name: name for name in expected}
+        return parse_task(yaml.safe_dump(said, allow_unicode=True, default_style='"', width=2**30), "--template")
+
+
+def _typed(text: str, kind: Any) -> Any:
+    if kind == "boolean":
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    if kind in ("integer", "number"):
+        try:
+            found = float(text)
+        except ValueError:
+            return text
+        if not math.isfinite(found):
+            return text
+        return int(found) if found.is_integer() else found
+    return text
+
+
+def load_task(path: str | Path) -> Task:
+    """Raises :class:`TaskFileError` with file, line and column of what is wrong.
+
+    Few-shot examples that lie in a file become part of the task's text, so that a worker elsewhere has them too.
+    """
+    try:
+        # As it is: its SHA-256 is that of the file. YAML takes a byte order mark and any line ends.
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise TaskFileError(f"there is no task file {path}", hint="Check the path.") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise TaskFileError(f"cannot read the task file {path}: {problem}") from None
+    folder = str(Path(path).resolve().parent)
+    task = parse_task(text, str(path), folder)
+    if not isinstance(task.model.prompt.examples, str):
+        return task
+    shown = _read_examples(Path(folder) / task.model.prompt.examples)
+    behind = yaml.safe_dump({"examples": shown}, allow_unicode=True, default_style='"', width=2**30)
+    return parse_task(f"{text.rstrip()}\n{BEHIND}\n{behind}", str(path), folder)
+
+
+#: Most values of a task file: a thousand few-shot examples of a hundred fields.
+MOST_VALUES = 100_000
+
+#: Between a task as it was written and the examples that were read from its file.
+BEHIND = "---"
+
+
+def _read_examples(path: Path) -> list[dict[str, Any]]:
+    """Raises :class:`TaskFileError` for a file that is missing or has a line that is no example."""
+    found = []
+    try:
+        lines = read_text(path).split("\n")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise TaskFileError(
+            f"cannot read the examples {path}: {problem}", hint="The path is relative to the task file."
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(Example.model_validate_json(line).model_dump())
+        except ValidationError as problem:
+            what = problem.errors()[0]
+            place = ".".join(map(str, what["loc"]))
+            raise TaskFileError(
+                f"{path}:{number}: no example: {place + ': ' if place else ''}{what['msg']}",
+                hint='A line is {"input": {...}, "output": ...}.',
+            ) from None
+    if not 0 < len(found) <= MOST_EXAMPLES:
+        raise TaskFileError(f"{path} has {len(found):,} examples; there must be 1 to {MOST_EXAMPLES:,}")
+    return found
+
+
+def parse_task(text: str, name: str, folder: str | None = None) -> Task:
+    """The task in ``text``; ``name`` stands for it in messages, ``folder`` is where files it names are.
+
+    Raises :class:`TaskFileError`.
+    """
+    tree, content = _loaded(text, name)
+    try:
+        model = TaskModel.model_validate(content)
+    except ValidationError as problem:
+        raise TaskFileError("\n".join(_message(name, tree, each) for each in problem.errors())) from None
+    problems = [f"{_at(name, tree, place)}: {what}" for place, what in _mistakes(model)]
+    if problems:
+        raise TaskFileError("\n".join(problems))
+    prompt = model.prompt
+    if isinstance(prompt.examples, str) and folder is None:
+        place = _at(name, tree, ("prompt", "examples"))
+        raise TaskFileError(f"{place}: examples can only be read by a task file on this machine; write them as a list")
+    examples = [] if isinstance(prompt.examples, str) else [(each.input, each.output) for each in prompt.examples]
+    try:
+        return Task(text, model, Template(prompt.user, prompt.system, examples, prompt.form == "plain"), folder)
+    except TemplateMistake as problem:
+        place = _at(name, tree, ("prompt", problem.part), inside=problem.line)
+        raise TaskFileError(f"{place}: {problem.message}", hint=problem.hint) from None
+
+
+def _mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """What types cannot say: where, and what is wrong."""
+    for parameter in model.generate:
+        try:
+            check_parameter(parameter, model.generate[parameter])
+        except BadParameter as problem:
+            yield ("generate", parameter), f"{problem.message}. {problem.hint or ''}".rstrip(". ")
+    if model.output.mode != "free" and model.output.schema_ is None:
+        yield ("output", "mode"), f"'{model.output.mode}' needs a schema"
+    elif model.output.mode != "free" and model.output.extract:
+        yield ("output", "extract"), f"with mode '{model.output.mode}' the answer is the object itself"
+    elif model.output.schema_ is not None:
+        yield from _schema_mistakes(model.output)
+    yield from _extract_mistakes(model.output)
+    yield from _alias_mistakes(model)
+    for part in ("input", "meta"):
+        for name, path in getattr(model, part).items():
+            if path in (HIDDEN, *model.expected.values()):
+                yield (part, name), f"the field '{path}' is an expected value: no prompt may see it"
+    yield from scores.mistakes(model.scores, model.expected)
+    yield from _gate_mistakes(model)
+
+
+def _schema_mistakes(output: OutputPart) -> Iterator[tuple[tuple[Any, ...], str]]:
+    if output.mode == "constrain":
+        try:
+            check_parameter("json_schema", output.schema_)
+        except BadParameter as problem:
+            yield ("output", "schema"), problem.message
+    elif output.mode == "validate":
+        try:
+            json_schemas.check(output.schema_ or {})
+        except json_schemas.BadSchema as mistake:
+            yield ("output", "schema", *mistake.place), f"no JSON Schema: {mistake}"
+    elif refused := json_schemas.problem_of(output.schema_):
+        yield ("output", "schema"), refused
+
+
+def _extract_mistakes(output: OutputPart) -> Iterator[tuple[tuple[Any, ...], str]]:
+    for name, steps in output.pipelines.items():
+        for step in steps:
+            problem = _step_problem(step)
+            if problem:
+                yield ("output", "extract", name), problem
+
+
+def _step_problem(step: ExtractStep) -> str | None:
+    if isinstance(step, str):
+        return None if step in PLAIN_STEPS else f"unknown step '{step}'. {suggestion(step, STEPS)}"
+    if len(step) != 1 or next(iter(step)) not in STEPS[len(PLAIN_STEPS) :]:
+        return f"a step is one name and its argument. {suggestion(str(next(iter(step), '')), STEPS)}"
+    ((kind, argument),) = step.items()
+    if kind == "choice":
+        fits = isinstance(argument, list) and bool(argument)
+        return None if fits else "choice needs the list of labels"
+    if not isinstance(argument, str) or not argument:
+        return f"{kind} needs a text"
+    try:
+        re.compile(argument if kind == "regex" else "")
+    except (re.error, RecursionError, OverflowError) as problem:
+        return f"no regular expression: {problem}"
+    return None
+
+
+def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    named = zip(scores.names_of(model.scores), model.scores, strict=True)
+    figures = list(OTHER_FIGURES)
+    for score, entry in named:
+        figures += [f"{score}.{figure}" for figure in figures_of(entry)]
+        # The second score of a field may be called after its figure already.
+        figures += [score] if score.endswith(f".{figures_of(entry)[0]}") else []
+    for name, asked in model.gates.items():
+        demand = asked if isinstance(asked, str) else asked.demand
+        if name not in figures:
+            yield ("gates", name), f"there is no figure '{name}' to judge. {suggestion(name, figures)}"
+        elif not GATE.fullmatch(demand):
+            yield ("gates", name), f"'{demand[:40]}' is no demand; write >=0.85, or <, <=, > and a number"
+        elif not name.startswith("latency.") and not name.endswith(NO_SHARES) and float(_bound(demand)) > 1:
+            yield ("gates", name), f"'{demand}' can never be judged: the figure goes from 0 to 1"
+
+
+#: Figures that are not from 0 to 1.
+NO_SHARES = (".abs_error", ".mean")
+
+
+def _bound(demand: str) -> str:
+    found = GATE.fullmatch(demand)
+    assert found is not None
+    return found[2]
+
+
+def _alias_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
+    known = {*model.expected, *_properties(model.output.schema_), *model.output.extract}
+    for name in model.output.aliases:
+        if known and name not in known:
+            yield ("output", "aliases", name), f"'{name}' is no field of the answer. {suggestion(name, known)}"
+
+
+def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = (schema or {}).get("properties", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:
+    """The YAML tree, with its positions, and what it says. Raises TaskFileError for what is no YAML."""
+    try:
+        trees = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        tree = trees[0] if trees else None
+        if not isinstance(tree, yaml.MappingNode):
+            raise TaskFileError(
+                f"{name}: a task file has keys: task, prompt, ...", hint="See datasets/ad_comments.task.yaml."
+            )
+        for each in trees:
+            _refuse_many_values(each, name)
+        _refuse_repeated_keys(tree, name)
+        content, *behind = yaml.safe_load_all(text)
+        if behind:
+            _put_examples(content, behind, _place(name, trees[1].start_mark))
+        return tree, content
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark
+        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise TaskFileError(f"{place}: not YAML: {problem.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as problem:
+        raise TaskFileError(f"{name}: not YAML: {str(problem)[:200]}") from None
+
+
+def _place(name: str, mark: yaml.Mark) -> str:
+    return f"{name}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _put_examples(content: dict[str, Any], behind: list[Any], place: str) -> None:
+    """The examples that :func:`load_task` wrote behind the task take the place of their file's name."""
+    prompt = content.get("prompt")
+    fits = isinstance(prompt, dict) and isinstance(prompt.get("examples"), str)
+    if (
+        not isinstance(prompt, dict)
+        or not fits
+        or len(behind) > 1
+        or not isinstance(behind[0], dict)
+        or behind[0].keys() != {"examples"}
+    ):
+        raise TaskFileError(
+            f"{place}: a task file is one YAML document; a second one begins here", hint="Remove '---'."
+        )
+    content["prompt"] = prompt | behind[0]
+
+
+def _refuse_many_values(tree: yaml.Node, name: str) -> None:
+    """Aliases within aliases are few bytes and may be any number of values: they are counted, and not written out."""
+    sizes: dict[int, int] = {}
+    waiting = [tree]
+    while waiting:
+        node = waiting[-1]
+        below = _below(node)
+        if id(node) not in sizes:
+            # Begun: an alias to it from within is a circle, which PyYAML takes and nothing else does.
+            sizes[id(node)] = 0
+            waiting += [each for each in below if id(each) not in sizes]
+            continue
+        waiting.pop()
+        sizes[id(node)] = 1 + sum(sizes[id(each)] for each in below)
+        if sizes[id(node)] > MOST_VALUES:
+            raise TaskFileError(
+                f"{_place(name, node.start_mark)}: more than {MOST_VALUES:,} values, with aliases written out",
+                hint="Use fewer aliases (*name), or write examples into a file.",
+            )
+
+
+def _refuse_repeated_keys(tree: yaml.Node, name: str) -> None:
+    """PyYAML takes the last of them and says nothing. An alias's node is looked at once, however often it is used."""
+    waiting, known = [tree], {id(tree)}
+    while waiting:
+        node = waiting.pop()
+        seen: set[str] = set()
+        for key in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key[0], yaml.ScalarNode) and key[0].value in seen:
+                mark = key[0].start_mark
+                place = f"{name}:{mark.line + 1}:{mark.column + 1}"
+                raise TaskFileError(f"{place}: the key '{key[0].value}' is there twice")
+            seen.add(str(key[0].value))
+        below = [part for part in _below(node) if id(part) not in known]
+        known.update(map(id, below))
+        waiting += below
+
+
+def _below(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [value for _, value in node.value]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _message(name: str, tree: yaml.Node, problem: Any) -> str:
+    place = tuple(problem["loc"])
+    where = _at(name, tree, place)
+    key = ".".join(str(part) for part in place)
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'. {suggestion(str(place[-1]), _siblings(place))}"
+    if problem["type"] == "missing":
+        return f"{where}: the key '{key}' is missing"
+    return f"{where}: {_plainly(key, str(problem['msg']))}"
+
+
+def _plainly(key: str, said: str) -> str:
+    """A message of the library that checks types, without the library's own words."""
+    said = re.sub(r"valid dictionary or (instance of|object).*", "set of keys", said)
+    for kind in (".str", ".GateDemand", ".int", ".float", ".bool", ".list[Example]", ".dict[str,any]"):
+        key = key.removesuffix(kind)
+    return f"{key}: {said}"
+
+
+def _siblings(place: tuple[Any, ...]) -> list[str]:
+    parts: dict[str, type[BaseModel]] = {"prompt": PromptPart, "output": OutputPart}
+    model = parts.get(str(place[0]), TaskModel) if len(place) > 1 else TaskModel
+    return [each.alias or name for name, each in model.model_fields.items()]
+
+
+def _at(name: str, tree: yaml.Node, place: tuple[Any, ...], inside: int = 1) -> str:
+    """``name:line:column`` of the deepest part of ``place`` that is in the file, counted from 1.
+
+    ``inside``: the line within that part's text, for a text that is written line by line behind a ``|``.
+    """
+    node, mark = tree, tree.start_mark
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                break
+            mark, node = found[0][0].start_mark, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            mark = node.start_mark
+    if isinstance(node, yaml.ScalarNode) and node.style == "|":
+        return f"{name}:{node.start_mark.line + 1 + inside}"
+    return f"{name}:{mark.line + 1}:{mark.column + 1}"

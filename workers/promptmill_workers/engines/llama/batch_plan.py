@@ -1,0 +1,96 @@
+"""What goes into one forward pass: a token of every decoding sequence, then tokens of prefixes and prompts that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from promptmill_workers.engines.llama.batch import Batch, Tokens
+from promptmill_workers.engines.llama.binding import SCORED_OUTPUTS
+from promptmill_workers.engines.llama.prefixes import Prefix
+from promptmill_workers.engines.llama.slots import Running
+
+
+@dataclass(slots=True)
+class Pass:
+    """What one forward pass computed, in tokens, and how long it took."""
+
+    decoded: int = 0
+    prefilled: int = 0
+    seconds: float = 0.0
+    decodes: list[Running] = field(default_factory=list)
+    #: Pieces of prompts, prefixes and forced tokens, with their sizes.
+    pieces: list[tuple[Prefix | Running, int]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """The batch was computed: its tokens are in the KV cache."""
+        for running in self.decodes:
+            running.done += 1
+            running.pending = []
+        for owner, size in self.pieces:
+            owner.done += size
+            if isinstance(owner, Running) and owner.pending:
+                owner.pending = owner.pending[size:]
+
+
+def fill(batch: Batch, running: Collection[Running], prefixes: Iterable[Prefix]) -> Pass:
+    """Fill the batch. ``prefixes`` are unfinished ones: they come before prompts, because requests wait for them."""
+    done = Pass()
+    batch.clear()
+    done.decodes = [each for each in running if len(each.pending) == 1 and not each.in_prefill]
+    outputs = batch.put_outputs(
+        [each.slot for each in done.decodes],
+        [each.done for each in done.decodes],
+        [each.pending[0] for each in done.decodes],
+    )
+    for each, output in zip(done.decodes, outputs, strict=True):
+        each.output = output
+    done.decoded = len(done.decodes)
+    room = batch.size - done.decoded
+    for prefix in prefixes:
+        size = min(room, len(prefix.tokens) - prefix.done)
+        _put(batch, done, prefix, prefix.sequence, prefix.tokens[prefix.done :], size, 0)
+        room -= size
+    _put_requests(batch, done, [each for each in running if each.output < 0], room)
+    return done
+
+
+def _put_requests(batch: Batch, done: Pass, running: Iterable[Running], room: int) -> None:
+    """The next tokens of prompts and of forced tokens; with the last one of each an output."""
+    scored = SCORED_OUTPUTS
+    for each in running:
+        if room <= 0:
+            return
+        work = each.work()
+        size = min(room, len(work))
+        if each.waiting.scored:
+            size, scored = _put_scored(batch, done, each, work, size, scored)
+        else:
+            complete = size == len(work)
+            last = _put(batch, done, each, each.slot, work, size, int(complete))
+            each.output = last if complete else -1
+        room -= size
+
+
+def _put_scored(batch: Batch, done: Pass, running: Running, work: Tokens, size: int, outputs: int) -> tuple[int, int]:
+    """A piece that ends in a continuation, as far as there are outputs left; returns its size, and what is left."""
+    unscored = max(0, len(running.waiting.question) - 1 - running.done)
+    size = min(size, unscored + outputs)
+    wanted = max(0, size - unscored)
+    last = _put(batch, done, running, running.slot, work, size, wanted)
+    running.outputs = range(last + 1 - wanted, last + 1)
+    return size, outputs - wanted
+
+
+def _put(
+    batch: Batch, done: Pass, owner: Prefix | Running, sequence: int, tokens: Tokens, size: int, wanted: int
+) -> int:
+    """The first ``size`` of the tokens; returns the batch index of the last."""
+    if size <= 0:
+        return -1
+    done.pieces.append((owner, size))
+    if isinstance(owner, Running) and not owner.in_prefill:
+        done.decoded += size  # Forced tokens of an answer.
+    else:
+        done.prefilled += size
+    return batch.put(sequence, owner.done, tokens[:size], wanted=wanted)

@@ -1,0 +1,330 @@
+"""The engine host: the child process that owns the device and the model. Started by ``client.py``.
+
+Its parent hands it a listening Unix socket and, as one JSON line on stdin, what to load. Each connection is a session:
+the requests of one chunk. When stdin ends, the parent is gone and so is the host.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from promptmill.core.terminal import for_people
+from promptmill.types import EngineCounters, Extras, SamplingParams, Sharing, Span
+from promptmill_workers.engines.contract import (
+    Engine,
+    EngineOptions,
+    EngineRequest,
+    Finished,
+    Rejected,
+    RequestKey,
+    TokenEvent,
+)
+from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.host.wire import LiveText, message_of
+from promptmill_workers.model_files import LoadedFiles
+
+log = logging.getLogger("promptmill.host")
+
+#: Seconds between two messages of results to one session: five transactions a second and chunk are plenty.
+FLUSH_S = 0.2
+
+#: Results that are sent without waiting for FLUSH_S.
+FLUSH_RESULTS = 256
+
+#: Seconds between signs of life to a session whose requests run.
+BEAT_S = 1.0
+
+#: A request as it travels: row, messages as (role, content[, extra]) or None, prompt or None, sampling, if it streams,
+#: what of the prompt is the author's, with whom it shares.
+WireRequest = tuple[
+    int, tuple[tuple[Any, ...], ...] | None, str | None, SamplingParams, bool, tuple[Span, ...] | None, Sharing
+]
+
+#: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
+#: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing, the Extras.
+WireResult = tuple[
+    bool, int, str, str, tuple[int, int, int, int] | None, tuple[float, float, float, float] | None, Extras | None
+]
+
+
+@dataclass(slots=True, eq=False)
+class HostSession:
+    """One connection: its running requests and the results not yet sent."""
+
+    connection: Connection
+    #: Somebody waits for its answers: they are sent with every step, and its requests are urgent.
+    live: bool = False
+    keys: dict[int, RequestKey] = field(default_factory=dict)
+    results: list[WireResult] = field(default_factory=list)
+    #: Text for those who wait for it, sent with every step: row, text, log-probabilities, number of the answer.
+    texts: list[LiveText] = field(default_factory=list)
+    outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    flushed_at: float = 0.0
+    beat_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an engine key came from."""
+
+    session: HostSession
+    row: int
+    received_at: float
+
+
+class HostLoop:
+    """Feeds the engine from the sessions and the sessions from the engine. One thread owns the engine."""
+
+    def __init__(self, engine: Engine, files: LoadedFiles | None = None) -> None:
+        self._engine = engine
+        self._info = replace(engine.info, files=files)
+        self._inbox: queue.SimpleQueue[tuple[HostSession, Any]] = queue.SimpleQueue()
+        self._sessions: set[HostSession] = set()
+        self._origins: dict[RequestKey, Origin] = {}
+        self._next_key = 0
+        self._reported = EngineCounters()
+        # Requests of the API since counters were last told, and whether any of their work is not set aside yet.
+        self._live_seen = 0
+        self._live_pending = False
+        self._unheld_s = 0.0
+
+    def serve(self, listener: socket.socket) -> None:
+        """Run for ever. A failure of the engine ends the process: another one takes over."""
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        while True:
+            self._take_messages()
+            for event in self._engine.step():
+                if isinstance(event, TokenEvent):
+                    self._tell(event)
+                else:
+                    self._route(event)
+            self._send()
+            self._set_live_aside()
+
+    # --- threads that only move messages -----------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            while True:
+                accepted, _ = listener.accept()
+                session = HostSession(Connection(accepted.detach()))
+                threading.Thread(target=self._read, args=(session,), daemon=True).start()
+                threading.Thread(target=_write, args=(session,), daemon=True).start()
+        except Exception:
+            # No memory for a thread, say. A host that takes no sessions is of no use: another one takes over.
+            log.exception("the host takes no more sessions and ends")
+            os._exit(1)
+
+    def _read(self, session: HostSession) -> None:
+        try:
+            while True:
+                self._inbox.put((session, session.connection.recv()))
+        except (EOFError, OSError):
+            self._inbox.put((session, ("gone",)))
+
+    # --- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        """All that has arrived; waits for something when the engine has nothing to do."""
+        if not self._origins:
+            self._handle(*self._inbox.get())
+        while True:
+            try:
+                session, message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._handle(session, message)
+
+    def _handle(self, session: HostSession, message: Any) -> None:
+        match message:
+            case ("hello", unheld_s):
+                self._leave_out(unheld_s)
+                self._sessions.add(session)
+                session.outbox.put(("ready", self._info))
+            case ("live",):
+                session.live = True
+            case ("cancel", rows):
+                self._drop(session, [session.keys[row] for row in rows if row in session.keys])
+            case ("add", requests):
+                self._add(session, requests)
+            case ("drain",):
+                self._drop(session, self._engine.waiting_keys())
+            case ("abandon",):
+                self._drop(session, list(session.keys.values()))
+            case ("counters",):
+                if not self._origins:
+                    self._engine.step()  # An empty step: what was idle is counted up to now.
+                session.outbox.put(("counters", self._new_counters()))
+            case ("gone",):
+                self._drop(session, list(session.keys.values()))
+                self._sessions.discard(session)
+                session.outbox.put(None)
+
+    def _leave_out(self, unheld_s: float) -> None:
+        """What the engine idled while its worker held no lease is no job's time. ``unheld_s`` only grows."""
+        self._reported = replace(self._reported, idle_s=self._reported.idle_s + unheld_s - self._unheld_s)
+        self._unheld_s = unheld_s
+
+    def _set_live_aside(self) -> None:
+        """While only requests of the API run, what the engine does is no job's: it is counted as told, step by step."""
+        if not self._live_pending or any(not each.live for each in self._sessions):
+            return
+        now, before = self._engine.counters, self._reported
+        busy_s = sum(getattr(now, name) - getattr(before, name) for name in ("prefill_s", "decode_s", "overhead_s"))
+        # The worker counts all of this time as unheld, idle or not.
+        self._reported = replace(now, idle_s=before.idle_s - busy_s)
+        self._live_seen = sum(len(each.keys) for each in self._sessions)
+        # What is cancelled before the next step is still to be set aside after it.
+        self._live_pending = self._live_seen > 0
+
+    def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
+        received_at = time.monotonic()
+        batch = []
+        for row, messages, prompt, sampling, stream, own, sharing in requests:
+            key = self._next_key
+            self._next_key += 1
+            session.keys[row] = key
+            self._origins[key] = Origin(session, row, received_at)
+            turns = tuple(map(message_of, messages)) if messages is not None else None
+            batch.append(
+                EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live, own=own, sharing=sharing)
+            )
+        if session.live:
+            self._live_seen += len(batch)
+            self._live_pending = True
+        session.flushed_at = received_at
+        # The first sign of life soon: a chunk may be over within a second.
+        session.beat_at = received_at - BEAT_S + FLUSH_S
+        self._engine.add(batch)
+
+    def _drop(self, session: HostSession, keys: Any) -> None:
+        """Cancel those of the session's requests that are among ``keys`` and say which rows they were."""
+        wanted = set(keys)
+        rows = [row for row, key in session.keys.items() if key in wanted]
+        for row in rows:
+            key = session.keys.pop(row)
+            self._origins.pop(key, None)
+            self._engine.cancel(key)
+        session.outbox.put(("dropped", len(rows)))
+
+    def _tell(self, event: TokenEvent) -> None:
+        origin = self._origins.get(event.key)
+        if origin is not None:
+            origin.session.texts.append((origin.row, event.text, event.logprobs, event.index))
+
+    def _route(self, event: Finished | Rejected) -> None:
+        origin = self._origins.pop(event.key, None)
+        if origin is not None:
+            del origin.session.keys[origin.row]
+            origin.session.results.append(self._result(event, origin))
+
+    def _result(self, event: Finished | Rejected, origin: Origin) -> WireResult:
+        timing: tuple[float, float, float, float] | None = None
+        extras = event.extras if isinstance(event, Finished) else None
+        copied = extras is not None and extras.deduplicated
+        if not copied and event.admitted_at is not None and event.finished_at is not None:
+            first = event.first_token_at if event.first_token_at is not None else event.finished_at
+            timing = origin.received_at, event.admitted_at, first, event.finished_at
+        used = event.usage
+        usage = (used.prompt_tokens, used.cached_tokens, used.output_tokens, used.reasoning_tokens) if used else None
+        if isinstance(event, Finished):
+            return True, origin.row, event.finish_reason.value, event.text, usage, timing, extras
+        return False, origin.row, event.error_class.value, event.message, usage, timing, None
+
+    def _send(self) -> None:
+        now = time.monotonic()
+        for session in self._sessions:
+            if session.texts:
+                session.outbox.put(("texts", session.texts))
+                session.texts = []
+            due = (
+                session.live
+                or not session.keys
+                or len(session.results) >= FLUSH_RESULTS
+                or now - session.flushed_at >= FLUSH_S
+            )
+            if session.results and due:
+                # A live session is told no counters: they are for jobs.
+                counters = EngineCounters() if session.live else self._new_counters()
+                session.outbox.put(("results", session.results, counters))
+                session.results = []
+                session.flushed_at = now
+            if session.keys and now - session.beat_at >= BEAT_S:
+                engine = self._engine
+                session.outbox.put(("beat", engine.active, engine.waiting, engine.kv_cells_used))
+                session.beat_at = now
+
+    def _new_counters(self) -> EngineCounters:
+        """What the engine did since the last time somebody asked; peaks are of its whole life."""
+        now, before = self._engine.counters, self._reported
+        self._reported = now
+        summed = [each.name for each in fields(EngineCounters) if not each.name.startswith("peak_")]
+        live, self._live_seen = self._live_seen, sum(len(each.keys) for each in self._sessions if each.live)
+        told = replace(now, **{name: getattr(now, name) - getattr(before, name) for name in summed})
+        return replace(told, live_requests=max(live, self._live_seen))
+
+
+def _write(session: HostSession) -> None:
+    """Send what the engine's thread put into the outbox: a slow reader must not hold the engine up."""
+    while (message := session.outbox.get()) is not None:
+        try:
+            session.connection.send(message)
+        except OSError:
+            return
+
+
+def main() -> None:
+    """Entry point of the child process: load, then serve."""
+    # Ctrl-C in a terminal reaches the whole process group; the parent decides when the host ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = json.loads(sys.stdin.readline())
+    logging.basicConfig(
+        level=config["log_level"], format="%(levelname)s %(name)s: %(message)s", stream=for_people(sys.stderr)
+    )
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    if config["cores"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, config["cores"])
+    listener = socket.socket(fileno=config["socket"])
+    engine, files = _load(config, listener)
+    HostLoop(engine, files).serve(listener)
+
+
+def _die_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def _load(config: dict[str, Any], listener: socket.socket) -> tuple[Engine, LoadedFiles | None]:
+    """The engine and its files.
+
+    A model that cannot be loaded is reported to whoever connects first, and ends the process.
+    """
+    from promptmill.errors import PromptmillError
+    from promptmill_workers.checkpoints import load_engine
+
+    try:
+        engine, files = load_engine(config["model"], EngineOptions(**config["options"]))
+        return Desk(engine, deduplicate=config["deduplicate"]), files
+    except (PromptmillError, MemoryError) as problem:
+        accepted, _ = listener.accept()
+        connection = Connection(accepted.detach())
+        connection.send(("failed", type(problem).__name__, getattr(problem, "message", "out of memory"),
+                         getattr(problem, "hint", None)))  # fmt: skip
+        connection.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

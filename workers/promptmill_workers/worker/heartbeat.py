@@ -1,0 +1,205 @@
+"""A worker's row in the database: who it is, what it got, that it lives, and what it uses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+
+from promptmill.database.engine import epoch, writing
+from promptmill.database.tables import chunks, worker_samples, workers
+from promptmill.ledger import Ledger
+from promptmill_workers.devices import Device
+from promptmill_workers.host.model_hosts import HostKeeper
+from promptmill_workers.worker.database_retry import PASSING, first_line
+from promptmill_workers.worker.device_metrics import DeviceGauge
+from promptmill_workers.worker.shutdown import Stop
+
+log = logging.getLogger("promptmill.worker")
+
+#: Seconds between heartbeats and resource samples.
+HEARTBEAT_S = 5.0
+
+
+class Presence:
+    """Writes the worker's row and its samples, from a thread of its own that depends on no engine."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        worker_id: str,
+        device: Device,
+        hosts: HostKeeper,
+        stop: Stop,
+        models: Sequence[str] = (),
+    ) -> None:
+        self._ledger = ledger
+        self._db = ledger.db
+        self._worker_id = worker_id
+        self._device = device
+        self._hosts = hosts
+        self._stop = stop
+        self._models = json.dumps(list(models))
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
+        self._gauge = DeviceGauge(device)
+        self._tokens: tuple[float, int] | None = None
+        self._cpu: tuple[float, float] | None = None
+
+    def start(self, again: bool = False) -> None:
+        """Write the row down, and keep it up to date from now on; ``again``: an earlier try may have written it."""
+        with writing(self._db) as db:
+            if again:
+                db.execute(sa.delete(workers).where(workers.c.id == self._worker_id))
+            now, _ = self._ledger.read_clock(db)
+            db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
+            # Short jobs too have a sample: one at the start, one at the end.
+            db.execute(sa.insert(worker_samples).values(self._sample(db)))
+        self._thread.start()
+
+    def changed(self, hosts: HostKeeper) -> None:
+        """The host was started, replaced or has loaded: write it down at once."""
+        self._update(self._row())
+
+    def stop(self) -> None:
+        """Say goodbye: the worker is gone on purpose. Without the database its heartbeats just end."""
+        self._stopping.set()
+        try:
+            self._add_sample()
+            self._update({"state": "stopped"})
+        except PASSING as problem:
+            log.warning("no last sample: %s", first_line(problem))
+
+    def _row(self) -> dict[str, Any]:
+        info = self._hosts.info
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "state": self.state(),
+            "models": self._models,
+            "device_asked": self._device.name,
+            "device_got": info.device_got if info else None,
+            "engine": info.engine if info else None,
+            "model": info.model_name if info else None,
+            "model_fingerprint": self._hosts.fingerprint_of(self._hosts.model) if info else None,
+            "layers": info.layers if info else None,
+            "layers_offloaded": info.layers_offloaded if info else None,
+            "slots": info.slots if info else None,
+            "kv_cells": info.kv_cells if info else None,
+            "versions": json.dumps(self._versions()),
+            "clock_offset_s": self._ledger.database_clock.ahead_s(),
+            "model_load_s": self._hosts.load_s,
+            "host_restarts": self._hosts.restarts,
+        }
+
+    def state(self) -> str:
+        """What the worker does, as ``promptmill workers`` shows it."""
+        if self._stop.is_blocked:
+            return "blocked"
+        if self._stop.draining.is_set():
+            return "stopping"
+        if self._hosts.is_backing_off:
+            return "restarting"
+        if self._hosts.state != "idle":
+            return self._hosts.state
+        return "busy" if sum(self._hosts.load()) else "idle"
+
+    def _versions(self) -> dict[str, str]:
+        info = self._hosts.info
+        own = {
+            "promptmill": version("promptmill"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        }
+        return own | ({info.engine: info.version} if info else {})
+
+    def _update(self, values: dict[str, Any]) -> None:
+        with writing(self._db) as db:
+            db.execute(sa.update(workers).where(workers.c.id == self._worker_id).values(heartbeat_at=epoch(), **values))
+
+    def _beat_for_ever(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_S):
+            try:
+                # The sample reads the database's clock, which the row then tells.
+                self._add_sample()
+                self._update(self._row())
+            except PASSING as problem:
+                log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
+            except Exception:
+                log.exception("the heartbeat of %s failed", self._worker_id)
+
+    def _add_sample(self) -> None:
+        with writing(self._db) as db:
+            db.execute(sa.insert(worker_samples).values(self._sample(db)))
+
+    def _sample(self, db: sa.Connection) -> dict[str, Any]:
+        active, waiting = self._hosts.load()
+        seconds, memory = self._process_use()
+        now = time.monotonic()
+        output_tps = self._rate("_tokens", now, self._output_tokens(db))
+        return {
+            "worker_id": self._worker_id,
+            "at": self._ledger.read_clock(db)[0],
+            "cpu_ratio": self._rate("_cpu", now, seconds),
+            "memory_bytes": memory,
+            "device_memory_bytes": self._gauge.memory_bytes(self._hosts.pid),
+            "device_use_ratio": self._gauge.use_ratio(),
+            "active_sequences": active,
+            "waiting_requests": waiting,
+            "slots": self._hosts.slots,
+            "kv_cells_used": self._hosts.kv_cells_used(),
+            # What was answered since the last sample was work, even where the slots are empty again.
+            "state": self._phase(bool(active or waiting or output_tps)),
+            "output_tps": output_tps,
+        }
+
+    def _phase(self, has_work: bool) -> str:
+        """What resources are used for: 'loading', 'busy' or 'idle'."""
+        if self._hosts.state == "loading" or self._hosts.info is None:
+            return "loading"
+        return "busy" if has_work else "idle"
+
+    def _rate(self, name: str, now: float, value: float) -> float | None:
+        """Change of ``value`` per second since the last sample; None for the first one."""
+        before = getattr(self, name)
+        setattr(self, name, (now, value))
+        if before is None or now <= before[0]:
+            return None
+        return float(max(0.0, (value - before[1]) / (now - before[0])))
+
+    def _output_tokens(self, db: sa.Connection) -> int:
+        """Tokens of the answers in chunks that this worker holds or was the last to hold."""
+        total = db.execute(
+            sa.select(sa.func.sum(chunks.c.output_tokens)).where(
+                chunks.c.worker_id == self._worker_id, chunks.c.job_id.in_(self._recent_jobs())
+            )
+        ).scalar()
+        return int(total or 0)
+
+    def _recent_jobs(self) -> sa.Select[tuple[str]]:
+        from promptmill.database.tables import jobs
+
+        return sa.select(jobs.c.id).where(sa.or_(jobs.c.finished_at.is_(None), jobs.c.finished_at > epoch() - 3600))
+
+    def _process_use(self) -> tuple[float, int]:
+        """CPU seconds used and bytes resident, of this process and its host."""
+        seconds, memory = 0.0, 0
+        for pid in (os.getpid(), self._hosts.pid):
+            try:
+                process = psutil.Process(pid)
+                times = process.cpu_times()
+                seconds += times.user + times.system
+                memory += process.memory_info().rss
+            except (psutil.Error, TypeError):
+                continue
+        return seconds, memory
