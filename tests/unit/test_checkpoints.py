@@ -30,9 +30,9 @@ from promptmill_workers.checkpoints import (
     fingerprint,
     load_engine,
     locate,
-    token_counter,
 )
 from promptmill_workers.engines.contract import EngineOptions
+from promptmill_workers.limited_counter import token_counter
 from promptmill_workers.model_files import LoadedFiles, fingerprint_of, states_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

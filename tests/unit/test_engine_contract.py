@@ -15,9 +15,10 @@ import pytest
 
 from promptmill.errors import RequestError
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Sharing
-from promptmill_workers.checkpoints import Checkpoint, build_engine, token_counter
+from promptmill_workers.checkpoints import Checkpoint, build_engine
 from promptmill_workers.engines import ENGINES
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.limited_counter import token_counter
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import write_tiny_gguf
 

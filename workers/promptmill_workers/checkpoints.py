@@ -119,7 +119,7 @@ def _from_path(path: Path, name: str) -> Checkpoint:
 
 def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     """Load the model. Raises ModelError or DeviceError."""
-    _require_mlx(checkpoint)
+    require_mlx(checkpoint)
     kind: Any = resolve("engine", checkpoint.engine, ENGINES)
     engine: Engine = kind.load(checkpoint.path, checkpoint.name, replace(options, model_options=checkpoint.options))
     return engine
@@ -149,30 +149,21 @@ def load_engine(name: str, options: EngineOptions) -> tuple[Engine, LoadedFiles 
 
 def check_options(checkpoint: Checkpoint, options: EngineOptions) -> None:
     """Raises ModelError for options that the model's engine cannot have; loads nothing."""
-    _require_mlx(checkpoint)
+    require_mlx(checkpoint)
     kind: Any = resolve("engine", checkpoint.engine, ENGINES)
     kind.check(replace(options, model_options=checkpoint.options))
 
 
-def token_counter(checkpoint: Checkpoint) -> TokenCounter:
-    """The model's tokeniser without its weights. Raises ModelError."""
-    _require_mlx(checkpoint)
-    if checkpoint.path is None:
-        return counter_here(checkpoint.engine, None)
-    from promptmill_workers.limited_counter import LimitedCounter
-
-    return LimitedCounter(checkpoint.name, checkpoint.engine, checkpoint.path)
-
-
 @lru_cache(maxsize=1)
 def counter_here(engine: str, path: Path | None) -> TokenCounter:
-    """The same in this process, without limits. Raises ModelError."""
+    """The model's tokeniser without its weights, in this process and without limits. Raises ModelError."""
     kind: Any = resolve("engine", engine, ENGINES)
     counter: TokenCounter = kind.token_counter(path)
     return counter
 
 
-def _require_mlx(checkpoint: Checkpoint) -> None:
+def require_mlx(checkpoint: Checkpoint) -> None:
+    """Raises ModelError for an MLX model where MLX is not installed."""
     if checkpoint.engine == "mlx" and not _has_mlx():
         raise ModelError(
             f"{checkpoint.name} needs MLX, which is not installed",

@@ -8,12 +8,20 @@ from typing import Any
 from promptmill.core.child_processes import Child, Limits, OverLimit
 from promptmill.errors import ModelError
 from promptmill.types import Message, SamplingParams
-from promptmill_workers.checkpoints import counter_here
-from promptmill_workers.engines.contract import EngineRequest
+from promptmill_workers.checkpoints import Checkpoint, counter_here, require_mlx
+from promptmill_workers.engines.contract import EngineRequest, TokenCounter
 
 #: Loading a vocabulary, from a slow disk too, and one prompt. MLX' tokenisers come with large libraries.
 LOAD = Limits(300.0, 4_096)
 PROMPT = Limits(10.0, 4_096)
+
+
+def token_counter(checkpoint: Checkpoint) -> TokenCounter:
+    """The model's tokeniser without its weights. Raises ModelError."""
+    require_mlx(checkpoint)
+    if checkpoint.path is None:
+        return counter_here(checkpoint.engine, None)
+    return LimitedCounter(checkpoint.name, checkpoint.engine, checkpoint.path)
 
 
 class LimitedCounter:

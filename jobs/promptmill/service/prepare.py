@@ -213,8 +213,9 @@ def gauge_of(model: str, settings: Settings) -> Gauge | None:
 
 def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple[Checkpoint | None, Gauge | None]:
     """The model's files and a gauge with its tokeniser; neither where only the workers have the model."""
-    from promptmill_workers.checkpoints import locate, token_counter
+    from promptmill_workers.checkpoints import locate
     from promptmill_workers.engines.contract import EngineRequest
+    from promptmill_workers.limited_counter import token_counter
 
     name = model_name(options, settings)
     try:

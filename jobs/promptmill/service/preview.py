@@ -54,7 +54,8 @@ def preview(
 
 
 def _counter(model: str) -> TokenCounter:
-    from promptmill_workers.checkpoints import locate, token_counter
+    from promptmill_workers.checkpoints import locate
+    from promptmill_workers.limited_counter import token_counter
 
     return token_counter(locate(model))
 

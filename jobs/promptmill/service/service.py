@@ -359,8 +359,9 @@ def stored_task(job: Row[Any]) -> Task:
 def _parts(job: Row[Any], request: Request) -> list[tuple[str, str]] | None:
     """The prompt with the model's chat template applied: texts, each ``text``, a ``control`` token, or one that is only
     ``spelled``. None when the job's model is not on this machine."""
-    from promptmill_workers.checkpoints import fingerprint, locate, token_counter
+    from promptmill_workers.checkpoints import fingerprint, locate
     from promptmill_workers.engines.contract import EngineRequest
+    from promptmill_workers.limited_counter import token_counter
 
     try:
         checkpoint = locate(job.model)

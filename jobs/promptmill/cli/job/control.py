@@ -45,7 +45,8 @@ def pause(job: str, as_json: bool) -> None:
 @json_option
 def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None:
     """Run the errors of JOB, which has ended, again. Answers stay; the errors are kept in the table 'retries'."""
-    from promptmill.cli.job.run import end, forget_texts, show_warning
+    from promptmill.cli.job.ending import end, forget_texts
+    from promptmill.cli.job.messages import show_warning
     from promptmill.cli.progress import ProgressView
     from promptmill.service import service
 
