@@ -13,7 +13,7 @@ from redis import Redis
 from promptmill.api import interactive
 from promptmill.api.http.errors import ApiError
 from promptmill.api.interactive import Call, Live
-from promptmill.queue.broker import beat_key
+from promptmill.queue.heartbeats import heartbeat_key
 from promptmill.queue.interactive_wire import (
     DONE,
     FAILED,
@@ -47,7 +47,7 @@ def redis(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(interactive, "WATCH_S", 0.1)
     monkeypatch.setattr(interactive, "QUIET_S", 0.3)
     with Redis.from_url(redis_url) as client:
-        client.set(beat_key(WORKER), "{}")
+        client.set(heartbeat_key(WORKER), "{}")
         yield client
 
 

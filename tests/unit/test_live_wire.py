@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from promptmill.queue.interactive_wire import LiveRequest, beat_of
+from promptmill.queue.heartbeats import heartbeat_of
+from promptmill.queue.interactive_wire import LiveRequest
 
 PROMPT = LiveRequest("2", "server", "echo", {}, prompt="Once", stream=True)
 
@@ -34,7 +35,7 @@ def test_a_request_of_another_version_is_refused() -> None:
 
 
 def test_a_sign_of_life_that_is_something_else_is_none() -> None:
-    assert [beat_of(data) for data in (None, b"{", b"7", b'{"state": 1}', b"\xff")] == [None] * 5
+    assert [heartbeat_of(data) for data in (None, b"{", b"7", b'{"state": 1}', b"\xff")] == [None] * 5
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b"7", b'{"id": 5}', PROMPT.encode()[:-1]])

@@ -13,12 +13,12 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.database.tables import worker_samples
-from promptmill.reports.figures.details import calibrated
 from promptmill.reports.figures.summary import summarise
 from promptmill.reports.figures.timeline import merged, phases_of, read_phases, without
 from promptmill.reports.render import csv as csv_report
 from promptmill.reports.render import html, markdown
 from promptmill.reports.render import json as json_report
+from promptmill.reports.render.details import calibrated
 from promptmill.service.service import keep_scores
 from promptmill.tasks.task_file import parse_task
 from tests.unit.test_reports import JOB, START, TASK, WORKER, answer, counters, db, failure, store, store_worker

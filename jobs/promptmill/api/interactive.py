@@ -17,10 +17,9 @@ from ulid import ULID
 from promptmill.api.http.errors import ApiError
 from promptmill.api.http.ids import new_id
 from promptmill.core.addresses import redis_client
-from promptmill.queue.broker import beat_key
+from promptmill.queue.heartbeats import HEARTBEAT_S, Heartbeat, heartbeat_key, heartbeat_of
 from promptmill.queue.interactive_wire import (
     AGAIN,
-    BEAT_S,
     CANCEL,
     DONE,
     FAILED,
@@ -30,9 +29,7 @@ from promptmill.queue.interactive_wire import (
     SERVER_GONE_S,
     TEXT,
     BadReply,
-    Beat,
     LiveRequest,
-    beat_of,
     control_list,
     lane_list,
     live_queue,
@@ -57,7 +54,7 @@ QUIET_S = 5.0
 MOST_LOOKED_FOR = 256
 
 #: Seconds without a worker's sign of life after which its requests are sent again: Redis may have begun anew.
-MISSED_S = 2 * BEAT_S
+MISSED_S = 2 * HEARTBEAT_S
 
 #: Seconds before Redis is tried again after it was away, and in which it answers or is away.
 AWAY_S = 0.5
@@ -200,11 +197,11 @@ class Live:
         """Tell a worker to load or unload a model."""
         self._push(control_list(worker), orjson.dumps([what, model]))
 
-    async def beats(self, workers: list[str]) -> dict[str, Beat]:
+    async def beats(self, workers: list[str]) -> dict[str, Heartbeat]:
         """The signs of life of those workers that have one; none while Redis is away."""
         with contextlib.suppress(RedisError, OSError):
-            found = await self._redis.mget([beat_key(each) for each in workers]) if workers else []
-            beats = zip(workers, map(beat_of, found), strict=True)
+            found = await self._redis.mget([heartbeat_key(each) for each in workers]) if workers else []
+            beats = zip(workers, map(heartbeat_of, found), strict=True)
             return {worker: beat for worker, beat in beats if beat is not None}
         return {}
 
@@ -375,7 +372,7 @@ class Live:
     async def _look_at_workers(self) -> None:
         """Requests of a worker that is gone are sent again."""
         held = sorted({each.worker for each in self._calls.values() if each.worker is not None})
-        alive = await self._redis.mget([beat_key(each) for each in held]) if held else []
+        alive = await self._redis.mget([heartbeat_key(each) for each in held]) if held else []
         now = time.monotonic()
         missed = [worker for worker, found in zip(held, alive, strict=True) if found is None]
         self._silent = {each: self._silent.get(each, now) for each in missed}

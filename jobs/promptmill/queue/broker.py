@@ -65,11 +65,6 @@ def key_of(model: str) -> str:
     return f"{readable}.{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
-def beat_key(worker_id: str) -> str:
-    """JSON with a life of a few seconds: the worker lives, what it does, and how long its commits took."""
-    return f"{KEY_PREFIX}live.worker.{worker_id}"
-
-
 def make_app(redis_url: str, answer_s: float = ANSWER_TIMEOUT_S) -> Celery:
     """The Celery application. Nothing is connected yet. ``answer_s``: how long it waits for each answer of Redis."""
     with _IMPORTING:

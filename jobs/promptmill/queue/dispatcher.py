@@ -14,8 +14,8 @@ from promptmill.database.engine import epoch, reading
 from promptmill.database.tables import chunks, jobs, workers
 from promptmill.ledger import Ledger
 from promptmill.ledger.values import OPEN_STATES
-from promptmill.queue.broker import Broker, beat_key
-from promptmill.queue.interactive_wire import beat_of
+from promptmill.queue.broker import Broker
+from promptmill.queue.heartbeats import heartbeat_key, heartbeat_of
 from promptmill.store import catalog
 from promptmill.types import ChunkId, ChunkState
 
@@ -65,7 +65,7 @@ def live_workers(db: Engine, redis_url: str) -> list[dict[str, Any]]:
     A database that takes no change has no news of them: what they say of themselves in Redis counts too.
     """
     known = catalog.list_workers(db, SILENT_S)
-    beats = map(beat_of, Broker(redis_url).look_up([beat_key(each["id"]) for each in known]))
+    beats = map(heartbeat_of, Broker(redis_url).look_up([heartbeat_key(each["id"]) for each in known]))
     return [
         {**each, "state": beat["state"] if beat else each["state"]}
         for each, beat in zip(known, beats, strict=True)

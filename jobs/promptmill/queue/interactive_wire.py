@@ -25,10 +25,6 @@ from promptmill.types import Extras, FinishReason, Message, Ok, Request, Sharing
 #: Seconds after which a list of replies that nobody reads is forgotten, and what a worker keeps to tell it again.
 FORGET_S = 120
 
-#: Seconds between a worker's signs of life, and after which it counts as gone without one.
-BEAT_S = 3.0
-GONE_S = 15
-
 #: Seconds after which a server counts as gone without a sign of life; it gives one every two.
 SERVER_GONE_S = 8
 
@@ -130,28 +126,6 @@ class Answer(TypedDict):
     extras: Extras
     #: What answered: OpenAI's ``system_fingerprint``.
     backend: str
-
-
-class Beat(TypedDict):
-    """A worker's sign of life. ``commits``: as ``database.CommitTimes.cumulative`` has them."""
-
-    state: str
-    active: int
-    waiting: int
-    slots: int
-    model: str
-    commits: list[float]
-
-
-_BEAT = TypeAdapter(Beat)
-
-
-def beat_of(data: bytes | None) -> Beat | None:
-    """A sign of life as it was found; None where there is none, or something else."""
-    try:
-        return _BEAT.validate_json(data) if data else None
-    except ValidationError:
-        return None
 
 
 #: What each kind of reply holds.

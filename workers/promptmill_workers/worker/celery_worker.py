@@ -43,7 +43,7 @@ from promptmill_workers.worker.heartbeat import Presence
 from promptmill_workers.worker.held_leases import Claims
 from promptmill_workers.worker.interactive import LiveLane
 from promptmill_workers.worker.operator_orders import Control
-from promptmill_workers.worker.redis_heartbeat import Beat
+from promptmill_workers.worker.redis_heartbeat import RedisHeartbeat
 from promptmill_workers.worker.shutdown import Stop
 
 log = logging.getLogger("promptmill.worker")
@@ -112,7 +112,7 @@ class Worker:
             LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop, self.ledger.database_clock)
             for name in config.models
         ]
-        self._beat = Beat(self.id, settings.redis_url, self.hosts, self.presence.state)
+        self._beat = RedisHeartbeat(self.id, settings.redis_url, self.hosts, self.presence.state)
         _register(self.app, self)
 
     def run(self) -> None:

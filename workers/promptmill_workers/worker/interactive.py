@@ -15,9 +15,9 @@ from promptmill.core.addresses import redis_client
 from promptmill.database.clock import DatabaseClock
 from promptmill.errors import PromptmillError
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.queue.heartbeats import HEARTBEAT_S
 from promptmill.queue.interactive_wire import (
     AGAIN,
-    BEAT_S,
     CANCEL,
     DONE,
     FAILED,
@@ -175,7 +175,7 @@ class LiveLane:
                 self._silent.setdefault(server, now)
             else:
                 self._silent.pop(server, None)
-        return {each for each in asked if now - self._silent.get(each, now) >= BEAT_S}
+        return {each for each in asked if now - self._silent.get(each, now) >= HEARTBEAT_S}
 
     def _send(self, session: Session, rows: list[int]) -> None:
         """Hand requests to the engine; one that cannot even be read ends here."""
@@ -237,7 +237,7 @@ class LiveLane:
         looked_at = time.monotonic()
         while not ended.is_set():
             try:
-                if time.monotonic() - looked_at > BEAT_S:
+                if time.monotonic() - looked_at > HEARTBEAT_S:
                     looked_at = time.monotonic()
                     self._cancel_orphans(session)
                 room = self._room()

@@ -12,19 +12,18 @@ from redis.exceptions import RedisError
 
 from promptmill.core.addresses import redis_client
 from promptmill.database.engine import COMMITS
-from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, beat_key
-from promptmill.queue.interactive_wire import BEAT_S, GONE_S
-from promptmill.queue.interactive_wire import Beat as BeatSaid
+from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, Heartbeat, heartbeat_key
 from promptmill_workers.host.model_hosts import HostKeeper
 
 log = logging.getLogger("promptmill.worker")
 
 
-class Beat:
+class RedisHeartbeat:
     """Writes it from a thread of its own; it ends by itself when the worker does."""
 
     def __init__(self, worker_id: str, redis_url: str, hosts: HostKeeper, state: Callable[[], str]) -> None:
-        self._key = beat_key(worker_id)
+        self._key = heartbeat_key(worker_id)
         self._hosts = hosts
         self._worker_state = state
         self._redis: Any = redis_client(
@@ -51,10 +50,10 @@ class Beat:
                 self._redis.set(self._key, json.dumps(self._state()), ex=GONE_S)
             except RedisError as problem:
                 log.warning("no sign of life: %s", str(problem).splitlines()[0])
-            if self._ended.wait(BEAT_S):
+            if self._ended.wait(HEARTBEAT_S):
                 return
 
-    def _state(self) -> BeatSaid:
+    def _state(self) -> Heartbeat:
         active, waiting = self._hosts.load()
         return {
             "state": self._worker_state(), "active": active, "waiting": waiting, "slots": self._hosts.slots,

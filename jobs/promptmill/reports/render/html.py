@@ -14,12 +14,12 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.reports.figures.aggregate import Plots
 from promptmill.reports.figures.columns import Floats
-from promptmill.reports.figures.details import Details, read_details
 from promptmill.reports.figures.figures import DISTRIBUTIONS, score_name, singles
 from promptmill.reports.figures.inputs import consistent
 from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric, digits
 from promptmill.reports.figures.summary import Summary, summarise_with_plots
 from promptmill.reports.render import plots
+from promptmill.reports.render.details import Details, read_details
 from promptmill.reports.render.terminal import MESSAGE_CHARACTERS
 from promptmill.scoring.scorers.tally import Score
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from promptmill.reports.figures.aggregate import Plots
 from promptmill.reports.figures.columns import Floats
-from promptmill.reports.figures.details import Calibration, Details
 from promptmill.reports.figures.timeline import merged
+from promptmill.reports.render.details import Calibration, Details
 
 #: Stands for the colour of the text in what matplotlib draws; replaced afterwards.
 INK = "#010203"
