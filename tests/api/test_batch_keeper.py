@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.api.batches import leases, records, worker
-from promptmill.api.batches.leases import Claims
-from promptmill.api.batches.worker import Keeper
+from promptmill.api.batches.leases import BatchLeases
+from promptmill.api.batches.worker import BatchWorker
 from promptmill.api.http.errors import ApiError
 from promptmill.api.keys import LOCAL
 from promptmill.api.openai.file_store import FileStore
@@ -26,11 +26,11 @@ from tests.conftest import wait_until
 
 
 @pytest.fixture
-def keeper(database: sa.Engine, tmp_path: Path) -> Keeper:
+def keeper(database: sa.Engine, tmp_path: Path) -> BatchWorker:
     # Nobody listens there: jobs wait in the database.
     url = database.url.render_as_string(hide_password=False)
     settings = Settings(files_dir=str(tmp_path / "files"), redis_url="redis://127.0.0.1:1/0", database_url=url)
-    return Keeper(settings, database)
+    return BatchWorker(settings, database)
 
 
 def made(db: sa.Engine, file_id: str = "file-none", key_id: str | None = None) -> str:
@@ -67,7 +67,7 @@ def now_of(db: sa.Engine) -> float:
         return float(connection.execute(sa.select(epoch())).scalar() or 0)
 
 
-def keep(keeper: Keeper) -> list[str]:
+def keep(keeper: BatchWorker) -> list[str]:
     """One look, and the work on what was due."""
     due = keeper.claims.due()
     for each in due:
@@ -75,7 +75,7 @@ def keep(keeper: Keeper) -> list[str]:
     return due
 
 
-def test_a_batch_that_meets_a_bug_ends_and_says_so(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_meets_a_bug_ends_and_says_so(keeper: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
     monkeypatch.setattr(keeper, "_submit", lambda *given: 1 / 0)
     assert keep(keeper) == [batch_id]
@@ -87,7 +87,7 @@ def test_a_batch_that_meets_a_bug_ends_and_says_so(keeper: Keeper, monkeypatch: 
     assert keep(keeper) == []
 
 
-def test_a_bug_after_its_job_began_ends_the_job_too(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_after_its_job_began_ends_the_job_too(keeper: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
     monkeypatch.setattr(keeper.dispatcher, "dispatch", lambda *given: 1 / 0)
     keep(keeper)
@@ -98,7 +98,7 @@ def test_a_bug_after_its_job_began_ends_the_job_too(keeper: Keeper, monkeypatch:
 
 
 def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    keeper: BatchWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "demo")))
 
@@ -111,7 +111,7 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
         assert keep(keeper) == [batch_id]
         assert keep(keeper) == []
         # Another server leaves it alone too.
-        assert Claims(keeper.db).due() == []
+        assert BatchLeases(keeper.db).due() == []
         row = state_of(keeper.db, batch_id)
         now = now_of(keeper.db)
         with writing(keeper.db) as connection:
@@ -124,9 +124,9 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
     assert state_of(keeper.db, batch_id).state == "in_progress"
 
 
-def test_what_a_dead_server_held_is_taken_over_soon(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_dead_server_held_is_taken_over_soon(keeper: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = made(keeper.db)
-    assert Claims(keeper.db).due() == [batch_id]
+    assert BatchLeases(keeper.db).due() == [batch_id]
     held_s = state_of(keeper.db, batch_id).claimed_until - now_of(keeper.db)
     assert 4 * leases.RENEW_S <= held_s <= 15
     assert keeper.claims.due() == []
@@ -141,10 +141,10 @@ def test_what_a_dead_server_held_is_taken_over_soon(keeper: Keeper, monkeypatch:
 
 
 def test_two_servers_with_one_batch_leave_one_job(
-    keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    keeper: BatchWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "demo")))
-    other, submitted = Keeper(keeper.settings, keeper.db), keeper._submit
+    other, submitted = BatchWorker(keeper.settings, keeper.db), keeper._submit
 
     def late(*given: Any) -> str:
         other._keep(batch_id)
@@ -160,7 +160,7 @@ def test_two_servers_with_one_batch_leave_one_job(
     assert [each.id for each in found if each.state != JobState.CANCELLED] == [row.job_id]
 
 
-def test_keys_take_turns(keeper: Keeper) -> None:
+def test_keys_take_turns(keeper: BatchWorker) -> None:
     for name in ("many", "few"):
         add_key(keeper.db, name)
     many = [made(keeper.db, key_id="many") for _ in range(6)]
@@ -169,7 +169,7 @@ def test_keys_take_turns(keeper: Keeper) -> None:
     assert order == [many[0], few[0], many[1], few[1], *many[2:]]
 
 
-def test_a_file_that_expired_is_used_no_more(keeper: Keeper) -> None:
+def test_a_file_that_expired_is_used_no_more(keeper: BatchWorker) -> None:
     file_id = uploaded(keeper.store, batch_lines(1, "demo"))
     assert keeper.store.find(file_id, LOCAL).id == file_id
     with writing(keeper.db) as connection:
@@ -185,7 +185,7 @@ def test_a_file_that_expired_is_used_no_more(keeper: Keeper) -> None:
     assert not keeper.store.path(file_id).exists()
 
 
-def test_a_batch_waits_for_a_worker_that_is_gone(keeper: Keeper) -> None:
+def test_a_batch_waits_for_a_worker_that_is_gone(keeper: BatchWorker) -> None:
     with writing(keeper.db) as connection:
         connection.execute(
             sa.insert(workers).values(
@@ -206,7 +206,7 @@ def test_a_batch_waits_for_a_worker_that_is_gone(keeper: Keeper) -> None:
     assert directory.resolve("small\0") is None
 
 
-def test_a_nul_in_an_id_is_a_bad_line(keeper: Keeper) -> None:
+def test_a_nul_in_an_id_is_a_bad_line(keeper: BatchWorker) -> None:
     line = json.loads(batch_lines(1, "demo")) | {"custom_id": "z\0"}
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(1, "demo") + json.dumps(line).encode()))
     keep(keeper)
@@ -217,7 +217,7 @@ def test_a_nul_in_an_id_is_a_bad_line(keeper: Keeper) -> None:
     ]
 
 
-def test_what_no_database_takes_is_told_in_the_error_file(keeper: Keeper) -> None:
+def test_what_no_database_takes_is_told_in_the_error_file(keeper: BatchWorker) -> None:
     line = json.loads(batch_lines(1, "demo")) | {"custom_id": "nul"}
     line["body"]["messages"][0]["content"] = "a\0b"
     batch_id = made(keeper.db, uploaded(keeper.store, json.dumps(line).encode()))
@@ -232,10 +232,10 @@ def test_what_no_database_takes_is_told_in_the_error_file(keeper: Keeper) -> Non
 
 
 def test_a_file_that_takes_too_long_to_read_ends_its_batch_with_a_word(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    keeper: BatchWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_id = made(keeper.db, uploaded(keeper.store, batch_lines(2, "demo")))
-    monkeypatch.setattr(worker, "limits_for", lambda size: child_processes.Limits(0.0, 512))
+    monkeypatch.setattr(worker, "limits_for", lambda size: child_processes.ChildLimits(0.0, 512))
     keep(keeper)
     row = state_of(keeper.db, batch_id)
     assert row.state == "failed"
@@ -243,7 +243,7 @@ def test_a_file_that_takes_too_long_to_read_ends_its_batch_with_a_word(
     assert error["message"] == "The file was not read: it takes more than 0 s."
 
 
-def test_one_key_does_not_take_all_places(keeper: Keeper) -> None:
+def test_one_key_does_not_take_all_places(keeper: BatchWorker) -> None:
     for name in ("many", "few"):
         add_key(keeper.db, name)
     many = [made(keeper.db, key_id="many") for _ in range(6)]

@@ -19,7 +19,7 @@ import pytest
 from promptmill.api.http.connections import Crowd
 from promptmill.api.http.errors import ApiError
 from promptmill.api.keys import Principal
-from promptmill.api.limits import PAGE_CALLS_PER_S, Limits
+from promptmill.api.limits import PAGE_CALLS_PER_S, KeyLimits
 from promptmill.api.pages.login import COOKIE, LASTS_S, cookie_of
 from promptmill.core.settings import Settings
 from tests.api.conftest import Server, end_all, free_port, log_of, starter_of
@@ -171,7 +171,7 @@ def test_a_request_names_one_host(served: Server) -> None:
 
 
 def test_looks_at_pages_are_counted_too(clock: Clock) -> None:
-    limits = Limits(Settings(api_requests_per_s=0.5), clock)
+    limits = KeyLimits(Settings(api_requests_per_s=0.5), clock)
     one = Principal("k", frozenset({"read"}), {})
     for _ in range(int(2 * PAGE_CALLS_PER_S)):
         limits.count(one, looks=True)

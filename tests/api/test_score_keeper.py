@@ -52,7 +52,7 @@ def test_a_keys_large_jobs_hold_up_nobody_elses_scores(
     ended(database, "01SMALL", "few")
     called, may_end = [], threading.Event()
 
-    def call(limits: child_processes.Limits, function: Any, settings: Settings, job_id: str) -> None:
+    def call(limits: child_processes.ChildLimits, function: Any, settings: Settings, job_id: str) -> None:
         called.append(job_id)
         if "LARGE" in job_id:
             assert may_end.wait(30)
@@ -93,7 +93,7 @@ def test_texts_go_in_time_where_their_scores_take_too_long(
     scores: ScoreKeeper, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended(database, "01SLOW", store="none", ago_s=FETCH_S + 60)
-    monkeypatch.setattr(scoring, "for_report", lambda rows: child_processes.Limits(0.0, 512))
+    monkeypatch.setattr(scoring, "for_report", lambda rows: child_processes.ChildLimits(0.0, 512))
     scores.step()
     wait_until(lambda: stored_of(database, "01SLOW") == "removed", "its texts are gone", 30)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from promptmill.experiments.bench import Figures, Way
+from promptmill.experiments.bench import BenchFigures, Way
 
 
-def run(seconds: float) -> Figures:
-    return Figures("whole job", seconds, requests=10, output_tokens=100)
+def run(seconds: float) -> BenchFigures:
+    return BenchFigures("whole job", seconds, requests=10, output_tokens=100)
 
 
 def test_a_way_is_known_by_its_median_run_and_by_its_range() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from promptmill.tasks.grammars import grammar_problem
 from promptmill.types import FinishReason, SamplingParams
-from promptmill_workers.engines.answer import Answer, Tools
+from promptmill_workers.engines.answer import Generation, Tools
 from promptmill_workers.engines.constraint import GrammarError, Grammars
-from promptmill_workers.engines.llama.binding import Model
-from promptmill_workers.engines.llama.text import AnswerText
+from promptmill_workers.engines.llama.binding import LlamaModel
+from promptmill_workers.engines.llama.text import LlamaAnswerText
 from tests.unit.tiny_models import write_tiny_gguf
 
 #: Most tokens of an answer: some end before they are complete.
@@ -82,13 +82,13 @@ DEAD_END: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tools]:
     """What answers are written with, of a model without weights."""
-    model = Model(write_tiny_gguf(tmp_path_factory.mktemp("bound") / "tiny.gguf"), vocab_only=True)
+    model = LlamaModel(write_tiny_gguf(tmp_path_factory.mktemp("bound") / "tiny.gguf"), vocab_only=True)
     words = model.vocabulary
     yield Tools(
         ends=words.ends,
         piece=words.piece,
         tokens=lambda text: words.tokens(text, parse_special=True, start=False).tolist(),
-        text=lambda stops: AnswerText(words.piece, stops),
+        text=lambda stops: LlamaAnswerText(words.piece, stops),
         grammars=Grammars(words.constraint_tokenizer, words.size),
     )
     model.close()
@@ -97,7 +97,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tools]:
 def drawn(tools: Tools, sampling: SamplingParams, vocabulary: int) -> tuple[str, FinishReason]:
     """The answer of a model that knows nothing. Raises GrammarError."""
     random = np.random.default_rng(sampling.seed)
-    answer = Answer(tools, sampling, np.zeros(1, np.int32), LIMIT)
+    answer = Generation(tools, sampling, np.zeros(1, np.int32), LIMIT)
     reason = None
     while reason is None:
         reason = answer.take(answer.draw(random.normal(0, 2, vocabulary).astype(np.float32)))

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from promptmill.core.child_processes import ChildBroke, Limits, OverLimit, Pool
+from promptmill.core.child_processes import ChildBroke, ChildLimits, ChildPool, OverLimit
 from promptmill.errors import TaskFileError
 from promptmill.tasks.task_file import parse_task
 from promptmill.tasks.templates import Template, TemplateMistake
 
-SHORT = Limits(1.0, 512)
+SHORT = ChildLimits(1.0, 512)
 
 #: Python's own functions do what any would: each with its argument.
 BEYOND = {
@@ -28,55 +28,55 @@ BEYOND = {
 
 
 @pytest.fixture
-def pool() -> Iterator[Pool]:
-    made = Pool()
+def pool() -> Iterator[ChildPool]:
+    made = ChildPool()
     yield made
     made.close()
 
 
-def test_a_child_is_used_again(pool: Pool) -> None:
+def test_a_child_is_used_again(pool: ChildPool) -> None:
     assert pool.call(SHORT, os.getpid) == pool.call(SHORT, os.getpid)
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_a_call_beyond_its_limits_is_one_clear_error_and_the_next_is_served(pool: Pool, name: str) -> None:
+def test_a_call_beyond_its_limits_is_one_clear_error_and_the_next_is_served(pool: ChildPool, name: str) -> None:
     started = time.monotonic()
     with pytest.raises(OverLimit, match=r"takes more than 1 s|needs more than 512 MiB"):
         pool.call(SHORT, *BEYOND[name])
     assert time.monotonic() - started < 10
-    assert pool.call(Limits(10), operator.add, 1, 2) == 3
+    assert pool.call(ChildLimits(10), operator.add, 1, 2) == 3
 
 
-def test_each_call_of_a_child_has_its_own_limit_of_memory(pool: Pool) -> None:
+def test_each_call_of_a_child_has_its_own_limit_of_memory(pool: ChildPool) -> None:
     much = (eval, "len(bytearray(600_000_000))")
     child = pool.call(SHORT, os.getpid)
     for _ in range(2):
-        assert pool.call(Limits(10, 1024), *much) == 600_000_000
+        assert pool.call(ChildLimits(10, 1024), *much) == 600_000_000
         assert pool.call(SHORT, os.getpid) == child
     with pytest.raises(OverLimit, match="needs more than 512 MiB"):
         pool.call(SHORT, *much)
 
 
 def test_a_pool_that_is_closed_ends_the_calls_that_run() -> None:
-    pool = Pool()
+    pool = ChildPool()
     threading.Timer(0.5, pool.close).start()
     started = time.monotonic()
     with pytest.raises(OverLimit):
-        pool.call(Limits(60), exec, "while True: pass")
+        pool.call(ChildLimits(60), exec, "while True: pass")
     assert time.monotonic() - started < 20
 
 
-def test_an_error_comes_back_as_it_was(pool: Pool) -> None:
+def test_an_error_comes_back_as_it_was(pool: ChildPool) -> None:
     with pytest.raises(TaskFileError, match=r"^t:1:1: the key 'prompt' is missing"):
-        pool.call(Limits(30), parse_task, "task: a", "t")
+        pool.call(ChildLimits(30), parse_task, "task: a", "t")
     with pytest.raises(TemplateMistake) as caught:
-        pool.call(Limits(30), Template, "{{ a\n{{")
+        pool.call(ChildLimits(30), Template, "{{ a\n{{")
     assert (caught.value.part, caught.value.line) == ("user", 2)
 
 
-def test_a_bug_is_told_without_what_was_evaluated(pool: Pool) -> None:
+def test_a_bug_is_told_without_what_was_evaluated(pool: ChildPool) -> None:
     with pytest.raises(ChildBroke, match=r"^ValueError$"):
-        pool.call(Limits(10), int, "a secret text")
+        pool.call(ChildLimits(10), int, "a secret text")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_a_template_computes_nothing_until_it_is_filled(user: str) -> None:
     assert time.monotonic() - started < 2
 
 
-def test_few_shot_examples_that_never_end_are_refused_by_a_child(pool: Pool) -> None:
+def test_few_shot_examples_that_never_end_are_refused_by_a_child(pool: ChildPool) -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
     task = f'task: t\nprompt: {{user: "{endless}", examples: [{{input: {{}}, output: x}}]}}'
     with pytest.raises(OverLimit, match="takes more than 2 s"):
-        pool.call(Limits(2), parse_task, task, "t")
+        pool.call(ChildLimits(2), parse_task, task, "t")

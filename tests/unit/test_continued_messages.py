@@ -14,7 +14,7 @@ from promptmill.tasks.sampling import BadParameter, resolve_sampling
 from promptmill.tasks.templates import to_request
 from promptmill.types import DatasetLine, Message, SamplingParams
 from promptmill_workers.engines.contract import EngineRequest
-from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import PromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from tests.unit.test_special_tokens import Words, real_templates, words, writes
@@ -129,7 +129,7 @@ def test_two_ways_to_end_a_prompt_contradict_one_another() -> None:
 
 
 def test_real_templates_leave_the_message_open(llama_models: Path) -> None:
-    model = Model(llama_models / "ggml-vocab-qwen2.gguf", vocab_only=True)
+    model = LlamaModel(llama_models / "ggml-vocab-qwen2.gguf", vocab_only=True)
     tried = 0
     for name, source in real_templates(llama_models).items():
         if not writes(source, "Count to five."):

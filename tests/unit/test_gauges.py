@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from promptmill_workers.devices import Device
-from promptmill_workers.worker.device_metrics import DeviceGauge
+from promptmill_workers.worker.device_metrics import DeviceMetrics
 
 
 class NVMLError(Exception):
@@ -32,7 +32,7 @@ def test_a_gpu_is_read_by_its_number_and_the_process_of_the_engine(monkeypatch: 
     asked: list[object] = []
     own = SimpleNamespace(pid=7, usedGpuMemory=1234)
     monkeypatch.setitem(sys.modules, "pynvml", nvml([SimpleNamespace(pid=6, usedGpuMemory=99), own], asked))
-    gauge = DeviceGauge(Device("cuda:1"))
+    gauge = DeviceMetrics(Device("cuda:1"))
     assert (asked, gauge.memory_bytes(7), gauge.use_ratio()) == ([1], 1234, 0.4)
     # In a container the driver tells no processes apart: what is held in all is told.
     assert gauge.memory_bytes(8) == 5000
@@ -46,12 +46,12 @@ def test_a_driver_that_fails_measures_nothing_and_stops_nobody(monkeypatch: pyte
 
     broken.nvmlInit = fail
     monkeypatch.setitem(sys.modules, "pynvml", broken)
-    gauge = DeviceGauge(Device("cuda:0"))
+    gauge = DeviceMetrics(Device("cuda:0"))
     assert (gauge.memory_bytes(7), gauge.use_ratio()) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["cpu", "metal", "sim:2", "cuda:0"])
 def test_without_a_driver_nothing_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    gauge = DeviceGauge(Device(name))
+    gauge = DeviceMetrics(Device(name))
     assert (gauge.memory_bytes(1), gauge.use_ratio()) == (None, None)

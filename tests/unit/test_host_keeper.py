@@ -17,32 +17,32 @@ from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
 from promptmill_workers.host import model_hosts
 from promptmill_workers.host.client import EngineHost, HostConfig, HostDied, Session
-from promptmill_workers.host.model_hosts import HostKeeper, NotWanted
+from promptmill_workers.host.model_hosts import ModelHosts, NotWanted
 from promptmill_workers.model_files import fingerprint_of, states_of
 from tests.conftest import wait_until
 from tests.two_models import put
 
 
 @pytest.fixture
-def keepers() -> Iterator[list[HostKeeper]]:
-    made: list[HostKeeper] = []
+def keepers() -> Iterator[list[ModelHosts]]:
+    made: list[ModelHosts] = []
     yield made
     for each in made:
         each.close()
 
 
-def keeper(keepers: list[HostKeeper], loaded_models: int) -> HostKeeper:
+def keeper(keepers: list[ModelHosts], loaded_models: int) -> ModelHosts:
     config = HostConfig("echo", parse_devices("cpu")[0], EngineOptions(slots=2), loaded_models=loaded_models)
-    keepers.append(HostKeeper(config))
+    keepers.append(ModelHosts(config))
     return keepers[-1]
 
 
-def use(hosts: HostKeeper, model: str) -> int | None:
+def use(hosts: ModelHosts, model: str) -> int | None:
     with hosts.session(model):
         return hosts.pid
 
 
-def test_a_host_stays_loaded_while_there_is_room(keepers: list[HostKeeper]) -> None:
+def test_a_host_stays_loaded_while_there_is_room(keepers: list[ModelHosts]) -> None:
     hosts = keeper(keepers, loaded_models=2)
 
     first = use(hosts, "echo")
@@ -52,7 +52,7 @@ def test_a_host_stays_loaded_while_there_is_room(keepers: list[HostKeeper]) -> N
     assert use(hosts, "echo:token_s=0") == second
 
 
-def lose_host(hosts: HostKeeper, *, answer_first: bool) -> None:
+def lose_host(hosts: ModelHosts, *, answer_first: bool) -> None:
     """The host is killed in the middle of a session."""
     with hosts.session("echo") as session:
         if answer_first:
@@ -63,7 +63,7 @@ def lose_host(hosts: HostKeeper, *, answer_first: bool) -> None:
 
 
 @pytest.mark.parametrize(("answer_first", "deaths"), [(True, 1), (False, 8)])
-def test_deaths_in_a_row_have_no_answer_between(keepers: list[HostKeeper], answer_first: bool, deaths: int) -> None:
+def test_deaths_in_a_row_have_no_answer_between(keepers: list[ModelHosts], answer_first: bool, deaths: int) -> None:
     hosts = keeper(keepers, loaded_models=1)
     hosts.deaths = 7
     with pytest.raises(HostDied):
@@ -71,7 +71,7 @@ def test_deaths_in_a_row_have_no_answer_between(keepers: list[HostKeeper], answe
     assert hosts.deaths == deaths
 
 
-def test_who_is_not_wanted_any_more_waits_for_no_host(keepers: list[HostKeeper]) -> None:
+def test_who_is_not_wanted_any_more_waits_for_no_host(keepers: list[ModelHosts]) -> None:
     hosts = keeper(keepers, loaded_models=1)
     hosts.deaths = 20
     with pytest.raises(HostDied):
@@ -95,7 +95,7 @@ def fingerprint_at(path: Path) -> str:
     return fingerprint_of(states_of(path))
 
 
-def test_a_host_tells_which_model_it_loaded_and_how(keepers: list[HostKeeper], model: Path) -> None:
+def test_a_host_tells_which_model_it_loaded_and_how(keepers: list[ModelHosts], model: Path) -> None:
     hosts = keeper(keepers, loaded_models=1)
     with hosts.session(str(model)) as session:
         info = session.info
@@ -106,7 +106,7 @@ def test_a_host_tells_which_model_it_loaded_and_how(keepers: list[HostKeeper], m
     )  # fmt: skip
 
 
-def test_a_host_keeps_its_model_when_another_one_takes_the_file_s_place(keepers: list[HostKeeper], model: Path) -> None:
+def test_a_host_keeps_its_model_when_another_one_takes_the_file_s_place(keepers: list[ModelHosts], model: Path) -> None:
     hosts = keeper(keepers, loaded_models=1)
     first, right = use(hosts, str(model)), fingerprint_at(model)
     put(model, right=False)
@@ -128,7 +128,7 @@ def test_a_host_keeps_its_model_when_another_one_takes_the_file_s_place(keepers:
         assert session.info.fingerprint == right
 
 
-def test_a_model_that_is_written_to_is_loaded_anew(keepers: list[HostKeeper], model: Path) -> None:
+def test_a_model_that_is_written_to_is_loaded_anew(keepers: list[ModelHosts], model: Path) -> None:
     hosts = keeper(keepers, loaded_models=1)
     first = use(hosts, str(model))
     with model.open("r+b") as file:
@@ -141,7 +141,7 @@ def test_a_model_that_is_written_to_is_loaded_anew(keepers: list[HostKeeper], mo
         assert session.info.fingerprint == fingerprint_at(model)
 
 
-def test_the_least_recently_used_goes_first(keepers: list[HostKeeper]) -> None:
+def test_the_least_recently_used_goes_first(keepers: list[ModelHosts]) -> None:
     hosts = keeper(keepers, loaded_models=2)
     first = use(hosts, "echo")
     second = use(hosts, "echo:token_s=0")
@@ -152,7 +152,7 @@ def test_the_least_recently_used_goes_first(keepers: list[HostKeeper]) -> None:
     assert use(hosts, "echo:token_s=0") != second
 
 
-def test_one_model_at_a_time_unless_told_otherwise(keepers: list[HostKeeper]) -> None:
+def test_one_model_at_a_time_unless_told_otherwise(keepers: list[ModelHosts]) -> None:
     hosts = keeper(keepers, loaded_models=1)
     first = use(hosts, "echo")
     use(hosts, "echo:token_s=0")
@@ -161,7 +161,7 @@ def test_one_model_at_a_time_unless_told_otherwise(keepers: list[HostKeeper]) ->
 
 
 def test_the_loaded_model_goes_first_and_the_other_one_not_too_late(
-    keepers: list[HostKeeper], monkeypatch: pytest.MonkeyPatch
+    keepers: list[ModelHosts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosts = keeper(keepers, loaded_models=1)
     assert hosts.turn_of("echo:token_s=0")  # nothing is loaded yet
@@ -188,12 +188,12 @@ def slow_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go.set()
 
 
-def loads(hosts: HostKeeper) -> bool:
+def loads(hosts: ModelHosts) -> bool:
     return hosts.pid is not None and hosts.info is None
 
 
 def test_a_lease_taken_while_a_model_loads_is_worked_on_at_once(
-    keepers: list[HostKeeper], slow_load: threading.Event
+    keepers: list[ModelHosts], slow_load: threading.Event
 ) -> None:
     hosts = keeper(keepers, loaded_models=1)
     loader = threading.Thread(target=use, args=(hosts, "echo"))
@@ -214,13 +214,13 @@ def test_a_lease_taken_while_a_model_loads_is_worked_on_at_once(
     other.join()
 
 
-@pytest.mark.parametrize("end", [HostKeeper.close, HostKeeper.stop_loading])
+@pytest.mark.parametrize("end", [ModelHosts.close, ModelHosts.stop_loading])
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_load_is_cut_short_by_the_worker_s_end(
-    keepers: list[HostKeeper], slow_load: threading.Event, end: Callable[[HostKeeper], None], plain: bool
+    keepers: list[ModelHosts], slow_load: threading.Event, end: Callable[[ModelHosts], None], plain: bool
 ) -> None:
     options = EngineOptions(slots=2, plain_kernels=plain)
-    hosts = HostKeeper(HostConfig("echo", parse_devices("cpu")[0], options))
+    hosts = ModelHosts(HostConfig("echo", parse_devices("cpu")[0], options))
     keepers.append(hosts)
     found: list[BaseException] = []
 
@@ -240,7 +240,7 @@ def test_a_load_is_cut_short_by_the_worker_s_end(
     assert hosts.pid is None
 
 
-def test_a_host_that_works_goes_on_when_nothing_more_is_loaded(keepers: list[HostKeeper]) -> None:
+def test_a_host_that_works_goes_on_when_nothing_more_is_loaded(keepers: list[ModelHosts]) -> None:
     hosts = keeper(keepers, loaded_models=1)
     with hosts.session("echo") as session:
         hosts.stop_loading()
@@ -249,7 +249,7 @@ def test_a_host_that_works_goes_on_when_nothing_more_is_loaded(keepers: list[Hos
         pytest.fail("work began")
 
 
-def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[HostKeeper], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[ModelHosts], monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = keeper(keepers, loaded_models=1)
     order: list[str] = []
 
@@ -276,7 +276,7 @@ def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[HostKeeper], m
 
 @pytest.mark.parametrize("told", [Session.abandon, Session.drain])
 def test_what_a_session_is_told_before_it_begins_is_not_forgotten(
-    keepers: list[HostKeeper], told: Callable[[Session], None]
+    keepers: list[ModelHosts], told: Callable[[Session], None]
 ) -> None:
     hosts = keeper(keepers, loaded_models=1)
     some = [Request(row, f"r{row}", SamplingParams(max_tokens=50), prompt=f"one two {row}") for row in range(20)]

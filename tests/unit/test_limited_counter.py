@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from promptmill.core.child_processes import Limits
+from promptmill.core.child_processes import ChildLimits
 from promptmill.core.settings import Settings
 from promptmill.errors import ModelError, PromptmillError
 from promptmill.service.prepare import RunOptions, dry_run
@@ -20,7 +20,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limited_counter, "PROMPT", Limits(1.5, 1_024))
+    monkeypatch.setattr(limited_counter, "PROMPT", ChildLimits(1.5, 1_024))
 
 
 def problem_of(tmp_path: Path, template: str) -> PromptmillError:

@@ -12,7 +12,7 @@ from redis import Redis
 
 from promptmill.api import interactive
 from promptmill.api.http.errors import ApiError
-from promptmill.api.interactive import Call, Live
+from promptmill.api.interactive import Live, PendingRequest
 from promptmill.queue.heartbeats import heartbeat_key
 from promptmill.queue.interactive_wire import (
     DONE,
@@ -31,7 +31,7 @@ from promptmill.queue.interactive_wire import (
 )
 from promptmill.types import FinishReason, Ok, Usage
 from promptmill_workers.worker.replies import Replies
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.shutdown import Shutdown
 
 MODEL, WORKER = "echo", "here/cpu/1"
 #: What the worker's engine says that it is.
@@ -53,7 +53,7 @@ def redis(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def replies(redis: Any) -> Replies:
-    return Replies(redis, WORKER, Stop())
+    return Replies(redis, WORKER, Shutdown())
 
 
 async def popped(redis: Any, name: str) -> Any:
@@ -66,7 +66,7 @@ async def taken(redis: Any) -> LiveRequest:
     return LiveRequest.decode(await popped(redis, live_queue(MODEL)))
 
 
-async def heard(call: Call) -> list[Any]:
+async def heard(call: PendingRequest) -> list[Any]:
     return [value if kind == DONE else value[0] async for kind, value in call.replies()]
 
 
@@ -94,7 +94,7 @@ def lose(replies: Replies, request: LiveRequest, reply: list[Any], monkeypatch: 
 def test_a_reply_that_is_lost_is_said_again(
     redis: Any, redis_url: str, replies: Replies, monkeypatch: pytest.MonkeyPatch, last_is_lost: bool
 ) -> None:
-    async def scene(call: Call) -> None:
+    async def scene(call: PendingRequest) -> None:
         request = await taken(redis)
         replies.say([(request, [TAKEN]), (request, [TEXT, "a ", None, 0, BACKEND])])
         lose(replies, request, [TEXT, "b", None, 0, BACKEND], monkeypatch)
@@ -114,7 +114,7 @@ def test_a_reply_that_is_lost_is_said_again(
 def test_a_request_that_nobody_has_is_sent_again_and_answered_once(
     redis: Any, redis_url: str, replies: Replies
 ) -> None:
-    async def scene(call: Call) -> None:
+    async def scene(call: PendingRequest) -> None:
         lost = await taken(redis)
         again = await taken(redis)
         assert (again.prompt, again.id != lost.id) == (lost.prompt, True)
@@ -128,7 +128,7 @@ def test_a_request_that_nobody_has_is_sent_again_and_answered_once(
 
 
 def test_a_request_that_waits_in_its_list_is_left_there(redis: Any, redis_url: str, replies: Replies) -> None:
-    async def scene(call: Call) -> None:
+    async def scene(call: PendingRequest) -> None:
         await asyncio.sleep(1.5)
         assert redis.llen(live_queue(MODEL)) == 1
         request = await taken(redis)
@@ -140,7 +140,7 @@ def test_a_request_that_waits_in_its_list_is_left_there(redis: Any, redis_url: s
 
 
 def test_what_its_worker_has_forgotten_begins_again(redis: Any, redis_url: str, replies: Replies) -> None:
-    async def scene(call: Call) -> None:
+    async def scene(call: PendingRequest) -> None:
         request = await taken(redis)
         replies.say([(request, [TAKEN])])
         replies.forget([request.id])
@@ -165,7 +165,7 @@ MALFORMED: list[list[Any]] = [
 def test_malformed_replies_are_dropped_and_the_true_one_is_asked_for(
     redis: Any, redis_url: str, replies: Replies, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def scene(call: Call) -> None:
+    async def scene(call: PendingRequest) -> None:
         request = await taken(redis)
         replies.say([(request, [TAKEN])])
         head = [request.id, WORKER, 1]
@@ -187,7 +187,7 @@ def test_no_malformed_reply_is_an_answer(malformed: list[Any]) -> None:
 
 
 def test_a_chat_whose_worker_says_what_nobody_understands_ends(redis: Any, redis_url: str, replies: Replies) -> None:
-    async def scene(call: Call) -> None:
+    async def scene(call: PendingRequest) -> None:
         for _ in range(MOST_TRIES):
             request = await taken(redis)
             replies.say([(request, [TAKEN]), (request, [DONE, "of another version"])])

@@ -21,9 +21,9 @@ from promptmill.tasks.templates import Template
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
-from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.engine import LlamaCppEngine
-from promptmill_workers.engines.llama.text import AnswerText
+from promptmill_workers.engines.llama.text import LlamaAnswerText
 from tests.unit.tiny_models import write_tiny_gguf
 
 ODD = "加V：abc123 😂 好听 naïve žluťoučký 👨‍👩‍👧‍👦 ░▒▓"
@@ -191,11 +191,11 @@ def test_a_new_request_does_not_wait_for_a_running_one(load: Load, task: Templat
 
 
 def test_an_answer_of_any_bytes_is_put_together_from_its_tokens(exact: Path) -> None:
-    model = Model(exact, vocab_only=True)
+    model = LlamaModel(exact, vocab_only=True)
     words = model.vocabulary
     ids = words.tokens(ODD, parse_special=False).tolist()
     pieces = [words.piece(token) for token in ids]
-    answer = AnswerText(words.piece, ())
+    answer = LlamaAnswerText(words.piece, ())
 
     for token in ids:
         assert not answer.add(token)
@@ -207,9 +207,9 @@ def test_an_answer_of_any_bytes_is_put_together_from_its_tokens(exact: Path) -> 
 
 @pytest.mark.parametrize("stop", ["听", "😂 好", "abc123", "👨‍👩‍👧‍👦", "加V：", "░▒▓", ODD])
 def test_a_stop_text_is_found_across_tokens_and_characters(exact: Path, stop: str) -> None:
-    model = Model(exact, vocab_only=True)
+    model = LlamaModel(exact, vocab_only=True)
     words = model.vocabulary
-    answer = AnswerText(words.piece, ("never said", stop))
+    answer = LlamaAnswerText(words.piece, ("never said", stop))
 
     read = 0
     for token in words.tokens(ODD + " and more", parse_special=False):
@@ -224,14 +224,14 @@ def test_a_stop_text_is_found_across_tokens_and_characters(exact: Path, stop: st
 
 
 def test_the_earliest_of_several_stop_texts_ends_the_answer() -> None:
-    answer = AnswerText(lambda token: b"see you later", ("later", "a", "la"))
+    answer = LlamaAnswerText(lambda token: b"see you later", ("later", "a", "la"))
 
     assert answer.add(0)
     assert answer.finish()[0] == "see you "
 
 
 def test_a_character_cut_in_the_middle_is_left_out() -> None:
-    answer = AnswerText(lambda token: "ab😀".encode()[:-1], ())
+    answer = LlamaAnswerText(lambda token: "ab😀".encode()[:-1], ())
     answer.add(0)
 
     assert answer.finish()[0] == "ab"
@@ -239,7 +239,7 @@ def test_a_character_cut_in_the_middle_is_left_out() -> None:
 
 def test_a_text_that_streams_shows_whole_characters_and_no_start_of_a_stop_text() -> None:
     pieces = [b"ab", "😀".encode()[:2], "😀".encode()[2:], b" st", b"ay st", b"o", b"p now"]
-    answer = AnswerText(pieces.__getitem__, ("stop",))
+    answer = LlamaAnswerText(pieces.__getitem__, ("stop",))
 
     shown = []
     for token in range(len(pieces)):

@@ -24,7 +24,7 @@ from tests.unit.tiny_mlx import write_tiny_mlx
 pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptmill[mlx]'")
 
 from promptmill_workers.engines.mlx_lm.engine import MlxEngine
-from promptmill_workers.engines.mlx_lm.text import AnswerText, MlxTokenizer
+from promptmill_workers.engines.mlx_lm.text import MlxAnswerText, MlxTokenizer
 
 RULES = "Is this comment an advertisement? Answer with JSON such as the one below, and nothing else. "
 
@@ -223,7 +223,7 @@ def test_stops_are_found_across_characters_of_several_tokens(folder: Path) -> No
     said = "好听 naïve 😀😀 end"
     ids = words.tokens(EngineRequest(0, SamplingParams(), prompt=said)).tolist()
     assert len(ids) > len(said)
-    answer = AnswerText(words, ("听 naïve 😀😀 e",))
+    answer = MlxAnswerText(words, ("听 naïve 😀😀 e",))
 
     read = next(count for count, token in enumerate(ids, start=1) if answer.add(token))
 
@@ -234,7 +234,7 @@ def test_stops_are_found_across_characters_of_several_tokens(folder: Path) -> No
 def test_an_answer_in_pieces_is_the_answer_in_one(folder: Path) -> None:
     words = MlxTokenizer(folder)
     ids = words.tokens(EngineRequest(0, SamplingParams(), prompt=" 加我微信 a\n\n  b 😀 é , . ")).tolist()
-    answer = AnswerText(words, ("not in it",))
+    answer = MlxAnswerText(words, ("not in it",))
 
     stops = [answer.add(token) for token in ids]
 
@@ -245,7 +245,7 @@ def test_an_answer_in_pieces_is_the_answer_in_one(folder: Path) -> None:
 def test_a_character_cut_in_the_middle_is_left_out(folder: Path) -> None:
     words = MlxTokenizer(folder)
     ids = words.tokens(EngineRequest(0, SamplingParams(), prompt="ab😀")).tolist()[:-1]
-    whole, watched = AnswerText(words, ()), AnswerText(words, ("zzz",))
+    whole, watched = MlxAnswerText(words, ()), MlxAnswerText(words, ("zzz",))
     for token in ids:
         whole.add(token)
         watched.add(token)

@@ -17,7 +17,7 @@ from promptmill.service.preflight import (
     SAMPLE_EVERY,
     SMALLEST_CONTEXT,
     TEMPLATE_TOKENS,
-    Gauge,
+    PromptGauge,
     PromptTooLong,
 )
 from promptmill.tasks.sampling import BadParameter
@@ -35,15 +35,15 @@ def asked(tokens: int, max_tokens: int = 8) -> Request:
     return Request(0, "r", SamplingParams(max_tokens=max_tokens), prompt="w " * tokens)
 
 
-def gauge_of(requests: Iterable[Request], context: int = 4096) -> Gauge:
-    gauge = Gauge(words, context)
+def gauge_of(requests: Iterable[Request], context: int = 4096) -> PromptGauge:
+    gauge = PromptGauge(words, context)
     for request in requests:
         gauge(request)
     return gauge
 
 
 def test_a_beginning_that_is_there_twice_is_told() -> None:
-    gauge = Gauge(words, 4096, has_two_starts=lambda request: request.row % 2 == 0)
+    gauge = PromptGauge(words, 4096, has_two_starts=lambda request: request.row % 2 == 0)
     for request in (asked(3, 10) for _ in range(4)):
         gauge(request)
 
@@ -62,7 +62,7 @@ def test_the_findings_of_a_small_job_are_exact() -> None:
 
 
 def test_a_job_without_rows_has_findings_of_nothing() -> None:
-    found = Gauge(words, 4096).findings()
+    found = PromptGauge(words, 4096).findings()
     assert (found.rows, found.measured, found.tokens_max, found.prompt_tokens) == (0, 0, 0, 0)
 
 
@@ -75,7 +75,7 @@ def test_messages_are_counted_with_all_their_texts() -> None:
 @pytest.mark.parametrize("tokens", [512, 513, 900])
 def test_a_prompt_that_leaves_no_room_for_one_token_is_refused(tokens: int) -> None:
     with pytest.raises(PromptTooLong, match=rf"the prompt has {tokens} tokens, the model's context 512") as caught:
-        Gauge(words, 512)(asked(tokens))
+        PromptGauge(words, 512)(asked(tokens))
     assert caught.value.error_class is ErrorClass.CONTEXT_OVERFLOW
     assert "w w" not in caught.value.message
 
@@ -101,7 +101,7 @@ def test_after_the_first_rows_only_samples_are_tokenised_and_stand_for_the_other
         calls += 1
         return words(request)
 
-    gauge = Gauge(count, 4096)
+    gauge = PromptGauge(count, 4096)
     request = asked(10)
     rows = MEASURED_ROWS + 100 * SAMPLE_EVERY
     for _ in range(rows):
@@ -139,7 +139,7 @@ def test_the_context_is_never_above_the_models_nor_tiny() -> None:
 @given(st.text(max_size=200))
 def test_a_row_that_is_not_tokenised_fits_by_its_bytes(text: str) -> None:
     """What is not measured is bounded: a token is at least a byte."""
-    gauge = Gauge(lambda request: len((request.prompt or "").encode()), 4096)
+    gauge = PromptGauge(lambda request: len((request.prompt or "").encode()), 4096)
     gauge._rows = MEASURED_ROWS
     gauge(Request(0, "r", SamplingParams(max_tokens=2000), prompt=text))
     assert gauge.findings().measured == 0
@@ -153,7 +153,7 @@ def test_answers_that_the_context_may_cut_are_counted() -> None:
 
 
 def test_a_bias_on_a_token_that_the_model_lacks_is_refused() -> None:
-    gauge = Gauge(words, 64, vocabulary=400)
+    gauge = PromptGauge(words, 64, vocabulary=400)
     request = asked(3)
     gauge(replace(request, sampling=SamplingParams(logit_bias=((1, 2.0), (399, 1.0)))))
 

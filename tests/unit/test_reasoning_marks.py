@@ -12,9 +12,9 @@ import pytest
 
 from promptmill.types import Extras, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import Checkpoint, build_engine
-from promptmill_workers.engines.answer import END_OF_THINK, THINK, Answer
+from promptmill_workers.engines.answer import END_OF_THINK, THINK, Generation
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
-from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import PromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from promptmill_workers.host.fan_out import Desk
@@ -101,7 +101,7 @@ def test_a_reasoning_that_the_model_opens_by_a_control_token_is_told_apart(load:
 @pytest.mark.parametrize("said", ["<think>Hm.</think>\n\nyes <b>", "\n yes", "<thin air>", "<", "<think>", " \n"])
 def test_somebody_who_waits_is_told_no_reasoning(load: Load, said: str) -> None:
     tools = load(CHATML)._engine._tools  # type: ignore[attr-defined]
-    written = Answer(tools, SamplingParams(), np.zeros(1, np.int32), 64)
+    written = Generation(tools, SamplingParams(), np.zeros(1, np.int32), 64)
     told = ""
     for each in tools.tokens(said):
         written.take(each)
@@ -144,7 +144,7 @@ def test_choices_are_scored_after_the_reasoning(load: Load) -> None:
 @pytest.mark.parametrize("name", ["llama-spm", "phi-3", "baichuan", "llama-bpe", "gemma-4"])
 def test_a_continuation_has_the_tokens_of_the_whole_text(llama_models: Path, name: str) -> None:
     """As plain llama.cpp has them, where prompt and continuation meet between two tokens of the whole."""
-    model = Model(llama_models / f"ggml-vocab-{name}.gguf", vocab_only=True)
+    model = LlamaModel(llama_models / f"ggml-vocab-{name}.gguf", vocab_only=True)
     words, reader = model.vocabulary, PromptReader(model)
     alike = 0
     for prompt, text in product(
@@ -163,7 +163,7 @@ def test_a_continuation_has_the_tokens_of_the_whole_text(llama_models: Path, nam
 
 
 def test_a_continuation_begins_with_one_space_at_most(llama_models: Path) -> None:
-    model = Model(llama_models / "ggml-vocab-llama-spm.gguf", vocab_only=True)
+    model = LlamaModel(llama_models / "ggml-vocab-llama-spm.gguf", vocab_only=True)
     request = EngineRequest(0, SamplingParams(), prompt="Answer:", continuation=" yes")
 
     found = PromptReader(model).prompt(request, 512)

@@ -24,13 +24,13 @@ from promptmill.types import ChunkId, JobState, Lease, Request, SamplingParams
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineOptions
 from promptmill_workers.host.client import HostConfig, HostCrashed, HostDied
-from promptmill_workers.host.model_hosts import HostKeeper
+from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.model_files import fingerprint_of, states_of
 from promptmill_workers.worker import chunk_runner
 from promptmill_workers.worker.chunk_runner import ChunkRunner
-from promptmill_workers.worker.database_retry import Patience
-from promptmill_workers.worker.held_leases import Claims
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.database_retry import DatabaseRetry
+from promptmill_workers.worker.held_leases import HeldLeases
+from promptmill_workers.worker.shutdown import Shutdown
 from tests.conftest import wait_until
 from tests.two_models import CHANGED, put
 from tests.unit.test_ledger import JOB, add_job, ok
@@ -45,14 +45,14 @@ def db(tmp_path: Path) -> Iterator[sa.Engine]:
 
 
 @pytest.fixture
-def hosts() -> Iterator[HostKeeper]:
-    keeper = HostKeeper(HostConfig("echo", parse_devices("cpu")[0], EngineOptions(slots=4)))
+def hosts() -> Iterator[ModelHosts]:
+    keeper = ModelHosts(HostConfig("echo", parse_devices("cpu")[0], EngineOptions(slots=4)))
     yield keeper
     keeper.close()
 
 
 def test_a_row_that_the_database_never_takes_ends_as_an_error(
-    db: sa.Engine, hosts: HostKeeper, caplog: pytest.LogCaptureFixture
+    db: sa.Engine, hosts: ModelHosts, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_job(db, 6, 6)
     with db.begin() as connection:
@@ -62,9 +62,9 @@ def test_a_row_that_the_database_never_takes_ends_as_an_error(
                 "BEGIN SELECT RAISE(ABORT, 'value out of range'); END"
             )
         )
-    stop = Stop()
+    stop = Shutdown()
     ledger = Ledger(db, max_attempts=1)
-    runner = ChunkRunner(ledger, hosts, stop, Patience(stop))
+    runner = ChunkRunner(ledger, hosts, stop, DatabaseRetry(stop))
     tried = 0
     while (lease := ledger.claim_next(JOB, "a")) is not None:
         tried += 1
@@ -85,11 +85,11 @@ def test_a_row_that_the_database_never_takes_ends_as_an_error(
     assert "[parameters" not in caplog.text
 
 
-def test_two_failures_in_a_row_wait_before_the_third_attempt(db: sa.Engine, hosts: HostKeeper, clock: Any) -> None:
+def test_two_failures_in_a_row_wait_before_the_third_attempt(db: sa.Engine, hosts: ModelHosts, clock: Any) -> None:
     add_job(db, 2, 2, sampling="not JSON")
-    stop = Stop()
+    stop = Shutdown()
     ledger = Ledger(db, clock=clock)
-    runner = ChunkRunner(ledger, hosts, stop, Patience(stop))
+    runner = ChunkRunner(ledger, hosts, stop, DatabaseRetry(stop))
     for _ in range(2):
         lease = ledger.claim_next(JOB, "a")
         assert lease is not None
@@ -123,7 +123,7 @@ def test_leases_are_renewed_by_the_clock(monkeypatch: pytest.MonkeyPatch, clock:
     monkeypatch.setattr(chunk_runner, "WATCH_S", 0.001)
     monkeypatch.setattr(chunk_runner, "time", SimpleNamespace(monotonic=clock), raising=False)
     lease = Lease(ChunkId(JOB, 0), 1, 0, "a", 0, 1, "echo", 0.0, None, 5)
-    with chunk_runner.watching(cast(Ledger, ledger), lease, Stop()):
+    with chunk_runner.watching(cast(Ledger, ledger), lease, Shutdown()):
         give_up = time.monotonic() + 20
         while ledger.looks < 20 and time.monotonic() < give_up:
             time.sleep(0.001)
@@ -159,12 +159,12 @@ class LosingLedger(Ledger):
         return done
 
 
-def test_answers_of_the_database_that_are_lost_cost_nothing(db: sa.Engine, hosts: HostKeeper) -> None:
+def test_answers_of_the_database_that_are_lost_cost_nothing(db: sa.Engine, hosts: ModelHosts) -> None:
     model = "echo:token_s=0.02"
     add_job(db, 6, 2, model=model)
-    stop = Stop()
-    ledger, patiently = LosingLedger(db), Patience(stop)
-    runner, claims = ChunkRunner(ledger, hosts, stop, patiently), Claims(ledger, "a", patiently)
+    stop = Shutdown()
+    ledger, patiently = LosingLedger(db), DatabaseRetry(stop)
+    runner, claims = ChunkRunner(ledger, hosts, stop, patiently), HeldLeases(ledger, "a", patiently)
     told: list[Any] = []
     with hosts.session(model) as beside:
 
@@ -212,9 +212,9 @@ def fingerprint_at(path: Path) -> str:
     return fingerprint_of(states_of(path))
 
 
-def runner_of(db: sa.Engine, hosts: HostKeeper, *, alone: bool) -> ChunkRunner:
-    stop = Stop()
-    return ChunkRunner(Ledger(db), hosts, stop, Patience(stop), None if alone else lambda model: True)
+def runner_of(db: sa.Engine, hosts: ModelHosts, *, alone: bool) -> ChunkRunner:
+    stop = Shutdown()
+    return ChunkRunner(Ledger(db), hosts, stop, DatabaseRetry(stop), None if alone else lambda model: True)
 
 
 def tried(db: sa.Engine) -> list[tuple[Any, ...]]:
@@ -224,7 +224,7 @@ def tried(db: sa.Engine) -> list[tuple[Any, ...]]:
 
 
 def test_a_chunk_for_another_model_is_given_back_and_has_not_failed(
-    db: sa.Engine, hosts: HostKeeper, model: Path, caplog: pytest.LogCaptureFixture
+    db: sa.Engine, hosts: ModelHosts, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = fingerprint_at(model)
     add_job(db, 4, 2, model=str(model), model_fingerprint=right, sampling='{"max_tokens": 4}')
@@ -255,7 +255,7 @@ def test_a_chunk_for_another_model_is_given_back_and_has_not_failed(
 
 
 def test_a_host_that_ends_and_finds_another_file_gives_its_chunk_back(
-    db: sa.Engine, hosts: HostKeeper, model: Path
+    db: sa.Engine, hosts: ModelHosts, model: Path
 ) -> None:
     right = fingerprint_at(model)
     add_job(db, 4, 2, model=str(model), model_fingerprint=right, sampling='{"max_tokens": 4}')
@@ -276,7 +276,7 @@ def test_a_host_that_ends_and_finds_another_file_gives_its_chunk_back(
 
 
 def test_answers_of_files_that_are_written_to_meanwhile_are_not_stored(
-    db: sa.Engine, hosts: HostKeeper, model: Path
+    db: sa.Engine, hosts: ModelHosts, model: Path
 ) -> None:
     right = fingerprint_at(model)
     add_job(db, 8, 8, model=str(model), model_fingerprint=right, sampling='{"max_tokens": 400, "ignore_eos": true}')
@@ -295,7 +295,7 @@ def test_answers_of_files_that_are_written_to_meanwhile_are_not_stored(
     assert ledger.progress(JOB).done == 0
 
 
-def test_a_run_whose_model_became_another_one_ends_and_says_so(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+def test_a_run_whose_model_became_another_one_ends_and_says_so(db: sa.Engine, hosts: ModelHosts, model: Path) -> None:
     add_job(db, 2, 1, model=str(model), model_fingerprint=fingerprint_at(model), mode="embedded")
     put(model, right=False)
     ledger, runner = Ledger(db), runner_of(db, hosts, alone=True)
@@ -310,7 +310,7 @@ def test_a_run_whose_model_became_another_one_ends_and_says_so(db: sa.Engine, ho
 
 
 def test_a_job_of_which_nobody_knew_the_model_is_for_the_first_that_answers(
-    db: sa.Engine, hosts: HostKeeper, model: Path
+    db: sa.Engine, hosts: ModelHosts, model: Path
 ) -> None:
     add_job(db, 4, 2, model=str(model), sampling='{"max_tokens": 4}')
     ledger, runner = Ledger(db), runner_of(db, hosts, alone=False)
@@ -323,7 +323,7 @@ def test_a_job_of_which_nobody_knew_the_model_is_for_the_first_that_answers(
     assert ledger.model_of(JOB) == (str(model), right)
     # Claimed before anybody knew: told all the same.
     put(model, right=False)
-    other = HostKeeper(HostConfig("echo", parse_devices("cpu")[0], EngineOptions(slots=4)))
+    other = ModelHosts(HostConfig("echo", parse_devices("cpu")[0], EngineOptions(slots=4)))
     try:
         runner_of(db, other, alone=False).run(early)
     finally:
@@ -331,7 +331,7 @@ def test_a_job_of_which_nobody_knew_the_model_is_for_the_first_that_answers(
     assert tried(db) == [(0, "done", right), (1, "released", None)]
 
 
-def test_an_attempt_names_what_answered_it(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+def test_an_attempt_names_what_answered_it(db: sa.Engine, hosts: ModelHosts, model: Path) -> None:
     add_job(db, 1, 1, model=str(model), sampling='{"max_tokens": 2}')
     lease = Ledger(db).claim_next(JOB, "a")
     assert lease is not None
@@ -369,7 +369,7 @@ def run_all(db: sa.Engine, runner: ChunkRunner, job_id: str) -> list[tuple[str, 
     return texts_of(db, job_id)
 
 
-def test_answers_are_kept_under_what_answered(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+def test_answers_are_kept_under_what_answered(db: sa.Engine, hosts: ModelHosts, model: Path) -> None:
     """Whatever the job says: its claim is wrong here."""
     asked = {"model": str(model), "sampling": '{"max_tokens": 8}', "use_cache": True}
     add_job(db, 1, 1, **asked)
@@ -385,7 +385,7 @@ def test_answers_are_kept_under_what_answered(db: sa.Engine, hosts: HostKeeper, 
     assert wrong != right
 
 
-def test_no_answer_crosses_from_one_key_to_another(db: sa.Engine, hosts: HostKeeper, model: Path) -> None:
+def test_no_answer_crosses_from_one_key_to_another(db: sa.Engine, hosts: ModelHosts, model: Path) -> None:
     add_job(db, 1, 1, model=str(model), sampling='{"max_tokens": 4}', use_cache=True, api_key_id="alice")
     runner = runner_of(db, hosts, alone=False)
     assert [copied for _, copied in run_all(db, runner, JOB)] == [False]
@@ -394,7 +394,7 @@ def test_no_answer_crosses_from_one_key_to_another(db: sa.Engine, hosts: HostKee
     assert [copied for _, copied in run_again(db, runner, "alice", api_key_id="alice")] == [True]
 
 
-def test_without_a_cache_nothing_is_remembered_from_job_to_job(db: sa.Engine, hosts: HostKeeper) -> None:
+def test_without_a_cache_nothing_is_remembered_from_job_to_job(db: sa.Engine, hosts: ModelHosts) -> None:
     add_job(db, 3, 3)
     runner = runner_of(db, hosts, alone=False)
     assert [copied for _, copied in run_all(db, runner, JOB)] == [False, True, True]
@@ -423,8 +423,8 @@ class SickHosts:
 
 
 def run_sick(ledger: Ledger, hosts: SickHosts, *, others: bool) -> None:
-    stop = Stop()
-    runner = ChunkRunner(ledger, cast(HostKeeper, hosts), stop, Patience(stop), lambda model: others)
+    stop = Shutdown()
+    runner = ChunkRunner(ledger, cast(ModelHosts, hosts), stop, DatabaseRetry(stop), lambda model: others)
     for _ in range(100):
         lease = ledger.claim_next(JOB, "sick")
         if lease is None:
@@ -439,9 +439,9 @@ def test_a_machine_that_cannot_load_a_model_ends_no_job_of_others(db: sa.Engine)
     assert healthy is not None
     sick = ledger.claim_next(JOB, "sick")
     assert sick is not None
-    stop = Stop()
+    stop = Shutdown()
     hosts = SickHosts(HostCrashed("no memory"))
-    runner = ChunkRunner(ledger, cast(HostKeeper, hosts), stop, Patience(stop), lambda model: True)
+    runner = ChunkRunner(ledger, cast(ModelHosts, hosts), stop, DatabaseRetry(stop), lambda model: True)
     runner.run(sick)
     assert ledger.progress(JOB).state is JobState.RUNNING
     assert ledger.record(healthy, [ok(0), ok(1)]) == 2
@@ -466,9 +466,9 @@ def test_a_model_that_loads_nowhere_ends_its_job(db: sa.Engine, others: bool) ->
 def test_deaths_under_other_jobs_are_not_this_one_s(db: sa.Engine) -> None:
     add_job(db, 2, 2)
     ledger = Ledger(db)
-    stop = Stop()
+    stop = Shutdown()
     hosts = SickHosts(HostDied("signal 9"), restarts=1000)
-    runner = ChunkRunner(ledger, cast(HostKeeper, hosts), stop, Patience(stop))
+    runner = ChunkRunner(ledger, cast(ModelHosts, hosts), stop, DatabaseRetry(stop))
     lease = ledger.claim_next(JOB, "sick")
     assert lease is not None
     runner.run(lease)
@@ -478,8 +478,8 @@ def test_deaths_under_other_jobs_are_not_this_one_s(db: sa.Engine) -> None:
 def test_a_job_that_others_answer_is_not_given_up_by_one_whose_hosts_die(db: sa.Engine, clock: Any) -> None:
     add_job(db, 100, 1)
     ledger = Ledger(db, clock=clock)
-    stop = Stop()
-    runner = ChunkRunner(ledger, cast(HostKeeper, SickHosts(HostDied("signal 9"))), stop, Patience(stop))
+    stop = Shutdown()
+    runner = ChunkRunner(ledger, cast(ModelHosts, SickHosts(HostDied("signal 9"))), stop, DatabaseRetry(stop))
     for _ in range(chunk_runner.DEATHS_IN_A_ROW + 5):
         bad = ledger.claim_next(JOB, "sick")
         assert bad is not None
@@ -513,11 +513,11 @@ class ReluctantLedger(Ledger):
         return super().finish(*arguments, **named)
 
 
-def test_the_time_of_an_attempt_is_accounted_for_however_slow_the_database_is(db: sa.Engine, hosts: HostKeeper) -> None:
+def test_the_time_of_an_attempt_is_accounted_for_however_slow_the_database_is(db: sa.Engine, hosts: ModelHosts) -> None:
     add_job(db, 6, 2)
-    stop = Stop()
+    stop = Shutdown()
     ledger = ReluctantLedger(db)
-    runner = ChunkRunner(ledger, hosts, stop, Patience(stop))
+    runner = ChunkRunner(ledger, hosts, stop, DatabaseRetry(stop))
     # Beforehand, so that no attempt holds its lease while the host starts.
     with hosts.session("echo"):
         pass

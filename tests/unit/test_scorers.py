@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from promptmill.scoring.scorers import SCORERS, Outcome
+from promptmill.scoring.scorers import SCORERS, ScoreOutcome
 from promptmill.scoring.scorers.exact import Exact, same
 from promptmill.scoring.scorers.extraction import Extractor, extract, without_thinking
 from promptmill.scoring.scorers.intervals import wilson
@@ -29,7 +29,7 @@ def score(*rows: Answer, task: str = TASK) -> Score:
     return score_rows(rows, Judge(parse_task(task, "t")))["is_ad"]
 
 
-def classify(text: str | None, finish_reason: str, required: tuple[str, ...]) -> tuple[Outcome, Any]:
+def classify(text: str | None, finish_reason: str, required: tuple[str, ...]) -> tuple[ScoreOutcome, Any]:
     return Extractor(required)(text, finish_reason)
 
 
@@ -93,10 +93,10 @@ def test_an_object_must_have_every_required_key() -> None:
 
 
 def test_an_answer_cut_off_before_its_object_ends_is_truncated_and_not_merely_unparsed() -> None:
-    assert classify('{"is_ad": tr', "length", REQUIRED)[0] is Outcome.TRUNCATED
-    assert classify('{"is_ad": tr', "stop", REQUIRED)[0] is Outcome.UNPARSED
-    assert classify(f"{YES} and so on", "length", REQUIRED)[0] is Outcome.SCORED
-    assert classify(None, "stop", REQUIRED)[0] is Outcome.UNPARSED
+    assert classify('{"is_ad": tr', "length", REQUIRED)[0] is ScoreOutcome.TRUNCATED
+    assert classify('{"is_ad": tr', "stop", REQUIRED)[0] is ScoreOutcome.UNPARSED
+    assert classify(f"{YES} and so on", "length", REQUIRED)[0] is ScoreOutcome.SCORED
+    assert classify(None, "stop", REQUIRED)[0] is ScoreOutcome.UNPARSED
 
 
 # --- exact -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from promptmill.tasks.templates import Template, payload, to_request
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.chat_template import ChatTemplate
 from promptmill_workers.engines.contract import EngineRequest
-from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import PromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from promptmill_workers.engines.prefix_plan import Tokens
@@ -56,7 +56,7 @@ class Words:
         if isinstance(self.reader, MlxTokenizer):
             return MlxTokenizer(write_tiny_mlx(self.folder / f"mlx-{abs(hash(source))}", chat_template=source))
         path = write_tiny_gguf(self.folder / f"{abs(hash(source))}.gguf", chat_template=source)
-        return PromptReader(Model(path, vocab_only=True))
+        return PromptReader(LlamaModel(path, vocab_only=True))
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "mlx"])
@@ -65,7 +65,7 @@ def words(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "mlx":
         pytest.importorskip("transformers")
         return Words(MlxTokenizer(write_tiny_mlx(folder / "tiny")), folder)
-    return Words(PromptReader(Model(write_tiny_gguf(folder / "tiny.gguf"), vocab_only=True)), folder)
+    return Words(PromptReader(LlamaModel(write_tiny_gguf(folder / "tiny.gguf"), vocab_only=True)), folder)
 
 
 def chat(*texts: str, **sampling: Any) -> EngineRequest:
@@ -249,8 +249,8 @@ QUESTION = "Why is the sky blue?  Say it in one line,\n\nplease. "
 
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
-def vocabulary(request: pytest.FixtureRequest, llama_models: Path) -> Iterator[Model]:
-    model = Model(llama_models / f"ggml-vocab-{request.param}.gguf", vocab_only=True)
+def vocabulary(request: pytest.FixtureRequest, llama_models: Path) -> Iterator[LlamaModel]:
+    model = LlamaModel(llama_models / f"ggml-vocab-{request.param}.gguf", vocab_only=True)
     yield model
     model.close()
 
@@ -268,7 +268,7 @@ def writes(source: str, text: str) -> bool:
         return False
 
 
-def test_real_templates_keep_texts_apart(vocabulary: Model, llama_models: Path) -> None:
+def test_real_templates_keep_texts_apart(vocabulary: LlamaModel, llama_models: Path) -> None:
     words = vocabulary.vocabulary
     marks = [each for each in words.user_defined_texts() if TURN_MARK.fullmatch(each)]
     known = [*marks[:20], *words.control_texts()]

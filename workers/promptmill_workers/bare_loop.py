@@ -38,7 +38,7 @@ def main() -> None:
     spent: Counter[str] = Counter()
     for name in ("allowed", "take", "forced"):
         _clocked(constraint.Constraint, name, spent, "grammar")
-    _clocked(answer.Answer, "draw", spent, "sampling and grammar")
+    _clocked(answer.Generation, "draw", spent, "sampling and grammar")
     engine = build_engine(locate(order["model"]), EngineOptions(**order["options"]))
     requests = []
     for key, body in enumerate(order["bodies"]):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from promptmill.core.child_processes import Child, Limits, OverLimit
+from promptmill.core.child_processes import Child, ChildLimits, OverLimit
 from promptmill.errors import ModelError
 from promptmill.types import Message, SamplingParams
 from promptmill_workers.checkpoints import Checkpoint, counter_here, require_mlx
 from promptmill_workers.engines.contract import EngineRequest, TokenCounter
 
 #: Loading a vocabulary, from a slow disk too, and one prompt. MLX' tokenisers come with large libraries.
-LOAD = Limits(300.0, 4_096)
-PROMPT = Limits(10.0, 4_096)
+LOAD = ChildLimits(300.0, 4_096)
+PROMPT = ChildLimits(10.0, 4_096)
 
 
 def token_counter(checkpoint: Checkpoint) -> TokenCounter:
@@ -60,7 +60,7 @@ class LimitedCounter:
         """Raises as :meth:`count` does."""
         return bool(self._call(PROMPT, "has_two_starts", self._packed(request)))
 
-    def _call(self, limits: Limits, name: str, argument: object = None) -> Any:
+    def _call(self, limits: ChildLimits, name: str, argument: object = None) -> Any:
         if self._problem is not None:
             raise self._problem
         try:

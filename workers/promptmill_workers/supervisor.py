@@ -34,7 +34,7 @@ GOODBYE_S = 10.0
 
 
 @dataclass(slots=True)
-class Child:
+class WorkerProcess:
     """One device and the worker process that has it."""
 
     device: Device
@@ -46,7 +46,7 @@ class Child:
     given_up: bool = field(default=False)
 
 
-class Pool:
+class Supervisor:
     """Starts and watches the workers of this machine. ``run`` returns the exit code of the command."""
 
     def __init__(
@@ -58,7 +58,7 @@ class Pool:
         grace_s: float,
     ) -> None:
         self._locks = [DeviceLock(device) for device in devices]
-        self._children = [Child(device, lock) for device, lock in zip(devices, self._locks, strict=True)]
+        self._children = [WorkerProcess(device, lock) for device, lock in zip(devices, self._locks, strict=True)]
         self._models = list(models)
         self._slots = slots
         self._context_tokens = context_tokens
@@ -97,7 +97,7 @@ class Pool:
         """The first signal drains, the second ends at once."""
         self._signals += 1
 
-    def _look_after(self, child: Child) -> None:
+    def _look_after(self, child: WorkerProcess) -> None:
         if child.given_up:
             return
         if child.process is None:
@@ -106,7 +106,7 @@ class Pool:
         elif (code := child.process.poll()) is not None:
             self._bury(child, code)
 
-    def _start(self, child: Child) -> None:
+    def _start(self, child: WorkerProcess) -> None:
         order = {
             "device": child.device.name,
             "cores": list(child.device.cores),
@@ -131,7 +131,7 @@ class Pool:
         child.started_at = time.monotonic()
         log.info("worker for %s started (process %d)", child.device.name, child.process.pid)
 
-    def _bury(self, child: Child, code: int) -> None:
+    def _bury(self, child: WorkerProcess, code: int) -> None:
         """Decide when the device gets a new worker. One that cannot work at all gets none."""
         child.process = None
         if code == EXIT_BAD_INPUT:

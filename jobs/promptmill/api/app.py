@@ -25,7 +25,7 @@ from promptmill.api.http.evaluation import Evaluation
 from promptmill.api.http.middleware import Gate, Timings
 from promptmill.api.interactive import Live
 from promptmill.api.jobs import routes
-from promptmill.api.limits import Limits
+from promptmill.api.limits import KeyLimits
 from promptmill.api.openai import chat, files, models, own_folder
 from promptmill.api.openai.file_store import FileStore
 from promptmill.api.openai.model_directory import ModelDirectory
@@ -60,7 +60,7 @@ def create_app(settings: Settings, db: Engine, *, locked: bool) -> FastAPI:
         db=db,
         ledger=Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts),
         store=store,
-        limits=Limits(settings),
+        limits=KeyLimits(settings),
         models=ModelDirectory(db),
         live=Live(settings.redis_url, settings.api_timeout_s),
         quick=Evaluation(),

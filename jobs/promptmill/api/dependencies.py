@@ -16,7 +16,7 @@ from promptmill.api.http.errors import ApiError
 from promptmill.api.http.evaluation import Evaluation
 from promptmill.api.http.streams import Refusal
 from promptmill.api.keys import LOCAL, Principal
-from promptmill.api.limits import Limits
+from promptmill.api.limits import KeyLimits
 from promptmill.api.openai.file_store import FileStore
 from promptmill.core.settings import Settings
 from promptmill.database.tables import api_keys
@@ -44,7 +44,7 @@ class Services:
     db: Engine
     ledger: Ledger
     store: FileStore
-    limits: Limits
+    limits: KeyLimits
     models: ModelDirectory
     live: Live
     #: Where what clients send is evaluated: bodies and answers, datasets and reports.

@@ -98,7 +98,7 @@ def _question(request: LiveRequest) -> str:
     return "input" if request.sampling.get("embedding") else "prompt"
 
 
-class Call:
+class PendingRequest:
     """One request under way, and what is known of it."""
 
     def __init__(self, request: LiveRequest, until: float) -> None:
@@ -172,13 +172,13 @@ class Live:
         self._redis: Any = redis_client(
             redis_url, asynchronous=True, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S
         )
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, PendingRequest] = {}
         # Id -> model, of requests that nobody waits for any more.
         self._withdrawn: dict[str, str] = {}
         # List -> what is pushed to its end, and to its head.
         self._outbox: dict[str, list[bytes]] = {}
         self._first: dict[str, list[bytes]] = {}
-        self._unsent: list[Call] = []
+        self._unsent: list[PendingRequest] = []
         # Workers without a sign of life -> since when, by ``time.monotonic()``.
         self._silent: dict[str, float] = {}
         self._flushing: asyncio.Task[None] | None = None
@@ -218,10 +218,10 @@ class Live:
     @contextlib.asynccontextmanager
     async def call(
         self, model: str, sampling: dict[str, Any], owner: str | None, **question: Any
-    ) -> AsyncIterator[Call]:
+    ) -> AsyncIterator[PendingRequest]:
         """Send a request of ``owner``'s key. Leaving before its end drops it: its slot is free within a step or two."""
         until = asyncio.get_running_loop().time() + self._timeout_s
-        call = Call(LiveRequest(new_id(), self._id, model, sampling, owner=owner or "", **question), until)
+        call = PendingRequest(LiveRequest(new_id(), self._id, model, sampling, owner=owner or "", **question), until)
         self._calls[call.request.id] = call
         self._unsent.append(call)
         try:
@@ -232,7 +232,7 @@ class Live:
             if not call.ended:
                 self._drop(call)
 
-    def _drop(self, call: Call) -> None:
+    def _drop(self, call: PendingRequest) -> None:
         self._remember_withdrawn(call.request)
         if call.worker is not None:
             self._cancel(call.request.id, call.worker, call.request.model)
@@ -380,7 +380,7 @@ class Live:
             for call in [each for each in self._calls.values() if each.worker == worker and not each.ended]:
                 self._begin_again(call, "worker_lost", "its worker is gone")
 
-    def _begin_again(self, call: Call, error_class: str, message: str) -> None:
+    def _begin_again(self, call: PendingRequest, error_class: str, message: str) -> None:
         """On another worker; it fails when somebody has seen a part of the answer, or it was tried often."""
         if call.told or call.tries >= MOST_TRIES:
             call.put(FAILED, failure(call.request, error_class, message))
@@ -388,7 +388,7 @@ class Live:
             call.tries += 1
             self._send_again(call)
 
-    def _send_again(self, call: Call) -> None:
+    def _send_again(self, call: PendingRequest) -> None:
         """Before those that came later."""
         del self._calls[call.request.id]
         self._remember_withdrawn(call.request)
@@ -422,7 +422,7 @@ class Live:
                 # A worker may just have taken it.
                 call.missed = True
 
-    def _ask_again(self, call: Call) -> None:
+    def _ask_again(self, call: PendingRequest) -> None:
         """For what its worker has said, from the first reply that did not come."""
         assert call.worker is not None
         call.asked_at = call.heard

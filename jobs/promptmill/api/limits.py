@@ -30,7 +30,7 @@ class Bucket:
     at: float
 
 
-class Limits:
+class KeyLimits:
     """What each key has used. One event loop owns it."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:

@@ -50,7 +50,7 @@ ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "RAYON_NUM_TH
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ChildLimits:
     """What one call may use: seconds by the clock, and MiB of memory of its own."""
 
     seconds: float = 10.0
@@ -65,7 +65,7 @@ class ChildBroke(RuntimeError):
     """A bug in what was called; the traceback is in the log of this process."""
 
 
-class Pool:
+class ChildPool:
     """Children that wait for work. Any number of threads may call; each call has a child of its own."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Pool:
         self._busy: set[Child] = set()
         self._lock = threading.Lock()
 
-    def call(self, limits: Limits, function: Callable[..., R], *arguments: Any) -> R:
+    def call(self, limits: ChildLimits, function: Callable[..., R], *arguments: Any) -> R:
         """``function(*arguments)`` in a child. The function is one of a module, its arguments and result are pickled.
 
         Raises OverLimit, ChildBroke, or what the function raises.
@@ -136,7 +136,7 @@ class Child:
         self._answered = select.poll()
         self._answered.register(self._pipe, select.POLLIN)
 
-    def call(self, limits: Limits, function: Any, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    def call(self, limits: ChildLimits, function: Any, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
         """Whether it raised, and its value or error."""
         try:
             # ``self._pipe.send`` takes twice as long.
@@ -148,7 +148,7 @@ class Child:
             raise _too_much(limits.megabytes) from None
         return answer
 
-    def _answers(self, limits: Limits) -> bool:
+    def _answers(self, limits: ChildLimits) -> bool:
         if sys.platform != "darwin":
             return bool(self._answered.poll(1000 * limits.seconds))
         deadline = time.monotonic() + limits.seconds
@@ -191,10 +191,10 @@ def _too_much(megabytes: int) -> OverLimit:
     return OverLimit(f"it needs more than {megabytes:,} MiB of memory", hint="Is there an endless text in it?")
 
 
-_shared = Pool()
+_shared = ChildPool()
 
 
-def call(limits: Limits, function: Callable[..., R], *arguments: Any) -> R:
+def call(limits: ChildLimits, function: Callable[..., R], *arguments: Any) -> R:
     """``function(*arguments)`` in a child of this process' own pool. Raises as :meth:`Pool.call` does."""
     return _shared.call(limits, function, *arguments)
 

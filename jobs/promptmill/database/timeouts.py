@@ -15,7 +15,7 @@ T = TypeVar("T")
 LOOK_S = 0.1
 
 
-class Impatient(psycopg.Connection[Any]):
+class TimeoutConnection(psycopg.Connection[Any]):
     """A connection that is given up when one of its waits takes too long."""
 
     #: Seconds; None waits for ever.
@@ -38,8 +38,8 @@ def end_silent_connections(engine: Engine, seconds: float) -> None:
     if engine.dialect.name != "postgresql":
         return
 
-    def make(dialect: Any, record: Any, arguments: Any, named: Any) -> Impatient:
-        connection = Impatient.connect(*arguments, **named)
+    def make(dialect: Any, record: Any, arguments: Any, named: Any) -> TimeoutConnection:
+        connection = TimeoutConnection.connect(*arguments, **named)
         connection.limit_s = seconds
         return connection
 

@@ -97,7 +97,7 @@ PARTS = ("prefill", "decode", "sampling", "grammar", "Python", "waiting")
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class BenchFigures:
     """One way through the workload. ``budget_s``: where the seconds of an engine went, by :data:`PARTS`.
 
     A whole job knows its sampling, its grammar and the rest of its Python together only: as Python.
@@ -126,10 +126,10 @@ class Figures:
 class Way:
     """The runs of one way. Its figures are those of the run with the median rate."""
 
-    runs: tuple[Figures, ...]
+    runs: tuple[BenchFigures, ...]
 
     @property
-    def median(self) -> Figures:
+    def median(self) -> BenchFigures:
         """Of an even number the slower one of the two in the middle."""
         return sorted(self.runs, key=lambda run: run.output_tps)[(len(self.runs) - 1) // 2]
 
@@ -170,13 +170,13 @@ def bench(
     if peer is not None:
         reach(peer)
     bodies = WORKLOADS[workload].bodies(requests)
-    ways: dict[str, Callable[[], Figures]] = {
+    ways: dict[str, Callable[[], BenchFigures]] = {
         "bare engine": lambda: bare_engine(bodies, model, slots, settings, device),
         "whole job": lambda: whole_job(bodies, model, slots, settings, device),
     }
     if peer is not None:
         ways[peer] = lambda: server(bodies, peer, slots or settings.slots or CLIENTS, model)
-    runs: dict[str, list[Figures]] = {name: [] for name in ways}
+    runs: dict[str, list[BenchFigures]] = {name: [] for name in ways}
     # In turns, so that what else the machine does meets all of them alike.
     for turn in range(repeat):
         for name, measure in ways.items():
@@ -203,7 +203,7 @@ def reach(url: str) -> str:
 
 def bare_engine(
     bodies: Sequence[Mapping[str, Any]], model: str, slots: int | None, settings: Settings, device: str
-) -> Figures:
+) -> BenchFigures:
     """The engine's loop and nothing else, in a process of its own."""
     from promptmill_workers.checkpoints import engine_of
     from promptmill_workers.devices import parse_devices, usable
@@ -217,7 +217,7 @@ def bare_engine(
         done = _bare_loop(model, replace(config.options, plain_kernels=True), bodies, where)
     if done.returncode != 0:
         raise PromptmillError(f"the bare engine ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return Figures("bare engine", **json.loads(done.stdout))
+    return BenchFigures("bare engine", **json.loads(done.stdout))
 
 
 def _bare_loop(
@@ -232,7 +232,7 @@ def _bare_loop(
 
 def whole_job(
     bodies: Sequence[Mapping[str, Any]], model: str, slots: int | None, settings: Settings, device: str
-) -> Figures:
+) -> BenchFigures:
     """A job on a fresh SQLite database, as ``promptmill run`` does it; its figures come from its rows."""
     from promptmill.reports.figures.summary import summarise
     from promptmill.service import service
@@ -252,7 +252,7 @@ def whole_job(
             db.dispose()
     if summary.wall_s is None or summary.ok < len(bodies):
         raise PromptmillError(f"{len(bodies) - summary.ok} of {len(bodies)} requests failed in the whole job")
-    return Figures("whole job", summary.wall_s, summary.ok, summary.output_tokens, budget_s=spent)
+    return BenchFigures("whole job", summary.wall_s, summary.ok, summary.output_tokens, budget_s=spent)
 
 
 def _engine_seconds(db: Engine, job_id: str) -> dict[str, float]:
@@ -264,7 +264,7 @@ def _engine_seconds(db: Engine, job_id: str) -> dict[str, float]:
     return {part: float(spent or 0.0) for part, spent in zip(parts, sums, strict=True)}
 
 
-def server(bodies: Sequence[Mapping[str, Any]], url: str, clients: int, model: str) -> Figures:
+def server(bodies: Sequence[Mapping[str, Any]], url: str, clients: int, model: str) -> BenchFigures:
     """An OpenAI-compatible server at ``url`` (which may end in ``/v1``), ``clients`` requests at a time."""
     base = reach(url)
 
@@ -282,4 +282,4 @@ def server(bodies: Sequence[Mapping[str, Any]], url: str, clients: int, model: s
             tokens = sum(threads.map(ask, bodies))
     except (urllib.error.URLError, OSError, KeyError, ValueError) as problem:
         raise PromptmillError(f"{base} does not answer as an OpenAI-compatible server: {str(problem)[:160]}") from None
-    return Figures(base, time.monotonic() - started, len(bodies), tokens)
+    return BenchFigures(base, time.monotonic() - started, len(bodies), tokens)

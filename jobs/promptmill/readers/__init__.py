@@ -13,7 +13,7 @@ from promptmill.errors import DatasetError
 from promptmill.readers import hub
 from promptmill.readers.ids import IdTable
 from promptmill.readers.sniffing import ENDINGS, format_of
-from promptmill.readers.source import Source, TextLine
+from promptmill.readers.source import DatasetSource, TextLine
 from promptmill.types import DatasetLine
 
 #: Format -> the function that turns its lines of text into dataset lines.
@@ -70,7 +70,7 @@ class Dataset:
     #: Files that it consists of.
     files = 1
 
-    def __init__(self, source: Source, format_: str, layout: Layout) -> None:
+    def __init__(self, source: DatasetSource, format_: str, layout: Layout) -> None:
         self._source = source
         self._layout = layout
         self.name = source.name
@@ -140,12 +140,14 @@ def open_dataset(
     layout = Layout("", dict(expected or {}), has_template, id, dict(input or {}), dict(meta or {}), number_duplicates)
     name = str(path)
     if name.startswith(hub.PREFIX):
-        return _opened(Source.spooled(hub.records(name), name), format or "jsonl", replace(layout, is_filled=True))
+        return _opened(
+            DatasetSource.spooled(hub.records(name), name), format or "jsonl", replace(layout, is_filled=True)
+        )
     if _is_many(name):
         from promptmill.readers.many import open_many
 
-        return open_many(name, lambda each: _opened(Source.open(str(each)), format, layout))
-    return _opened(Source.open(name), format, layout)
+        return open_many(name, lambda each: _opened(DatasetSource.open(str(each)), format, layout))
+    return _opened(DatasetSource.open(name), format, layout)
 
 
 def _is_many(name: str) -> bool:
@@ -153,7 +155,7 @@ def _is_many(name: str) -> bool:
     return os.path.isdir(name) or (not _PATTERN.isdisjoint(name) and not os.path.exists(name))
 
 
-def _opened(source: Source, format_: str | None, layout: Layout) -> Dataset:
+def _opened(source: DatasetSource, format_: str | None, layout: Layout) -> Dataset:
     try:
         found = _format(source, format_)
         is_filled = layout.is_filled or found in FILE_READERS
@@ -163,7 +165,7 @@ def _opened(source: Source, format_: str | None, layout: Layout) -> Dataset:
         raise
 
 
-def _format(source: Source, asked: str | None) -> str:
+def _format(source: DatasetSource, asked: str | None) -> str:
     if asked is not None and asked not in FORMATS:
         raise DatasetError(f"unknown dataset format '{asked}'", hint=suggestion(asked, FORMATS))
     if asked in READERS:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from promptmill.errors import DatasetError
-from promptmill.readers.source import Source
+from promptmill.readers.source import DatasetSource
 
 #: File name ending -> format.
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".txt": "text", ".json": "json"}
@@ -22,7 +22,7 @@ LINES = 100
 PARQUET = b"PAR1"
 
 
-def format_of(source: Source) -> str:
+def format_of(source: DatasetSource) -> str:
     """Raises DatasetError where neither the name nor the content tells it."""
     named = ENDINGS.get(source.ending)
     if named == "parquet" or source.begins_with(PARQUET):

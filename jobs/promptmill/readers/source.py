@@ -54,7 +54,7 @@ class Readable(Protocol):
     def close(self) -> None: ...
 
 
-class Source:
+class DatasetSource:
     """A file that can be read several times from its start. A stream is kept in a temporary file for that."""
 
     def __init__(self, path: Path, name: str, *, spooled: IO[bytes] | None = None) -> None:
@@ -73,7 +73,7 @@ class Source:
         return self._spooled is not None
 
     @classmethod
-    def open(cls, path: str) -> Source:
+    def open(cls, path: str) -> DatasetSource:
         """Raises :class:`DatasetError` when there is no such file, it is a folder, or it cannot be read."""
         if path == "-":
             return cls._spool(sys.stdin.buffer, "<stdin>")
@@ -95,12 +95,12 @@ class Source:
         return cls(found, found.name)
 
     @classmethod
-    def _spool(cls, stream: IO[bytes], name: str) -> Source:
+    def _spool(cls, stream: IO[bytes], name: str) -> DatasetSource:
         """Keep what can be read only once: standard input, a named pipe, a shell's ``<(command)``."""
         return cls.spooled(iter(lambda: stream.read(BLOCK), b""), name)
 
     @classmethod
-    def spooled(cls, blocks: Iterable[bytes], name: str) -> Source:
+    def spooled(cls, blocks: Iterable[bytes], name: str) -> DatasetSource:
         """Keep ``blocks`` in a temporary file. Raises :class:`DatasetError` where there are none."""
         spooled = tempfile.NamedTemporaryFile(prefix="promptmill-")  # noqa: SIM115 - closed by close()
         try:

@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from promptmill.core.outputs import writing
-from promptmill.tasks.gates import Verdict
+from promptmill.tasks.gates import GateVerdict
 
 
-def write(path: str, job_id: str, verdicts: Sequence[Verdict]) -> None:
+def write(path: str, job_id: str, verdicts: Sequence[GateVerdict]) -> None:
     """A test case for each gate, in a file or on stdout. Raises PromptmillError where it cannot be written."""
     failed = sum(not verdict.passed for verdict in verdicts)
     suite = ET.Element("testsuite", name=f"promptmill {job_id}", tests=str(len(verdicts)), failures=str(failed))

@@ -13,7 +13,7 @@ from promptmill.core.registry import suggestion
 from promptmill.database.engine import reading
 from promptmill.database.tables import requests, results, scores
 from promptmill.errors import JobError, UnknownName
-from promptmill.scoring.scorers import Outcome
+from promptmill.scoring.scorers import ScoreOutcome
 from promptmill.scoring.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.scoring.stored_scores import kept_run
 from promptmill.store import catalog
@@ -23,7 +23,7 @@ from promptmill.types import WITHOUT_TEXTS
 FETCH_ROWS = 2_000
 
 #: Outcomes of answers in which nothing was found.
-UNREAD = (Outcome.UNPARSED, Outcome.TRUNCATED)
+UNREAD = (ScoreOutcome.UNPARSED, ScoreOutcome.TRUNCATED)
 
 
 @dataclass(frozen=True, slots=True)

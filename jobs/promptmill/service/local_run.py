@@ -25,7 +25,7 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RunOutcome:
     """How a command that ran a job ended."""
 
     job_id: str
@@ -62,14 +62,14 @@ def run_embedded(
     context_tokens: int | None,
     started: Callable[[], None] = lambda: None,
     on_loaded: Callable[[str], None] = lambda text: None,
-) -> Outcome:
+) -> RunOutcome:
     """Run the job here. However this ends before the job does, the job is paused and the person told how to go on."""
     ledger = ledger_of(db, settings)
     try:
         started()
         return _run_here(job_id, settings, db, device, on_progress, context_tokens, on_loaded)
     except KeyboardInterrupt:
-        return Outcome(job_id, JobState.PAUSED, finished=False)
+        return RunOutcome(job_id, JobState.PAUSED, finished=False)
     except PromptmillError as problem:
         # Where the database itself is the trouble nothing can be paused, and resume works from 'running' too.
         paused = None
@@ -92,7 +92,7 @@ def _run_here(
     on_progress: OnProgress,
     context_tokens: int | None,
     on_loaded: Callable[[str], None],
-) -> Outcome:
+) -> RunOutcome:
     from promptmill_workers.checkpoints import locate
     from promptmill_workers.host.client import HostConfig
     from promptmill_workers.worker.local_worker import EmbeddedWorker
@@ -100,7 +100,7 @@ def _run_here(
     ledger = ledger_of(db, settings)
     job = catalog.find_job(db, job_id)
     if JobState(job.state).is_final:
-        return Outcome(job_id, JobState(job.state))
+        return RunOutcome(job_id, JobState(job.state))
     config = HostConfig.of(
         settings, job.model, device, slots=job.slots or settings.slots,
         context_tokens=context_tokens or settings.context_tokens,
@@ -117,7 +117,7 @@ def _run_here(
             ledger.stop(job_id, problem.message)
             raise
         finished = worker.run(job_id, on_progress)
-    return Outcome(job_id, ledger.progress(job_id).state, finished)
+    return RunOutcome(job_id, ledger.progress(job_id).state, finished)
 
 
 def require_same_model(job: Row[Any], found: str | None) -> None:

@@ -58,7 +58,7 @@ class Preflight:
         return asdict(self)
 
 
-class Gauge:
+class PromptGauge:
     """Sees every request of a submission; refuses those that cannot fit, and remembers lengths in little memory."""
 
     def __init__(

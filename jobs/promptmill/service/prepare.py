@@ -17,7 +17,7 @@ from promptmill.core.text_files import read_text
 from promptmill.errors import DatasetError, JobError, ModelError, TaskFileError
 from promptmill.readers import Dataset, open_dataset
 from promptmill.service.lint import Lint
-from promptmill.service.preflight import Gauge, Preflight
+from promptmill.service.preflight import Preflight, PromptGauge
 from promptmill.service.selection import Selection
 from promptmill.service.submission import JobOrder, Preparer, prepared_rows, refuse_bad
 from promptmill.tasks.task_file import Task, load_task
@@ -72,7 +72,7 @@ class Prepared:
     dataset: Dataset
     order: JobOrder
     checkpoint: Checkpoint | None
-    gauge: Gauge | None
+    gauge: PromptGauge | None
 
 
 @contextlib.contextmanager
@@ -201,7 +201,7 @@ def canonical_name(name: str) -> str:
     return canonical(name)
 
 
-def gauge_of(model: str, settings: Settings) -> Gauge | None:
+def gauge_of(model: str, settings: Settings) -> PromptGauge | None:
     """What measures the prompts of a job for ``model`` before it is stored, as :func:`submit` does.
 
     None where only the workers have the model; nothing is fetched. Raises ModelError for files that are no model.
@@ -211,7 +211,7 @@ def gauge_of(model: str, settings: Settings) -> Gauge | None:
     return _model(RunOptions(model=model), settings, must_be_here=False)[1]
 
 
-def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple[Checkpoint | None, Gauge | None]:
+def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple[Checkpoint | None, PromptGauge | None]:
     """The model's files and a gauge with its tokeniser; neither where only the workers have the model."""
     from promptmill_workers.checkpoints import locate
     from promptmill_workers.engines.contract import EngineRequest
@@ -233,7 +233,7 @@ def _model(options: RunOptions, settings: Settings, must_be_here: bool) -> tuple
     def has_two_starts(request: Request) -> bool:
         return counter.has_two_starts(EngineRequest.of(request))
 
-    return checkpoint, Gauge(count, min(limit, counter.context_tokens), counter.vocabulary, has_two_starts)
+    return checkpoint, PromptGauge(count, min(limit, counter.context_tokens), counter.vocabulary, has_two_starts)
 
 
 def _check_engine(checkpoint: Checkpoint, options: RunOptions, settings: Settings, mode: str) -> None:

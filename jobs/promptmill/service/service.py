@@ -21,7 +21,7 @@ from promptmill.ledger import Ledger
 from promptmill.queue.dispatcher import waits_for
 from promptmill.service.local_run import (
     OnProgress,
-    Outcome,
+    RunOutcome,
     holding,
     ledger_of,
     one_device,
@@ -99,7 +99,7 @@ def run(
     on_preflight: OnPreflight = lambda findings: None,
     on_stored: Callable[[str], None] = lambda job_id: None,
     on_loaded: Callable[[str], None] = lambda text: None,
-) -> Outcome:
+) -> RunOutcome:
     """Store the job and run it in this process; returns when it has ended or was interrupted.
 
     ``on_loaded`` is told in a sentence which engine was chosen, why, and what it set up.
@@ -130,7 +130,7 @@ def resume(
     device: str = "auto",
     on_progress: OnProgress = lambda progress: None,
     warn: OnWarning = log.warning,
-) -> Outcome:
+) -> RunOutcome:
     """Go on with an interrupted job. An embedded one is run here; one of the queue is handed to the workers."""
     job = catalog.find_job(db, reference)
     ledger = ledger_of(db, settings)
@@ -143,23 +143,23 @@ def resume(
         return _go_on_here(job.id, settings, db, chosen, on_progress)
 
 
-def _handed_over(job_id: str, ledger: Ledger, was_open: bool = False) -> Outcome:
+def _handed_over(job_id: str, ledger: Ledger, was_open: bool = False) -> RunOutcome:
     """Of a job that the workers go on with; few rows may be done before one looks."""
     state = ledger.progress(job_id).state
-    return Outcome(job_id, state, finished=state.is_final, was_open=was_open)
+    return RunOutcome(job_id, state, finished=state.is_final, was_open=was_open)
 
 
-def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
+def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> RunOutcome:
     """The twin of a job: what it has when it has ended, else the rest of it. The caller holds the device."""
     job = catalog.find_job(db, job_id)
     if JobState(job.state).is_final:
-        return Outcome(job_id, JobState(job.state))
+        return RunOutcome(job_id, JobState(job.state))
     if job.mode == "queue":
         raise JobError(f"job {job_id} asks the same and is {job.state} in the queue", hint="Use: promptmill watch")
     return _go_on_here(job_id, settings, db, device, on_progress)
 
 
-def _go_on_here(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> Outcome:
+def _go_on_here(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> RunOutcome:
     ledger = ledger_of(db, settings)
     with owning(job_id):
         require_unheld(job_id, ledger)
@@ -257,20 +257,20 @@ def retry(
     device: str = "auto",
     on_progress: OnProgress = lambda progress: None,
     warn: OnWarning = log.warning,
-) -> tuple[int, Outcome]:
+) -> tuple[int, RunOutcome]:
     """Run the errors of an ended job again, here or by the workers as it ran before. Returns how many there were."""
     job = catalog.find_job(db, reference)
     only, ledger = _error_class(error_class), ledger_of(db, settings)
     if job.mode == "queue":
         if (rows := ledger.retry(job.id, only)) == 0:
-            return 0, Outcome(job.id, JobState(job.state))
+            return 0, RunOutcome(job.id, JobState(job.state))
         dispatch(job, settings, db, warn)
         return rows, _handed_over(job.id, ledger)
     chosen = one_device(device, RunOptions(model=job.model), settings)
     # The locks first: a job that cannot run now is not opened again either.
     with holding(chosen), owning(job.id):
         if (rows := ledger.retry(job.id, only)) == 0:
-            return 0, Outcome(job.id, JobState(job.state))
+            return 0, RunOutcome(job.id, JobState(job.state))
         return rows, run_embedded(job.id, settings, db, chosen, on_progress, None)
 
 

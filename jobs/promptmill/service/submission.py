@@ -29,7 +29,7 @@ from promptmill.errors import BadLines, DatabaseError, DatasetError, JobExists, 
 from promptmill.ledger import RESULT_COLUMNS, waiting_requests
 from promptmill.readers import Dataset
 from promptmill.readers.fields import storable
-from promptmill.service.preflight import Gauge
+from promptmill.service.preflight import PromptGauge
 from promptmill.service.selection import Selection
 from promptmill.tasks.sampling import refuse_repeats, repeated
 from promptmill.tasks.task_file import Task
@@ -101,7 +101,7 @@ MOST_NAMES = 100
 
 
 @dataclass(slots=True)
-class Tally:
+class SubmissionTally:
     """What passed through a submission: bad lines, and each row's expected cost in tokens."""
 
     bad: list[tuple[int, str]] = field(default_factory=list)
@@ -142,7 +142,7 @@ class PreparedRow:
 class Preparer:
     """Turns dataset lines into rows, checking each as far as it can be checked without a device."""
 
-    def __init__(self, order: JobOrder, gauge: Gauge | None) -> None:
+    def __init__(self, order: JobOrder, gauge: PromptGauge | None) -> None:
         self._template: Template | None = order.task.template if order.task else None
         self._system = order.system
         self._sampling = order.sampling
@@ -151,7 +151,7 @@ class Preparer:
         self._own: tuple[Mapping[str, Any], str, SamplingParams] | None = None
         self._gauge = gauge
         self._skip_invalid = order.skip_invalid
-        self.tally = Tally(unmet=set(order.must_expect))
+        self.tally = SubmissionTally(unmet=set(order.must_expect))
 
     def prepare(self, line: DatasetLine, row: int) -> PreparedRow | None:
         """The row, or None for a bad line that stops the submission (it is noted in the tally)."""
@@ -223,7 +223,7 @@ class Preparer:
         return self._own[1], self._own[2]
 
 
-def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: Gauge | None = None) -> str:
+def submit(db: Engine, dataset: Dataset, order: JobOrder, gauge: PromptGauge | None = None) -> str:
     """Store the job and return its id.
 
     ``gauge`` sees every request before it is stored, and refuses what cannot fit. Raises :class:`BadLines` for lines
@@ -336,7 +336,9 @@ def _refuse_full_queue(db: Connection, order: JobOrder, rows: int) -> None:
             )
 
 
-def refuse_bad(dataset: Dataset, tally: Tally, skip_invalid: bool, rows: int, submitting: bool = True) -> None:
+def refuse_bad(
+    dataset: Dataset, tally: SubmissionTally, skip_invalid: bool, rows: int, submitting: bool = True
+) -> None:
     """Raise for bad lines that were not to be skipped, and for a dataset in which nothing is left."""
     if tally.bad_total and not skip_invalid:
         raise BadLines(dataset.name, tally.bad, tally.bad_total, submitting=submitting, place=dataset.place)
@@ -427,7 +429,7 @@ def _invalid_result(job_id: str, row: int, error_class: ErrorClass, problem: str
     return tuple(outcome.get(name) for name in RESULT_COLUMNS)
 
 
-def _store_chunks(db: Connection, job_id: str, tally: Tally, published_at: float | None) -> None:
+def _store_chunks(db: Connection, job_id: str, tally: SubmissionTally, published_at: float | None) -> None:
     invalid = array("I", tally.invalid_rows)
     values, seen = [], 0
     for number, span in enumerate(plan_chunks(tally.costs)):

@@ -16,7 +16,7 @@ from promptmill.database.engine import reading
 from promptmill.database.tables import jobs, results
 from promptmill.store.catalog import EXTRAS, result_line, result_rows
 from promptmill.tasks.openai import refusal_of
-from promptmill.tasks.tools import Call, Offer, read_calls, shown_calls
+from promptmill.tasks.tools import Offer, ToolCall, read_calls, shown_calls
 
 #: No parameters.
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -116,7 +116,7 @@ def openai_line(
     model: str,
     common: Mapping[str, Any] = NOTHING,
     question: str | None = None,
-    read: Callable[[str, Offer], tuple[str, list[Call]]] = read_calls,
+    read: Callable[[str, Offer], tuple[str, list[ToolCall]]] = read_calls,
 ) -> dict[str, Any]:
     """A line of a batch output file (2xx) or error file (the rest).
 

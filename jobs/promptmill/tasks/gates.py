@@ -13,7 +13,7 @@ _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operato
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateVerdict:
     """One gate. ``value`` is None when the job has no such figure: then the gate has failed."""
 
     name: str
@@ -29,22 +29,22 @@ class Verdict:
         return f"gate {self.name} {self.demand}: {shown}, {'passed' if self.passed else 'FAILED'}"
 
 
-def judge(gates: Mapping[str, str | GateDemand], summary: Mapping[str, Any]) -> list[Verdict]:
+def judge(gates: Mapping[str, str | GateDemand], summary: Mapping[str, Any]) -> list[GateVerdict]:
     """A verdict on each gate. ``summary``: a report's JSON form."""
     return [_judged(name, asked, summary) for name, asked in gates.items()]
 
 
-def _judged(name: str, asked: str | GateDemand, summary: Mapping[str, Any]) -> Verdict:
+def _judged(name: str, asked: str | GateDemand, summary: Mapping[str, Any]) -> GateVerdict:
     if isinstance(asked, str):
         return _verdict(name, asked, _figure(name, summary))
     return _verdict(f"{name} (lower end of its 95 % interval)", asked.demand, _lower_end(name, summary))
 
 
-def _verdict(name: str, demand: str, value: float | None) -> Verdict:
+def _verdict(name: str, demand: str, value: float | None) -> GateVerdict:
     found = GATE.fullmatch(demand)
     assert found is not None
     passed = value is not None and _COMPARE[found[1]](value, float(found[2]))
-    return Verdict(name, demand, value, passed)
+    return GateVerdict(name, demand, value, passed)
 
 
 def _lower_end(name: str, summary: Mapping[str, Any]) -> float | None:

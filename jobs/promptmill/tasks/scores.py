@@ -26,7 +26,7 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ScoreKind:
     """A kind of score: its options and the figures that gates and reports can name."""
 
     figures: tuple[str, ...]
@@ -67,19 +67,21 @@ CLASSES = (
 #: Figures of yes or no.
 BINARY = ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "brier", "ece")
 
-KINDS: dict[str, Kind] = {
-    "exact": Kind(CLASSES, {}),
-    "closeness": Kind(("closeness",), {"span": Option(_POSITIVE.must_be, _POSITIVE.fits, required=True)}),
-    "within": Kind(("accuracy",), {"tolerance": Option(_POSITIVE.must_be, _POSITIVE.fits, required=True)}),
-    "abs_error": Kind(("abs_error",), {"worst": _POSITIVE}),
-    "numeric": Kind(("accuracy",), {"tolerance": _NOT_NEGATIVE, "relative": _NOT_NEGATIVE}, ("tolerance", "relative")),
-    "binary": Kind(BINARY, {"threshold": _NUMBER, "positive": _LABEL}, ("threshold", "positive")),
-    "contains": Kind(("accuracy",), {"ignore_case": _TRUTH}),
-    "regex": Kind(("accuracy",), {"pattern": _PATTERN}),
-    "json_match": Kind(("accuracy",), {}),
-    "set_f1": Kind(("set_f1",), {}),
-    "choice_probability": Kind(("choice_probability", "brier", "ece"), {}),
-    "python": Kind(("mean", *dict.fromkeys((*CLASSES, *BINARY))), {"field": _FIELD}),
+KINDS: dict[str, ScoreKind] = {
+    "exact": ScoreKind(CLASSES, {}),
+    "closeness": ScoreKind(("closeness",), {"span": Option(_POSITIVE.must_be, _POSITIVE.fits, required=True)}),
+    "within": ScoreKind(("accuracy",), {"tolerance": Option(_POSITIVE.must_be, _POSITIVE.fits, required=True)}),
+    "abs_error": ScoreKind(("abs_error",), {"worst": _POSITIVE}),
+    "numeric": ScoreKind(
+        ("accuracy",), {"tolerance": _NOT_NEGATIVE, "relative": _NOT_NEGATIVE}, ("tolerance", "relative")
+    ),
+    "binary": ScoreKind(BINARY, {"threshold": _NUMBER, "positive": _LABEL}, ("threshold", "positive")),
+    "contains": ScoreKind(("accuracy",), {"ignore_case": _TRUTH}),
+    "regex": ScoreKind(("accuracy",), {"pattern": _PATTERN}),
+    "json_match": ScoreKind(("accuracy",), {}),
+    "set_f1": ScoreKind(("set_f1",), {}),
+    "choice_probability": ScoreKind(("choice_probability", "brier", "ece"), {}),
+    "python": ScoreKind(("mean", *dict.fromkeys((*CLASSES, *BINARY))), {"field": _FIELD}),
 }
 
 

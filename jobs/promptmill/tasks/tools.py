@@ -35,7 +35,7 @@ LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """A function that the model wants called. ``arguments`` is the text of a JSON object."""
 
     name: str
@@ -144,7 +144,7 @@ def names_of(tools: str) -> list[str]:
 # --- what an answer holds --------------------------------------------------------------------------------------------
 
 
-def read_calls(text: str, offer: Offer) -> tuple[str, list[Call]]:
+def read_calls(text: str, offer: Offer) -> tuple[str, list[ToolCall]]:
     """The text beside the calls, and the calls. What calls no function that is offered is text."""
     functions = _functions(offer.tools)
     content, calls = _tagged(text, functions) if OPEN in text else _bare(text, functions)
@@ -153,7 +153,7 @@ def read_calls(text: str, offer: Offer) -> tuple[str, list[Call]]:
     return content.strip(), calls if offer.several else calls[:1]
 
 
-def _tagged(text: str, functions: Mapping[str, Any]) -> tuple[str, list[Call]]:
+def _tagged(text: str, functions: Mapping[str, Any]) -> tuple[str, list[ToolCall]]:
     """Each call between its own marks; the last mark may be missing, where it was a control token."""
     beside, calls, at = [], [], 0
     while (found := text.find(OPEN, at)) >= 0:
@@ -170,7 +170,7 @@ def _tagged(text: str, functions: Mapping[str, Any]) -> tuple[str, list[Call]]:
     return "".join(beside), calls
 
 
-def _bare(text: str, functions: Mapping[str, Any]) -> tuple[str, list[Call]]:
+def _bare(text: str, functions: Mapping[str, Any]) -> tuple[str, list[ToolCall]]:
     """Calls after a mark, or a text that is nothing but calls."""
     for mark in MARKS[1:]:
         before, found, rest = text.partition(mark)
@@ -179,7 +179,7 @@ def _bare(text: str, functions: Mapping[str, Any]) -> tuple[str, list[Call]]:
     return "", _calls_of(text, functions) or []
 
 
-def _calls_of(text: str, functions: Mapping[str, Any]) -> list[Call] | None:
+def _calls_of(text: str, functions: Mapping[str, Any]) -> list[ToolCall] | None:
     """The calls of a text that is JSON objects, or lists of them, and nothing else; None for any other text."""
     decode, calls, at = json.JSONDecoder().raw_decode, [], _skip(text, 0)
     while at < len(text):
@@ -203,7 +203,7 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _call(value: Any, functions: Mapping[str, Any]) -> Call | None:
+def _call(value: Any, functions: Mapping[str, Any]) -> ToolCall | None:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in functions:
@@ -216,7 +216,7 @@ def _call(value: Any, functions: Mapping[str, Any]) -> Call | None:
             return None
     if not isinstance(arguments, dict) or not _keeps_to(functions[value["name"]], arguments):
         return None
-    return Call(value["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 def _keeps_to(function: Mapping[str, Any], arguments: dict[str, Any]) -> bool:
@@ -236,7 +236,7 @@ def call_id(answer: str, index: int) -> str:
     return "".join(letters)
 
 
-def shown_calls(calls: Iterable[Call], answer: str) -> list[dict[str, Any]]:
+def shown_calls(calls: Iterable[ToolCall], answer: str) -> list[dict[str, Any]]:
     """Calls as OpenAI's API shows them; ``answer`` names the answer that they are in."""
     return [
         {"id": call_id(answer, index), "type": "function", "function": {"name": each.name, "arguments": each.arguments}}

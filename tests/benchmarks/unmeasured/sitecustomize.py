@@ -8,7 +8,7 @@ if os.environ.get("WITHOUT_MEASURING") is not None:
     from promptmill.ledger.results import Results
     from promptmill_workers.engines.contract import Finished
     from promptmill_workers.engines.echo import EchoEngine
-    from promptmill_workers.worker.heartbeat import Presence
+    from promptmill_workers.worker.heartbeat import Heartbeat
 
     def take_out() -> None:
         """No timestamps of requests, no counters of attempts, no samples of workers."""
@@ -25,7 +25,7 @@ if os.environ.get("WITHOUT_MEASURING") is not None:
         replaced: tuple[tuple[Any, str, Any], ...] = (
             (EchoEngine, "step", step),
             (Results, "_add_counters", lambda *_: None),
-            (Presence, "_add_sample", lambda _: None),
+            (Heartbeat, "_add_sample", lambda _: None),
             (EchoEngine.__init__, "__defaults__", (lambda: 0.0,)),
         )
         for owner, name, value in replaced:

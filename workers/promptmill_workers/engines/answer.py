@@ -88,7 +88,7 @@ def needs_logits(sampling: SamplingParams) -> bool:
     )
 
 
-class Answer:
+class Generation:
     """Takes the tokens of one answer in order. The engine computes; this decides."""
 
     __slots__ = (

@@ -18,7 +18,7 @@ SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class KVBudget:
     """Slots and KV cells of an engine."""
 
     slots: int
@@ -27,7 +27,7 @@ class Room:
 
 def fit(
     *, slots: int | None, cells: int | None, context_tokens: int, cell_bytes: int, free_bytes: int | None, gpu: bool
-) -> Room:
+) -> KVBudget:
     """Slots and cells as asked for, else as the memory allows; never fewer cells than one request may need.
 
     ``cell_bytes``: memory of one token over all layers. ``free_bytes``: of the device, None when unknown.
@@ -36,10 +36,10 @@ def fit(
     wanted = slots or (GPU_SLOTS if gpu else CPU_SLOTS)
     per_slot = min(context_tokens, CELLS_PER_SLOT)
     if cells is not None:
-        return Room(wanted, max(cells, context_tokens))
+        return KVBudget(wanted, max(cells, context_tokens))
     enough = max(context_tokens, wanted * per_slot)
     if free_bytes is None or cell_bytes <= 0:
-        return Room(wanted, enough)
+        return KVBudget(wanted, enough)
     most = int(free_bytes * SHARE) // cell_bytes
     if most < context_tokens:
         raise ModelError(
@@ -49,4 +49,4 @@ def fit(
         )
     found = min(enough, most)
     # Slots that were asked for are kept: requests then wait for cells instead of for slots.
-    return Room(slots or max(1, min(wanted, found // per_slot)), found)
+    return KVBudget(slots or max(1, min(wanted, found // per_slot)), found)

@@ -29,7 +29,7 @@ class Piece:
     plain: bool = False
 
 
-class Template(Protocol):
+class MarkedTemplate(Protocol):
     """A chat template with its library around it."""
 
     @property
@@ -105,7 +105,7 @@ class Controls:
 
 
 def pieces_of(
-    request: EngineRequest, controls: Controls, template: Callable[[SamplingParams], Template]
+    request: EngineRequest, controls: Controls, template: Callable[[SamplingParams], MarkedTemplate]
 ) -> tuple[list[Piece], bool]:
     """The prompt, and whether the model begins with its reasoning after it. Raises RequestError."""
     sampling = request.sampling
@@ -165,7 +165,7 @@ class _Chat:
     """Messages on their way through a chat template."""
 
     def __init__(
-        self, template: Template, controls: Controls, messages: Sequence[Message], sampling: SamplingParams
+        self, template: MarkedTemplate, controls: Controls, messages: Sequence[Message], sampling: SamplingParams
     ) -> None:
         """Raises RequestError for tools that the template does not know."""
         self._template, self._controls, self._sampling = template, controls, sampling

@@ -27,7 +27,7 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
 )
-from promptmill_workers.host.preemption import Yielding
+from promptmill_workers.host.preemption import Preemption
 
 #: Finished greedy answers that are remembered, and the longest text among them, in characters.
 REMEMBERED = 8_192
@@ -41,7 +41,7 @@ Identity = bytes
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class FanOut:
     """A request in parts, each a sequence of its own."""
 
     request: EngineRequest
@@ -54,12 +54,12 @@ class Desk:
 
     def __init__(self, engine: Engine, *, deduplicate: bool = True) -> None:
         self._engine = engine
-        self._yielding = Yielding(engine)
+        self._yielding = Preemption(engine)
         self._deduplicate = deduplicate
         # Parts have keys below zero, which no caller uses.
         self._next_part = -1
-        self._groups: dict[RequestKey, Group] = {}
-        self._group_of: dict[RequestKey, Group] = {}
+        self._groups: dict[RequestKey, FanOut] = {}
+        self._group_of: dict[RequestKey, FanOut] = {}
         self._leaders: dict[Identity, RequestKey] = {}
         self._identities: dict[RequestKey, Identity] = {}
         self._followers: dict[RequestKey, list[EngineRequest]] = {}
@@ -147,10 +147,10 @@ class Desk:
             keys.append(self._next_part)
             batch.append(replace(part, key=self._next_part))
             self._next_part -= 1
-        group = self._groups[request.key] = Group(request, keys)
+        group = self._groups[request.key] = FanOut(request, keys)
         self._group_of.update(dict.fromkeys(keys, group))
 
-    def _collect(self, group: Group, event: Event) -> Event | None:
+    def _collect(self, group: FanOut, event: Event) -> Event | None:
         """What a part's event means for the request."""
         key = group.request.key
         match event:
@@ -166,7 +166,7 @@ class Desk:
                 self._dissolve(group)
                 return replace(event, key=key)
 
-    def _dissolve(self, group: Group) -> None:
+    def _dissolve(self, group: FanOut) -> None:
         """End every part; what they have generated is in no answer."""
         for part in group.parts:
             if part not in group.finished:
@@ -178,7 +178,7 @@ class Desk:
         self._engine.cancel(key)
         self._yielding.forget(key)
 
-    def _forget(self, group: Group) -> None:
+    def _forget(self, group: FanOut) -> None:
         del self._groups[group.request.key]
         for part in group.parts:
             del self._group_of[part]
@@ -283,7 +283,7 @@ def _parts(request: EngineRequest) -> list[EngineRequest]:
     return []
 
 
-def _whole(group: Group) -> Finished:
+def _whole(group: FanOut) -> Finished:
     """The answer that the finished parts make."""
     parts = [group.finished[key] for key in group.parts]
     sampling = group.request.sampling

@@ -56,7 +56,7 @@ class NotWanted(Exception):
 class Hold:
     """A lease that is held until its end or until it is let go."""
 
-    def __init__(self, hosts: HostKeeper) -> None:
+    def __init__(self, hosts: ModelHosts) -> None:
         self._hosts, self._held = hosts, True
 
     def let_go(self) -> None:
@@ -72,10 +72,10 @@ class Hold:
             self._held = True
 
 
-class HostKeeper:
+class ModelHosts:
     """Hands out sessions. Sessions of one model run together; another model waits until they have ended."""
 
-    def __init__(self, config: HostConfig, on_change: Callable[[HostKeeper], None] | None = None) -> None:
+    def __init__(self, config: HostConfig, on_change: Callable[[ModelHosts], None] | None = None) -> None:
         self._config = config
         # A context that was asked for is kept; else it grows with what jobs need.
         self._context_is_fixed = config.options.context_tokens is not None

@@ -10,7 +10,7 @@ from promptmill_workers.engines.contract import Engine, EngineRequest, RequestKe
 MOST_TAKEN = 0.5
 
 
-class Yielding:
+class Preemption:
     """Knows which of an engine's requests are urgent, and makes way for them before a step.
 
     What a request had generated when it gave way is counted as wasted; it starts again with the same seed.

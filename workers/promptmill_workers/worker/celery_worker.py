@@ -35,16 +35,16 @@ from promptmill.queue.housekeeping import ROUND_S, STEP_S, Housekeeping
 from promptmill.types import ChunkId, Lease
 from promptmill_workers.devices import Device
 from promptmill_workers.host.client import HostConfig
-from promptmill_workers.host.model_hosts import HostKeeper
+from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.worker import queue_gate
 from promptmill_workers.worker.chunk_runner import CHUNKS_AT_ONCE, KEPT_JOBS, ChunkRunner
-from promptmill_workers.worker.database_retry import PASSING, Patience, first_line
-from promptmill_workers.worker.heartbeat import Presence
-from promptmill_workers.worker.held_leases import Claims
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, first_line
+from promptmill_workers.worker.heartbeat import Heartbeat
+from promptmill_workers.worker.held_leases import HeldLeases
 from promptmill_workers.worker.interactive import LiveLane
 from promptmill_workers.worker.operator_orders import Control
 from promptmill_workers.worker.redis_heartbeat import RedisHeartbeat
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -73,7 +73,7 @@ class Worker:
         self.config = config
         self.settings = settings
         self.id = f"{socket.gethostname()}/{config.device}/{str(ULID())[-8:]}"
-        self.stop = Stop()
+        self.stop = Shutdown()
         device = Device(config.device, config.cores)
         queue_gate.install()
         self.app = make_app(settings.redis_url)
@@ -93,11 +93,11 @@ class Worker:
             slots=config.slots,
             context_tokens=config.context_tokens,
         )
-        self.hosts = HostKeeper(host, self._host_changed)
-        self.presence = Presence(alive, self.id, device, self.hosts, self.stop, models=config.models)
+        self.hosts = ModelHosts(host, self._host_changed)
+        self.presence = Heartbeat(alive, self.id, device, self.hosts, self.stop, models=config.models)
         self._ended = threading.Event()
-        self._patiently = Patience(self.stop)
-        self._claims = Claims(self.ledger, self.id, self._patiently)
+        self._patiently = DatabaseRetry(self.stop)
+        self._claims = HeldLeases(self.ledger, self.id, self._patiently)
         self._runner = ChunkRunner(
             self.ledger,
             self.hosts,
@@ -231,7 +231,7 @@ class Worker:
             except Exception:
                 log.exception("old rows could not be removed")
 
-    def _host_changed(self, hosts: HostKeeper) -> None:
+    def _host_changed(self, hosts: ModelHosts) -> None:
         self.presence.changed(hosts)
 
     def _shutting_down(self, **_: Any) -> None:

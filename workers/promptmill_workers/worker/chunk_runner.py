@@ -21,9 +21,9 @@ from promptmill.tasks.task_file import parse_task
 from promptmill.tasks.templates import Template, resolve_sampling, to_request
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result, Sharing
 from promptmill_workers.host.client import HostDied, Session
-from promptmill_workers.host.model_hosts import Hold, HostKeeper, NotWanted
-from promptmill_workers.worker.database_retry import PASSING, Patience, first_line
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.host.model_hosts import Hold, ModelHosts, NotWanted
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, first_line
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -66,9 +66,9 @@ class ChunkRunner:
     def __init__(
         self,
         ledger: Ledger,
-        hosts: HostKeeper,
-        stop: Stop,
-        patience: Patience,
+        hosts: ModelHosts,
+        stop: Shutdown,
+        patience: DatabaseRetry,
         others_serve: Callable[[str], bool] | None = None,
         renewing: Ledger | None = None,
     ) -> None:
@@ -355,7 +355,7 @@ class Watched:
 
 
 @contextmanager
-def watching(ledger: Ledger, lease: Lease, stop: Stop) -> Iterator[Watched]:
+def watching(ledger: Ledger, lease: Lease, stop: Shutdown) -> Iterator[Watched]:
     """Beside the work, in a thread: renew the lease, and tell the session when its work is no longer wanted."""
     ended, watched = threading.Event(), Watched()
     watcher = threading.Thread(target=_watch, args=(ledger, lease, watched, stop, ended), daemon=True)
@@ -367,7 +367,7 @@ def watching(ledger: Ledger, lease: Lease, stop: Stop) -> Iterator[Watched]:
         watcher.join()
 
 
-def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Stop, ended: threading.Event) -> None:
+def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Shutdown, ended: threading.Event) -> None:
     renewed_at, drained, warned = time.monotonic(), False, False
     while not ended.wait(WATCH_S):
         try:

@@ -12,7 +12,7 @@ import psycopg
 import sqlalchemy as sa
 
 from promptmill.errors import DatabaseError
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -41,10 +41,10 @@ def gave_up(waited_s: float, problem: Exception) -> GaveUp:
     )
 
 
-class Patience:
+class DatabaseRetry:
     """Repeats a transaction until it is taken. The engine meanwhile fills its host's outbox, a chunk at most."""
 
-    def __init__(self, stop: Stop, limit_s: float | None = None) -> None:
+    def __init__(self, stop: Shutdown, limit_s: float | None = None) -> None:
         """``limit_s``: give up after so many seconds; None repeats until the worker is told to drop everything."""
         self._stop = stop
         self._limit_s = limit_s

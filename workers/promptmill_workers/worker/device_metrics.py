@@ -11,7 +11,7 @@ from promptmill_workers.devices import Device
 log = logging.getLogger("promptmill.devices")
 
 
-class DeviceGauge:
+class DeviceMetrics:
     """Reads one device. Everything is None where its driver, or nvidia-ml-py, is not here."""
 
     def __init__(self, device: Device) -> None:

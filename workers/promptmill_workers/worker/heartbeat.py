@@ -20,10 +20,10 @@ from promptmill.database.engine import epoch, writing
 from promptmill.database.tables import chunks, worker_samples, workers
 from promptmill.ledger import Ledger
 from promptmill_workers.devices import Device
-from promptmill_workers.host.model_hosts import HostKeeper
+from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.worker.database_retry import PASSING, first_line
-from promptmill_workers.worker.device_metrics import DeviceGauge
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.device_metrics import DeviceMetrics
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -31,7 +31,7 @@ log = logging.getLogger("promptmill.worker")
 HEARTBEAT_S = 5.0
 
 
-class Presence:
+class Heartbeat:
     """Writes the worker's row and its samples, from a thread of its own that depends on no engine."""
 
     def __init__(
@@ -39,8 +39,8 @@ class Presence:
         ledger: Ledger,
         worker_id: str,
         device: Device,
-        hosts: HostKeeper,
-        stop: Stop,
+        hosts: ModelHosts,
+        stop: Shutdown,
         models: Sequence[str] = (),
     ) -> None:
         self._ledger = ledger
@@ -52,7 +52,7 @@ class Presence:
         self._models = json.dumps(list(models))
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
-        self._gauge = DeviceGauge(device)
+        self._gauge = DeviceMetrics(device)
         self._tokens: tuple[float, int] | None = None
         self._cpu: tuple[float, float] | None = None
 
@@ -67,7 +67,7 @@ class Presence:
             db.execute(sa.insert(worker_samples).values(self._sample(db)))
         self._thread.start()
 
-    def changed(self, hosts: HostKeeper) -> None:
+    def changed(self, hosts: ModelHosts) -> None:
         """The host was started, replaced or has loaded: write it down at once."""
         self._update(self._row())
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 from promptmill.ledger import Ledger
 from promptmill.types import Lease
-from promptmill_workers.worker.database_retry import Patience
+from promptmill_workers.worker.database_retry import DatabaseRetry
 
 
-class Claims:
+class HeldLeases:
     """Takes leases for the threads of a worker."""
 
-    def __init__(self, ledger: Ledger, worker_id: str, patiently: Patience) -> None:
+    def __init__(self, ledger: Ledger, worker_id: str, patiently: DatabaseRetry) -> None:
         self._ledger = ledger
         self._worker_id = worker_id
         self._patiently = patiently

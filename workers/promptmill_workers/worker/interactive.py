@@ -32,10 +32,10 @@ from promptmill.queue.interactive_wire import (
 )
 from promptmill.types import ErrorClass, Ok, Result
 from promptmill_workers.host.client import HostDied, Session
-from promptmill_workers.host.model_hosts import FAIR_S, HostKeeper
+from promptmill_workers.host.model_hosts import FAIR_S, ModelHosts
 from promptmill_workers.host.wire import LiveText
 from promptmill_workers.worker.replies import Replies
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -61,7 +61,7 @@ class LiveLane:
     """One model's urgent requests on one worker. A thread of its own, and while requests run a second one."""
 
     def __init__(
-        self, model: str, worker_id: str, redis_url: str, hosts: HostKeeper, stop: Stop, clock: DatabaseClock
+        self, model: str, worker_id: str, redis_url: str, hosts: ModelHosts, stop: Shutdown, clock: DatabaseClock
     ) -> None:
         self._model = model
         self._worker_id = worker_id

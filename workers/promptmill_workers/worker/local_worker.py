@@ -20,12 +20,12 @@ from promptmill.types import Lease
 from promptmill_workers.devices import worker_lock
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host.client import HostConfig
-from promptmill_workers.host.model_hosts import HostKeeper
+from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.worker.chunk_runner import CHUNKS_AT_ONCE, ChunkRunner
-from promptmill_workers.worker.database_retry import PASSING, GaveUp, Patience, first_line, gave_up
-from promptmill_workers.worker.heartbeat import Presence
-from promptmill_workers.worker.held_leases import Claims
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, GaveUp, first_line, gave_up
+from promptmill_workers.worker.heartbeat import Heartbeat
+from promptmill_workers.worker.held_leases import HeldLeases
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -51,19 +51,19 @@ class EmbeddedWorker:
         self._ledger = ledger
         self._grace_s = grace_s
         self._id = f"{socket.gethostname()}/{config.device.name}/{str(ULID())[-8:]}"
-        self._stop = Stop()
+        self._stop = Shutdown()
         self._signals = 0
         self._reconciled_at = time.monotonic()
         #: Since when the database has answered none of the looks at the job.
         self._unseen_since: float | None = None
         self._interrupted_at: float | None = None
-        self._hosts = HostKeeper(config)
+        self._hosts = ModelHosts(config)
         self._lock = worker_lock(self._id)
         self._lock.acquire()
-        self._patiently = Patience(self._stop, limit_s=DATABASE_S)
-        self._claims = Claims(ledger, self._id, self._patiently)
+        self._patiently = DatabaseRetry(self._stop, limit_s=DATABASE_S)
+        self._claims = HeldLeases(ledger, self._id, self._patiently)
         self._runner = ChunkRunner(ledger, self._hosts, self._stop, self._patiently)
-        self._presence = Presence(ledger, self._id, config.device, self._hosts, self._stop)
+        self._presence = Heartbeat(ledger, self._id, config.device, self._hosts, self._stop)
         self._threads = ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunk")
 
     def __enter__(self) -> EmbeddedWorker:

@@ -15,8 +15,8 @@ from promptmill.errors import PromptmillError
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.queue.interactive_wire import LOAD, UNLOAD, control_list
 from promptmill_workers.host.client import HostDied
-from promptmill_workers.host.model_hosts import HostKeeper
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.host.model_hosts import ModelHosts
+from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
@@ -27,7 +27,9 @@ LOOK_S = 2
 class Control:
     """Reads orders in a thread of its own; each waits for its turn like a chunk does."""
 
-    def __init__(self, worker_id: str, models: Collection[str], redis_url: str, hosts: HostKeeper, stop: Stop) -> None:
+    def __init__(
+        self, worker_id: str, models: Collection[str], redis_url: str, hosts: ModelHosts, stop: Shutdown
+    ) -> None:
         self._list = control_list(worker_id)
         self._models = models
         self._hosts = hosts

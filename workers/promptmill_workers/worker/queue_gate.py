@@ -37,7 +37,7 @@ def install() -> None:
         TRANSPORT_ALIASES[scheme] = f"{__name__}:{transport}"
 
 
-class Gate(Redis):
+class QueueGate(Redis):
     """A client that hands on no message but ours."""
 
     def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
@@ -111,7 +111,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
     QoS = QoS
 
     def _get_client(self) -> Any:
-        return Gate
+        return QueueGate
 
 
 class Transport(kombu_redis.Transport):  # type: ignore[misc]
@@ -122,7 +122,7 @@ class SentinelChannel(kombu_redis.SentinelChannel):  # type: ignore[misc]
     QoS = QoS
 
     def _get_client(self) -> Any:
-        return Gate
+        return QueueGate
 
 
 class SentinelTransport(kombu_redis.SentinelTransport):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from promptmill.core.addresses import redis_client
 from promptmill.database.engine import COMMITS
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, Heartbeat, heartbeat_key
-from promptmill_workers.host.model_hosts import HostKeeper
+from promptmill_workers.host.model_hosts import ModelHosts
 
 log = logging.getLogger("promptmill.worker")
 
@@ -22,7 +22,7 @@ log = logging.getLogger("promptmill.worker")
 class RedisHeartbeat:
     """Writes it from a thread of its own; it ends by itself when the worker does."""
 
-    def __init__(self, worker_id: str, redis_url: str, hosts: HostKeeper, state: Callable[[], str]) -> None:
+    def __init__(self, worker_id: str, redis_url: str, hosts: ModelHosts, state: Callable[[], str]) -> None:
         self._key = heartbeat_key(worker_id)
         self._hosts = hosts
         self._worker_state = state

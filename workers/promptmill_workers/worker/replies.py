@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from promptmill.queue.interactive_wire import AGAIN, FORGET_S, LAST, LiveRequest, reply_list
 from promptmill.types import ErrorClass
-from promptmill_workers.worker.shutdown import Stop
+from promptmill_workers.worker.shutdown import Shutdown
 
 #: Seconds before Redis is tried again after it was away.
 AWAY_S = 1.0
@@ -34,7 +34,7 @@ class Said:
 class Replies:
     """Those of one lane. Any of its threads may speak; each reply is in Redis before the next one is numbered."""
 
-    def __init__(self, redis: Any, worker_id: str, stop: Stop) -> None:
+    def __init__(self, redis: Any, worker_id: str, stop: Shutdown) -> None:
         self._redis = redis
         self._worker_id = worker_id
         self._stop = stop

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Stop:
+class Shutdown:
     """Tells the chunks of this process to end: first what waits is given back, then what runs."""
 
     draining: threading.Event = field(default_factory=threading.Event)

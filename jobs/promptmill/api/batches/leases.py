@@ -29,7 +29,7 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 15.0
 
 
-class Claims:
+class BatchLeases:
     """The batches of one server's keeper. Any thread may renew and give back."""
 
     def __init__(self, db: Engine) -> None:

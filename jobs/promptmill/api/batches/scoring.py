@@ -16,7 +16,7 @@ from promptmill.api.batches import work
 from promptmill.api.batches.passing import PASSING
 from promptmill.api.http.evaluation import for_report
 from promptmill.core import child_processes
-from promptmill.core.child_processes import Limits
+from promptmill.core.child_processes import ChildLimits
 from promptmill.core.settings import Settings
 from promptmill.errors import PromptmillError, UnknownName
 from promptmill.scoring.forgetting import UNSCORED_S, claimed
@@ -33,7 +33,7 @@ AT_ONCE = 2
 SCORED_WITHIN_S = 86_400.0
 
 #: Of a task file of this machine: as long as its texts wait for scores. What a client sent has less.
-OWN_TASK = Limits(UNSCORED_S - FETCH_S, 8_192)
+OWN_TASK = ChildLimits(UNSCORED_S - FETCH_S, 8_192)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from promptmill.errors import DatasetError
 from promptmill.readers.fields import BadLine
 from promptmill.readers.ids import IdTable
 from promptmill.readers.jsonl import decoder
-from promptmill.readers.source import MARK, Source
+from promptmill.readers.source import MARK, DatasetSource
 from promptmill.tasks.openai import CHAT, COMPLETIONS, EMBEDDINGS
 
 #: Errors that a batch lists; a file of another kind altogether would have one for each line.
@@ -80,7 +80,7 @@ def validate(path: str, endpoint: str, models: frozenset[str]) -> Findings:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
-    source, blank = Source.open(path), 0
+    source, blank = DatasetSource.open(path), 0
     try:
         for line in source.lines():
             text = line.text.removeprefix(MARK)

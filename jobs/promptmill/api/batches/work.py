@@ -25,7 +25,7 @@ from promptmill.store import catalog
 from promptmill.store.catalog import FETCH_ROWS
 from promptmill.store.result_lines import openai_line
 from promptmill.tasks.task_file import parse_task
-from promptmill.tasks.tools import Call, Offer, read_calls
+from promptmill.tasks.tools import Offer, ToolCall, read_calls
 
 #: Seconds of computing in which the calls of a batch are read; what is left then is shown as the text that it is.
 READ_CALLS_S = 60.0
@@ -114,7 +114,7 @@ class Reading:
     def __init__(self, seconds: float = READ_CALLS_S) -> None:
         self._left_s = seconds
 
-    def read(self, text: str, offer: Offer) -> tuple[str, list[Call]]:
+    def read(self, text: str, offer: Offer) -> tuple[str, list[ToolCall]]:
         if self._left_s <= 0 and offer.is_strict:
             return text, []
         started = time.thread_time()

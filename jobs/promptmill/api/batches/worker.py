@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
 from promptmill.api.batches import work
-from promptmill.api.batches.leases import AT_ONCE, Claims
+from promptmill.api.batches.leases import AT_ONCE, BatchLeases
 from promptmill.api.batches.passing import PASSING
 from promptmill.api.batches.records import move
 from promptmill.api.batches.scoring import ScoreKeeper
@@ -64,7 +64,7 @@ ENDS = {
 }  # fmt: skip
 
 
-class Keeper:
+class BatchWorker:
     """One server's batches."""
 
     def __init__(self, settings: Settings, db: Engine) -> None:
@@ -74,7 +74,7 @@ class Keeper:
         self.store = FileStore(settings, db)
         self.models = ModelDirectory(db)
         self.dispatcher = Dispatcher(self.ledger, Broker(settings.redis_url))
-        self.claims = Claims(db)
+        self.claims = BatchLeases(db)
         self.house = Housekeeping(db, settings.samples_days, scoring=False)
         self.scores = ScoreKeeper(settings, db)
 
@@ -322,7 +322,7 @@ def main() -> None:
         threading.Timer(5.0, os._exit, (0,)).start()
 
     threading.Thread(target=watch_parent, daemon=True).start()
-    Keeper(settings, open_database(settings.database_url)).run(stopping)
+    BatchWorker(settings, open_database(settings.database_url)).run(stopping)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from promptmill.api.keys import Principal
 from promptmill.api.limits import too_many
-from promptmill.core.child_processes import Limits, Pool
+from promptmill.core.child_processes import ChildLimits, ChildPool
 
 R = TypeVar("R")
 
@@ -19,28 +19,28 @@ R = TypeVar("R")
 MOST, MOST_OF_A_KEY, MOST_WAITING = 4, 2, 16
 
 #: A body, a task file, or calls of tools in an answer.
-QUICK = Limits(10.0, 512)
+QUICK = ChildLimits(10.0, 512)
 
 #: A report, which reads all rows of a job; and the seconds more for each thousand of them.
 REPORT_S, REPORT_S_PER_1000 = 30.0, 1.0
 REPORT_MB = 2_048
 
 
-def for_report(rows: int) -> Limits:
-    return Limits(REPORT_S + REPORT_S_PER_1000 * rows / 1000, REPORT_MB)
+def for_report(rows: int) -> ChildLimits:
+    return ChildLimits(REPORT_S + REPORT_S_PER_1000 * rows / 1000, REPORT_MB)
 
 
 class Evaluation:
     """A pool of children for the calls of one kind: quick ones never wait for slow ones. One event loop owns it."""
 
     def __init__(self) -> None:
-        self._pool = Pool()
+        self._pool = ChildPool()
         self._threads = ThreadPoolExecutor(MOST, thread_name_prefix="child")
         self._free = asyncio.Semaphore(MOST)
         self._of_key: dict[str | None, asyncio.Semaphore] = {}
         self._waiting: Counter[str | None] = Counter()
 
-    async def run(self, principal: Principal, limits: Limits, function: Callable[..., R], *arguments: object) -> R:
+    async def run(self, principal: Principal, limits: ChildLimits, function: Callable[..., R], *arguments: object) -> R:
         """``function(*arguments)`` in a child. Raises OverLimit, what the function raises, and a 429 for a key that
         waits for too many.
         """

@@ -15,7 +15,7 @@ from promptmill.api.dependencies import Services
 from promptmill.api.http.errors import bad
 from promptmill.api.jobs.client_tasks import task_of
 from promptmill.api.keys import Principal
-from promptmill.core.child_processes import Limits, OverLimit
+from promptmill.core.child_processes import ChildLimits, OverLimit
 from promptmill.core.settings import Settings
 from promptmill.core.spans import Moment
 from promptmill.core.text_files import without_marks
@@ -40,9 +40,9 @@ MOST_UNPACKED_BYTES = 8 * 2**30
 BLOCK = 2**20
 
 
-def limits_for(size: int) -> Limits:
+def limits_for(size: int) -> ChildLimits:
     """Of a submission whose lines have so many bytes."""
-    return Limits(LONGEST_S + LONGEST_S_PER_MIB * size / 2**20, MEGABYTES)
+    return ChildLimits(LONGEST_S + LONGEST_S_PER_MIB * size / 2**20, MEGABYTES)
 
 
 async def create(parts: Services, principal: Principal, wanted: dict[str, Any]) -> str:

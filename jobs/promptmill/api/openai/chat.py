@@ -21,7 +21,7 @@ from promptmill.api.http.errors import of as error_of
 from promptmill.api.http.evaluation import QUICK
 from promptmill.api.http.streams import ClientGone, EventStream, event, unless_gone
 from promptmill.api.http.validation import json_response
-from promptmill.api.interactive import Call
+from promptmill.api.interactive import PendingRequest
 from promptmill.api.keys import Principal
 from promptmill.api.openai import request_parsing, response_shapes
 from promptmill.api.openai.request_parsing import Question
@@ -180,7 +180,7 @@ async def _streamed(
     raise AssertionError
 
 
-async def _merged(calls: list[Call]) -> AsyncGenerator[Reply]:
+async def _merged(calls: list[PendingRequest]) -> AsyncGenerator[Reply]:
     """The replies to all calls as they come. Raises the ApiError of the first that fails."""
     if len(calls) == 1:
         async for kind, value in calls[0].replies():

@@ -25,7 +25,7 @@ SERVING = ("idle", "busy", "loading", "restarting")
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ServedModel:
     """A model by the name that workers know, with the rows of the workers that serve it."""
 
     name: str
@@ -47,7 +47,7 @@ class ModelDirectory:
         self._db = db
         self._lock = threading.Lock()
         self._read_at = float("-inf")
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._workers: list[dict[str, Any]] = []
         self._seen: dict[str, float] = {}
@@ -69,7 +69,7 @@ class ModelDirectory:
             serving = [each for each in workers if each["state"] in SERVING]
             names = sorted({name for each in serving for name in models_of(each)})
             self._models = {
-                name: Model(name, tuple(each for each in serving if name in models_of(each))) for name in names
+                name: ServedModel(name, tuple(each for each in serving if name in models_of(each))) for name in names
             }
             self._aliases = _aliases(names)
             self._read_at = time.monotonic()
@@ -80,10 +80,10 @@ class ModelDirectory:
         return self._workers
 
     @property
-    def models(self) -> list[Model]:
+    def models(self) -> list[ServedModel]:
         return list(self._models.values())
 
-    def find(self, name: str) -> Model | None:
+    def find(self, name: str) -> ServedModel | None:
         """A model by its name, or by its file's name where only one has it."""
         return self._models.get(name) or self._models.get(self._aliases.get(name, ""))
 

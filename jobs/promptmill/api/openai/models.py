@@ -12,13 +12,13 @@ from promptmill.api.dependencies import Admin, Parts, Reader, Services, in_threa
 from promptmill.api.http import validation
 from promptmill.api.http.errors import ApiError
 from promptmill.api.http.validation import json_response
-from promptmill.api.openai.model_directory import Model
+from promptmill.api.openai.model_directory import ServedModel
 from promptmill.queue.interactive_wire import LOAD, UNLOAD
 
 router = APIRouter(prefix="/v1/models", tags=["Models"])
 
 
-def shape(model: Model) -> dict[str, Any]:
+def shape(model: ServedModel) -> dict[str, Any]:
     return {
         "id": model.name, "object": "model", "created": model.since, "owned_by": "promptmill",
         "workers": [
@@ -77,7 +77,7 @@ async def _order(request: Request, parts: Services, what: str) -> Response:
     return json_response({"id": model.name, "object": "model", "order": what, "workers": told}, 202)
 
 
-def require(parts: Services, name: str) -> Model:
+def require(parts: Services, name: str) -> ServedModel:
     """Raises a 404 for a model that no live worker serves."""
     found = parts.models.find(name)
     if found is None:

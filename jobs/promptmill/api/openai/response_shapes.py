@@ -13,7 +13,7 @@ from promptmill.api.http import ids
 from promptmill.api.openai.request_parsing import Question
 from promptmill.queue.interactive_wire import usage_of
 from promptmill.store.result_lines import openai_choice, openai_usage, shown_logprobs, why_ended
-from promptmill.tasks.tools import Call, Offer, Withheld, read_calls, shown_calls
+from promptmill.tasks.tools import Offer, ToolCall, Withheld, read_calls, shown_calls
 from promptmill.types import Usage
 
 
@@ -36,7 +36,7 @@ def all_choices(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each for answer in found for each in (answer, *(answer["extras"].get("choices") or ()))]
 
 
-def calls_of(offer: Offer, found: list[dict[str, Any]]) -> list[tuple[str, list[Call]]]:
+def calls_of(offer: Offer, found: list[dict[str, Any]]) -> list[tuple[str, list[ToolCall]]]:
     """Text and calls of each choice: in a child, where a client's schema says what may be called with what."""
     return [read_calls(each["text"], offer) for each in all_choices(found)]
 

@@ -32,7 +32,7 @@ def worker(device: str, models: tuple[str, ...], slots: int | None, context: int
     from promptmill.database.engine import open_database
     from promptmill_workers.checkpoints import locate
     from promptmill_workers.devices import parse_devices, require_offload, usable
-    from promptmill_workers.supervisor import Pool
+    from promptmill_workers.supervisor import Supervisor
 
     settings = load_settings()
     logging.basicConfig(
@@ -48,7 +48,7 @@ def worker(device: str, models: tuple[str, ...], slots: int | None, context: int
     for checkpoint in found:
         for each in devices:
             require_offload(each, checkpoint.engine)
-    pool = Pool(
+    pool = Supervisor(
         devices, [checkpoint.name for checkpoint in found], slots or settings.slots, context or settings.context_tokens,
         settings.grace_s if grace is None else grace,
     )  # fmt: skip

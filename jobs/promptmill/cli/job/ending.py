@@ -13,10 +13,12 @@ from promptmill.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-    from promptmill.service.local_run import Outcome
+    from promptmill.service.local_run import RunOutcome
 
 
-def end(outcome: Outcome, db: Engine, quiet: bool, as_json: bool, one: bool = False, junit: str | None = None) -> None:
+def end(
+    outcome: RunOutcome, db: Engine, quiet: bool, as_json: bool, one: bool = False, junit: str | None = None
+) -> None:
     """Print the report, keep the scores, and leave with the exit code the job's end deserves."""
     from promptmill.cli.look.report import print_report
     from promptmill.service.service import keep_scores
@@ -55,7 +57,7 @@ def _judge_gates(db: Engine, job_id: str, junit: str | None) -> None:
         raise click.exceptions.Exit(EXIT_GATE)
 
 
-def _say_why(db: Engine, outcome: Outcome) -> None:
+def _say_why(db: Engine, outcome: RunOutcome) -> None:
     from promptmill.store.catalog import find_job
 
     reason = find_job(db, outcome.job_id).stop_reason or "no reason was recorded"
@@ -89,7 +91,7 @@ def _print_texts(line: dict[str, Any]) -> None:
         say(text)
 
 
-def forget_texts(db: Engine, outcome: Outcome) -> None:
+def forget_texts(db: Engine, outcome: RunOutcome) -> None:
     """What ``--store`` asked for, after everything that reads the texts; a job that goes on needs them still."""
     from promptmill.scoring.forgetting import forget
     from promptmill.store.catalog import find_job

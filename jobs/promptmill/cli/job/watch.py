@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from promptmill.core.settings import Settings
-    from promptmill.service.local_run import Outcome
+    from promptmill.service.local_run import RunOutcome
 
 #: Seconds between two looks at a job that is followed.
 FOLLOW_S = 0.5
@@ -32,10 +32,10 @@ def watch(job: str, as_json: bool) -> None:
     end(outcome, db, as_json, as_json)
 
 
-def follow(settings: Settings, db: Engine, job_id: str) -> Outcome:
+def follow(settings: Settings, db: Engine, job_id: str) -> RunOutcome:
     """Show the job's progress until it has ended."""
     from promptmill.cli.progress import ProgressView
-    from promptmill.service.local_run import Outcome, ledger_of
+    from promptmill.service.local_run import RunOutcome, ledger_of
     from promptmill.types import JobState
 
     ledger = ledger_of(db, settings)
@@ -45,7 +45,7 @@ def follow(settings: Settings, db: Engine, job_id: str) -> Outcome:
             progress = ledger.progress(job_id)
             view.update(progress)
             if progress.state.is_final or progress.state is JobState.PAUSED:
-                return Outcome(job_id, progress.state, finished=progress.state.is_final)
+                return RunOutcome(job_id, progress.state, finished=progress.state.is_final)
             patience.check(progress.done)
             time.sleep(FOLLOW_S)
 

@@ -40,9 +40,9 @@ def score(job: str, task: str | None, by: str | None, junit: str | None, as_json
             say(f"  {gate['text']}")
     if junit is not None:
         from promptmill.scoring.junit import write
-        from promptmill.tasks.gates import Verdict
+        from promptmill.tasks.gates import GateVerdict
 
-        verdicts = [Verdict(gate["name"], gate["demand"], gate["value"], gate["passed"]) for gate in found["gates"]]
+        verdicts = [GateVerdict(gate["name"], gate["demand"], gate["value"], gate["passed"]) for gate in found["gates"]]
         write(junit, found["job_id"], verdicts)
     if not all(gate["passed"] for gate in found["gates"]):
         raise click.exceptions.Exit(EXIT_GATE)

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from promptmill.database.tables import jobs, requests, results, scores
 from promptmill.reports.figures.columns import Floats, Ints, Truths
-from promptmill.scoring.scorers import Outcome
+from promptmill.scoring.scorers import ScoreOutcome
 from promptmill.scoring.scorers.scoring import Answer, answers_query, judge_of
 from promptmill.scoring.stored_scores import kept_run
 from promptmill.types import WITHOUT_TEXTS
@@ -160,7 +160,7 @@ def _stored(db: Connection, score_run: str, row: Ints) -> dict[str, Floats]:
     query = sa.select(scores.c.row, scores.c.metric, scores.c.value, scores.c.outcome)
     for number, name, value, outcome in db.execute(query.where(scores.c.score_run_id == score_run)):
         column = found.setdefault(name, np.full(len(row), np.nan))
-        if number in place and value is not None and outcome not in (Outcome.ABSTAIN, Outcome.INFRA_ERROR):
+        if number in place and value is not None and outcome not in (ScoreOutcome.ABSTAIN, ScoreOutcome.INFRA_ERROR):
             column[place[number]] = float(value)
     return found
 

@@ -15,7 +15,7 @@ from promptmill.reports.figures import percentiles
 from promptmill.reports.figures.columns import Floats, Ints, Key, Places, Series, Truths, UnknownKey, parted
 from promptmill.reports.figures.distributions import CURVE_SLICES, Active, Curve, Spread, add_output, queued, tpot
 from promptmill.reports.figures.percentiles import Times
-from promptmill.reports.figures.row_sources import Here, InRanges, Source
+from promptmill.reports.figures.row_sources import Here, InRanges, RowSource
 from promptmill.reports.figures.totals import Totals, totals_of
 
 #: Slices of plots over time, and points of the scatter plot: more are a blot, and megabytes.
@@ -86,14 +86,14 @@ def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
     return _fold_all(Here(db, job.id), db, job, detailed)
 
 
-def _fold_all(source: Source, db: Connection, job: sa.Row[Any], detailed: bool) -> Folded:
+def _fold_all(source: RowSource, db: Connection, job: sa.Row[Any], detailed: bool) -> Folded:
     try:
         return _fold(source, Places.of(db, job.id), job.rows, detailed)
     except UnknownKey:
         return _fold(source, Places.scanned(db, job.id), job.rows, detailed)
 
 
-def _fold(source: Source, places: Places, rows: int, detailed: bool) -> Folded:
+def _fold(source: RowSource, places: Places, rows: int, detailed: bool) -> Folded:
     known = places.keys
     counts = _Counts(known)
     exact = rows <= percentiles.EXACT_ROWS

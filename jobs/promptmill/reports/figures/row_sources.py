@@ -14,7 +14,7 @@ from promptmill.reports.figures.columns import BLOCK_ROWS, Floats, Places, block
 from promptmill.reports.figures.totals import began_and_ended, span_of, span_query
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """All rows of one job."""
 
     def began_and_ended(self) -> tuple[float, float] | None: ...

@@ -27,7 +27,7 @@ from promptmill.scoring.stored_scores import kept_scores
 from promptmill.types import WITHOUT_TEXTS, ErrorClass, FinishReason, JobState
 
 if TYPE_CHECKING:
-    from promptmill.tasks.gates import Verdict
+    from promptmill.tasks.gates import GateVerdict
 
 #: Of the JSON report: goes up when a key leaves or changes its meaning.
 SCHEMA_VERSION = 1
@@ -114,7 +114,7 @@ class Summary:
     scores: Mapping[str, Score]
     workers: tuple[WorkerShare, ...]
     #: The gates of the job's task, judged once it has ended.
-    gates: tuple[Verdict, ...] = ()
+    gates: tuple[GateVerdict, ...] = ()
 
     @property
     def schema_version(self) -> int:
@@ -238,7 +238,7 @@ def _tokens_by_worker(answered: Iterable[Group]) -> dict[str | None, int]:
     return found
 
 
-def _gates(job: Row[Any], summary: Summary) -> tuple[Verdict, ...]:
+def _gates(job: Row[Any], summary: Summary) -> tuple[GateVerdict, ...]:
     """A verdict on each gate of the job's task; none before the job has ended."""
     if job.task_text is None or "gates" not in job.task_text or not summary.state.is_final:
         return ()

@@ -32,7 +32,7 @@ SCORERS = {
 }
 
 
-class Outcome(StrEnum):
+class ScoreOutcome(StrEnum):
     """What became of one labelled row. All but ``abstain`` and ``infra_error`` are counted, the unread as wrong."""
 
     SCORED = "scored"
@@ -63,7 +63,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ScoreVerdict:
     """What a scorer has to say where right or wrong is not all. ``value`` None abstains."""
 
     value: bool | float | None
@@ -93,4 +93,4 @@ class Scorer(Protocol):
         """The field of the answer that is looked at; None for one that looks at the answer as a whole."""
         ...
 
-    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | bool | float | None: ...
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | bool | float | None: ...

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from promptmill.scoring.scorers import Item, JsonObject, Verdict
+from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict
 from promptmill.scoring.scorers.closeness import number
 from promptmill.scoring.scorers.exact import same
 from promptmill.types import JsonValue
@@ -32,16 +32,16 @@ class Binary:
     def is_binary(self) -> bool:
         return True
 
-    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | None:
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
         wanted = self._means_yes(expected[self.field])
         if wanted is None:
             return None
         given = self._means_yes(output[self.field])
         if given is None:
             # An answer that is no number says neither yes nor no: wrong, whatever was expected.
-            return Verdict(False, predicted=None, expected=wanted)
+            return ScoreVerdict(False, predicted=None, expected=wanted)
         confidence, is_probability = self._confidence(output[self.field], item.choice_probs)
-        return Verdict(given is wanted, given, wanted, confidence, is_probability)
+        return ScoreVerdict(given is wanted, given, wanted, confidence, is_probability)
 
     def truth(self, expected: JsonObject) -> bool | None:
         """Whether yes was expected, for answers that cannot be read."""
@@ -76,14 +76,16 @@ class ChoiceProbability:
     def metric(self) -> str:
         return "choice_probability"
 
-    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | None:
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
         if not item.choice_probs:
             return None
         wanted = expected[self.field]
         shares = {choice: _field_of(choice, self.field) for choice in item.choice_probs}
         found = [item.choice_probs[choice] for choice, meant in shares.items() if _equal(meant, wanted)]
         likeliest = max(item.choice_probs, key=item.choice_probs.__getitem__)
-        return Verdict(float(sum(found)), shares[likeliest], wanted, item.choice_probs[likeliest], is_probability=True)
+        return ScoreVerdict(
+            float(sum(found)), shares[likeliest], wanted, item.choice_probs[likeliest], is_probability=True
+        )
 
 
 def _equal(one: JsonValue, other: JsonValue) -> bool:

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from promptmill.core import patterns
-from promptmill.scoring.scorers import JsonObject, Outcome
+from promptmill.scoring.scorers import JsonObject, ScoreOutcome
 from promptmill.tasks import json_schemas
 from promptmill.types import FinishReason, JsonValue
 
@@ -45,12 +45,12 @@ class Extractor:
             is_valid = partial(json_schemas.is_valid, output.schema_ or {})
         return cls(required, pipelines, is_valid)
 
-    def __call__(self, text: str | None, finish_reason: str | None) -> tuple[Outcome, JsonObject]:
+    def __call__(self, text: str | None, finish_reason: str | None) -> tuple[ScoreOutcome, JsonObject]:
         """What became of the answer ``text``, and the object it holds (empty unless scored)."""
         found = self._read(text or "")
         if found is not None:
-            return Outcome.SCORED, found
-        return (Outcome.TRUNCATED if finish_reason == FinishReason.LENGTH else Outcome.UNPARSED), {}
+            return ScoreOutcome.SCORED, found
+        return (ScoreOutcome.TRUNCATED if finish_reason == FinishReason.LENGTH else ScoreOutcome.UNPARSED), {}
 
     def _read(self, text: str) -> JsonObject | None:
         if text not in self._known:

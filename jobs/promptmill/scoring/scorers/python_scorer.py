@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from promptmill.errors import TaskFileError
-from promptmill.scoring.scorers import Item, JsonObject, Verdict
+from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict
 
 #: What a function may return beside a truth value, a number and None.
 VERDICT_KEYS = {"value", "predicted", "expected", "confidence"}
@@ -46,7 +46,7 @@ class PythonScorer:
     def needs_label(self) -> bool:
         return self.field is not None
 
-    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> Verdict | bool | float | None:
+    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | bool | float | None:
         # What it prints must not stand in the middle of a command's own output.
         with contextlib.redirect_stdout(sys.stderr):
             found = self.function(dict(output), dict(expected), asdict(item), **self.options)
@@ -56,10 +56,10 @@ class PythonScorer:
             return found
         if isinstance(found, str):
             wanted = self._wanted(expected)
-            return Verdict(found == wanted, predicted=found, expected=wanted)
+            return ScoreVerdict(found == wanted, predicted=found, expected=wanted)
         if isinstance(found, dict) and found.keys() <= VERDICT_KEYS and "value" in found:
             sure = found.get("confidence")
-            return Verdict(**found, is_probability=sure is not None and 0.0 <= sure <= 1.0)
+            return ScoreVerdict(**found, is_probability=sure is not None and 0.0 <= sure <= 1.0)
         raise TypeError(
             f"a scorer returns true, false, a number, a label, None or a verdict, not {type(found).__name__}"
         )

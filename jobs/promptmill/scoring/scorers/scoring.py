@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from promptmill.core.registry import resolve
 from promptmill.database.tables import requests, results
 from promptmill.errors import TaskFileError
-from promptmill.scoring.scorers import SCORERS, Item, JsonObject, Outcome, Scorer
+from promptmill.scoring.scorers import SCORERS, Item, JsonObject, ScoreOutcome, Scorer
 from promptmill.scoring.scorers.extraction import Extractor
 from promptmill.scoring.scorers.tally import Judgement, Score, Tally, judge
 from promptmill.tasks.scores import KINDS, entry_kind, names_of, offered
@@ -69,11 +69,11 @@ class Judge:
         item = self._item(answer)
         return tuple(judge(scorer, outcome, output, expected, item) for scorer in self.scorers.values())
 
-    def read(self, answer: Answer) -> tuple[Outcome, JsonObject, JsonObject]:
+    def read(self, answer: Answer) -> tuple[ScoreOutcome, JsonObject, JsonObject]:
         """What became of one answer, the object it holds, and the expected one, both in the labels that are meant."""
         wanted = self._wanted(answer.expected)
         if answer.state != "ok":
-            return Outcome.INFRA_ERROR, {}, wanted
+            return ScoreOutcome.INFRA_ERROR, {}, wanted
         outcome, output = self._extract(answer.text, answer.finish_reason)
         return outcome, _meant(output, self._aliases), wanted
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from promptmill.scoring.scorers import Item, JsonObject, Outcome, Scorer, Unreadable, Verdict
+from promptmill.scoring.scorers import Item, JsonObject, ScoreOutcome, Scorer, ScoreVerdict, Unreadable
 from promptmill.scoring.scorers.aggregates import (
     MOST_CLASSES,
     Figures,
@@ -22,7 +22,7 @@ from promptmill.scoring.scorers.aggregates import (
 from promptmill.scoring.scorers.intervals import mean_interval, wilson
 
 #: Outcomes in the denominator: an answer that cannot be read is a wrong answer.
-COUNTED = (Outcome.SCORED, Outcome.UNPARSED, Outcome.TRUNCATED, Outcome.SCORER_ERROR)
+COUNTED = (ScoreOutcome.SCORED, ScoreOutcome.UNPARSED, ScoreOutcome.TRUNCATED, ScoreOutcome.SCORER_ERROR)
 
 #: Most classes whose confusion matrix is shown.
 MOST_SHOWN = 20
@@ -37,7 +37,7 @@ class Judgement(NamedTuple):
     value: float | None
     predicted: str | None
     expected: str | None
-    outcome: Outcome
+    outcome: ScoreOutcome
     confidence: float | None = None
     error: str | None = None
     #: Of the value, before it became a number; decides between a rate and a mean.
@@ -45,7 +45,9 @@ class Judgement(NamedTuple):
     is_probability: bool = False
 
 
-def judge(scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonObject, item: Item) -> Judgement | None:
+def judge(
+    scorer: Scorer, outcome: ScoreOutcome, output: JsonObject, expected: JsonObject, item: Item
+) -> Judgement | None:
     """The judgement on one row, or None for a row that expects nothing of the scorer's field.
 
     An error that the scorer raises is the row's outcome, and counts as a wrong answer.
@@ -54,26 +56,26 @@ def judge(scorer: Scorer, outcome: Outcome, output: JsonObject, expected: JsonOb
     if getattr(scorer, "needs_label", name is not None) and name not in expected:
         return None
     wanted = _expected_label(scorer, expected, name)
-    if outcome is Outcome.SCORED and name is not None and name not in output:
-        outcome = Outcome.UNPARSED
-    if outcome is not Outcome.SCORED:
-        unread = None if outcome is Outcome.INFRA_ERROR else getattr(scorer, "unread", 0.0)
+    if outcome is ScoreOutcome.SCORED and name is not None and name not in output:
+        outcome = ScoreOutcome.UNPARSED
+    if outcome is not ScoreOutcome.SCORED:
+        unread = None if outcome is ScoreOutcome.INFRA_ERROR else getattr(scorer, "unread", 0.0)
         return Judgement(unread, None, wanted, outcome)
     try:
         found = scorer(output, expected, item)
-        verdict = found if isinstance(found, Verdict) else Verdict(found)
+        verdict = found if isinstance(found, ScoreVerdict) else ScoreVerdict(found)
         value = _number(verdict.value)
     except Unreadable:
-        return Judgement(getattr(scorer, "unread", 0.0), None, wanted, Outcome.UNPARSED)
+        return Judgement(getattr(scorer, "unread", 0.0), None, wanted, ScoreOutcome.UNPARSED)
     except (Exception, SystemExit) as problem:
         # The user's own code may raise anything, and may ask to exit; the other rows are scored all the same.
-        return Judgement(0.0, None, wanted, Outcome.SCORER_ERROR, error=_said(problem))
+        return Judgement(0.0, None, wanted, ScoreOutcome.SCORER_ERROR, error=_said(problem))
     if verdict is found and (verdict.expected is not None or verdict.predicted is not None):
         given: str | None = as_label(verdict.predicted)
         wanted = as_label(verdict.expected)
     else:
         given = as_label(output[name]) if name is not None else None
-    outcome = Outcome.ABSTAIN if value is None else outcome
+    outcome = ScoreOutcome.ABSTAIN if value is None else outcome
     is_truth = isinstance(verdict.value, bool)
     return Judgement(value, given, wanted, outcome, verdict.confidence, None, is_truth, verdict.is_probability)
 
@@ -185,7 +187,7 @@ class Tally:
     """Counts of one scorer over the rows so far. Memory grows only by 16 bytes for each row with a confidence."""
 
     scorer: Scorer
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    outcomes: Counter[ScoreOutcome] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
     correct: int = 0
@@ -221,7 +223,7 @@ class Tally:
         self.correct += times * (value == 1.0)
         self.points += times * value
         self.squares += times * value * value
-        if judgement.outcome is Outcome.SCORED:
+        if judgement.outcome is ScoreOutcome.SCORED:
             self.all_truths = self.all_truths and judgement.is_truth
         if judgement.expected is not None:
             self._count_labels(judgement, judgement.expected, times)
@@ -246,7 +248,7 @@ class Tally:
     def metric(self) -> str:
         """That of the scorer; a function of the user's that says right or wrong makes an accuracy."""
         made = self.scorer.metric
-        return "accuracy" if made == "mean" and self.outcomes[Outcome.SCORED] and self.all_truths else made
+        return "accuracy" if made == "mean" and self.outcomes[ScoreOutcome.SCORED] and self.all_truths else made
 
     def score(self, name: str) -> Score:
         n, metric = self.counted, self.metric
@@ -257,11 +259,11 @@ class Tally:
             metric=metric,
             n=n,
             correct=self.correct,
-            unparsed=self.outcomes[Outcome.UNPARSED],
-            truncated=self.outcomes[Outcome.TRUNCATED],
-            abstain=self.outcomes[Outcome.ABSTAIN],
-            infra_error=self.outcomes[Outcome.INFRA_ERROR],
-            scorer_errors=self.outcomes[Outcome.SCORER_ERROR],
+            unparsed=self.outcomes[ScoreOutcome.UNPARSED],
+            truncated=self.outcomes[ScoreOutcome.TRUNCATED],
+            abstain=self.outcomes[ScoreOutcome.ABSTAIN],
+            infra_error=self.outcomes[ScoreOutcome.INFRA_ERROR],
+            scorer_errors=self.outcomes[ScoreOutcome.SCORER_ERROR],
             scorer_error=self.error,
             unlabelled=self.unlabelled,
             left_out=self.left_out,

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 
 from promptmill_workers.engines.llama.batch import Batch, Tokens
 from promptmill_workers.engines.llama.binding import SCORED_OUTPUTS
-from promptmill_workers.engines.llama.prefixes import Prefix
-from promptmill_workers.engines.llama.slots import Running
+from promptmill_workers.engines.llama.prefixes import LlamaPrefix
+from promptmill_workers.engines.llama.slots import LlamaRunning
 
 
 @dataclass(slots=True)
-class Pass:
+class BatchPlan:
     """What one forward pass computed, in tokens, and how long it took."""
 
     decoded: int = 0
     prefilled: int = 0
     seconds: float = 0.0
-    decodes: list[Running] = field(default_factory=list)
+    decodes: list[LlamaRunning] = field(default_factory=list)
     #: Pieces of prompts, prefixes and forced tokens, with their sizes.
-    pieces: list[tuple[Prefix | Running, int]] = field(default_factory=list)
+    pieces: list[tuple[LlamaPrefix | LlamaRunning, int]] = field(default_factory=list)
 
     def settle(self) -> None:
         """The batch was computed: its tokens are in the KV cache."""
@@ -29,13 +29,13 @@ class Pass:
             running.pending = []
         for owner, size in self.pieces:
             owner.done += size
-            if isinstance(owner, Running) and owner.pending:
+            if isinstance(owner, LlamaRunning) and owner.pending:
                 owner.pending = owner.pending[size:]
 
 
-def fill(batch: Batch, running: Collection[Running], prefixes: Iterable[Prefix]) -> Pass:
+def fill(batch: Batch, running: Collection[LlamaRunning], prefixes: Iterable[LlamaPrefix]) -> BatchPlan:
     """Fill the batch. ``prefixes`` are unfinished ones: they come before prompts, because requests wait for them."""
-    done = Pass()
+    done = BatchPlan()
     batch.clear()
     done.decodes = [each for each in running if len(each.pending) == 1 and not each.in_prefill]
     outputs = batch.put_outputs(
@@ -55,7 +55,7 @@ def fill(batch: Batch, running: Collection[Running], prefixes: Iterable[Prefix])
     return done
 
 
-def _put_requests(batch: Batch, done: Pass, running: Iterable[Running], room: int) -> None:
+def _put_requests(batch: Batch, done: BatchPlan, running: Iterable[LlamaRunning], room: int) -> None:
     """The next tokens of prompts and of forced tokens; with the last one of each an output."""
     scored = SCORED_OUTPUTS
     for each in running:
@@ -72,7 +72,9 @@ def _put_requests(batch: Batch, done: Pass, running: Iterable[Running], room: in
         room -= size
 
 
-def _put_scored(batch: Batch, done: Pass, running: Running, work: Tokens, size: int, outputs: int) -> tuple[int, int]:
+def _put_scored(
+    batch: Batch, done: BatchPlan, running: LlamaRunning, work: Tokens, size: int, outputs: int
+) -> tuple[int, int]:
     """A piece that ends in a continuation, as far as there are outputs left; returns its size, and what is left."""
     unscored = max(0, len(running.waiting.question) - 1 - running.done)
     size = min(size, unscored + outputs)
@@ -83,13 +85,19 @@ def _put_scored(batch: Batch, done: Pass, running: Running, work: Tokens, size: 
 
 
 def _put(
-    batch: Batch, done: Pass, owner: Prefix | Running, sequence: int, tokens: Tokens, size: int, wanted: int
+    batch: Batch,
+    done: BatchPlan,
+    owner: LlamaPrefix | LlamaRunning,
+    sequence: int,
+    tokens: Tokens,
+    size: int,
+    wanted: int,
 ) -> int:
     """The first ``size`` of the tokens; returns the batch index of the last."""
     if size <= 0:
         return -1
     done.pieces.append((owner, size))
-    if isinstance(owner, Running) and not owner.in_prefill:
+    if isinstance(owner, LlamaRunning) and not owner.in_prefill:
         done.decoded += size  # Forced tokens of an answer.
     else:
         done.prefilled += size

@@ -202,7 +202,7 @@ class Vocabulary:
         return found
 
 
-class Model:
+class LlamaModel:
     """A GGUF in memory; with ``vocab_only`` only its words and its header."""
 
     def __init__(self, path: Path, *, vocab_only: bool = False, gpu: bool = False, plain_kernels: bool = False) -> None:
@@ -337,7 +337,7 @@ class Context:
 
     def __init__(
         self,
-        model: Model,
+        model: LlamaModel,
         *,
         cells: int,
         batch: int,

@@ -13,7 +13,7 @@ from promptmill.errors import ModelError
 from promptmill.types import Extras, FinishReason, Usage
 from promptmill_workers.engines.contract import EngineRequest, Event, Finished, RequestKey
 from promptmill_workers.engines.llama.batch import Batch, Tokens
-from promptmill_workers.engines.llama.binding import Model
+from promptmill_workers.engines.llama.binding import LlamaModel
 
 #: Prompts of one pass.
 AT_ONCE = 16
@@ -22,7 +22,7 @@ AT_ONCE = 16
 class Embedder:
     """Embeds prompts by the model's own pooling; by the mean of the last layer where it names none."""
 
-    def __init__(self, model: Model, *, tokens: int, threads: int) -> None:
+    def __init__(self, model: LlamaModel, *, tokens: int, threads: int) -> None:
         """``tokens``: most of one pass, and of one prompt. Raises ModelError when memory does not suffice."""
         params = llama_cpp.llama_context_default_params()
         # A prompt has to be seen whole: no model pools over passes.
@@ -69,7 +69,7 @@ class Embedder:
 class Embeddings:
     """Requests for vectors. They take no slot: a pass over some of them comes before each step."""
 
-    def __init__(self, model: Model, *, tokens: int, threads: int) -> None:
+    def __init__(self, model: LlamaModel, *, tokens: int, threads: int) -> None:
         self._model = model
         self._tokens = tokens
         self._threads = threads

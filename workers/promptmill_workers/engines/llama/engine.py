@@ -18,7 +18,7 @@ import llama_cpp
 
 from promptmill.errors import RequestError
 from promptmill.types import EngineCounters, ErrorClass, FinishReason
-from promptmill_workers.engines.answer import Answer, Tools, needs_logits
+from promptmill_workers.engines.answer import Generation, Tools, needs_logits
 from promptmill_workers.engines.constraint import GrammarError, Grammars
 from promptmill_workers.engines.contract import (
     EngineInfo,
@@ -34,19 +34,19 @@ from promptmill_workers.engines.contract import (
     template_digest,
 )
 from promptmill_workers.engines.kv_budget import fit
-from promptmill_workers.engines.llama.batch_plan import Pass, fill
+from promptmill_workers.engines.llama.batch_plan import BatchPlan, fill
 from promptmill_workers.engines.llama.binding import (
     NO_ROOM,
     Context,
-    Model,
+    LlamaModel,
 )
 from promptmill_workers.engines.llama.embedding import Embeddings
-from promptmill_workers.engines.llama.kv_cache import Room
+from promptmill_workers.engines.llama.kv_cache import KVCache
 from promptmill_workers.engines.llama.outputs import drawn, score
-from promptmill_workers.engines.llama.prefixes import Prefix
+from promptmill_workers.engines.llama.prefixes import LlamaPrefix
 from promptmill_workers.engines.llama.sampling import Shape, shape_of
-from promptmill_workers.engines.llama.slots import Running, Waiting, cells_of
-from promptmill_workers.engines.llama.text import AnswerText, LlamaTokenCounter, PromptReader
+from promptmill_workers.engines.llama.slots import LlamaRunning, LlamaWaiting, cells_of
+from promptmill_workers.engines.llama.text import LlamaAnswerText, LlamaTokenCounter, PromptReader
 
 #: Context of a request when nobody asked for another one.
 CONTEXT_TOKENS = 4096
@@ -64,7 +64,7 @@ LOOKED_AT_PER_SLOT = 4
 class LlamaCppEngine:
     """The engine of the contract over llama.cpp's low-level bindings."""
 
-    def __init__(self, model: Model, name: str, options: EngineOptions) -> None:
+    def __init__(self, model: LlamaModel, name: str, options: EngineOptions) -> None:
         self.check(options)
         self._model = model
         self._vocabulary = model.vocabulary
@@ -86,12 +86,12 @@ class LlamaCppEngine:
             ends=self._vocabulary.ends,
             piece=self._vocabulary.piece,
             tokens=self._vocabulary.within,
-            text=lambda stops: AnswerText(self._vocabulary.piece, stops),
+            text=lambda stops: LlamaAnswerText(self._vocabulary.piece, stops),
             grammars=Grammars(self._vocabulary.constraint_tokenizer, self._vocabulary.size),
         )
         self._incoming: deque[EngineRequest] = deque()
         spare = range(room.slots, room.slots + PREFIXES)
-        self._room = Room(self._context, spare, shares=model.has_cells)
+        self._room = KVCache(self._context, spare, shares=model.has_cells)
         self._running = self._room.running
         self._free = list(range(room.slots))[::-1]
         #: Nobody is admitted between a full KV cache and the next request that ends.
@@ -116,7 +116,7 @@ class LlamaCppEngine:
     def load(cls, path: Path | None, model_name: str, options: EngineOptions) -> Self:
         """Raises ModelError or DeviceError."""
         assert path is not None
-        model = Model(path, gpu=options.device != "cpu", plain_kernels=options.plain_kernels)
+        model = LlamaModel(path, gpu=options.device != "cpu", plain_kernels=options.plain_kernels)
         return cls(model, model_name, options)
 
     @staticmethod
@@ -128,7 +128,7 @@ class LlamaCppEngine:
     def token_counter(path: Path | None) -> LlamaTokenCounter:
         """Raises ModelError."""
         assert path is not None
-        return LlamaTokenCounter(Model(path, vocab_only=True))
+        return LlamaTokenCounter(LlamaModel(path, vocab_only=True))
 
     # --- the contract ------------------------------------------------------------------------------------------------
 
@@ -225,14 +225,14 @@ class LlamaCppEngine:
             if request.sampling.embedding:
                 self._embeddings.add(request, prompt.tokens)
                 continue
-            self._room.waiting.append(Waiting.of(request, prompt, self._context_tokens))
+            self._room.waiting.append(LlamaWaiting.of(request, prompt, self._context_tokens))
             self._room.planned = False
 
-    def _begin(self, waiting: Waiting, prefix: Prefix | None, shared: int, now: float) -> None:
+    def _begin(self, waiting: LlamaWaiting, prefix: LlamaPrefix | None, shared: int, now: float) -> None:
         """Give the request a slot."""
         sampling = waiting.request.sampling
         try:
-            answer = Answer(self._tools, sampling, waiting.prompt, waiting.limit, thinks=waiting.thinks)
+            answer = Generation(self._tools, sampling, waiting.prompt, waiting.limit, thinks=waiting.thinks)
         except GrammarError as problem:
             self._ready.append(Rejected(waiting.request.key, ErrorClass.GRAMMAR, problem.message))
             return
@@ -248,9 +248,9 @@ class LlamaCppEngine:
         self._context.set_sampling(slot, shape, seed)
         if sampling.logprobs and not sampling.is_greedy:
             self._context.set_aside(slot, shape_of(sampling), seed)
-        self._running[slot] = Running(slot, waiting, prefix, shared, cached, done, now, answer, hosted)
+        self._running[slot] = LlamaRunning(slot, waiting, prefix, shared, cached, done, now, answer, hosted)
 
-    def _share_with_neighbour(self, slot: int, waiting: Waiting) -> int:
+    def _share_with_neighbour(self, slot: int, waiting: LlamaWaiting) -> int:
         """Take over what a running sequence has computed of the prompt; returns how many tokens."""
         neighbour, shared = self._room.neighbour(waiting.owner, waiting.head)
         if neighbour is not None:
@@ -265,7 +265,7 @@ class LlamaCppEngine:
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def _forward(self) -> Pass:
+    def _forward(self) -> BatchPlan:
         """One batch: a token of every decoding sequence, then prompt tokens as they fit."""
         # Of prompts that do not fit together, urgent ones are computed first.
         running = sorted(self._running.values(), key=lambda each: not each.request.urgent)
@@ -277,7 +277,7 @@ class LlamaCppEngine:
         done.seconds = time.monotonic() - started
         if code == NO_ROOM:
             self._preempt()
-            return Pass()
+            return BatchPlan()
         done.settle()
         return done
 
@@ -316,7 +316,7 @@ class LlamaCppEngine:
                 events.append(event)
         return events
 
-    def _read(self, running: Running, events: list[Event]) -> Event | None:
+    def _read(self, running: LlamaRunning, events: list[Event]) -> Event | None:
         """Take what the pass gave for the sequence; the event when it has ended with it."""
         if running.waiting.scored:
             return score(self._context, running)
@@ -330,7 +330,7 @@ class LlamaCppEngine:
             events.append(TokenEvent(running.request.key, text, running.answer.fresh_logprobs()))
         return None if reason is None else self._finished(running, reason, events)
 
-    def _sample(self, running: Running) -> FinishReason | None:
+    def _sample(self, running: LlamaRunning) -> FinishReason | None:
         """Draw a token, and take those that must follow it; why the answer has ended with one. Raises GrammarError."""
         answer, output, running.output = running.answer, running.output, -1
         token = drawn(self._context, running, output)
@@ -349,7 +349,7 @@ class LlamaCppEngine:
                     break
         return reason
 
-    def _finished(self, running: Running, reason: FinishReason, events: list[Event]) -> Finished:
+    def _finished(self, running: LlamaRunning, reason: FinishReason, events: list[Event]) -> Finished:
         assert running.first_token_at is not None
         text, reason, extras = running.answer.finish(reason)
         return Finished(
@@ -357,7 +357,7 @@ class LlamaCppEngine:
             time.monotonic(), extras,
         )  # fmt: skip
 
-    def _failed(self, running: Running, error_class: ErrorClass, message: str) -> Rejected:
+    def _failed(self, running: LlamaRunning, error_class: ErrorClass, message: str) -> Rejected:
         """The request ends without an answer, after it had a slot."""
         self._count(wasted_tokens=running.answer.count)
         return Rejected(
@@ -365,13 +365,13 @@ class LlamaCppEngine:
             time.monotonic(),
         )  # fmt: skip
 
-    def _timed_out(self, running: Running) -> Event | None:
+    def _timed_out(self, running: LlamaRunning) -> Event | None:
         limit = running.request.sampling.timeout_s
         if limit is None or time.monotonic() - running.admitted_at < limit:
             return None
         return self._failed(running, ErrorClass.TIMEOUT, f"no answer within {limit:g} s")
 
-    def _release(self, running: Running) -> None:
+    def _release(self, running: LlamaRunning) -> None:
         self._crowded = False
         del self._running[running.slot]
         self._context.drop(running.slot)
@@ -381,7 +381,7 @@ class LlamaCppEngine:
 
     # --- what it did -------------------------------------------------------------------------------------------------
 
-    def _account(self, started: float, starved: bool, done: Pass) -> None:
+    def _account(self, started: float, starved: bool, done: BatchPlan) -> None:
         """Share the pass out by tokens; the rest of the step is overhead."""
         self._last_end = time.monotonic()
         spent, tokens = self._last_end - started, done.decoded + done.prefilled

@@ -7,21 +7,21 @@ from collections.abc import Collection, Iterable
 
 from promptmill_workers.engines.llama.batch import Tokens
 from promptmill_workers.engines.llama.binding import Context
-from promptmill_workers.engines.llama.prefixes import Prefix, Prefixes
-from promptmill_workers.engines.llama.slots import Running, Waiting
+from promptmill_workers.engines.llama.prefixes import LlamaPrefix, LlamaPrefixes
+from promptmill_workers.engines.llama.slots import LlamaRunning, LlamaWaiting
 from promptmill_workers.engines.prefix_plan import LEAST_TOKENS, common_length, plan_nested
 
 
-class Room:
+class KVCache:
     """The KV cache between running sequences and shared prefixes, and the plan over those that wait for it."""
 
     def __init__(self, context: Context, prefix_sequences: Iterable[int], *, shares: bool) -> None:
         """``shares``: whether a part of a sequence can be copied."""
         self._context = context
         self._shares = shares
-        self.prefixes = Prefixes(context, prefix_sequences)
-        self.waiting: deque[Waiting] = deque()
-        self.running: dict[int, Running] = {}
+        self.prefixes = LlamaPrefixes(context, prefix_sequences)
+        self.waiting: deque[LlamaWaiting] = deque()
+        self.running: dict[int, LlamaRunning] = {}
         self.planned = True
 
     @property
@@ -44,7 +44,7 @@ class Room:
             sorted((waiting[index] for index in nested.order), key=lambda each: not each.request.urgent)
         )
 
-    def prefix_for(self, waiting: Waiting) -> tuple[Prefix | None, int, bool]:
+    def prefix_for(self, waiting: LlamaWaiting) -> tuple[LlamaPrefix | None, int, bool]:
         """The prefix to use, how many of its tokens, and whether these are in the KV cache.
 
         The best that is here, or a new one when the plan wants clearly more.
@@ -58,7 +58,7 @@ class Room:
                 prefix, shared = made, waiting.shared
         return prefix, shared, prefix is None or prefix.done >= shared
 
-    def _new_prefix(self, owner: str, tokens: Tokens) -> Prefix | None:
+    def _new_prefix(self, owner: str, tokens: Tokens) -> LlamaPrefix | None:
         """Start a prefix with what its owner's others have computed of it; None without a sequence or room for it."""
         if self.prefixes.full and not self.prefixes.forget_one(self.prompts()):
             return None
@@ -71,7 +71,7 @@ class Room:
             return self.prefixes.begin(owner, tokens, neighbour.slot, common)
         return self.prefixes.begin(owner, tokens, base.sequence if base else 0, done)
 
-    def neighbour(self, owner: str, tokens: Tokens) -> tuple[Running | None, int]:
+    def neighbour(self, owner: str, tokens: Tokens) -> tuple[LlamaRunning | None, int]:
         """The owner's running sequence that has computed most of ``tokens``, and how many."""
         best, shared = None, LEAST_TOKENS - 1
         for running in self.running.values() if self._shares else ():
@@ -82,7 +82,7 @@ class Room:
                 best, shared = running, length
         return best, shared if best else 0
 
-    def make(self, cells: int, keep: Prefix | None = None) -> bool:
+    def make(self, cells: int, keep: LlamaPrefix | None = None) -> bool:
         """Whether ``cells`` are free, after forgetting prefixes that nobody uses if need be."""
         while self.used_cells + cells > self._context.cells:
             if not self.prefixes.forget_one(self.prompts(), keep):

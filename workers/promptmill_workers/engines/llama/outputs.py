@@ -8,10 +8,10 @@ from promptmill.types import Extras, FinishReason
 from promptmill_workers.engines.contract import Finished
 from promptmill_workers.engines.host_sampling import log_sum
 from promptmill_workers.engines.llama.binding import Context
-from promptmill_workers.engines.llama.slots import Running
+from promptmill_workers.engines.llama.slots import LlamaRunning
 
 
-def drawn(context: Context, running: Running, output: int) -> int:
+def drawn(context: Context, running: LlamaRunning, output: int) -> int:
     """The next token, by the output at this batch index. Raises GrammarError."""
     if not running.hosted:
         return context.sampled(running.slot, output)
@@ -24,7 +24,7 @@ def drawn(context: Context, running: Running, output: int) -> int:
     return token
 
 
-def score(context: Context, running: Running) -> Finished | None:
+def score(context: Context, running: LlamaRunning) -> Finished | None:
     """Add up what the pass says of the continuation; the event when all of it was seen."""
     prompt = running.waiting.prompt
     # The output after position p is about the token at p + 1.

@@ -14,7 +14,7 @@ VALUED_BY = 256
 
 
 @dataclass(slots=True, eq=False)
-class Prefix:
+class LlamaPrefix:
     """A prefix of an owner's prompts; the first ``done`` of its tokens are in the KV cache.
 
     Its first user pays for the tokens that it computed, so that those of all requests add up to those of the engine.
@@ -33,21 +33,21 @@ class Prefix:
         return self.done == len(self.tokens)
 
 
-class Prefixes:
+class LlamaPrefixes:
     """The prefixes that are kept. Each is counted with all its cells, though one that continues another shares some:
     so the count never falls below what is in use, whichever of them is forgotten first."""
 
     def __init__(self, context: Context, sequences: Iterable[int]) -> None:
         self._context = context
         self._spare = list(sequences)
-        self._kept: list[Prefix] = []
+        self._kept: list[LlamaPrefix] = []
 
     @property
     def cells(self) -> int:
         return sum(len(each.tokens) for each in self._kept)
 
     @property
-    def unfinished(self) -> list[Prefix]:
+    def unfinished(self) -> list[LlamaPrefix]:
         return [each for each in self._kept if not each.ready]
 
     @property
@@ -55,7 +55,7 @@ class Prefixes:
         """Whether one has to be forgotten before another can begin."""
         return not self._spare
 
-    def longest(self, owner: str, head: Tokens) -> tuple[Prefix | None, int]:
+    def longest(self, owner: str, head: Tokens) -> tuple[LlamaPrefix | None, int]:
         """The owner's prefix that has most tokens in common with ``head``, computed or not yet, and how many.
 
         One whose cells for so many are gone is none.
@@ -69,15 +69,15 @@ class Prefixes:
                 best, shared = prefix, length
         return best, shared if best else 0
 
-    def begin(self, owner: str, tokens: Tokens, source: int, done: int) -> Prefix:
+    def begin(self, owner: str, tokens: Tokens, source: int, done: int) -> LlamaPrefix:
         """A new prefix that starts with the first ``done`` cells of the sequence ``source``."""
-        prefix = Prefix(self._spare.pop(), owner, tokens.copy(), done, unpaid=len(tokens) - done)
+        prefix = LlamaPrefix(self._spare.pop(), owner, tokens.copy(), done, unpaid=len(tokens) - done)
         if done:
             self._context.share(source, prefix.sequence, done)
         self._kept.append(prefix)
         return prefix
 
-    def use(self, prefix: Prefix, slot: int, shared: int, now: float) -> int:
+    def use(self, prefix: LlamaPrefix, slot: int, shared: int, now: float) -> int:
         """Let the request in ``slot`` begin with the prefix; returns the tokens that were not computed for it."""
         self._context.share(prefix.sequence, slot, shared)
         prefix.users += 1
@@ -86,7 +86,7 @@ class Prefixes:
         prefix.unpaid -= paid
         return shared - paid
 
-    def forget_one(self, waiting: Iterable[tuple[str, Tokens]], keep: Prefix | None = None) -> bool:
+    def forget_one(self, waiting: Iterable[tuple[str, Tokens]], keep: LlamaPrefix | None = None) -> bool:
         """Forget the prefix that saves the waiting prompts the least; False when none can be forgotten.
 
         ``waiting``: prompts with their owners.
@@ -104,13 +104,13 @@ class Prefixes:
         for prefix in [each for each in self._kept if each.users == 0]:
             self._forget(prefix)
 
-    def _forget(self, prefix: Prefix) -> None:
+    def _forget(self, prefix: LlamaPrefix) -> None:
         self._context.drop(prefix.sequence)
         self._kept.remove(prefix)
         self._spare.append(prefix.sequence)
 
 
-def _saves(prefix: Prefix, prompts: Iterable[tuple[str, Tokens]]) -> int:
+def _saves(prefix: LlamaPrefix, prompts: Iterable[tuple[str, Tokens]]) -> int:
     """Tokens that prompts of its owner have in common with the prefix."""
     lengths = (common_length(prefix.tokens, prompt) for owner, prompt in prompts if owner == prefix.owner)
     return sum(length for length in lengths if length >= LEAST_TOKENS)

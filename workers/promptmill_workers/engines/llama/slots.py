@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from promptmill.types import Usage
-from promptmill_workers.engines.answer import Answer
+from promptmill_workers.engines.answer import Generation
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama.batch import Tokens
-from promptmill_workers.engines.llama.prefixes import Prefix
+from promptmill_workers.engines.llama.prefixes import LlamaPrefix
 from promptmill_workers.engines.llama.text import Prompt
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class LlamaWaiting:
     """A request that is tokenised and has no slot. ``shared`` tokens of its prompt are planned to be computed once."""
 
     request: EngineRequest
@@ -27,7 +27,7 @@ class Waiting:
     shared: int = 0
 
     @classmethod
-    def of(cls, request: EngineRequest, prompt: Prompt, context_tokens: int) -> Waiting:
+    def of(cls, request: EngineRequest, prompt: Prompt, context_tokens: int) -> LlamaWaiting:
         room = context_tokens - len(prompt.tokens)
         limit = 0 if prompt.scored else min(request.sampling.max_tokens, room)
         return cls(request, prompt.tokens, limit, prompt.thinks, prompt.scored)
@@ -48,20 +48,20 @@ class Waiting:
 
 
 @dataclass(slots=True, eq=False)
-class Running:
+class LlamaRunning:
     """A request in a slot. ``done`` of its tokens are in the KV cache, the first ``shared`` of them a prefix's.
 
     ``cached`` of its prompt tokens were not computed for this request.
     """
 
     slot: int
-    waiting: Waiting
-    prefix: Prefix | None
+    waiting: LlamaWaiting
+    prefix: LlamaPrefix | None
     shared: int
     cached: int
     done: int
     admitted_at: float
-    answer: Answer
+    answer: Generation
     #: Its next token is drawn on the host.
     hosted: bool = False
     first_token_at: float | None = None
@@ -104,6 +104,6 @@ class Running:
         return np.array(self.pending, dtype=np.int32)
 
 
-def cells_of(waiting: Waiting, shared: int) -> int:
+def cells_of(waiting: LlamaWaiting, shared: int) -> int:
     """KV cells of a request of which a prefix holds the first ``shared``."""
     return len(waiting.prompt) - shared + waiting.limit

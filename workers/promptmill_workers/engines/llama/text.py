@@ -15,14 +15,14 @@ from promptmill.types import ErrorClass, SamplingParams
 from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, ChatTemplate, after_answer
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama.batch import Tokens
-from promptmill_workers.engines.llama.binding import Model, Vocabulary
+from promptmill_workers.engines.llama.binding import LlamaModel, Vocabulary
 from promptmill_workers.engines.prompt_pieces import Controls, Piece, begins_twice, pieces_of, text_of
 
 #: No prompt has more bytes a token on average. A longer text cannot fit, and is not worth seconds of splitting it.
 MOST_BYTES_PER_TOKEN = 256
 
 
-class PromptTooLong(RequestError):
+class PromptOverflow(RequestError):
     """The prompt leaves no room for an answer."""
 
     error_class = ErrorClass.CONTEXT_OVERFLOW
@@ -41,7 +41,7 @@ class Prompt:
 class PromptReader:
     """Requests to prompt tokens, by the model's own chat template and vocabulary."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LlamaModel) -> None:
         self._vocabulary: Vocabulary = model.vocabulary
         self._source, self._tool_source = model.chat_template, model.tool_template
 
@@ -103,7 +103,7 @@ class PromptReader:
         pieces, thinks = self._opened(request)
         size = sum(len(each.text) for each in pieces)
         if size > context_tokens * MOST_BYTES_PER_TOKEN:
-            raise PromptTooLong(f"the prompt has {size:,} characters, the context {context_tokens:,} tokens")
+            raise PromptOverflow(f"the prompt has {size:,} characters, the context {context_tokens:,} tokens")
         found, scored = self._tokens(pieces, request), 0
         if request.continuation is not None:
             # Apart from the prompt, so that every continuation follows the same tokens.
@@ -114,7 +114,7 @@ class PromptReader:
                 more = np.append(more, np.int32(self.end))
             found, scored = np.concatenate([found, more]), len(more)
         if len(found) >= context_tokens:
-            raise PromptTooLong(f"the prompt has {len(found):,} tokens, the context {context_tokens:,}")
+            raise PromptOverflow(f"the prompt has {len(found):,} tokens, the context {context_tokens:,}")
         return Prompt(found, thinks, scored)
 
     def _after(self, found: Tokens, pieces: Sequence[Piece]) -> Tokens:
@@ -139,7 +139,7 @@ class PromptReader:
         return found
 
 
-class AnswerText:
+class LlamaAnswerText:
     """The text of one answer, token by token. A stop text may begin and end inside tokens, and inside a character."""
 
     __slots__ = ("_bytes", "_cut", "_longest", "_piece", "_shown", "_stops")
@@ -196,7 +196,7 @@ class AnswerText:
 class LlamaTokenCounter:
     """The vocabulary of a GGUF without its weights."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LlamaModel) -> None:
         self._model = model
         self._prompts = PromptReader(model)
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from promptmill.errors import DeviceError, ModelError, RequestError
 from promptmill.types import FinishReason, SamplingParams
-from promptmill_workers.engines.answer import Answer
+from promptmill_workers.engines.answer import Generation
 from promptmill_workers.engines.constraint import GrammarError
 from promptmill_workers.engines.prefix_plan import Tokens
 
@@ -129,7 +129,7 @@ class HostedSampler:
     mlx-lm asks for a token one step before it hands the one before over: what a token means is settled here, at once.
     """
 
-    def __init__(self, answer: Answer, end: int, drawer: SeededSampler | None) -> None:
+    def __init__(self, answer: Generation, end: int, drawer: SeededSampler | None) -> None:
         """``end``: the token to draw when there is nothing more to say. ``drawer`` draws what the answer does not draw
         itself; None: the likeliest."""
         self._answer = answer
@@ -182,7 +182,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class MlxPass:
     """What one step of the batcher did. Times in seconds."""
 
     tokens: list[Token]
@@ -246,7 +246,7 @@ class Batcher:
         with mx.stream(self._generator.stream):
             self._generator.remove([sequence])
 
-    def step(self) -> Pass:
+    def step(self) -> MlxPass:
         """A token of every sequence in decode, then the next prompt tokens of those in prefill.
 
         The token of a sequence arrives a step after it was drawn: the next one is already being computed by then.
@@ -258,7 +258,7 @@ class Batcher:
             prefills, decodes = self._generator.next()
         begun = {each.uid for each in prefills if each.end_of_prompt}
         self._in_prefill -= begun
-        return Pass(
+        return MlxPass(
             tokens=[Token(each.uid, int(each.token), each.finish_reason is not None) for each in decodes],
             # The last token of a prompt goes through the model as the first decode, uncounted.
             prefill_tokens=work.prompt_tokens + len(begun),

@@ -18,7 +18,7 @@ import psutil
 from promptmill.errors import ModelError, RequestError
 from promptmill.tasks.sampling import refuse_unknown_tokens
 from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Usage
-from promptmill_workers.engines.answer import Answer, Tools
+from promptmill_workers.engines.answer import Generation, Tools
 from promptmill_workers.engines.constraint import GrammarError, Grammars
 from promptmill_workers.engines.contract import (
     EngineInfo,
@@ -33,9 +33,9 @@ from promptmill_workers.engines.contract import (
     refuse_slots,
 )
 from promptmill_workers.engines.kv_budget import fit
-from promptmill_workers.engines.mlx_lm.prefixes import Prefixes
-from promptmill_workers.engines.mlx_lm.slots import Running, TooLong, Waiting
-from promptmill_workers.engines.mlx_lm.text import AnswerText, MlxTokenCounter, MlxTokenizer
+from promptmill_workers.engines.mlx_lm.prefixes import MlxPrefixes
+from promptmill_workers.engines.mlx_lm.slots import MlxRunning, MlxWaiting, TooLong
+from promptmill_workers.engines.mlx_lm.text import MlxAnswerText, MlxTokenCounter, MlxTokenizer
 from promptmill_workers.engines.prefix_plan import plan
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ class MlxEngine:
             ends=tokenizer.eos_ids.__contains__,
             piece=tokenizer.piece,
             tokens=tokenizer.within,
-            text=lambda stops: AnswerText(tokenizer, stops),
+            text=lambda stops: MlxAnswerText(tokenizer, stops),
             grammars=Grammars(lambda: tokenizer.constraint_tokenizer(batcher.vocabulary), batcher.vocabulary),
         )
         self._incoming: deque[EngineRequest] = deque()
-        self._waiting: deque[Waiting] = deque()
-        self._running: dict[SequenceId, Running] = {}
-        self._prefixes = Prefixes(batcher)
+        self._waiting: deque[MlxWaiting] = deque()
+        self._running: dict[SequenceId, MlxRunning] = {}
+        self._prefixes = MlxPrefixes(batcher)
         self._planned = True
         self._rejected: list[Event] = []
         self._counters = EngineCounters()
@@ -190,7 +190,7 @@ class MlxEngine:
             else:
                 self._planned = False
 
-    def _prepared(self, request: EngineRequest) -> Waiting:
+    def _prepared(self, request: EngineRequest) -> MlxWaiting:
         """Raises RequestError or TooLong."""
         refuse_unknown_tokens(request.sampling, self._tokenizer.size)
         prompt, scored = self._tokenizer.tokens(request), 0
@@ -201,7 +201,7 @@ class MlxEngine:
         if room < 1:
             raise TooLong(f"the prompt has {len(prompt):,} tokens, the context {self._info.context_tokens:,}")
         limit = 0 if scored or request.sampling.embedding else max(1, min(request.sampling.max_tokens, room))
-        return Waiting(request, prompt, limit, self._tokenizer.opened(request)[1], scored)
+        return MlxWaiting(request, prompt, limit, self._tokenizer.opened(request)[1], scored)
 
     def _reject(self, request: EngineRequest, error_class: ErrorClass, message: str) -> None:
         self._rejected.append(Rejected(request.key, error_class, message))
@@ -229,14 +229,14 @@ class MlxEngine:
         )
         self._waiting = deque(waiting[at] for at in order)
 
-    def _start(self, waiting: Waiting, now: float) -> None:
+    def _start(self, waiting: MlxWaiting, now: float) -> None:
         """Give the request a slot, its prefix computed before it if it is the first that wants it.
 
         That first one pays for its prefix: so the tokens computed add up over the requests.
         """
         sampling = waiting.request.sampling
         try:
-            answer = Answer(self._tools, sampling, waiting.prompt, waiting.limit, thinks=waiting.thinks)
+            answer = Generation(self._tools, sampling, waiting.prompt, waiting.limit, thinks=waiting.thinks)
         except RequestError as problem:
             self._reject(waiting.request, ErrorClass.GRAMMAR, problem.message)
             return
@@ -244,9 +244,9 @@ class MlxEngine:
         rest = waiting.prompt[len(prefix.tokens) :] if prefix else waiting.prompt
         hosted = self._hosted(answer, waiting)
         sequence = self._batcher.insert(rest, waiting.limit, sampling, prefix.cache if prefix else None, hosted)
-        self._running[sequence] = Running(waiting, answer, hosted, cached, now)
+        self._running[sequence] = MlxRunning(waiting, answer, hosted, cached, now)
 
-    def _hosted(self, answer: Answer, waiting: Waiting) -> HostedSampler | None:
+    def _hosted(self, answer: Generation, waiting: MlxWaiting) -> HostedSampler | None:
         """What hands its tokens out on the host, where that is needed."""
         sampling = waiting.request.sampling
         # A budget of reasoning is kept by putting its end into the sampler's mouth.
@@ -257,7 +257,7 @@ class MlxEngine:
 
         return HostedSampler(answer, min(self._tokenizer.eos_ids, default=0), self._batcher.drawer(sampling))
 
-    def _compute(self, waiting: Waiting, now: float) -> None:
+    def _compute(self, waiting: MlxWaiting, now: float) -> None:
         """Answer a request for which nothing is generated, at once."""
         request, prompt = waiting.request, waiting.prompt
         cached, text = 0, request.continuation or ""
@@ -278,7 +278,7 @@ class MlxEngine:
         usage = Usage(len(prompt) - waiting.scored, cached, 0)
         self._rejected.append(Finished(request.key, text, FinishReason.STOP, usage, now, end, end, extras))
 
-    def _make_room(self, waiting: Waiting) -> bool:
+    def _make_room(self, waiting: MlxWaiting) -> bool:
         """Whether there are cells for the request and its prefix, after forgetting other prefixes if need be.
 
         It waits for a row to end rather than lose its own prefix, which those behind it want too. Alone it always
@@ -333,7 +333,7 @@ class MlxEngine:
                 events.append(event)
         return events
 
-    def _receive(self, running: Running, drawn: Token, now: float) -> Event | None:
+    def _receive(self, running: MlxRunning, drawn: Token, now: float) -> Event | None:
         """Add a token to its answer; the event when the sequence has ended with it."""
         running.count += 1
         if running.first_token_at is None:
@@ -367,7 +367,7 @@ class MlxEngine:
             running.usage, running.admitted_at, running.first_token_at, now,
         )  # fmt: skip
 
-    def _drop(self, sequence: SequenceId) -> Running:
+    def _drop(self, sequence: SequenceId) -> MlxRunning:
         """Free a slot whose tokens are of no use."""
         running = self._running.pop(sequence)
         self._batcher.remove(sequence)

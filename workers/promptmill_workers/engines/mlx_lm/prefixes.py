@@ -16,7 +16,7 @@ PREFIXES = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
+class MlxPrefix:
     """Tokens of an owner's prompts and the cache after them."""
 
     owner: str
@@ -32,12 +32,12 @@ class PrefixWork:
     tokens: int = 0
 
 
-class Prefixes:
+class MlxPrefixes:
     """The prefixes kept, the least recently used first."""
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
-        self._kept: list[Prefix] = []
+        self._kept: list[MlxPrefix] = []
         self._work = PrefixWork()
 
     @property
@@ -50,7 +50,7 @@ class Prefixes:
         taken, self._work = self._work, PrefixWork()
         return taken
 
-    def begin(self, owner: str, prompt: Tokens, shared: int) -> tuple[Prefix | None, int]:
+    def begin(self, owner: str, prompt: Tokens, shared: int) -> tuple[MlxPrefix | None, int]:
         """The owner's prefix to start ``prompt`` from, and how many of its tokens were there before.
 
         ``shared`` tokens are planned to be computed once: the prompt that comes first computes them.
@@ -61,7 +61,7 @@ class Prefixes:
             return best, known
         return self._compute(owner, prompt[:shared], best), known
 
-    def wanted(self, owner: str, prompt: Tokens, shared: int) -> Prefix | None:
+    def wanted(self, owner: str, prompt: Tokens, shared: int) -> MlxPrefix | None:
         """The owner's prefix that ``prompt`` would start from instead of computing another."""
         for prefix in self._of(owner):
             known = common_length(prefix.tokens, prompt[:-1])
@@ -69,7 +69,7 @@ class Prefixes:
                 return prefix
         return None
 
-    def forget(self, surplus: int, keep: Prefix | None) -> None:
+    def forget(self, surplus: int, keep: MlxPrefix | None) -> None:
         """Free ``surplus`` cells by forgetting prefixes other than ``keep``, or all there are."""
         for prefix in [each for each in self._kept if each is not keep]:
             if surplus <= 0:
@@ -81,10 +81,10 @@ class Prefixes:
     def clear(self) -> None:
         self._kept.clear()
 
-    def _of(self, owner: str) -> list[Prefix]:
+    def _of(self, owner: str) -> list[MlxPrefix]:
         return [each for each in self._kept if each.owner == owner]
 
-    def _best(self, owner: str, head: Tokens) -> Prefix | None:
+    def _best(self, owner: str, head: Tokens) -> MlxPrefix | None:
         """What is at hand of the start of ``head``: a whole prefix, or as much of one as is the same."""
         found = [(common_length(each.tokens, head), each) for each in self._of(owner)]
         for length, prefix in sorted(found, key=lambda pair: pair[0], reverse=True):
@@ -97,10 +97,10 @@ class Prefixes:
                 return replace(prefix, tokens=prefix.tokens[:length], cache=cache)
         return None
 
-    def _compute(self, owner: str, tokens: Tokens, base: Prefix | None) -> Prefix:
+    def _compute(self, owner: str, tokens: Tokens, base: MlxPrefix | None) -> MlxPrefix:
         started = time.monotonic()
         known = len(base.tokens) if base else 0
-        made = Prefix(owner, tokens.copy(), self._batcher.prefill(tokens[known:], base.cache if base else None))
+        made = MlxPrefix(owner, tokens.copy(), self._batcher.prefill(tokens[known:], base.cache if base else None))
         self._work.seconds += time.monotonic() - started
         self._work.tokens += len(tokens) - known
         self._kept = [*self._kept[-PREFIXES + 1 :], made]

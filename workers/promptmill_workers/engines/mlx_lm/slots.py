@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from promptmill.types import Usage
-from promptmill_workers.engines.answer import Answer
+from promptmill_workers.engines.answer import Generation
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.prefix_plan import Tokens
 
@@ -19,7 +19,7 @@ class TooLong(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
+class MlxWaiting:
     """A request that is tokenised and has no slot. ``shared`` tokens of its prompt are planned to be computed once."""
 
     request: EngineRequest
@@ -51,11 +51,11 @@ class Waiting:
 
 
 @dataclass(slots=True, eq=False)
-class Running:
+class MlxRunning:
     """A request in a slot."""
 
-    waiting: Waiting
-    answer: Answer
+    waiting: MlxWaiting
+    answer: Generation
     #: Draws its tokens, and has seen them before they arrive here.
     hosted: HostedSampler | None
     cached: int

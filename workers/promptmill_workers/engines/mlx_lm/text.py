@@ -236,7 +236,7 @@ class MlxTokenCounter:
         return self._tokenizer.has_two_starts(request)
 
 
-class AnswerText:
+class MlxAnswerText:
     """The text of one answer, token by token where stop texts must be looked for, else in one go at its end."""
 
     def __init__(self, tokenizer: MlxTokenizer, stops: tuple[str, ...]) -> None:
