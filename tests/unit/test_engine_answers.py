@@ -38,8 +38,8 @@ def run_all(engine: Engine, requests: Sequence[EngineRequest]) -> list[Event]:
     for _ in range(20_000):
         events.extend(engine.step())
         if not engine.active and not engine.waiting:
-            break
-    return [*events, *engine.step()]
+            return [*events, *engine.step()]
+    raise AssertionError(f"after 20,000 steps {engine.active} requests run and {engine.waiting} wait")
 
 
 def ends(events: Sequence[Event]) -> dict[int, Finished | Rejected]:
@@ -410,7 +410,7 @@ def test_a_draw_is_never_copied(desk: Callable[..., Desk]) -> None:
 
 def test_the_next_of_identical_requests_runs_when_the_first_is_cancelled(desk: Callable[..., Desk], case: Case) -> None:
     engine = desk(slots=1, model_options=case.slowly)
-    engine.add([chat(key, text="the same again", max_tokens=6) for key in range(3)])
+    engine.add([chat(key, text="the same again", max_tokens=60) for key in range(3)])
     engine.step()
     engine.cancel(0)
 

@@ -103,9 +103,13 @@ def run(engine: Engine, requests: Sequence[EngineRequest] = ()) -> dict[int, Eve
         events.extend(engine.step())
         if not engine.active and not engine.waiting:
             break
+    else:
+        raise AssertionError(f"after 5,000 steps {engine.active} requests run and {engine.waiting} wait")
     events.extend(engine.step())
-    assert len(events) == len({event.key for event in events})
-    return {event.key: event for event in events}
+    found = {event.key: event for event in events}
+    assert len(events) == len(found)
+    assert found.keys() >= {request.key for request in requests}
+    return found
 
 
 def finished(event: Event) -> Finished:
