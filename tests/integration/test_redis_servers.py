@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from promptmill.core.addresses import redis_client
+from promptmill.core.redis_client import redis_client
 from promptmill.errors import BrokerError
 from promptmill.queue import broker
 from promptmill.queue.broker import Broker

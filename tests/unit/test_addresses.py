@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill.core.addresses import database_url, masked, redis_address, secrets_of, sqlite_url
+from promptmill.core.addresses import database_url, masked, secrets_of, sqlite_url
+from promptmill.core.redis_client import redis_address
 from promptmill.core.settings import load_settings, without_secrets
 from promptmill.database.engine import connect
 from promptmill.errors import DatabaseError, PromptmillError, SettingsError

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from promptmill.core.patterns import SearchTime, compiled, is_found
 from promptmill.errors import TaskFileError
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import MOST_MESSAGES, decoder, messages_of
 from promptmill.tasks import json_schemas
+from promptmill.tasks.patterns import SearchTime, compiled, is_found
 from promptmill.tasks.sampling import BadParameter, check_parameter
 from promptmill.tasks.task_file import parse_task
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from promptmill.core.spreadsheets import inert
 from promptmill.core.terminal import for_people, printable
+from promptmill.store.spreadsheets import inert
 
 #: Clipboard, title, screen, link, a C1 introducer, an override of the direction, a return that hides what was before.
 HOSTILE = "a\x1b]52;c;aGk=\x07b\x1b]0;t\x07c\x1b[2Jd\x1b]8;;http://x\x1b\\e\x9b31mf\u202eg\rh\x08\x7f"

@@ -16,7 +16,7 @@ from ulid import ULID
 
 from promptmill.api.http.errors import ApiError
 from promptmill.api.http.ids import new_id
-from promptmill.core.addresses import redis_client
+from promptmill.core.redis_client import redis_client
 from promptmill.queue.heartbeats import HEARTBEAT_S, Heartbeat, heartbeat_key, heartbeat_of
 from promptmill.queue.interactive_wire import (
     AGAIN,

@@ -11,7 +11,8 @@ import platformdirs
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from promptmill.core.addresses import masked, redis_address, secrets_of, sqlite_url
+from promptmill.core.addresses import masked, secrets_of, sqlite_url
+from promptmill.core.redis_client import redis_address
 from promptmill.core.registry import suggestion
 from promptmill.errors import SettingsError
 

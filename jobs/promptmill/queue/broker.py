@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from promptmill.core.addresses import celery_broker, masked, redis_client
+from promptmill.core.addresses import masked
+from promptmill.core.redis_client import celery_broker, redis_client
 from promptmill.errors import BrokerError
 from promptmill.types import ChunkId
 

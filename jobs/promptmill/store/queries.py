@@ -18,11 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from promptmill.core.outputs import appearing, folder_of
-from promptmill.core.spreadsheets import inert
 from promptmill.database.engine import reading
 from promptmill.database.reader_role import SECRET, bound, reader, refuse_disturbing
 from promptmill.database.views import QUERIES
 from promptmill.errors import PromptmillError
+from promptmill.store.spreadsheets import inert
 
 #: Rows fetched, and written to Parquet, at a time.
 BATCH_ROWS = 5_000

@@ -11,10 +11,10 @@ from typing import IO, Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
-from promptmill.core.spreadsheets import inert
 from promptmill.database.engine import reading
 from promptmill.database.tables import jobs, results
 from promptmill.store.catalog import EXTRAS, result_line, result_rows
+from promptmill.store.spreadsheets import inert
 from promptmill.tasks.openai import refusal_of
 from promptmill.tasks.tools import Offer, ToolCall, read_calls, shown_calls
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from promptmill.core import patterns
+from promptmill.tasks import patterns
 
 #: Most values, levels and patterns of a schema, and most characters of a pattern.
 MOST_VALUES = 50_000

@@ -11,7 +11,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from promptmill.core.addresses import redis_client
+from promptmill.core.redis_client import redis_client
 from promptmill.database.clock import DatabaseClock
 from promptmill.errors import PromptmillError
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S

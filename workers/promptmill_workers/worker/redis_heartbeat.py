@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from promptmill.core.addresses import redis_client
+from promptmill.core.redis_client import redis_client
 from promptmill.database.engine import COMMITS
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, Heartbeat, heartbeat_key

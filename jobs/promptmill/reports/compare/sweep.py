@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from promptmill.core.spreadsheets import inert
 from promptmill.reports.compare.compare import SAME_WORK
 from promptmill.reports.compare.statistics import Change, repeated_ratio
 from promptmill.reports.figures.figures import metric_of, score_name, value_of
 from promptmill.reports.figures.summary import Summary
 from promptmill.reports.render import markdown, plots
 from promptmill.reports.render.html import document, safe, section, table
+from promptmill.store.spreadsheets import inert
 
 #: Share of the best output rate from which on a smaller setting is as good.
 KNEE_SHARE = 0.95

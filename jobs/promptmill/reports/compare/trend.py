@@ -15,13 +15,13 @@ import numpy as np
 from sqlalchemy.engine import Engine
 
 from promptmill.core.registry import suggestion
-from promptmill.core.spreadsheets import inert
 from promptmill.errors import PromptmillError
 from promptmill.reports.figures.columns import Floats
 from promptmill.reports.figures.figures import metric_of, names_of, value_of
 from promptmill.reports.figures.metrics import Better, Metric
 from promptmill.reports.figures.summary import Summary, summarise
 from promptmill.reports.render import markdown
+from promptmill.store.spreadsheets import inert
 from promptmill.store.tags import tagged
 
 #: Fewest jobs on either side of a change: fewer do not tell it from noise.

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from promptmill.core.spreadsheets import inert
 from promptmill.reports.compare.comparison import Comparison, Flips, Line, shown_change
 from promptmill.reports.render import markdown
+from promptmill.store.spreadsheets import inert
 
 COLUMNS = ("figure", "A", "B", "change", "95 % CI", "")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 
-from promptmill.core.spreadsheets import inert
 from promptmill.reports.figures.figures import metric_of, names_of, value_of
 from promptmill.reports.figures.summary import Summary
+from promptmill.store.spreadsheets import inert
 
 COLUMNS = ("job_id", "completeness", "figure", "value", "unit", "kind", "better", "formula")
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from promptmill.core import patterns
 from promptmill.scoring.scorers import JsonObject, ScoreOutcome
-from promptmill.tasks import json_schemas
+from promptmill.tasks import json_schemas, patterns
 from promptmill.types import FinishReason, JsonValue
 
 if TYPE_CHECKING:

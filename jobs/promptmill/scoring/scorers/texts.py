@@ -6,8 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from promptmill.core.patterns import SearchTime, compiled
 from promptmill.scoring.scorers import Item, JsonObject
+from promptmill.tasks.patterns import SearchTime, compiled
 from promptmill.types import JsonValue
 
 
