@@ -133,3 +133,9 @@ class ModelError(PromptmillError):
 
 class RequestError(PromptmillError):
     """One request cannot be served; its neighbours are not concerned."""
+
+
+def first_line(problem: BaseException) -> str:
+    """What happened, in one line of at most 200 characters: without a statement and its values."""
+    text = str(getattr(problem, "orig", None) or problem).strip()
+    return text.splitlines()[0][:200] if text else type(problem).__name__

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from promptmill.core import programs
 from promptmill.tasks.openai import COMPLETIONS, translate
 from promptmill.tasks.sampling import resolve_sampling
 from promptmill_workers.checkpoints import build_engine, locate
@@ -34,7 +35,7 @@ def _clocked(owner: Any, name: str, spent: Counter[str], part: str) -> None:
 
 
 def main() -> None:
-    order = json.load(sys.stdin)
+    order = programs.read_order()
     spent: Counter[str] = Counter()
     for name in ("allowed", "take", "forced"):
         _clocked(constraint.Constraint, name, spent, "grammar")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+from promptmill.core import programs
+from promptmill.core.backoff import Backoff
 from promptmill.errors import EXIT_BAD_INPUT
 from promptmill_workers.devices import Device, DeviceLock
 
 log = logging.getLogger("promptmill.pool")
 
-#: Seconds before a worker that died is started again; doubled for each death within STEADY_S, up to the longest.
-RESTART_S = 1.0
-LONGEST_RESTART_S = 60.0
+#: Before a worker that died is started again.
+RESTART = Backoff(1.0, 60.0)
 
 #: A worker that lived so many seconds starts its back-off afresh.
 STEADY_S = 60.0
@@ -116,18 +114,11 @@ class Supervisor:
             "grace_s": self._grace_s,
         }
         # A session of its own: Ctrl-C in the terminal must reach this process only.
-        child.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "promptmill_workers.worker.celery_worker"],
-            stdin=subprocess.PIPE,
-            env=child.device.environment(os.environ),
-            start_new_session=True,
-            # It outlives a supervisor that is killed, and has the device until its own end.
-            pass_fds=[child.lock.fileno()],
-        )
-        assert child.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            child.process.stdin.write(json.dumps(order).encode() + b"\n")
-            child.process.stdin.flush()
+        # It outlives a supervisor that is killed, and has the device until its own end: it inherits the lock.
+        child.process = programs.start(
+            "promptmill_workers.worker.celery_worker", order, env=child.device.environment(os.environ),
+            start_new_session=True, pass_fds=[child.lock.fileno()],
+        )  # fmt: skip
         child.started_at = time.monotonic()
         log.info("worker for %s started (process %d)", child.device.name, child.process.pid)
 
@@ -139,7 +130,7 @@ class Supervisor:
             return
         lived = time.monotonic() - child.started_at
         child.deaths = 1 if lived > STEADY_S else child.deaths + 1
-        delay = min(LONGEST_RESTART_S, RESTART_S * 2.0 ** (child.deaths - 1))
+        delay = RESTART.delay_s(child.deaths)
         child.start_at = time.monotonic() + delay
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         log.warning("worker for %s ended (%s); next start in %.0f s", child.device.name, how, delay)

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -30,6 +29,8 @@ from promptmill.api.openai import chat, files, models, own_folder
 from promptmill.api.openai.file_store import FileStore
 from promptmill.api.openai.model_directory import ModelDirectory
 from promptmill.api.pages import pages
+from promptmill.core import programs
+from promptmill.core.backoff import Backoff
 from promptmill.core.settings import Settings
 from promptmill.database.engine import reading
 from promptmill.errors import DatabaseError
@@ -40,9 +41,9 @@ log = logging.getLogger("promptmill.api")
 #: Threads that wait for the database: as many as its pool has connections.
 THREADS = 16
 
-#: Seconds before the process that looks after batches is started again, doubled up to the longest.
-RESTART_S = 0.5
-LONGEST_RESTART_S = 30.0
+#: Before the process that looks after batches is started again, and the seconds after which its life was a long one.
+RESTART = Backoff(0.5, 30.0)
+STEADY_S = 60.0
 
 #: Seconds between two readings of the database's clock.
 CLOCK_S = 5.0
@@ -122,11 +123,9 @@ async def _keep_time(parts: Services) -> None:
 
 async def _keep_batches() -> None:
     """Batches are looked after by a process of their own: a million lines must not slow an answer down."""
-    delay = RESTART_S
+    deaths = 0
     while True:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "promptmill.api.batches.worker"], stdin=subprocess.PIPE, start_new_session=True
-        )
+        process = programs.start("promptmill.api.batches.worker", {}, start_new_session=True)
         started = asyncio.get_running_loop().time()
         try:
             while process.poll() is None:
@@ -136,6 +135,7 @@ async def _keep_batches() -> None:
             process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=6)
-        delay = RESTART_S if asyncio.get_running_loop().time() - started > 60 else min(2 * delay, LONGEST_RESTART_S)
+        deaths = 1 if asyncio.get_running_loop().time() - started > STEADY_S else deaths + 1
+        delay = RESTART.delay_s(deaths)
         log.warning("the process that looks after batches ended (%s); next start in %g s", process.returncode, delay)
         await asyncio.sleep(delay)

@@ -17,6 +17,7 @@ from ulid import ULID
 from promptmill.api.http.errors import ApiError
 from promptmill.api.http.ids import new_id
 from promptmill.core.redis_client import redis_client
+from promptmill.errors import first_line
 from promptmill.queue.heartbeats import HEARTBEAT_S, Heartbeat, heartbeat_key, heartbeat_of
 from promptmill.queue.interactive_wire import (
     AGAIN,
@@ -279,7 +280,7 @@ class Live:
                 for call in calls:
                     call.queued_at = now
             except (RedisError, OSError) as problem:
-                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+                log.warning("Redis does not answer: %s", first_line(problem))
                 for call in calls:
                     # It may be in the queue all the same.
                     self._remember_withdrawn(call.request)
@@ -298,7 +299,7 @@ class Live:
                 for data in await self._redis.lpop(name, REPLIES_AT_ONCE) or ():
                     self._take(data)
             except (RedisError, OSError) as problem:
-                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+                log.warning("Redis does not answer: %s", first_line(problem))
                 await asyncio.sleep(AWAY_S)
 
     def _take(self, data: bytes) -> None:
@@ -364,7 +365,7 @@ class Live:
                 await self._look_at_workers()
                 await self._look_for_quiet()
             except (RedisError, OSError) as problem:
-                log.warning("Redis does not answer: %s", str(problem).splitlines()[0] if str(problem) else problem)
+                log.warning("Redis does not answer: %s", first_line(problem))
             except Exception:
                 log.exception("looking after requests failed, and goes on")
             await asyncio.sleep(WATCH_S)

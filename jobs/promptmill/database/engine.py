@@ -24,7 +24,7 @@ from ulid import ULID
 from promptmill.core.addresses import database_url, masked, sqlite_url
 from promptmill.core.resources import resource_dir
 from promptmill.database import counting
-from promptmill.errors import DatabaseError
+from promptmill.errors import DatabaseError, first_line
 
 #: Milliseconds that a writer of SQLite waits for another one.
 SQLITE_BUSY_MS = 30_000
@@ -361,7 +361,7 @@ def _refusal(problem: Exception) -> DatabaseError | None:
     lacks = isinstance(cause, sqlite3.OperationalError) and str(cause).startswith(("no such table", "no such column"))
     if state in UNDEFINED or lacks:
         hint = "'promptmill db upgrade' brings it up to date, or says what is missing."
-        return DatabaseError(f"the database lacks what this version needs: {_first_line(problem)}", hint=hint)
+        return DatabaseError(f"the database lacks what this version needs: {first_line(problem)}", hint=hint)
     if state not in REFUSALS:
         return None
     what, hint = REFUSALS[state]
@@ -375,7 +375,7 @@ def _unusable(engine: Engine, problem: Exception) -> DatabaseError | None:
         hint = "Check which other program writes to it, and that its disk has room; then try again."
     else:
         return None
-    return DatabaseError(f"cannot use the database {shown(engine)}: {_first_line(problem)}", hint=hint)
+    return DatabaseError(f"cannot use the database {shown(engine)}: {first_line(problem)}", hint=hint)
 
 
 def _is_away(engine: Engine, problem: Exception) -> bool:
@@ -394,11 +394,6 @@ def _is_unusable_file(problem: Exception) -> bool:
     # The low byte is the kind, what is above it a closer description.
     code = getattr(getattr(problem, "orig", None), "sqlite_errorcode", None)
     return code is not None and code & 0xFF in SQLITE_UNUSABLE
-
-
-def _first_line(problem: Exception) -> str:
-    cause = getattr(problem, "orig", problem)
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
 def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

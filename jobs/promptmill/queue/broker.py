@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from promptmill.core.addresses import masked
 from promptmill.core.redis_client import celery_broker, redis_client
-from promptmill.errors import BrokerError
+from promptmill.errors import BrokerError, first_line
 from promptmill.types import ChunkId
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Broker:
 
     def _unreachable(self, problem: Exception) -> BrokerError:
         return BrokerError(
-            f"cannot reach Redis at {masked(self._url)}: {str(problem).splitlines()[0] if str(problem) else problem!r}",
+            f"cannot reach Redis at {masked(self._url)}: {first_line(problem)}",
             hint="Check that it runs and that JOBS_REDIS_URL names it ('promptmill config' shows it).",
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from promptmill.errors import DatasetError
+from promptmill.errors import DatasetError, first_line
 from promptmill.readers.fields import BadLine
 from promptmill.readers.parquet import plain
 
@@ -31,8 +31,9 @@ def records(name: str) -> Iterator[bytes]:
         raise
     except Exception as problem:
         # The library raises errors of many kinds, its own and those of what it is made of.
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
-        raise DatasetError(f"cannot load {name}: {first}", hint="Check the name, the split, and the network.") from None
+        raise DatasetError(
+            f"cannot load {name}: {first_line(problem)}", hint="Check the name, the split, and the network."
+        ) from None
 
 
 def _library(name: str) -> Any:

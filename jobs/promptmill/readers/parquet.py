@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from promptmill.errors import DatasetError
+from promptmill.errors import DatasetError, first_line
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import converted, line_of
 from promptmill.types import DatasetLine
@@ -43,8 +43,7 @@ def read(path: Path, layout: Layout) -> Iterator[DatasetLine]:
                     number += 1
                     yield _line(number, record, layout)
     except (pa.ArrowException, OSError) as problem:
-        first = str(problem).strip().splitlines()[0][:200]
-        raise DatasetError(f"{layout.source} is no readable Parquet file: {first}") from None
+        raise DatasetError(f"{layout.source} is no readable Parquet file: {first_line(problem)}") from None
     if number == 0:
         raise DatasetError(f"{layout.source} holds no records", hint="A dataset has at least one record.")
 

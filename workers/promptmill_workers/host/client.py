@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from promptmill import errors
+from promptmill.core import programs
 from promptmill.core.settings import Settings
 from promptmill.errors import ModelError, PromptmillError
 from promptmill.types import (
@@ -176,14 +175,6 @@ class EngineHost:
         listener.listen(64)
         config = self.config
         with listener:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "promptmill_workers.host.process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-                env=config.device.environment(os.environ),
-            )
             order = {
                 "socket": listener.fileno(),
                 "model": config.model,
@@ -192,11 +183,10 @@ class EngineHost:
                 "log_level": config.log_level,
                 "deduplicate": config.deduplicate,
             }
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(order).encode() + b"\n")
-                process.stdin.flush()
-        return process
+            return programs.start(
+                "promptmill_workers.host.process", order, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                pass_fds=[listener.fileno()], env=config.device.environment(os.environ),
+            )  # fmt: skip
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None

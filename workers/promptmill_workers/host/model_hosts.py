@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from promptmill.core.backoff import Backoff
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.engines.kv_budget import CPU_SLOTS
 from promptmill_workers.host.client import EngineHost, HostConfig, HostCrashed, HostDied, Session
@@ -17,9 +18,8 @@ from promptmill_workers.model_files import LoadedFiles
 
 log = logging.getLogger("promptmill.worker")
 
-#: Seconds before a host that died is started again; doubled for each death in a row, up to the longest.
-RESTART_S = 0.2
-LONGEST_RESTART_S = 30.0
+#: Before a host that died is started again.
+RESTART = Backoff(0.2, 30.0)
 
 #: Longest that chunks of one model wait because another one is loaded and has work.
 FAIR_S = 60.0
@@ -407,7 +407,7 @@ class ModelHosts:
     def _count_death(self) -> None:
         self.deaths += 1
         self.restarts += 1
-        self._not_before = time.monotonic() + min(LONGEST_RESTART_S, RESTART_S * 2.0 ** (self.deaths - 1))
+        self._not_before = time.monotonic() + RESTART.delay_s(self.deaths)
 
     def _load(self) -> EngineInfo:
         """Start a host. One that crashes gets a second chance without the CPU's special kernels."""

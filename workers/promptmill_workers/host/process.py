@@ -6,7 +6,6 @@ the requests of one chunk. When stdin ends, the parent is gone and so is the hos
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from promptmill.core import programs
 from promptmill.core.terminal import for_people
 from promptmill.types import EngineCounters, Extras, SamplingParams, Sharing, Span
 from promptmill_workers.engines.contract import (
@@ -289,21 +289,16 @@ def main() -> None:
     """Entry point of the child process: load, then serve."""
     # Ctrl-C in a terminal reaches the whole process group; the parent decides when the host ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = json.loads(sys.stdin.readline())
+    config = programs.read_order()
     logging.basicConfig(
         level=config["log_level"], format="%(levelname)s %(name)s: %(message)s", stream=for_people(sys.stderr)
     )
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    programs.when_parent_ends(lambda: os._exit(0))
     if config["cores"] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, config["cores"])
     listener = socket.socket(fileno=config["socket"])
     engine, files = _load(config, listener)
     HostLoop(engine, files).serve(listener)
-
-
-def _die_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(0)
 
 
 def _load(config: dict[str, Any], listener: socket.socket) -> tuple[Engine, LoadedFiles | None]:

@@ -7,7 +7,6 @@ touched in this process; the engine host does that.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -23,11 +22,12 @@ from celery import Celery
 from celery.signals import worker_shutting_down
 from ulid import ULID
 
+from promptmill.core import programs
 from promptmill.core.settings import Settings, load_settings
 from promptmill.core.terminal import for_people
 from promptmill.database.engine import open_database
 from promptmill.database.timeouts import end_silent_connections
-from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError
+from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError, first_line
 from promptmill.ledger import Ledger
 from promptmill.queue.broker import TASK_NAME, Broker, make_app, queue_name
 from promptmill.queue.dispatcher import Dispatcher
@@ -38,7 +38,7 @@ from promptmill_workers.host.client import HostConfig
 from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.worker import queue_gate
 from promptmill_workers.worker.chunk_runner import CHUNKS_AT_ONCE, KEPT_JOBS, ChunkRunner
-from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, first_line
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry
 from promptmill_workers.worker.heartbeat import Heartbeat
 from promptmill_workers.worker.held_leases import HeldLeases
 from promptmill_workers.worker.interactive import LiveLane
@@ -260,15 +260,9 @@ def _register(app: Celery, worker: Worker) -> None:
         worker.run_chunk(ChunkId(job_id, number))
 
 
-def _stop_with_parent() -> None:
-    """The supervisor is gone: stop as if it had said so."""
-    sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def main() -> None:
     """Entry point of the worker process."""
-    order = json.loads(sys.stdin.readline())
+    order = programs.read_order()
     config = WorkerConfig(order["device"], tuple(order["cores"]), tuple(order["models"]), order["slots"],
                           order["context_tokens"], order["grace_s"])  # fmt: skip
     settings = load_settings()
@@ -279,7 +273,8 @@ def main() -> None:
     )
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
     logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    # The supervisor is gone: stop as if it had said so.
+    programs.when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         Worker(config, settings).run()
     except PromptmillError as problem:

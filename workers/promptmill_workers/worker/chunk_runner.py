@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from promptmill.errors import DeviceError, ModelError, PromptmillError
+from promptmill.errors import DeviceError, ModelError, PromptmillError, first_line
 from promptmill.ledger import JobSpec, Ledger, Standing
 from promptmill.store.answer_cache import keep, key_of, look_up
 from promptmill.tasks.sampling import LARGEST_WHOLE
@@ -22,7 +22,7 @@ from promptmill.tasks.templates import Template, resolve_sampling, to_request
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result, Sharing
 from promptmill_workers.host.client import HostDied, Session
 from promptmill_workers.host.model_hosts import Hold, ModelHosts, NotWanted
-from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, first_line
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry
 from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")

@@ -6,19 +6,20 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import TypeVar
 
 import psycopg
 import sqlalchemy as sa
 
-from promptmill.errors import DatabaseError
+from promptmill.core.backoff import Backoff
+from promptmill.errors import DatabaseError, first_line
 from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
-#: Seconds between two tries: doubled each time, up to the longest.
-FIRST_WAIT_S = 0.1
-LONGEST_WAIT_S = 5.0
+#: Between two tries.
+WAIT = Backoff(0.1, 5.0)
 
 #: A restart, a cut connection, one that is in use for long, a lock that is not granted, a full disk: none of it is the
 #: statement's fault.
@@ -62,22 +63,15 @@ class DatabaseRetry:
             return self._insist(transaction, problem, began)
 
     def _insist(self, transaction: Callable[[bool], T], problem: Exception, began: float) -> T:
-        wait_s = FIRST_WAIT_S
         with self._stop.blocked():
-            while True:
+            for failures in count(1):
                 log.warning("the database did not take a change, trying again: %s", first_line(problem))
                 if self._limit_s is not None and time.monotonic() - began > self._limit_s:
                     raise gave_up(self._limit_s, problem) from problem
-                if self._stop.abandoning.wait(wait_s * random.uniform(0.75, 1.25)):  # noqa: S311 - no secret
+                if self._stop.abandoning.wait(WAIT.delay_s(failures) * random.uniform(0.75, 1.25)):  # noqa: S311
                     raise problem
-                wait_s = min(LONGEST_WAIT_S, wait_s * 2)
                 try:
                     return transaction(True)
                 except PASSING as again:
                     problem = again
-
-
-def first_line(problem: Exception) -> str:
-    """What happened, without the statement and its values."""
-    text = str(getattr(problem, "orig", None) or problem).strip()
-    return text.splitlines()[0][:200] if text else type(problem).__name__
+        raise problem

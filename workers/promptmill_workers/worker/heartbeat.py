@@ -18,10 +18,11 @@ import sqlalchemy as sa
 
 from promptmill.database.engine import epoch, writing
 from promptmill.database.tables import chunks, worker_samples, workers
+from promptmill.errors import first_line
 from promptmill.ledger import Ledger
 from promptmill_workers.devices import Device
 from promptmill_workers.host.model_hosts import ModelHosts
-from promptmill_workers.worker.database_retry import PASSING, first_line
+from promptmill_workers.worker.database_retry import PASSING
 from promptmill_workers.worker.device_metrics import DeviceMetrics
 from promptmill_workers.worker.shutdown import Shutdown
 

@@ -14,7 +14,7 @@ from types import FrameType
 
 from ulid import ULID
 
-from promptmill.errors import DatabaseError
+from promptmill.errors import DatabaseError, first_line
 from promptmill.ledger import Ledger, Progress
 from promptmill.types import Lease
 from promptmill_workers.devices import worker_lock
@@ -22,7 +22,7 @@ from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.host.client import HostConfig
 from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.worker.chunk_runner import CHUNKS_AT_ONCE, ChunkRunner
-from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, GaveUp, first_line, gave_up
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry, GaveUp, gave_up
 from promptmill_workers.worker.heartbeat import Heartbeat
 from promptmill_workers.worker.held_leases import HeldLeases
 from promptmill_workers.worker.shutdown import Shutdown

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 
 from promptmill.core.redis_client import redis_client
 from promptmill.database.engine import COMMITS
+from promptmill.errors import first_line
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, Heartbeat, heartbeat_key
 from promptmill_workers.host.model_hosts import ModelHosts
@@ -49,7 +50,7 @@ class RedisHeartbeat:
             try:
                 self._redis.set(self._key, json.dumps(self._state()), ex=GONE_S)
             except RedisError as problem:
-                log.warning("no sign of life: %s", str(problem).splitlines()[0])
+                log.warning("no sign of life: %s", first_line(problem))
             if self._ended.wait(HEARTBEAT_S):
                 return
 

@@ -18,7 +18,7 @@ from promptmill.api.http.evaluation import for_report
 from promptmill.core import child_processes
 from promptmill.core.child_processes import ChildLimits
 from promptmill.core.settings import Settings
-from promptmill.errors import PromptmillError, UnknownName
+from promptmill.errors import PromptmillError, UnknownName, first_line
 from promptmill.scoring.forgetting import UNSCORED_S, claimed
 from promptmill.scoring.runs import is_scored, unscored
 from promptmill.store import catalog
@@ -102,7 +102,7 @@ class ScoreKeeper:
                         # The time is a promise: texts go even where nobody could score them.
                         redact(self._db, due.job.id, due.how)
         except PASSING as problem:
-            log.warning("scores of job %s wait: %s", due.job.id, str(problem).splitlines()[0][:200])
+            log.warning("scores of job %s wait: %s", due.job.id, first_line(problem))
         except Exception:
             log.exception("scores of job %s wait", due.job.id)
         else:
@@ -120,7 +120,7 @@ class ScoreKeeper:
         except PASSING:
             raise
         except PromptmillError as problem:
-            log.warning("job %s is not scored: %s", job.id, problem.message.splitlines()[0][:200])
+            log.warning("job %s is not scored: %s", job.id, first_line(problem))
         except Exception as problem:
             # Its message may hold an answer.
             log.error("job %s is not scored: %s", job.id, type(problem).__name__)

@@ -16,7 +16,7 @@ from promptmill.api.batches.validation import QUESTIONS
 from promptmill.core.settings import Settings
 from promptmill.database.engine import opened, reading
 from promptmill.database.tables import batches, jobs, requests, results
-from promptmill.errors import DatabaseError
+from promptmill.errors import DatabaseError, first_line
 from promptmill.readers import open_dataset
 from promptmill.scoring.runs import keep_scores
 from promptmill.service.prepare import gauge_of
@@ -67,7 +67,7 @@ def _passing() -> Iterator[None]:
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as problem:
-        raise DatabaseError(str(problem).splitlines()[0][:200]) from None
+        raise DatabaseError(first_line(problem)) from None
 
 
 def write(settings: Settings, batch_id: str, end: str, paths: tuple[str, str], read_calls_s: float) -> None:

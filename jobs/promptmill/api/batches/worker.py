@@ -30,13 +30,13 @@ from promptmill.api.jobs.creation import limits_for
 from promptmill.api.keys import LOCAL
 from promptmill.api.openai.file_store import FileStore, usable
 from promptmill.api.openai.model_directory import ModelDirectory
-from promptmill.core import child_processes
+from promptmill.core import child_processes, programs
 from promptmill.core.settings import Settings, load_settings
 from promptmill.core.spans import Moment
 from promptmill.core.terminal import for_people
 from promptmill.database.engine import open_database, reading, writing
 from promptmill.database.tables import api_keys, batches, files, jobs
-from promptmill.errors import BrokerError, DatabaseError, PromptmillError
+from promptmill.errors import BrokerError, DatabaseError, PromptmillError, first_line
 from promptmill.ledger import Ledger
 from promptmill.ledger.base import counts_of
 from promptmill.queue.broker import Broker
@@ -96,7 +96,7 @@ class BatchWorker:
                         self.store.sweep()
                         swept = time.monotonic()
                 except (PromptmillError, sa.exc.SQLAlchemyError, OSError) as problem:
-                    log.warning("batches wait: %s", str(problem).splitlines()[0][:200])
+                    log.warning("batches wait: %s", first_line(problem))
                     stopping.wait(1.0)
         self.scores.close()
 
@@ -106,7 +106,7 @@ class BatchWorker:
             try:
                 self.house.step()
             except PASSING as problem:
-                log.warning("old rows stay for now: %s", str(problem).splitlines()[0][:200])
+                log.warning("old rows stay for now: %s", first_line(problem))
             except Exception:
                 log.exception("old rows could not be removed")
 
@@ -315,13 +315,13 @@ def main() -> None:
     )
     stopping = threading.Event()
 
-    def watch_parent() -> None:
-        sys.stdin.read()
+    def stop() -> None:
         stopping.set()
         # What it is in the middle of, the next one does again.
         threading.Timer(5.0, os._exit, (0,)).start()
 
-    threading.Thread(target=watch_parent, daemon=True).start()
+    programs.read_order()
+    programs.when_parent_ends(stop)
     BatchWorker(settings, open_database(settings.database_url)).run(stopping)
 
 
