@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from sqlalchemy.engine import Engine
 from ulid import ULID
 
 from promptmill.api.batches.records import OPEN
+from promptmill.core.backoff import Backoff
 from promptmill.database.engine import epoch, reading, writing
 from promptmill.database.tables import batches, jobs
 from promptmill.types import JobState
@@ -24,9 +26,8 @@ RENEW_S = 3.0
 #: Batches worked on at one time, and those of one key among them.
 AT_ONCE, AT_ONCE_OF_A_KEY = 4, 2
 
-#: Seconds before a batch is tried again that could not go on, doubled each time up to the longest.
-FIRST_WAIT_S = 1.0
-LONGEST_WAIT_S = 15.0
+#: Before a batch that could not be worked on is tried again.
+WAIT = Backoff(1.0, 15.0)
 
 
 class BatchLeases:
@@ -40,8 +41,8 @@ class BatchLeases:
         self._busy: dict[str, str | None] = {}
         #: API key -> when a batch of it was last taken.
         self._turns: dict[str | None, float] = {}
-        #: Batch -> seconds before its next try.
-        self._waits_s: dict[str, float] = {}
+        #: Batch -> tries in a row that went wrong.
+        self._failures: Counter[str] = Counter()
 
     def due(self) -> list[str]:
         """Batches with something to do, that are free or ours; they are ours then. Keys take turns."""
@@ -120,13 +121,13 @@ class BatchLeases:
 
     def done(self, batch_id: str) -> None:
         """The work on it went well: for now there is nothing more to do."""
-        self._waits_s.pop(batch_id, None)
+        self._failures.pop(batch_id, None)
         self._release(batch_id)
 
     def put_off(self, batch_id: str) -> float:
         """Nobody tries the batch again for so many seconds, which are returned: longer each time."""
-        wait_s = self._waits_s.get(batch_id, FIRST_WAIT_S)
-        self._waits_s[batch_id] = min(2 * wait_s, LONGEST_WAIT_S)
+        self._failures[batch_id] += 1
+        wait_s = WAIT.delay_s(self._failures[batch_id])
         try:
             with writing(self._db) as connection:
                 connection.execute(
