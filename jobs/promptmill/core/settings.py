@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     api_stored_bytes: int | None = Field(None, ge=1, description="Bytes of files of one API key; unset: any")
     api_concurrent: int = Field(512, ge=1, description="Answers that one API key may wait for at a time")
     samples_days: float = Field(
-        14.0, gt=0, description="Days that samples of workers are kept; then reports have no memory and no phases"
+        14.0, ge=0.1, description="Days that samples of workers are kept; then reports have no memory and no phases"
     )
     runtime_dir: str | None = Field(None, description="Folder of locks; unset: /tmp/promptmill-UID")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
