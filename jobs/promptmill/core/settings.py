@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from promptmill.core.addresses import masked, redis_address, secrets_of, sqlite_url
@@ -76,6 +77,13 @@ class Settings(BaseSettings):
     )
     runtime_dir: str | None = Field(None, description="Folder of locks; unset: /tmp/promptmill-UID")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    @field_validator("files_dir", "runtime_dir")
+    @classmethod
+    def _is_path(cls, value: str | None) -> str | None:
+        if value and value != value.strip():
+            raise PydanticCustomError("path", "a blank or a line break is at an end of the path")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
