@@ -132,7 +132,7 @@ class Heartbeat:
                 whole = self._row() | values | {"id": self._worker_id, "started_at": self._started_at}
                 db.execute(sa.insert(workers).values(whole))
             if with_sample:
-                db.execute(sa.insert(worker_samples).values(self._sample(db, now)))
+                self._add_sample(db, now)
 
     def _beat_for_ever(self) -> None:
         while not self._stopping.wait(HEARTBEAT_S):
@@ -142,6 +142,9 @@ class Heartbeat:
                 log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
             except Exception:
                 log.exception("the heartbeat of %s failed", self._worker_id)
+
+    def _add_sample(self, db: sa.Connection, at: float) -> None:
+        db.execute(sa.insert(worker_samples).values(self._sample(db, at)))
 
     def _sample(self, db: sa.Connection, at: float) -> dict[str, Any]:
         active, waiting = self._hosts.load()
