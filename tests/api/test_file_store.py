@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import os
+import re
+import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
 from ulid import ULID
 
 from promptmill.api import keys
+from promptmill.api.dependencies import Services
 from promptmill.api.http.errors import ApiError
+from promptmill.api.jobs import creation
+from promptmill.api.jobs.routes import _from_lines
 from promptmill.api.openai.file_store import FileStore
 from promptmill.api.openai.own_folder import MARK, secret
-from promptmill.core.settings import Settings
-from promptmill.database.engine import connect, upgrade, writing
-from promptmill.database.tables import files
+from promptmill.core.settings import Settings, load_settings
+from promptmill.database.engine import connect, reading, upgrade, writing
+from promptmill.database.tables import files, installation, jobs
 from promptmill.errors import SettingsError
 
 
@@ -77,6 +87,85 @@ def test_parts_of_a_process_that_died_are_gone_at_once(store: FileStore, tmp_pat
         store.sweep()
         assert files_in(tmp_path) == [alive.path]
         assert store.store(alive, "a.jsonl", "batch", None, None).bytes == 1
+
+
+def test_an_upload_of_this_machine_goes_on_whatever_its_clock_says(store: FileStore, tmp_path: Path) -> None:
+    with store.draft() as alive:
+        # As old as a clock that is an hour ahead finds it.
+        age(alive.path)
+        store.sweep()
+        assert files_in(tmp_path) == [alive.path]
+
+
+def test_parts_of_other_machines_are_judged_by_the_clock_of_the_folder(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "files" / "parts" / f"{ULID()}.0123456789ab.part"
+    elsewhere.write_bytes(b"x")
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    store.sweep()
+    assert files_in(tmp_path) == [elsewhere]
+
+
+def test_what_cannot_be_removed_stops_no_sweep(
+    store: FileStore, database: sa.Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck, _ = stored(store, expires_in_s=60), stored(store, expires_in_s=60)
+    with writing(database) as connection:
+        connection.execute(sa.update(files).values(expires_at=1, created_at=1))
+    store.path(stuck).unlink()
+    store.path(stuck).mkdir()
+    part = tmp_path / "files" / "parts" / f"{ULID()}.0123456789ab.part"
+    part.mkdir()
+    age(part)
+    left = part.with_name(f"{ULID()}.0123456789ac.part")
+    left.write_bytes(b"x")
+    age(left)
+    with caplog.at_level("WARNING", "promptmill.api.openai.files"):
+        store.sweep()
+    assert files_in(tmp_path) == []
+    assert [record.args[0] for record in caplog.records if record.args] == [stuck, part.name]
+    # It is tried again, and goes once it can.
+    store.path(stuck).rmdir()
+    store.sweep()
+    with writing(database) as connection:
+        assert connection.execute(sa.select(files.c.id)).all() == []
+
+
+def test_lines_of_a_client_lie_in_the_folder_that_is_swept_and_nowhere_else(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[list[Path], bytes]] = []
+
+    async def create(parts: object, principal: keys.Principal, wanted: dict[str, Any]) -> str:
+        found.append((files_in(tmp_path), Path(wanted["path"]).read_bytes()))
+        return "job"
+
+    monkeypatch.setattr(creation, "create", create)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    parts = cast(Services, SimpleNamespace(store=store))
+    assert asyncio.run(_from_lines(parts, keys.LOCAL, {"lines": ["a secret", {"prompt": "b"}]}, {})) == "job"
+    [(there, text)] = found
+    assert [path.parent.name for path in there] == ["parts"]
+    assert text == b'{"prompt":"a secret"}\n{"prompt":"b"}\n'
+    assert files_in(tmp_path) == []
+
+
+def test_a_job_is_made_of_a_file_that_is_called_otherwise_than_it_lies(
+    database: sa.Engine, redis_url: str, migrated_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    path = tmp_path / "file-01"
+    path.write_bytes(gzip.compress(b"id,prompt\na,one\nb,two\n"))
+    wanted = dict.fromkeys(
+        ("task", "template", "system", "format", "name", "max_errors", "skip_invalid", "api_key_id", "key_limit",
+         "deadline_at")
+    )  # fmt: skip
+    wanted |= {"path": str(path), "name_of_file": "people.csv.gz", "model": "echo", "priority": 5, "sampling": {}}
+    creation.create_here(Settings(database_url=migrated_url, redis_url=redis_url), wanted)
+    with reading(database) as connection:
+        job = connection.execute(sa.select(jobs.c.dataset_name, jobs.c.dataset_format, jobs.c.rows)).one()
+    assert tuple(job) == ("people.csv.gz", "csv", 2)
 
 
 def test_a_sweep_leaves_what_the_store_did_not_make(store: FileStore, tmp_path: Path) -> None:
@@ -168,9 +257,32 @@ def test_files_of_another_database_without_a_mark_are_refused_too(
     (tmp_path / "files" / MARK).unlink()
     other = connect(f"sqlite:///{tmp_path / 'other.sqlite'}")
     upgrade(other)
-    with pytest.raises(SettingsError, match="belongs to another database"):
+    with pytest.raises(SettingsError, match=r"holds file-\w+, which this database does not know"):
         FileStore(Settings(files_dir=str(tmp_path / "files")), other)
     other.dispose()
+
+
+def test_a_copy_of_a_database_with_an_id_of_its_own_cannot_use_the_folder(
+    store: FileStore, database: sa.Engine, tmp_path: Path
+) -> None:
+    stored(store)
+    # As docs/api.md says it, for both kinds of databases.
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    (statement,) = re.findall(r"`(UPDATE installation SET [^`]*)`", text)
+    before = store.root / MARK
+    with writing(database) as connection:
+        connection.execute(sa.text(statement))
+        assert connection.execute(sa.select(installation.c.id)).scalar_one() not in ("", before.read_text().strip())
+    with pytest.raises(SettingsError, match="belongs to another database"):
+        FileStore(Settings(files_dir=str(store.root)), database)
+
+
+@pytest.mark.parametrize("name", ["files_dir", "runtime_dir"])
+@pytest.mark.parametrize("folder", [" ", "/tmp/x\n", " /tmp/x"])
+def test_a_folder_with_blanks_around_it_is_no_setting(name: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"JOBS_{name.upper()}", folder)
+    with pytest.raises(SettingsError, match=f"JOBS_{name.upper()}: a blank or a line break"):
+        load_settings()
 
 
 def test_databases_without_a_setting_have_folders_of_their_own(

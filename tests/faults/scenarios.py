@@ -27,7 +27,7 @@ import sqlalchemy as sa
 from promptmill.queue.broker import KEY_PREFIX, Broker
 from promptmill.queue.interactive_wire import live_queue
 from promptmill.types import ChunkId
-from promptmill_workers.host.client import FOLDER_PREFIX
+from promptmill_workers.host.socket_folder import FOLDER_PREFIX
 from tests.faults.arena import (
     ENDED,
     ENDING_S,

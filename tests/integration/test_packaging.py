@@ -15,6 +15,10 @@ import pytest
 import yaml
 from redis import Redis
 
+from promptmill.api.http.serve import GOODBYE_S
+from promptmill.core.settings import Settings
+from promptmill.core.spans import span_s
+from promptmill.database.engine import connect
 from tests.conftest import ROOT, answers, free_port, redis_binary, wait_until
 
 
@@ -95,6 +99,28 @@ def test_the_compose_file_is_sound_and_holds_no_secret() -> None:
     assert all("healthcheck" in services[name] for name in ("redis", "postgres", "worker-cpu", "worker-cuda"))
     assert "POSTGRES_PASSWORD: ${POSTGRES_PASSWORD:?" in text
     assert all(each["logging"]["options"].keys() == {"max-size", "max-file"} for each in services.values())
+
+
+def test_containers_get_longer_to_end_than_what_runs_in_them() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    for name, seconds in (("api", GOODBYE_S), ("worker-cpu", Settings().grace_s), ("worker-cuda", Settings().grace_s)):
+        assert (span_s(services[name].get("stop_grace_period"), name) or 10.0) >= seconds + 5, name
+
+
+def test_any_password_of_the_compose_file_reaches_postgresql(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    password = compose["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"]
+    for name in ("migrate", "api", "worker-cpu", "worker-cuda"):
+        environment = compose["services"][name]["environment"]
+        assert environment["JOBS_DATABASE_URL"] == "postgresql://promptmill@postgres/promptmill"
+        assert environment["PGPASSWORD"] == password
+    monkeypatch.setenv("PGPASSWORD", "a%41@b/c")
+    engine = connect(migrated_postgres_url)
+    with engine.connect() as connection:
+        assert connection.connection.driver_connection.pgconn.password == b"a%41@b/c"
+    engine.dispose()
 
 
 def test_redis_of_the_compose_file_keeps_no_prompt_on_the_disk(tmp_path: Path) -> None:

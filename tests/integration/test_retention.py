@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import sqlalchemy as sa
 
+from promptmill.database.engine import writing
 from promptmill.database.tables import attempts, chunks, jobs, requests, results
 from promptmill.errors import JobError
+from promptmill.ledger import Ledger
+from promptmill.store import retention
 from promptmill.store.retention import collect, old_jobs, remove
 from tests.unit.test_reports import JOB, START, answer, counters, store
 
@@ -30,6 +37,35 @@ def test_a_job_that_has_not_ended_is_not_removed(database: sa.Engine) -> None:
     with pytest.raises(JobError, match="is running"):
         remove(database, JOB)
     assert rows_in(database, results) == 1
+
+
+def test_a_job_that_is_being_removed_is_not_run_again(database: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(database, [answer(0), answer(1), answer(2)])
+    refused = []
+
+    @contextlib.contextmanager
+    def interrupted(db: sa.Engine) -> Iterator[sa.Connection]:
+        if rows_in(db, requests) < 3:
+            with pytest.raises(JobError, match="nothing of it is run again") as problem:
+                Ledger(db).retry(JOB)
+            refused.append(problem)
+        with writing(db) as connection:
+            yield connection
+
+    monkeypatch.setattr(retention, "BATCH_ROWS", 1)
+    monkeypatch.setattr(retention, "writing", interrupted)
+    remove(database, JOB)
+    assert len(refused) == 3
+    assert rows_in(database, jobs) == 0
+
+
+def test_a_job_that_was_retried_after_it_was_listed_is_not_collected(
+    database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(database, [answer(0)], rows=2, state="running")
+    monkeypatch.setattr(retention, "old_jobs", lambda *_: [SimpleNamespace(id=JOB)])
+    assert collect(database, "30d") == []
+    assert [rows_in(database, each) for each in (jobs, results)] == [1, 1]
 
 
 def test_only_jobs_that_ended_long_ago_are_collected(database: sa.Engine) -> None:

@@ -71,6 +71,14 @@ def test_what_is_rolled_back_is_not_counted(database: Engine) -> None:
     assert counted(database)["w1"].sums == {"items.ok": 1}
 
 
+def test_a_clock_that_is_set_lowers_no_sum(database: Engine) -> None:
+    with writing(database) as connection:
+        # Their slots were found at 1.0, before they were put into the queue.
+        counting(connection, "echo", "w1").results([ok(0)[0], ok(1)[0]], enqueued_at=1_600_000.0)
+    queued = counted(database)["w1"].histograms["queue"]
+    assert (queued[0], queued[-1]) == (2, 0.0)
+
+
 def test_a_batch_that_is_stored_twice_is_counted_once(database: Engine) -> None:
     add_job(database, 2, 2)
     ledger = Ledger(database)

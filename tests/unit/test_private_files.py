@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from promptmill.core.outputs import appearing
+from promptmill.errors import DeviceError
 from promptmill_workers.devices import FileLock
 
 
@@ -55,6 +56,24 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "device-cpu.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(DeviceError, match=r"cannot use the lock .*device-cpu.lock: it is a symbolic link"):
         FileLock("device-cpu").acquire()
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("folder", ["file", "file/run", "circle"])
+def test_what_is_no_folder_of_locks_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path / folder))
+    with pytest.raises(DeviceError, match=f"cannot use the folder of locks .*{folder}: "):
+        FileLock("device-cpu")
+
+
+def test_a_folder_in_the_place_of_a_lock_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "device-cpu.lock").mkdir()
+    with pytest.raises(DeviceError, match=r"cannot use the lock .*device-cpu.lock: Is a directory"):
+        FileLock("device-cpu").acquire()

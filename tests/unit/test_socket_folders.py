@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from promptmill_workers.host.client import FOLDER_PREFIX, LOCK_NAME, SocketFolder, _remove_leftovers
+from promptmill.errors import DeviceError
+from promptmill_workers.devices import Device
+from promptmill_workers.engines.contract import EngineOptions
+from promptmill_workers.host import socket_folder
+from promptmill_workers.host.client import EngineHost, HostConfig
+from promptmill_workers.host.socket_folder import FOLDER_PREFIX, LOCK_NAME, SocketFolder, remove_leftovers
 
 #: Larger than any process id here: one that no process of this namespace has.
 NOBODY = 4_999_999
@@ -25,7 +30,7 @@ def test_the_folder_of_a_parent_in_another_pid_namespace_stays(temporary: Path) 
     folder = SocketFolder()
     # Its process id means nothing here.
     elsewhere = folder.path.rename(temporary / f"{FOLDER_PREFIX}{NOBODY}-abc")
-    _remove_leftovers()
+    remove_leftovers()
     assert elsewhere.is_dir()
     folder.remove()
 
@@ -33,19 +38,19 @@ def test_the_folder_of_a_parent_in_another_pid_namespace_stays(temporary: Path) 
 def test_the_folder_of_a_parent_that_was_killed_goes(temporary: Path) -> None:
     program = (
         "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from promptmill_workers.host.client import SocketFolder\n"
+        "from promptmill_workers.host.socket_folder import SocketFolder\n"
         "SocketFolder(); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-P", "-c", program, str(temporary)], check=False).returncode == -9
     assert len(list(temporary.glob(f"{FOLDER_PREFIX}*/{LOCK_NAME}"))) == 1
-    _remove_leftovers()
+    remove_leftovers()
     assert list(temporary.iterdir()) == []
 
 
 def test_a_folder_that_is_just_being_made_stays(temporary: Path) -> None:
     new = temporary / f"{FOLDER_PREFIX}{NOBODY}-new"
     new.mkdir()
-    _remove_leftovers()
+    remove_leftovers()
     assert new.is_dir()
 
 
@@ -53,3 +58,23 @@ def test_a_folder_goes_with_its_host(temporary: Path) -> None:
     folder = SocketFolder()
     folder.remove()
     assert list(temporary.iterdir()) == []
+
+
+def test_a_host_starts_where_the_temporary_folder_has_a_long_path(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = temporary / ("x" * 110)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.setattr(socket_folder, "SHORT_FOLDER", str(temporary))
+    host = EngineHost(HostConfig("echo", Device("cpu"), EngineOptions(slots=1)))
+    assert len(list(temporary.glob(f"{FOLDER_PREFIX}*"))) == 1
+    assert host.wait_ready().slots == 1
+    host.kill()
+    assert list(deep.iterdir()) == []
+
+
+def test_no_place_for_a_folder_is_one_clear_error(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
+    with pytest.raises(DeviceError, match=r"cannot make a folder for the engine's socket in .*gone: No such file"):
+        SocketFolder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -217,8 +218,18 @@ class FileLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> str | None:
-        """Take the lock; None on success, else the id of the process that has it."""
-        file = open(self._path, "a+", opener=_private)  # noqa: SIM115 - stays open: closing it would free the lock
+        """Take the lock; None on success, else the id of the process that has it.
+
+        Raises :class:`DeviceError` for a file that cannot be one.
+        """
+        try:
+            file = open(self._path, "a+", opener=_private)  # noqa: SIM115 - stays open: closing it would free the lock
+        except OSError as problem:
+            why = "it is a symbolic link" if problem.errno == errno.ELOOP else problem.strerror
+            raise DeviceError(
+                f"cannot use the lock {self._path}: {why}",
+                hint="Remove it, or set JOBS_RUNTIME_DIR to a folder of your own.",
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -268,14 +279,19 @@ def _private(path: str, flags: int) -> int:
 def _runtime_dir() -> Path:
     """A folder of this user for locks. The same in every session: XDG_RUNTIME_DIR is not, cron and containers lack it.
 
-    Raises :class:`DeviceError` when it belongs to somebody else.
+    Raises :class:`DeviceError` when it belongs to somebody else, or is no folder.
     """
     asked = load_settings().runtime_dir
     folder = Path(asked or f"/tmp/promptmill-{os.getuid()}")  # noqa: S108 - owner checked
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if (not asked and folder.is_symlink()) or folder.stat().st_uid != os.getuid():
-        raise DeviceError(f"{folder} belongs to another user", hint="Set JOBS_RUNTIME_DIR to a folder of your own.")
-    if not asked and folder.stat().st_mode & 0o077:
+    hint = "Set JOBS_RUNTIME_DIR to a folder of your own."
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as problem:
+        raise DeviceError(f"cannot use the folder of locks {folder}: {problem.strerror}", hint=hint) from None
+    if (not asked and folder.is_symlink()) or found.st_uid != os.getuid():
+        raise DeviceError(f"{folder} belongs to another user", hint=hint)
+    if not asked and found.st_mode & 0o077:
         folder.chmod(0o700)
     return folder
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, RowMapping
 from starlette.responses import Response
 
 from promptmill.api import openapi
@@ -36,7 +36,7 @@ router = APIRouter(tags=["System"])
 #: Seconds that an answer is kept: many scrapers ask the database no more than one does.
 KEPT_S = 1.0
 
-#: Seconds without a sign of life after which a worker is not shown.
+#: Seconds without a sign of life after which a worker is not shown. One that was stopped on purpose is not at all.
 SHOWN_S = 86_400.0
 
 #: Keys whose scores are kept at one time.
@@ -255,14 +255,17 @@ def _workers(db: Connection) -> Iterator[str]:
     query = (
         sa.select(workers, worker_samples, epoch().label("now"))
         .select_from(with_newest_samples())
-        .where(workers.c.heartbeat_at > epoch() - SHOWN_S)
+        .where(workers.c.state != "stopped", workers.c.heartbeat_at > epoch() - SHOWN_S)
     )
-    found = db.execute(query).mappings().all()
-    gauges: tuple[tuple[str, str, str, Any], ...] = (
-        ("worker_up", "gauge", "1 while its heartbeat is fresh.",
-         lambda w: w["state"] != "stopped" and w["heartbeat_at"] > w["now"] - ALIVE_S),
+    shown = db.execute(query).mappings().all()
+    yield from _gauges(shown, (
+        ("worker_up", "gauge", "1 while its heartbeat is fresh.", _is_alive),
         ("worker_last_heartbeat_timestamp_seconds", "gauge", "Of the database's clock.", lambda w: w["heartbeat_at"]),
         ("worker_restarts_total", "counter", "Engine hosts started again.", lambda w: w["host_restarts"]),
+    ))  # fmt: skip
+    # What a worker that is gone measured last is true no more.
+    alive = [each for each in shown if _is_alive(each)]
+    yield from _gauges(alive, (
         ("engine_slots", "gauge", "Sequences decoded together.", lambda w: w[workers.c.slots]),
         ("engine_active_sequences", "gauge", "Sequences that hold a slot.", lambda w: w["active_sequences"]),
         ("engine_kv_used_ratio", "gauge", "Share of the KV cells that sequences and shared prefixes hold.",
@@ -271,19 +274,29 @@ def _workers(db: Connection) -> Iterator[str]:
         ("worker_gpu_ratio", "gauge", "Use of the device.", lambda w: w["device_use_ratio"]),
         ("worker_output_tokens_per_second", "gauge", "Since its last sample.", lambda w: w["output_tps"]),
         ("clock_offset_seconds", "gauge", "The database's clock minus the worker's.", lambda w: w["clock_offset_s"]),
-    )  # fmt: skip
-    for name, kind, text, value in gauges:
-        samples = [({"worker": w["id"]}, float(value(w))) for w in found if value(w) is not None]
-        yield from family(f"promptmill_{name}", kind, text, samples)
-    loads = [({"worker": w["id"], "model": w["model"]}, float(w["model_load_s"])) for w in found if w["model_load_s"]]
+    ))  # fmt: skip
+    loads = [({"worker": w["id"], "model": w["model"]}, float(w["model_load_s"])) for w in alive if w["model_load_s"]]
     yield from family("promptmill_model_load_seconds", "gauge", "Of the model that is loaded.", loads)
     memory = [
         ({"worker": w["id"], "kind": kind}, float(w[column]))
-        for w in found
+        for w in alive
         for kind, column in (("rss", "memory_bytes"), ("device", "device_memory_bytes"))
         if w[column] is not None
     ]
     yield from family("promptmill_worker_memory_bytes", "gauge", "Memory by kind.", memory)
+
+
+def _is_alive(worker: RowMapping) -> bool:
+    return bool(worker["heartbeat_at"] > worker["now"] - ALIVE_S)
+
+
+def _gauges(
+    found: Sequence[RowMapping], gauges: Iterable[tuple[str, str, str, Callable[[RowMapping], Any]]]
+) -> Iterator[str]:
+    """``gauges``: name, kind, what it says, and its value of a worker."""
+    for name, kind, text, value in gauges:
+        samples = [({"worker": w["id"]}, float(value(w))) for w in found if value(w) is not None]
+        yield from family(f"promptmill_{name}", kind, text, samples)
 
 
 def _scores(parts: Services, principal: Principal) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from promptmill.core.addresses import masked, secrets_of, sqlite_url
@@ -73,10 +74,17 @@ class Settings(BaseSettings):
     api_stored_bytes: int | None = Field(None, ge=1, description="Bytes of files of one API key; unset: any")
     api_concurrent: int = Field(512, ge=1, description="Answers that one API key may wait for at a time")
     samples_days: float = Field(
-        14.0, gt=0, description="Days that samples of workers are kept; then reports have no memory and no phases"
+        14.0, ge=0.1, description="Days that samples of workers are kept; then reports have no memory and no phases"
     )
     runtime_dir: str | None = Field(None, description="Folder of locks; unset: /tmp/promptmill-UID")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+
+    @field_validator("files_dir", "runtime_dir")
+    @classmethod
+    def _is_path(cls, value: str | None) -> str | None:
+        if value and value != value.strip():
+            raise PydanticCustomError("path", "a blank or a line break is at an end of the path")
+        return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,8 @@ class Counts:
             self.sums[name] = self.sums.get(name, 0) + more
 
     def observe(self, name: str, value: float) -> None:
+        """A time may come out negative where the database's clock was set: sums must not go down."""
+        value = max(0.0, value)
         bounds = BOUNDS[name]
         kept = self.histograms.setdefault(name, [0] * (len(bounds) + 2))
         kept[bisect_left(bounds, value)] += 1

@@ -94,7 +94,7 @@ class Jobs(LedgerBase):
         job = db.execute(asked.where(jobs.c.id == job_id)).one()
         if job.store in WITHOUT_TEXTS:
             raise JobError(
-                f"job {job_id} has lost its prompts, as --store or gc --keep-scores asked: nothing of it is run again",
+                f"job {job_id} has lost its prompts, as --store, gc or rm asked: nothing of it is run again",
                 hint="Submit its dataset anew.",
             )
         if job.overdue:

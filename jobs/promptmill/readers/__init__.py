@@ -120,6 +120,7 @@ class Dataset:
 def open_dataset(
     path: str | Path,
     *,
+    name: str | None = None,
     format: str | None = None,
     expected: Mapping[str, str] | None = None,
     has_template: bool = False,
@@ -131,23 +132,25 @@ def open_dataset(
     """Open a dataset; ``-`` is standard input.
 
     A folder or a pattern such as ``day-*.jsonl`` is all of its files, one after the other; ``hf:OWNER/NAME`` is a
-    dataset of the Hugging Face hub.
+    dataset of the Hugging Face hub. ``name``: what a file is called, if not as its path says.
 
     ``expected``, ``input`` and ``meta`` map names to fields of the lines, and ``id`` is the field that names a line.
     A field may be a path such as ``context.title``. Raises :class:`DatasetError` for a file that is
     missing, empty, or of an unknown format.
     """
     layout = Layout("", dict(expected or {}), has_template, id, dict(input or {}), dict(meta or {}), number_duplicates)
-    name = str(path)
-    if name.startswith(hub.PREFIX):
+    given = str(path)
+    if given.startswith(hub.PREFIX):
         return _opened(
-            DatasetSource.spooled(hub.records(name), name), format or "jsonl", replace(layout, is_filled=True)
+            DatasetSource.spooled(hub.records(given), given), format or "jsonl", replace(layout, is_filled=True)
         )
-    if _is_many(name):
+    if _is_many(given):
         from promptmill.readers.many import open_many
 
-        return open_many(name, lambda each: _opened(DatasetSource.open(str(each)), format, layout))
-    return _opened(DatasetSource.open(name), format, layout)
+        return open_many(given, lambda each: _opened(DatasetSource.open(str(each)), format, layout))
+    source = DatasetSource.open(given)
+    source.name = name or source.name
+    return _opened(source, format, layout)
 
 
 def _is_many(name: str) -> bool:

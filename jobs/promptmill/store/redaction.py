@@ -42,7 +42,7 @@ def redact(db: Engine, job_id: str, how: str) -> bool:
     Cut off half-way it goes on when asked again: a row that is done says so, whatever its texts look like.
     False for a job that was resumed or retried meanwhile: it has all its texts.
     """
-    if not _begin(db, job_id, how):
+    if not begin(db, job_id, how):
         return False
     with reading(db) as connection:
         last = connection.execute(sa.select(sa.func.max(requests.c.row)).where(requests.c.job_id == job_id)).scalar()
@@ -54,7 +54,7 @@ def redact(db: Engine, job_id: str, how: str) -> bool:
     return True
 
 
-def _begin(db: Engine, job_id: str, how: str) -> bool:
+def begin(db: Engine, job_id: str, how: str) -> bool:
     """Let nothing of the job be run again from now on; False when it has not ended, or goes on."""
     with writing(db) as connection:
         # Who opens it again locks its row and looks at this: one of the two comes first.

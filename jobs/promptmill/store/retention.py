@@ -11,7 +11,7 @@ from promptmill.core.spans import span_s
 from promptmill.database.engine import epoch, reading, writing
 from promptmill.database.tables import batches, jobs, requests
 from promptmill.errors import JobError
-from promptmill.store import catalog
+from promptmill.store import catalog, redaction
 from promptmill.types import JobState
 
 #: Rows removed in one transaction: under a second on SQLite.
@@ -23,14 +23,17 @@ def remove(db: Engine, reference: str) -> str:
 
     A removal that was cut off leaves fewer rows; asking again goes on.
     """
-    job = catalog.find_job(db, reference)
-    if not JobState(job.state).is_final:
-        raise JobError(f"job {job.id} is {job.state}", hint=f"End it first: promptmill cancel {job.id}")
-    _remove_rows(db, job.id)
-    return str(job.id)
+    job_id = str(catalog.find_job(db, reference).id)
+    if not _remove_rows(db, job_id):
+        state = catalog.find_job(db, job_id).state
+        raise JobError(f"job {job_id} is {state}", hint=f"End it first: promptmill cancel {job_id}")
+    return job_id
 
 
-def _remove_rows(db: Engine, job_id: str) -> None:
+def _remove_rows(db: Engine, job_id: str) -> bool:
+    """False for a job that has not ended, or was resumed or retried meanwhile: it keeps all its rows."""
+    if not redaction.begin(db, job_id, "none"):
+        return False
     with reading(db) as connection:
         last = connection.execute(sa.select(sa.func.max(requests.c.row)).where(requests.c.job_id == job_id)).scalar()
     for first in range(0, (last if last is not None else -1) + 1, BATCH_ROWS):
@@ -44,6 +47,7 @@ def _remove_rows(db: Engine, job_id: str) -> None:
     with writing(db) as connection:
         connection.execute(sa.update(batches).where(batches.c.job_id == job_id).values(job_id=None))
         connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
+    return True
 
 
 def old_jobs(db: Engine, older_than: str, now: float | None = None) -> list[sa.Row[Any]]:
@@ -61,8 +65,4 @@ def old_jobs(db: Engine, older_than: str, now: float | None = None) -> list[sa.R
 
 def collect(db: Engine, older_than: str, now: float | None = None) -> list[str]:
     """Remove :func:`old_jobs`; returns their ids."""
-    removed = []
-    for job in old_jobs(db, older_than, now):
-        _remove_rows(db, job.id)
-        removed.append(job.id)
-    return removed
+    return [job.id for job in old_jobs(db, older_than, now) if _remove_rows(db, job.id)]

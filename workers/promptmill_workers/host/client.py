@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 from promptmill import errors
@@ -32,15 +28,10 @@ from promptmill.types import (
 )
 from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
+from promptmill_workers.host.socket_folder import SOCKET_NAME, SocketFolder, remove_leftovers
 from promptmill_workers.host.wire import LiveText, result_of, wire
 
 log = logging.getLogger("promptmill.host")
-
-#: Folders of the hosts' sockets; the number of the parent follows.
-FOLDER_PREFIX = "promptmill-host-"
-
-#: The lock in such a folder.
-LOCK_NAME = "lock"
 
 #: Lines of the host's log that are kept for the message about its death.
 LAST_WORDS = 20
@@ -108,39 +99,6 @@ class HostConfig:
         )
 
 
-class SocketFolder:
-    """The folder of a host's socket. Its parent holds a lock in it: the kernel frees that, however the parent ends.
-
-    A process id would prove nothing: other containers that share the temporary folder have their own.
-    """
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
-        new = self.path / f"{LOCK_NAME}.new"
-        self._lock = new.open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        # Nobody finds a lock that is not held yet.
-        new.rename(self.path / LOCK_NAME)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
-
-
-def _remove_leftovers() -> None:
-    """Folders of hosts whose parent was killed before it could tidy up: nobody holds their locks.
-
-    One without a lock is just being made, or an older version's.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if folder.stat().st_uid != os.getuid():
-                continue
-            with (folder / LOCK_NAME).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 class EngineHost:
     """One child process with one model on one device."""
 
@@ -148,9 +106,9 @@ class EngineHost:
         self.config = config
         self.info: EngineInfo | None = None
         self.load_s: float | None = None
-        _remove_leftovers()
+        remove_leftovers()
         self._folder = SocketFolder()
-        self._address = str(self._folder.path / "host.sock")
+        self._address = str(self._folder.path / SOCKET_NAME)
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._started = time.monotonic()
         self._ended_by_us = False

@@ -52,32 +52,28 @@ class Heartbeat:
         self._stop = stop
         self._models = json.dumps(list(models))
         self._stopping = threading.Event()
+        self._one_writer = threading.Lock()
         self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
         self._gauge = DeviceMetrics(device)
         self._tokens: tuple[float, int] | None = None
         self._cpu: tuple[float, float] | None = None
+        self._started_at: float | None = None
 
-    def start(self, again: bool = False) -> None:
-        """Write the row down, and keep it up to date from now on; ``again``: an earlier try may have written it."""
-        with writing(self._db) as db:
-            if again:
-                db.execute(sa.delete(workers).where(workers.c.id == self._worker_id))
-            now, _ = self._ledger.read_clock(db)
-            db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
-            # Short jobs too have a sample: one at the start, one at the end.
-            db.execute(sa.insert(worker_samples).values(self._sample(db)))
+    def start(self) -> None:
+        """Write the row down, and keep it up to date from now on."""
+        # Short jobs too have a sample: one at the start, one at the end.
+        self._write()
         self._thread.start()
 
     def changed(self, hosts: ModelHosts) -> None:
         """The host was started, replaced or has loaded: write it down at once."""
-        self._update(self._row())
+        self._write(with_sample=False)
 
     def stop(self) -> None:
         """Say goodbye: the worker is gone on purpose. Without the database its heartbeats just end."""
         self._stopping.set()
         try:
-            self._add_sample()
-            self._update({"state": "stopped"})
+            self._write({"state": "stopped"})
         except PASSING as problem:
             log.warning("no last sample: %s", first_line(problem))
 
@@ -124,33 +120,41 @@ class Heartbeat:
         }
         return own | ({info.engine: info.version} if info else {})
 
-    def _update(self, values: dict[str, Any]) -> None:
-        with writing(self._db) as db:
-            db.execute(sa.update(workers).where(workers.c.id == self._worker_id).values(heartbeat_at=epoch(), **values))
+    def _write(self, only: dict[str, Any] | None = None, *, with_sample: bool = True) -> None:
+        """Write the row, or ``only`` some of it, and a sample.
+
+        The row may be gone while the worker lives: the database was restored, or this machine was asleep for long.
+        """
+        with self._one_writer, writing(self._db) as db:
+            now, _ = self._ledger.read_clock(db)
+            values = (only or self._row()) | {"heartbeat_at": now}
+            if not db.execute(sa.update(workers).where(workers.c.id == self._worker_id).values(values)).rowcount:
+                self._started_at = self._started_at or now
+                whole = self._row() | values | {"id": self._worker_id, "started_at": self._started_at}
+                db.execute(sa.insert(workers).values(whole))
+            if with_sample:
+                self._add_sample(db, now)
 
     def _beat_for_ever(self) -> None:
         while not self._stopping.wait(HEARTBEAT_S):
             try:
-                # The sample reads the database's clock, which the row then tells.
-                self._add_sample()
-                self._update(self._row())
+                self._write()
             except PASSING as problem:
                 log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
             except Exception:
                 log.exception("the heartbeat of %s failed", self._worker_id)
 
-    def _add_sample(self) -> None:
-        with writing(self._db) as db:
-            db.execute(sa.insert(worker_samples).values(self._sample(db)))
+    def _add_sample(self, db: sa.Connection, at: float) -> None:
+        db.execute(sa.insert(worker_samples).values(self._sample(db, at)))
 
-    def _sample(self, db: sa.Connection) -> dict[str, Any]:
+    def _sample(self, db: sa.Connection, at: float) -> dict[str, Any]:
         active, waiting = self._hosts.load()
         seconds, memory = self._process_use()
         now = time.monotonic()
         output_tps = self._rate("_tokens", now, self._output_tokens(db))
         return {
             "worker_id": self._worker_id,
-            "at": self._ledger.read_clock(db)[0],
+            "at": at,
             "cpu_ratio": self._rate("_cpu", now, seconds),
             "memory_bytes": memory,
             "device_memory_bytes": self._gauge.memory_bytes(self._hosts.pid),

@@ -97,7 +97,7 @@ class EmbeddedWorker:
             raise DatabaseError(f"the database took no change: {first_line(problem)}") from problem
 
     def _run(self, job_id: str, on_progress: Callable[[Progress], None]) -> bool:
-        self._patiently(self._presence.start)
+        self._patiently(lambda again: self._presence.start())
         try:
             with self._interruptible():
                 workers = [self._threads.submit(self._work, job_id) for _ in range(CHUNKS_AT_ONCE)]

@@ -93,8 +93,9 @@ class BatchWorker:
                     for batch_id in self.claims.due():
                         threads.submit(self._keep, batch_id)
                     if time.monotonic() - swept > SWEEP_S:
-                        self.store.sweep()
+                        # A folder that cannot be read now is looked at again in the next round.
                         swept = time.monotonic()
+                        self.store.sweep()
                 except (PromptmillError, sa.exc.SQLAlchemyError, OSError) as problem:
                     log.warning("batches wait: %s", first_line(problem))
                     stopping.wait(1.0)

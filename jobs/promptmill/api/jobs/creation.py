@@ -5,7 +5,6 @@ template holds the server up.
 from __future__ import annotations
 
 import gzip
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,11 @@ def create_here(settings: Settings, wanted: dict[str, Any]) -> str:
         deadline=None if wanted["deadline_at"] is None else Moment(wanted["deadline_at"]),
     )  # fmt: skip
     _refuse_bomb(wanted["path"], wanted["name_of_file"])
-    with tempfile.TemporaryDirectory(prefix="promptmill-") as folder, opened(settings.database_url) as db:
-        # A path that ends as the file was called: the ending tells format and compression.
-        path = Path(folder) / f"dataset{_ending(wanted['name_of_file'])}"
-        path.symlink_to(Path(wanted["path"]).absolute())
-        mapping = task.mapping if task else {}
-        with open_dataset(path, format=wanted["format"], has_template=task is not None, **mapping) as dataset:
+    # The ending of the name tells format and compression.
+    name = f"dataset{_ending(wanted['name_of_file'])}"
+    layout = {"has_template": task is not None, **(task.mapping if task else {})}
+    with opened(settings.database_url) as db:
+        with open_dataset(wanted["path"], name=name, format=wanted["format"], **layout) as dataset:
             dataset.name = wanted["name_of_file"]
             job_id = submit(db, dataset, order, gauge_of(order.model, settings))
         dispatch(catalog.find_job(db, job_id), settings, db)

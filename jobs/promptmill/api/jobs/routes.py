@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Callable
-from typing import IO, Any
+from typing import Any
 
 import orjson
 import sqlalchemy as sa
@@ -23,6 +22,7 @@ from promptmill.api.http.streams import EventStream, event
 from promptmill.api.http.validation import json_response, page, query_whole
 from promptmill.api.jobs import creation
 from promptmill.api.keys import Principal
+from promptmill.api.openai.file_store import Draft
 from promptmill.core.spans import moment
 from promptmill.database.engine import database_now, opened, reading
 from promptmill.database.tables import jobs, requests, results
@@ -90,15 +90,16 @@ async def _from_lines(parts: Services, principal: Principal, body: dict[str, Any
         raise bad("Give 'file_id' or 'lines', not both.", "lines", "invalid_value")
     if not isinstance(lines, list) or not lines or not all(isinstance(each, dict | str) for each in lines):
         raise bad("Invalid type for 'lines': expected an array of objects or strings.", "lines", "invalid_type")
-    with tempfile.NamedTemporaryFile(prefix="promptmill-", suffix=".jsonl") as file:
-        await in_thread(_write_lines, file, lines)
-        return await creation.create(parts, principal, wanted | {"path": file.name})
+    # In the store's folder, which is swept: nothing of a client stays where a server died.
+    with parts.store.draft() as draft:
+        await in_thread(_write_lines, draft, lines)
+        return await creation.create(parts, principal, wanted | {"path": str(draft.path)})
 
 
-def _write_lines(file: IO[bytes], lines: list[Any]) -> None:
+def _write_lines(draft: Draft, lines: list[Any]) -> None:
     for each in lines:
-        file.write(orjson.dumps({"prompt": each} if isinstance(each, str) else each) + b"\n")
-    file.flush()
+        draft.write(orjson.dumps({"prompt": each} if isinstance(each, str) else each) + b"\n")
+    draft.flush()
 
 
 async def wanted_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -157,10 +156,14 @@ class FileStore:
             return _used_bytes(connection, owner)
 
     def delete(self, file_id: str) -> None:
-        """From now on nobody finds the file; its row goes when its bytes are gone."""
+        """From now on nobody finds the file; its row goes when its bytes are gone. A sweep tries again what fails."""
         with writing(self._db) as connection:
             connection.execute(sa.update(files).where(files.c.id == file_id).values(status="deleting"))
-        self.path(file_id).unlink(missing_ok=True)
+        try:
+            self.path(file_id).unlink(missing_ok=True)
+        except OSError as problem:
+            log.warning("%s cannot be removed: %s", file_id, problem.strerror)
+            return
         with writing(self._db) as connection:
             connection.execute(sa.delete(files).where(files.c.id == file_id))
 
@@ -176,12 +179,23 @@ class FileStore:
         for file_id, status in left:
             log.info("%s is removed: %s", file_id, "it expired" if status == "processed" else f"left {status}")
             self.delete(file_id)
-        limit = time.time() - ORPHAN_S
+        with self.draft() as fresh:
+            # By the clock of the folder's file system: this machine's may be wrong.
+            limit = fresh.path.stat().st_mtime - ORPHAN_S
         for path in self._parts.iterdir():
-            with contextlib.suppress(OSError):
-                if PART.fullmatch(path.name) and (path.stat().st_mtime < limit or _is_dead(path)):
-                    log.info("%s is removed: left by a server that died", path.name)
-                    path.unlink()
+            if PART.fullmatch(path.name):
+                self._sweep_part(path, limit)
+
+    def _sweep_part(self, path: Path, limit: float) -> None:
+        try:
+            if _is_left(path, limit):
+                log.info("%s is removed: left by a server that died", path.name)
+                path.unlink()
+        except FileNotFoundError:
+            # It was stored or given up meanwhile.
+            pass
+        except OSError as problem:
+            log.warning("%s cannot be removed: %s", path.name, problem.strerror)
 
 
 def _here() -> str:
@@ -211,16 +225,20 @@ def _new_part(folder: Path) -> IO[bytes]:
         file.close()
 
 
-def _is_dead(part: Path) -> bool:
-    """Whether the process of this machine that wrote the part is gone."""
-    if not part.name.endswith(_here()):
-        return False
-    with part.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
+def _is_left(part: Path, limit: float) -> bool:
+    """Whether the process that wrote the part is gone: by its lock, or by its age where no lock can tell."""
+    if part.name.endswith(_here()):
+        with part.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                # No locks there.
+                pass
+            else:
+                return True
+    return part.stat().st_mtime < limit
 
 
 def _used_bytes(db: Connection, owner: str | None) -> int:

@@ -83,11 +83,15 @@ def _mark(folder: Path, mine: str, db: Connection) -> None:
     if owner == mine:
         return
     stored = _stored(folder)
-    if owner or not _is_of(stored, db):
+    if owner:
         raise Taken(
             f"JOBS_FILES_DIR: the folder {folder} belongs to another database",
-            hint=f"Give each database a folder of its own. {MARK} in it names its database (table installation); "
-            "where this database was put back to a state of before, and files of it are there, remove that file.",
+            hint=f"Give each database a folder of its own. {MARK} in it names its database (table installation).",
+        )
+    if not _is_of(stored, db):
+        raise Taken(
+            f"JOBS_FILES_DIR: the folder {folder} holds {stored[0]}, which this database does not know",
+            hint="Give a folder for the API's files alone: an empty one, or one that is not there yet.",
         )
     with contextlib.suppress(PermissionError):
         # A folder that somebody else owns and shares stays as it is.

@@ -51,7 +51,8 @@ def gc(older_than: str, keep_scores: bool, dry_run: bool, as_json: bool) -> None
     if not dry_run and keep_scores:
         found = [job for job in found if forget(db, job.id, "none")]
     elif not dry_run:
-        collect(db, older_than)
+        removed = collect(db, older_than)
+        found = [job for job in found if job.id in removed]
     if as_json:
         print_json([job.id for job in found])
         return
