@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from promptmill.core.outputs import appearing
+from promptmill.errors import DeviceError
 from promptmill_workers.devices import FileLock
 
 
@@ -55,6 +56,24 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "device-cpu.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(DeviceError, match=r"device-cpu\.lock cannot be used as a lock: it is a link"):
         FileLock("device-cpu").acquire()
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_folder_in_the_place_of_a_lock_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "device-cpu.lock").mkdir()
+    with pytest.raises(DeviceError, match=r"device-cpu\.lock cannot be used as a lock: Is a directory"):
+        FileLock("device-cpu").acquire()
+
+
+@pytest.mark.parametrize("runtime", ["file", "file/run"])
+def test_a_file_in_the_place_of_the_folder_of_locks_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JOBS_RUNTIME_DIR", str(tmp_path / runtime))
+    with pytest.raises(DeviceError, match=f"{runtime} cannot be used as a lock") as caught:
+        FileLock("device-cpu")
+    assert "JOBS_RUNTIME_DIR" in (caught.value.hint or "")

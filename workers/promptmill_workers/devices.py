@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -217,8 +218,14 @@ class FileLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> str | None:
-        """Take the lock; None on success, else the id of the process that has it."""
-        file = open(self._path, "a+", opener=_private)  # noqa: SIM115 - stays open: closing it would free the lock
+        """Take the lock; None on success, else the id of the process that has it.
+
+        Raises :class:`DeviceError` where its file cannot be opened.
+        """
+        try:
+            file = open(self._path, "a+", opener=_private)  # noqa: SIM115 - stays open: closing it would free the lock
+        except OSError as problem:
+            raise _unusable(self._path, problem) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -268,16 +275,27 @@ def _private(path: str, flags: int) -> int:
 def _runtime_dir() -> Path:
     """A folder of this user for locks. The same in every session: XDG_RUNTIME_DIR is not, cron and containers lack it.
 
-    Raises :class:`DeviceError` when it belongs to somebody else.
+    Raises :class:`DeviceError` when it belongs to another user or cannot be used.
     """
     asked = load_settings().runtime_dir
     folder = Path(asked or f"/tmp/promptmill-{os.getuid()}")  # noqa: S108 - owner checked
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as problem:
+        raise _unusable(folder, problem) from None
     if (not asked and folder.is_symlink()) or folder.stat().st_uid != os.getuid():
         raise DeviceError(f"{folder} belongs to another user", hint="Set JOBS_RUNTIME_DIR to a folder of your own.")
     if not asked and folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
     return folder
+
+
+def _unusable(path: Path, problem: OSError) -> DeviceError:
+    what = "it is a link" if problem.errno == errno.ELOOP else problem.strerror
+    return DeviceError(
+        f"{path} cannot be used as a lock: {what}",
+        hint="Remove it if it is not yours, or set JOBS_RUNTIME_DIR to a folder of your own.",
+    )
 
 
 def _is_running(pid: int) -> bool:

@@ -43,6 +43,9 @@ FOLDER_PREFIX = "promptmill-host-"
 #: The lock in such a folder.
 LOCK_NAME = "lock"
 
+#: Longest path of such a folder in bytes: a socket's address has 104 on a Mac, 108 on Linux.
+LONGEST_FOLDER = 80
+
 #: Lines of the host's log that are kept for the message about its death.
 LAST_WORDS = 20
 
@@ -116,9 +119,17 @@ class SocketFolder:
     """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-"))
-        new = self.path / f"{LOCK_NAME}.new"
-        self._lock = new.open("w")
+        """Raises :class:`ModelError` where no folder can be made."""
+        parent = _temporary_folder()
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=parent))
+            new = self.path / f"{LOCK_NAME}.new"
+            self._lock = new.open("w")
+        except OSError as problem:
+            raise ModelError(
+                f"no folder for the engine's socket in {parent}: {problem.strerror or problem}",
+                hint="Set TMPDIR to a short path of a folder that can be written to.",
+            ) from None
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         # Nobody finds a lock that is not held yet.
         new.rename(self.path / LOCK_NAME)
@@ -128,12 +139,19 @@ class SocketFolder:
         self._lock.close()
 
 
+def _temporary_folder() -> Path:
+    """Where folders of sockets are: the temporary folder, or /tmp where its path is too long for a socket's."""
+    folder = os.path.abspath(tempfile.gettempdir())
+    longest = os.path.join(folder, f"{FOLDER_PREFIX}{os.getpid()}-12345678")
+    return Path(folder if len(os.fsencode(longest)) <= LONGEST_FOLDER else "/tmp")  # noqa: S108 - mkdtemp is private
+
+
 def _remove_leftovers() -> None:
     """Folders of hosts whose parent was killed before it could tidy up: nobody holds their locks.
 
     One without a lock is just being made, or an older version's.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+    for folder in _temporary_folder().glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.stat().st_uid != os.getuid():
                 continue
