@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -25,8 +26,10 @@ def pgbouncer() -> str | None:
 class Pooler:
     """A pgbouncer on a port of its own. ``url`` goes through it, ``direct`` past it."""
 
-    def __init__(self, direct: str) -> None:
+    def __init__(self, direct: str, users: Mapping[str, str] | None = None) -> None:
+        """``users``: who may log in, with passwords; without them everybody may, as the owner of the database."""
         self.direct = direct
+        self._users = users
         url = sa.make_url(direct)
         # A short path: the server's socket is found by it.
         self._folder = Path(tempfile.mkdtemp(prefix="pm-pool-", dir="/tmp"))
@@ -39,10 +42,21 @@ class Pooler:
         self._write(f"host={self._host}" + (f" port={url.port}" if url.port else ""), str(url.username or "postgres"))
         self._process: subprocess.Popen[bytes] | None = None
 
+    def url_of(self, user: str) -> str:
+        """Through it as one of its users."""
+        password = (self._users or {})[user]
+        return sa.make_url(self.url).set(username=user, password=password).render_as_string(hide_password=False)
+
     def _write(self, server: str, user: str) -> None:
+        login = f"auth_type = scram-sha-256\nauth_file = {self._folder}/users\n"
+        if self._users is None:
+            login, server = "auth_type = any\n", f"{server} user={user}"
+        else:
+            known = "".join(f'"{name}" "{password}"\n' for name, password in self._users.items())
+            (self._folder / "users").write_text(known)
         (self._folder / "pgbouncer.ini").write_text(
-            f"[databases]\n* = {server} user={user}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self._port}\n"
-            f"auth_type = any\npool_mode = transaction\ndefault_pool_size = {POOL_SIZE}\nmax_client_conn = 500\n"
+            f"[databases]\n* = {server}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self._port}\n"
+            f"{login}pool_mode = transaction\ndefault_pool_size = {POOL_SIZE}\nmax_client_conn = 500\n"
             f"unix_socket_dir =\nlogfile = {self._folder}/log\nserver_round_robin = 1\n"
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -12,9 +14,11 @@ import sqlalchemy as sa
 from promptmill.database.engine import connect, reading, upgrade, writing
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
+from promptmill.store import queries
+from promptmill.store.queries import QueryError
 from promptmill.types import ChunkId
 from tests.conftest import Command, unavailable, wait_until
-from tests.poolers import Pooler, pgbouncer
+from tests.poolers import POOL_SIZE, Pooler, pgbouncer
 from tests.unit.test_ledger import JOB, add_job, ok
 
 
@@ -122,6 +126,70 @@ def test_jobs_reports_and_queries_work_behind_the_pooler(pooler: Pooler, command
     finally:
         workers.terminate()
         workers.wait(60)
+
+
+@pytest.fixture
+def reader(postgres_url: str) -> Iterator[str]:
+    """A user that may only read."""
+    name = f"reads_{uuid.uuid4().hex[:8]}"
+    db = connect(postgres_url)
+    upgrade(db)
+    with writing(db) as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN PASSWORD 'read'")
+        connection.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {name}")
+        connection.exec_driver_sql(f"REVOKE SELECT ON api_keys FROM {name}")
+    yield name
+    with writing(db) as connection:
+        connection.exec_driver_sql(f"DROP OWNED BY {name}")
+        connection.exec_driver_sql(f"DROP ROLE {name}")
+    db.dispose()
+
+
+@pytest.fixture
+def asking_pooler(postgres_url: str, reader: str) -> Iterator[Pooler]:
+    """A pooler that asks for passwords and knows the owner and the reader."""
+    if pgbouncer() is None:
+        unavailable("pgbouncer is not installed")
+    owner = sa.make_url(postgres_url).username or "postgres"
+    with Pooler(postgres_url, {owner: "own", reader: "read"}) as running:
+        running.url = running.url_of(owner)
+        yield running
+
+
+def test_behind_a_pooler_that_asks_for_passwords_a_query_needs_a_user_that_it_knows(
+    asking_pooler: Pooler, reader: str, command: Command
+) -> None:
+    command.environment["JOBS_DATABASE_URL"] = asking_pooler.url
+    refused = command("query", "jobs")
+    assert refused.code == 2
+    assert "auth_file" in refused.err
+    assert "JOBS_QUERY_DATABASE_URL" in refused.err
+    command.environment["JOBS_QUERY_DATABASE_URL"] = asking_pooler.url_of(reader)
+    done = command("query", "SELECT count(*) AS n FROM v_jobs", "--format", "csv")
+    assert (done.code, done.out) == (0, "n\n0\n"), done.err
+
+
+@pytest.mark.parametrize("rest", ["", ", 1 / 0"], ids=["answered", "failed"])
+def test_a_query_leaves_nothing_to_who_gets_its_server_next(
+    asking_pooler: Pooler, reader: str, monkeypatch: pytest.MonkeyPatch, rest: str
+) -> None:
+    # As a function would do it whose name nobody has thought of.
+    monkeypatch.setattr(queries, "refuse_disturbing", lambda text: None)
+    db = connect(asking_pooler.url)
+    asked = f"SELECT pg_advisory_lock(7)::text, set_config('work_mem', '64kB', false){rest}"
+    with (
+        contextlib.suppress(QueryError),
+        queries.querying(db, asked, 20, asking_pooler.url_of(reader)) as (_, rows),
+    ):
+        assert len(list(rows)) == 1
+    with reading(db) as connection:
+        assert connection.execute(sa.text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")).scalar() == 0
+    others = connect(asking_pooler.url_of(reader))
+    for _ in range(POOL_SIZE):
+        with reading(others) as connection:
+            assert connection.execute(sa.text("SHOW work_mem")).scalar() != "64kB"
+    others.dispose()
+    db.dispose()
 
 
 def test_a_busy_worker_has_two_connections(command: Command, postgres_url: str, redis_url: str) -> None:

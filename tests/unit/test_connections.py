@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import uvicorn
@@ -42,11 +44,12 @@ async def endless(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(served: Callable[..., Awaitable[None]]) -> AsyncIterator[int]:
+async def listening(
+    served: Callable[..., Awaitable[None]], crowd: connections.Crowd | None = None
+) -> AsyncIterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as found:
-        server = uvicorn.Server(
-            uvicorn.Config(served, http=connections.Connection, lifespan="off", log_config=None)  # type: ignore[arg-type]
-        )
+        protocol: Any = partial(connections.Connection, crowd=crowd)
+        server = uvicorn.Server(uvicorn.Config(served, http=protocol, lifespan="off", log_config=None))
         serving = asyncio.create_task(server.serve([found]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -175,3 +178,133 @@ def test_who_takes_it_slowly_has_it_all() -> None:
             writer.close()
 
     asyncio.run(test())
+
+
+Connect = Callable[..., Awaitable[list[asyncio.StreamReader]]]
+
+
+@contextlib.asynccontextmanager
+async def crowded(served: Callable[..., Awaitable[None]], most: int) -> AsyncIterator[Connect]:
+    """Connects clients to a server that has so many connections."""
+    writers = []
+
+    async def connect(address: str, sent: bytes, count: int = 1) -> list[asyncio.StreamReader]:
+        """So many connections from one address of this machine, on each of which this is sent, in turn."""
+        readers = []
+        for _ in range(count):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
+            writers.append(writer)
+            writer.write(sent)
+            readers.append(reader)
+            # The server has taken it in before the next one comes.
+            await asyncio.sleep(0.01)
+        return readers
+
+    async with listening(served, connections.Crowd(most, 8)) as port:
+        try:
+            yield connect
+        finally:
+            for writer in writers:
+                writer.transport.abort()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection ends by its time."""
+    monkeypatch.setattr(connections, "HEAD_S", 60.0)
+    monkeypatch.setattr(connections, "TAKE_S", 60.0)
+
+
+async def is_served(reader: asyncio.StreamReader) -> bool:
+    answer = await read(reader)
+    assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 ")), answer
+    return answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_requests_of_one_address_have_at_most_half_of_all_connections(patient: None) -> None:
+    async def test() -> None:
+        async with crowded(app, 10) as connect:
+            of_one = await connect("127.0.0.2", ASK % b"", 7)
+            of_another = await connect("127.0.0.3", ASK % b"")
+            assert [await is_served(each) for each in of_one] == [True] * 5 + [False] * 2
+            assert await is_served(of_another[0])
+
+    asyncio.run(test())
+
+
+#: What waits for its client: no head, a part of a head, a part of a body.
+UNFINISHED = [b"", b"GET / HTTP/1.1\r\nHost: loc", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n1234"]
+
+
+async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await app(scope, receive, send)
+
+
+@pytest.mark.parametrize("unfinished", UNFINISHED, ids=["nothing", "head", "body"])
+def test_where_all_is_full_the_oldest_unfinished_request_of_the_largest_address_goes(
+    patient: None, unfinished: bytes
+) -> None:
+    async def test() -> None:
+        async with crowded(reading, 8) as connect:
+            small = await connect("127.0.0.2", unfinished)
+            large = await connect("127.0.0.3", unfinished, 4)
+            middle = await connect("127.0.0.4", unfinished, 3)
+            [newcomer] = await connect("127.0.0.5", ASK % b"")
+            assert await is_served(newcomer)
+            assert await read(large[0]) == b""
+            assert not any(each.at_eof() for each in (*small, *large[1:], *middle))
+
+    asyncio.run(test())
+
+
+def test_an_answer_that_its_client_does_not_take_goes_where_all_is_full(patient: None) -> None:
+    async def by_path(scope: Scope, receive: Receive, send: Send) -> None:
+        await (endless if scope["path"] == "/endless" else app)(scope, receive, send)
+
+    async def test() -> None:
+        async with crowded(by_path, 2) as connect:
+            [slow] = await connect("127.0.0.2", ASK % b"endless")
+            # It reads no further than its own buffer.
+            await asyncio.sleep(0.3)
+            [first] = await connect("127.0.0.3", ASK % b"")
+            [second] = await connect("127.0.0.4", ASK % b"")
+            assert [await is_served(each) for each in (first, second)] == [True, True]
+            with contextlib.suppress(ConnectionError):
+                while await slow.read(2**20):
+                    pass
+            assert slow.at_eof() or slow.exception() is not None
+
+    asyncio.run(test())
+
+
+def test_an_address_with_requests_under_way_does_not_lose_them_to_its_own_newcomers(patient: None) -> None:
+    async def test() -> None:
+        async with crowded(app, 4) as connect:
+            mine = await connect("127.0.0.2", ASK % b"", 2)
+            other = await connect("127.0.0.3", b"")
+            [newcomer] = await connect("127.0.0.2", ASK % b"")
+            assert not await is_served(newcomer)
+            assert [await is_served(each) for each in mine] == [True, True]
+            assert not other[0].at_eof()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("10.1.2.3", "10.1.2.3"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("2001:db8:1:ffff::1", "2001:db8:1::/48"),
+        ("2001:db8:1::2", "2001:db8:1::/48"),
+        ("fe80::1%eth0", "fe80::/48"),
+    ],
+)
+def test_whose_connection_it_is(address: str, network: str) -> None:
+    class Transport(asyncio.BaseTransport):
+        def get_extra_info(self, name: str, default: Any = None) -> Any:
+            return (address, 1234)
+
+    assert connections._network(Transport()) == network

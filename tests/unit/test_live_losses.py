@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from redis import Redis
 
-from promptmill.api import interactive
 from promptmill.api.http.errors import ApiError
-from promptmill.api.interactive import Live, PendingRequest
-from promptmill.queue.heartbeats import heartbeat_key
+from promptmill.api.interactive import live
+from promptmill.api.interactive.live import Live
+from promptmill.api.interactive.pending_request import PendingRequest
+from promptmill.database.clock import DatabaseClock
+from promptmill.queue import heartbeats
+from promptmill.queue.heartbeats import HEARTBEAT_S, heartbeat_key
 from promptmill.queue.interactive_wire import (
     DONE,
     FAILED,
@@ -30,8 +35,15 @@ from promptmill.queue.interactive_wire import (
     reply_of,
 )
 from promptmill.types import FinishReason, Ok, Usage
+from promptmill_workers.devices import Device
+from promptmill_workers.engines.contract import EngineOptions
+from promptmill_workers.host.client import HostConfig
+from promptmill_workers.host.model_hosts import ModelHosts
+from promptmill_workers.worker import interactive as worker_interactive
+from promptmill_workers.worker.interactive import LiveLane
 from promptmill_workers.worker.replies import Replies
 from promptmill_workers.worker.shutdown import Shutdown
+from tests.conftest import Clock
 
 MODEL, WORKER = "echo", "here/cpu/1"
 #: What the worker's engine says that it is.
@@ -44,8 +56,8 @@ ANSWER = answer_of(OK, None, BACKEND)
 @pytest.fixture
 def redis(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Redis with a worker's sign of life. Servers look for what is quiet at once."""
-    monkeypatch.setattr(interactive, "WATCH_S", 0.1)
-    monkeypatch.setattr(interactive, "QUIET_S", 0.3)
+    monkeypatch.setattr(live, "WATCH_S", 0.1)
+    monkeypatch.setattr(live, "QUIET_S", 0.3)
     with Redis.from_url(redis_url) as client:
         client.set(heartbeat_key(WORKER), "{}")
         yield client
@@ -70,15 +82,20 @@ async def heard(call: PendingRequest) -> list[Any]:
     return [value if kind == DONE else value[0] async for kind, value in call.replies()]
 
 
+@asynccontextmanager
+async def closing(server: Live) -> AsyncIterator[Live]:
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
 def over(url: str, scene: Any) -> None:
     async def play() -> None:
-        server = Live(url, 20)
-        server.start()
-        try:
+        async with closing(Live(url, 20)) as server:
+            server.start()
             async with server.call(MODEL, {}, None, prompt="x", stream=True) as call:
                 await asyncio.wait_for(scene(call), 15)
-        finally:
-            await server.close()
 
     asyncio.run(play())
 
@@ -198,3 +215,60 @@ def test_a_chat_whose_worker_says_what_nobody_understands_ends(redis: Any, redis
         assert refused.value.status == 502
 
     over(redis_url, scene)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Tells the time to what looks for absences."""
+    clock = Clock()
+    for module in (heartbeats, worker_interactive):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+@pytest.fixture
+def lane(redis: Any, redis_url: str) -> Iterator[LiveLane]:
+    hosts = ModelHosts(HostConfig(MODEL, Device("cpu"), EngineOptions()))
+    lane = LiveLane(MODEL, WORKER, redis_url, hosts, Shutdown(), DatabaseClock())
+    yield lane
+    lane._redis.close()
+
+
+def test_a_server_is_gone_when_redis_has_missed_it_for_long(lane: LiveLane, clock: Clock) -> None:
+    missed = [(clock.advance(HEARTBEAT_S), lane._gone({"server"}))[1] for _ in range(4)]
+    assert missed == [set(), set(), set(), {"server"}]
+
+
+def test_a_server_that_asks_is_there_though_redis_forgets_it_again_and_again(lane: LiveLane, clock: Clock) -> None:
+    for _ in range(20):
+        clock.advance(HEARTBEAT_S)
+        assert lane._gone({"server"}) == set()
+        lane._obey(None, [json.dumps([REPEAT, "a request", "server", 0]).encode()])
+
+
+def test_two_short_absences_of_a_server_are_no_long_one(lane: LiveLane, clock: Clock) -> None:
+    assert lane._gone({"server"}) == set()
+    clock.advance(3600)
+    assert lane._gone({"server"}) == set()
+
+
+def test_a_worker_that_answers_is_there_though_redis_forgets_it_again_and_again(
+    redis: Any, redis_url: str, replies: Replies, clock: Clock
+) -> None:
+    async def play() -> None:
+        # It looks only when it is told to.
+        async with closing(Live(redis_url, 20)) as server, server.call(MODEL, {}, None, prompt="x") as call:
+            replies.say([(call.request, [TAKEN])])
+            for number in range(10):
+                replies.say([(call.request, [TEXT, f"{number} ", None, 0, BACKEND])])
+                while data := redis.lpop(reply_list(call.request.server)):
+                    server._take(data)
+                redis.delete(heartbeat_key(WORKER))
+                await server._look_at_workers()
+                clock.advance(live.MISSED_S / 2)
+            assert not call.ended
+            clock.advance(live.MISSED_S / 2)
+            await server._look_at_workers()
+            assert call.ended
+
+    asyncio.run(play())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from promptmill.api.interactive import failure
+from promptmill.api.interactive.pending_request import failure
 from promptmill.cli.look.inspect import answer_parts
 from promptmill.database.engine import connect, writing
 from promptmill.database.tables import jobs, metadata, requests, results

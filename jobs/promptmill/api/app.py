@@ -22,7 +22,7 @@ from promptmill.api.dependencies import Services, in_thread
 from promptmill.api.http import errors
 from promptmill.api.http.evaluation import Evaluation
 from promptmill.api.http.middleware import Gate, Timings
-from promptmill.api.interactive import Live
+from promptmill.api.interactive.live import Live
 from promptmill.api.jobs import routes
 from promptmill.api.limits import KeyLimits
 from promptmill.api.openai import chat, files, models, own_folder

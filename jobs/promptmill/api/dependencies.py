@@ -23,7 +23,7 @@ from promptmill.database.tables import api_keys
 from promptmill.ledger import Ledger
 
 if TYPE_CHECKING:
-    from promptmill.api.interactive import Live
+    from promptmill.api.interactive.live import Live
     from promptmill.api.openai.model_directory import ModelDirectory
 
 #: Seconds that a key's row is remembered: a revoked one is refused after at most so long.

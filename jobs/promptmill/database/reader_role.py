@@ -188,5 +188,6 @@ def _refused(owner: Engine, problem: Exception) -> NoReader:
     return NoReader(
         f"a query needs a user of PostgreSQL that may only read, and there is none: {said}",
         hint=f"An administrator runs: {BY_HAND.format(schema=schema)}; "
-        "then set JOBS_QUERY_DATABASE_URL to that user's postgresql:// URL.",
+        "then set JOBS_QUERY_DATABASE_URL to that user's postgresql:// URL. "
+        "A pooler knows only the users of its own list: add that user (pgbouncer: auth_file), or go past the pooler.",
     )

@@ -113,8 +113,10 @@ def split_expected(record: Mapping[str, Any], names: Mapping[str, str]) -> tuple
 
 def split_named(record: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields that the task expects, and the record without them; those that the line lacks are left out."""
-    named = {name: lookup(record, field) for name, field in names.items() if has_field(record, field)}
     rest = dict(record)
+    if not names:
+        return {}, rest
+    named = {name: lookup(record, field) for name, field in names.items() if has_field(record, field)}
     for field in names.values():
         rest = _without(rest, field)
     return named, rest

@@ -107,6 +107,7 @@ def _read_only(connection: Connection, seconds: float, late: threading.Event) ->
     if postgresql:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         bound(connection, seconds)
+        connection.exec_driver_sql("SAVEPOINT query")
     else:
         connection.exec_driver_sql("PRAGMA query_only = ON")
         driver.set_authorizer(_may)
@@ -124,9 +125,19 @@ def _read_only(connection: Connection, seconds: float, late: threading.Event) ->
         timer.cancel()
         # What it has begun to cancel must not be the next statement.
         timer.join()
-        if not postgresql:
+        if postgresql:
+            _clean(driver)
+        else:
             driver.set_authorizer(None)
             connection.exec_driver_sql("PRAGMA query_only = OFF")
+
+
+def _clean(driver: Any) -> None:
+    """Undo what a query did to its session: a pooler gives it to others next."""
+    import psycopg
+
+    with contextlib.suppress(psycopg.Error):
+        driver.execute("ROLLBACK TO SAVEPOINT query; SELECT pg_advisory_unlock_all()")
 
 
 def _may(action: int, first: str | None, *rest: str | None) -> int:

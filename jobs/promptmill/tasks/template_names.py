@@ -41,16 +41,20 @@ class Fields(dict[str, Any]):
         )
 
 
+class _Input(Fields):
+    name = "input"
+
+
+class _Meta(Fields):
+    name = "meta"
+
+
 def names_of(fields: Mapping[str, Any], meta: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every name that a template sees of a line: its fields, ``input`` with the same fields, and ``meta``."""
-    shown = {name: value for name, value in fields.items() if name != HIDDEN}
-    found: dict[str, Any] = dict(shown)
-    for name, inside in zip(SPACES, (shown, meta or {}), strict=True):
-        space = Fields({key: value for key, value in inside.items() if key != HIDDEN})
-        space.name = name
-        found.setdefault(name, space)
-        found[_space(name)] = space
-    return found
+    inside, about = _Input(fields), _Meta(meta or ())
+    inside.pop(HIDDEN, None)
+    about.pop(HIDDEN, None)
+    return {"input": inside, "meta": about, **inside, _space("input"): inside, _space("meta"): about}
 
 
 def _space(name: str) -> str:

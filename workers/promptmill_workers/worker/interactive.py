@@ -15,13 +15,14 @@ from promptmill.core.redis_client import redis_client
 from promptmill.database.clock import DatabaseClock
 from promptmill.errors import PromptmillError
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
-from promptmill.queue.heartbeats import HEARTBEAT_S
+from promptmill.queue.heartbeats import HEARTBEAT_S, Absences
 from promptmill.queue.interactive_wire import (
     AGAIN,
     CANCEL,
     DONE,
     FAILED,
     REPEAT,
+    SERVER_GONE_S,
     TAKEN,
     TEXT,
     LiveRequest,
@@ -77,8 +78,7 @@ class LiveLane:
         self._row = 0
         #: What answers in the session that is open.
         self._backend = ""
-        #: Servers without a sign of life -> since when, by ``time.monotonic()``.
-        self._silent: dict[str, float] = {}
+        self._absences = Absences(SERVER_GONE_S)
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name=f"live-{model[-20:]}", daemon=True)
@@ -167,15 +167,10 @@ class LiveLane:
         return wanted
 
     def _gone(self, servers: set[str]) -> set[str]:
-        """Those of the servers that are gone. Missed for a while is gone: Redis itself may have begun anew."""
-        asked, now = sorted(servers), time.monotonic()
+        """Those of the servers that are gone."""
+        asked = sorted(servers)
         alive = self._redis.mget([server_key(each) for each in asked]) if asked else []
-        for server, found in zip(asked, alive, strict=True):
-            if found is None:
-                self._silent.setdefault(server, now)
-            else:
-                self._silent.pop(server, None)
-        return {each for each in asked if now - self._silent.get(each, now) >= HEARTBEAT_S}
+        return self._absences.look(dict(zip(asked, (each is not None for each in alive), strict=True)))
 
     def _send(self, session: Session, rows: list[int]) -> None:
         """Hand requests to the engine; one that cannot even be read ends here."""
@@ -288,6 +283,7 @@ class LiveLane:
                     case [str(kind), str(request_id)] if kind == CANCEL:
                         cancelled.add(request_id)
                     case [str(kind), str(request_id), str(server), int(number)] if kind == REPEAT:
+                        self._absences.heard(server)
                         self._replies.repeat(request_id, server, number)
                     case _:
                         raise ValueError

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ipaddress
 import resource
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,24 +37,45 @@ BUSY = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\nretry-after: 1
 
 @dataclass(slots=True)
 class Crowd:
-    """Who is connected. One address has at most half of all connections: whoever floods, others come in."""
+    """The connections of each network. One has at most half of all.
+
+    Where there is no place for another connection, the oldest that waits for its client makes room.
+    """
 
     #: Most connections, and most that wait to be taken in: each of these has a descriptor before it can be refused.
     most: int
     backlog: int
-    _by_address: Counter[str] = field(default_factory=Counter)
+    _held: dict[str, dict[Connection, None]] = field(default_factory=dict)
 
-    def enter(self, address: str) -> bool:
-        """Whether one more connection may come from there; then :meth:`leave` has to follow."""
-        if self._by_address.total() >= self.most or self._by_address[address] >= max(1, self.most // 2):
-            return False
-        self._by_address[address] += 1
-        return True
+    def enter(self, connection: Connection, network: str) -> bool:
+        """Whether there is a place for one more connection; then :meth:`leave` has to follow."""
+        mine = self._held.get(network, {})
+        if len(mine) >= max(1, self.most // 2):
+            is_free = _make_room([mine])
+        elif sum(map(len, self._held.values())) >= self.most:
+            is_free = _make_room([each for each in self._held.values() if len(each) >= max(1, len(mine))])
+        else:
+            is_free = True
+        if is_free:
+            self._held.setdefault(network, {})[connection] = None
+        return is_free
 
-    def leave(self, address: str) -> None:
-        self._by_address[address] -= 1
-        if not self._by_address[address]:
-            del self._by_address[address]
+    def leave(self, connection: Connection, network: str) -> None:
+        held = self._held.get(network, {})
+        held.pop(connection, None)
+        if not held:
+            self._held.pop(network, None)
+
+
+def _make_room(networks: list[dict[Connection, None]]) -> bool:
+    """Cut off the oldest connection that waits for its client, of the largest network that has one."""
+    for held in sorted(networks, key=len, reverse=True):
+        for each in held:
+            if each.waits_for_client:
+                del held[each]
+                each.transport.abort()
+                return True
+    return False
 
 
 def crowd() -> Crowd:
@@ -74,13 +94,13 @@ def crowd() -> Crowd:
 
 
 def _network(transport: asyncio.BaseTransport) -> str:
-    """Whose connection it is: an address, and of version 6 the network that one subscriber has."""
+    """Whose connection it is: an address, and of version 6 the largest network that one subscriber has."""
     try:
         address = ipaddress.ip_address(transport.get_extra_info("peername")[0].partition("%")[0])
     except (TypeError, ValueError, IndexError, AttributeError):
         return ""
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((address, 64), strict=False))
+        return str(ipaddress.ip_network((address, 48), strict=False))
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
@@ -100,12 +120,12 @@ class Connection(HttpToolsProtocol):
         self._pending = self._fields = 0
         super().connection_made(transport)
         if self._crowd is not None:
-            address = _network(transport)
-            if not self._crowd.enter(address):
+            network = _network(transport)
+            if not self._crowd.enter(self, network):
                 transport.write(BUSY)
                 transport.close()
                 return
-            self._from = address
+            self._from = network
         self._head = self.loop.call_later(HEAD_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -167,6 +187,11 @@ class Connection(HttpToolsProtocol):
         """Its last head was read to the end and is not answered: how slow a body is, the gate looks at."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def waits_for_client(self) -> bool:
+        """The client has not sent a whole request, or does not take the answer."""
+        return not self._is_answering or self.cycle.more_body or self._taking is not None
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._taking = self._taking or self.loop.call_later(TAKE_S, self.transport.abort)
@@ -178,7 +203,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head, self._taking = _none(self._head), _none(self._taking)
         if self._crowd is not None and self._from is not None:
-            self._crowd.leave(self._from)
+            self._crowd.leave(self, self._from)
             self._from = None
         super().connection_lost(exc)
 

@@ -21,7 +21,7 @@ from promptmill.api.http.errors import of as error_of
 from promptmill.api.http.evaluation import QUICK
 from promptmill.api.http.streams import ClientGone, EventStream, event, unless_gone
 from promptmill.api.http.validation import json_response
-from promptmill.api.interactive import PendingRequest
+from promptmill.api.interactive.pending_request import PendingRequest
 from promptmill.api.keys import Principal
 from promptmill.api.openai import request_parsing, response_shapes
 from promptmill.api.openai.request_parsing import Question

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -16,9 +15,10 @@ from ulid import ULID
 
 from promptmill.api.http.errors import ApiError
 from promptmill.api.http.ids import new_id
+from promptmill.api.interactive.pending_request import PendingRequest, failure
 from promptmill.core.redis_client import redis_client
 from promptmill.errors import first_line
-from promptmill.queue.heartbeats import HEARTBEAT_S, Heartbeat, heartbeat_key, heartbeat_of
+from promptmill.queue.heartbeats import HEARTBEAT_S, Absences, Heartbeat, heartbeat_key, heartbeat_of
 from promptmill.queue.interactive_wire import (
     AGAIN,
     CANCEL,
@@ -38,7 +38,6 @@ from promptmill.queue.interactive_wire import (
     reply_of,
     server_key,
 )
-from promptmill.tasks.openai import refusal_of
 from promptmill.types import ErrorClass
 
 log = logging.getLogger("promptmill.api")
@@ -64,104 +63,7 @@ ANSWER_S = 10
 #: Most requests that nobody waits for which are remembered, should a worker run one all the same.
 MOST_WITHDRAWN = 4096
 
-#: Our error classes -> the status and code of the answer. Others are 502: another try may go better.
-STATUSES = {
-    "context_overflow": (400, "context_length_exceeded"),
-    "invalid_request": (400, "invalid_request"),
-    "tokenize": (400, "invalid_request"),
-    # The body's own grammar was tried before: what came to a dead end is the model's answer.
-    "grammar": (500, "grammar"),
-    "model_not_found": (404, "model_not_found"),
-    "model_load": (503, "model_not_loaded"),
-    "timeout": (504, "timeout"),
-    "stall": (504, "timeout"),
-}
-
 NO_REDIS = "A service is not reachable; try again later."
-
-
-def failure(request: LiveRequest, error_class: str, message: str) -> ApiError:
-    """What a client is told of a request that failed."""
-    status, code = STATUSES.get(error_class, (502, error_class))
-    param = _question(request) if code == "context_length_exceeded" else None
-    if code == "invalid_request":
-        param, code = refusal_of(message)
-    # What broke inside is for the log of the worker.
-    is_told = status < 500 or status == 504 or error_class == ErrorClass.GRAMMAR
-    shown = message if is_told else "The model could not answer this request."
-    return ApiError(status, shown, param=param, code=code)
-
-
-def _question(request: LiveRequest) -> str:
-    """The field that its body asked with."""
-    if request.messages is not None:
-        return "messages"
-    return "input" if request.sampling.get("embedding") else "prompt"
-
-
-class PendingRequest:
-    """One request under way, and what is known of it."""
-
-    def __init__(self, request: LiveRequest, until: float) -> None:
-        #: As it was sent last.
-        self.request = request
-        #: By the clock of the event loop.
-        self.until = until
-        self.tries = 1
-        self.worker: str | None = None
-        #: Somebody was shown a part of its answer: it cannot begin again.
-        self.told = False
-        self.ended = False
-        #: Replies that came, in their order, and after how many the worker was asked for the next one.
-        self.heard = 0
-        self.asked_at: int | None = None
-        #: When there was news of it, or a look; whether that look did not find it. By ``time.monotonic()``.
-        self.seen_at = time.monotonic()
-        self.missed = False
-        #: When it was in the queue, by ``time.perf_counter()``.
-        self.queued_at: float | None = None
-        self._replies: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-
-    def put(self, kind: str, value: Any) -> None:
-        self.ended = self.ended or kind in LAST
-        self._replies.put_nowait((kind, value))
-
-    def begin_again(self) -> None:
-        """Sent under another id, it is a request that nobody has taken."""
-        self.request = replace(self.request, id=new_id())
-        self.worker, self.heard, self.asked_at = None, 0, None
-        self.seen_at, self.missed = time.monotonic(), False
-
-    async def replies(self) -> AsyncIterator[tuple[str, Any]]:
-        """Text as it comes (``TEXT``: text, log-probabilities, number of the answer), then the answer (``DONE``).
-
-        Raises ApiError for a request that fails.
-        """
-        try:
-            async with asyncio.timeout_at(self.until):
-                while True:
-                    kind, value = await self._replies.get()
-                    if kind == FAILED:
-                        raise value
-                    yield kind, value
-                    if kind == DONE:
-                        return
-        except TimeoutError:
-            raise ApiError(504, "No answer in time.", code="timeout") from None
-
-    async def answer(self) -> dict[str, Any]:
-        """The whole answer, as ``live_wire.answer_of`` made it."""
-        try:
-            async with asyncio.timeout_at(self.until):
-                kind, value = await self._replies.get()
-                while kind == TEXT:
-                    kind, value = await self._replies.get()
-        except TimeoutError:
-            raise ApiError(504, "No answer in time.", code="timeout") from None
-        if kind == FAILED:
-            raise value
-        found: dict[str, Any] = value
-        return found
 
 
 class Live:
@@ -180,8 +82,7 @@ class Live:
         self._outbox: dict[str, list[bytes]] = {}
         self._first: dict[str, list[bytes]] = {}
         self._unsent: list[PendingRequest] = []
-        # Workers without a sign of life -> since when, by ``time.monotonic()``.
-        self._silent: dict[str, float] = {}
+        self._absences = Absences(MISSED_S)
         self._flushing: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
@@ -324,6 +225,7 @@ class Live:
             self._begin_again(call, ErrorClass.WORKER_LOST.value, "nobody understands what its worker says")
 
     def _hear(self, call_id: str, worker: str, number: int, kind: str, rest: list[Any]) -> None:
+        self._absences.heard(worker)
         call = self._calls.get(call_id)
         if call is None:
             if kind not in LAST:
@@ -374,12 +276,9 @@ class Live:
         """Requests of a worker that is gone are sent again."""
         held = sorted({each.worker for each in self._calls.values() if each.worker is not None})
         alive = await self._redis.mget([heartbeat_key(each) for each in held]) if held else []
-        now = time.monotonic()
-        missed = [worker for worker, found in zip(held, alive, strict=True) if found is None]
-        self._silent = {each: self._silent.get(each, now) for each in missed}
-        for worker in [each for each, since in self._silent.items() if now - since >= MISSED_S]:
-            for call in [each for each in self._calls.values() if each.worker == worker and not each.ended]:
-                self._begin_again(call, "worker_lost", "its worker is gone")
+        gone = self._absences.look(dict(zip(held, (each is not None for each in alive), strict=True)))
+        for call in [each for each in self._calls.values() if each.worker in gone and not each.ended]:
+            self._begin_again(call, "worker_lost", "its worker is gone")
 
     def _begin_again(self, call: PendingRequest, error_class: str, message: str) -> None:
         """On another worker; it fails when somebody has seen a part of the answer, or it was tried often."""
