@@ -61,7 +61,7 @@ class Heartbeat:
         with writing(self._db) as db:
             if again:
                 db.execute(sa.delete(workers).where(workers.c.id == self._worker_id))
-            now, _ = self._ledger.read_clock(db)
+            now = self._ledger.database_clock.read(db)
             db.execute(sa.insert(workers).values(id=self._worker_id, started_at=now, **self._row(), heartbeat_at=now))
             # Short jobs too have a sample: one at the start, one at the end.
             db.execute(sa.insert(worker_samples).values(self._sample(db)))
@@ -149,7 +149,7 @@ class Heartbeat:
         output_tps = self._rate("_tokens", now, self._output_tokens(db))
         return {
             "worker_id": self._worker_id,
-            "at": self._ledger.read_clock(db)[0],
+            "at": self._ledger.database_clock.read(db),
             "cpu_ratio": self._rate("_cpu", now, seconds),
             "memory_bytes": memory,
             "device_memory_bytes": self._gauge.memory_bytes(self._hosts.pid),

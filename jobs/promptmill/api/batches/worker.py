@@ -38,7 +38,7 @@ from promptmill.database.engine import open_database, reading, writing
 from promptmill.database.tables import api_keys, batches, files, jobs
 from promptmill.errors import BrokerError, DatabaseError, PromptmillError
 from promptmill.ledger import Ledger
-from promptmill.ledger.base import counts_of
+from promptmill.ledger.status import counts_of
 from promptmill.queue.broker import Broker
 from promptmill.queue.dispatcher import Dispatcher
 from promptmill.queue.housekeeping import Housekeeping
