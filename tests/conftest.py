@@ -192,7 +192,8 @@ def _database_of(server: str, name: str) -> str:
 
 def migrate(url: str) -> None:
     """Bring a database to the newest revision: a SQLite file by copying one that was migrated once."""
-    from promptmill.database.engine import connect, upgrade
+    from promptmill.database.engine import connect
+    from promptmill.database.revision import upgrade
 
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -205,7 +206,8 @@ def migrate(url: str) -> None:
 
 @functools.cache
 def _migrated_file() -> bytes:
-    from promptmill.database.engine import connect, upgrade
+    from promptmill.database.engine import connect
+    from promptmill.database.revision import upgrade
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "migrated.sqlite"

@@ -16,7 +16,8 @@ from promptmill.api.http.errors import ApiError
 from promptmill.api.openai.file_store import FileStore
 from promptmill.api.openai.own_folder import MARK, secret
 from promptmill.core.settings import Settings
-from promptmill.database.engine import connect, upgrade, writing
+from promptmill.database.engine import connect, writing
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import files
 from promptmill.errors import SettingsError
 

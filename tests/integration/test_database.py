@@ -12,19 +12,13 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from psycopg import InternalError, OperationalError, errors
 
-from promptmill.database.engine import (
-    connect,
-    connecting,
-    copy_rows,
-    current_revision,
-    head_revision,
-    head_revision_fast,
-    open_database,
-    upgrade,
-    writing,
-)
+from promptmill.core.resources import resource_dir
+from promptmill.database.engine import connect, copy_rows, writing
+from promptmill.database.refusals import connecting
+from promptmill.database.revision import current_revision, head_revision, open_database, upgrade
 from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.database.timeouts import end_silent_connections
 from promptmill.errors import DatabaseError
@@ -38,7 +32,11 @@ from tests.unit.test_ledger import JOB, add_job, failed, ok
 def test_migrations_make_the_tables_of_the_code(database: sa.Engine) -> None:
     with database.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    assert current_revision(database) == head_revision() == head_revision_fast()
+    assert current_revision(database) == head_revision()
+
+
+def test_the_newest_migration_is_alembic_s_head() -> None:
+    assert ScriptDirectory(str(resource_dir("migrations"))).get_current_head() == head_revision()
 
 
 def test_upgrading_twice_changes_nothing(database: sa.Engine) -> None:

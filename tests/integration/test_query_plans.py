@@ -24,20 +24,21 @@ LARGE = {table.name for table in (chunks, results, worker_samples)}
 #: What an installation has after some months: ended jobs with their rows, and workers with their samples.
 PAST = (
     "INSERT INTO jobs (id, state, mode, dataset_name, dataset_sha256, dataset_format, model, sampling, priority, rows, "
-    "env, submitted_at) SELECT '00OLD' || job, CASE WHEN job < 5 THEN 'running' ELSE 'completed' END, 'queue', 'd', '0', "
-    "'f', CASE WHEN job < 3 THEN 'echo' ELSE 'other' END, '{}', 5, 100, '{}', 0 FROM generate_series(0, 399) AS job",
+    "env, submitted_at) SELECT '00OLD' || job, CASE WHEN job < 5 THEN 'running' ELSE 'completed' END, 'queue', 'd', "
+    "'0', 'f', CASE WHEN job < 3 THEN 'echo' ELSE 'other' END, '{}', 5, 50, '{}', 0 FROM generate_series(0, 399) job",
     "INSERT INTO requests (job_id, row, custom_id, input) SELECT id, row, row, '{}' "
-    "FROM jobs, generate_series(0, 99) AS row",
+    "FROM jobs, generate_series(0, 49) AS row",
     "INSERT INTO chunks (job_id, number, first_row, rows, state, attempt, ok, errors, output_tokens) "
     "SELECT id, number, 2 * number, 2, CASE state WHEN 'running' THEN 'queued' ELSE 'done' END, 1, 2, 0, 6 "
-    "FROM jobs, generate_series(0, 49) AS number",
+    "FROM jobs, generate_series(0, 24) AS number",
     "INSERT INTO attempts (job_id, number, attempt, worker_id, started_at, ended_at, outcome) "
     "SELECT job_id, number, 1, 'w' || number, 0, 1, 'done' FROM chunks WHERE state = 'done'",
-    "INSERT INTO results (job_id, row, state, prompt_tokens, cached_tokens, output_tokens, committed_at, attempt, chunk) "
-    "SELECT job_id, row, 'ok', 5, 0, 3, 1, 1, row / 2 FROM requests JOIN jobs ON id = job_id WHERE state = 'completed'",
+    "INSERT INTO results (job_id, row, state, prompt_tokens, cached_tokens, output_tokens, committed_at, attempt, "
+    "chunk) SELECT job_id, row, 'ok', 5, 0, 3, 1, 1, row / 2 FROM requests JOIN jobs ON id = job_id "
+    "WHERE state = 'completed'",
     "INSERT INTO workers (id, host, pid, state, models, device_asked, started_at, heartbeat_at) "
     "SELECT 'w' || worker, 'h', 1, CASE WHEN worker < 5 THEN 'idle' ELSE 'stopped' END, '[\"echo\"]', 'cpu', 0, "
-    "CASE WHEN worker < 5 THEN 1e11 ELSE 1 END FROM generate_series(0, 199) AS worker",
+    "CASE WHEN worker < 5 THEN 1e11 ELSE 1 END FROM generate_series(0, 99) AS worker",
     "INSERT INTO worker_samples (worker_id, at) SELECT id, at FROM workers, generate_series(1, 200) AS at",
 )
 

@@ -8,7 +8,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database.clock import DatabaseClock
-from promptmill.database.engine import connecting, reading, writing
+from promptmill.database.engine import reading, writing
+from promptmill.database.refusals import connecting
 from promptmill.ledger import endings, jobs, leases, publishing, recovery, results, retries, status
 from promptmill.ledger.values import LEASE_S, MAX_ATTEMPTS, Terms
 from promptmill.types import ChunkId, EngineCounters, Lease, Result

@@ -26,7 +26,7 @@ from ulid import ULID
 from promptmill.core.settings import Settings, load_settings
 from promptmill.core.terminal import for_people
 from promptmill.database.clock import DatabaseClock
-from promptmill.database.engine import open_database
+from promptmill.database.revision import open_database
 from promptmill.database.timeouts import end_silent_connections
 from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError
 from promptmill.ledger import Ledger

@@ -34,7 +34,8 @@ from promptmill.core import child_processes
 from promptmill.core.settings import Settings, load_settings
 from promptmill.core.spans import Moment
 from promptmill.core.terminal import for_people
-from promptmill.database.engine import open_database, reading, writing
+from promptmill.database.engine import reading, writing
+from promptmill.database.revision import open_database
 from promptmill.database.tables import api_keys, batches, files, jobs
 from promptmill.errors import BrokerError, DatabaseError, PromptmillError
 from promptmill.ledger import Ledger
