@@ -122,6 +122,33 @@ def test_one_chunk_claimed_by_many_at_once_has_one_holder(database: sa.Engine) -
     assert len(held) == 1
 
 
+def test_the_first_claims_of_a_job_start_it_once(database: sa.Engine) -> None:
+    add_job(database, 8, 1)
+    ledger = Ledger(database)
+    start, leases = threading.Barrier(8), []
+
+    def claim(number: int) -> None:
+        start.wait()
+        leases.append(ledger.claim(ChunkId(JOB, number), f"w{number}"))
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(lease.chunk.number, lease.worker_id) for lease in leases if lease} == {(n, f"w{n}") for n in range(8)}
+    with database.connect() as connection:
+        job = connection.execute(sa.select(jobs)).one()
+        began = connection.execute(
+            sa.select(attempts.c.started_at, chunks.c.leased_at).join(
+                chunks, sa.and_(chunks.c.job_id == attempts.c.job_id, chunks.c.number == attempts.c.number)
+            )
+        ).all()
+    assert (job.state, job.limit_from) == ("running", pytest.approx(job.started_at, abs=0.1))
+    assert len(began) == 8
+    assert all(started_at == leased_at for started_at, leased_at in began)
+
+
 def _scalar(database: sa.Engine, query: sa.Select[Any]) -> Any:
     with database.connect() as connection:
         return connection.execute(query).scalar()
