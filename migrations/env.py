@@ -1,4 +1,4 @@
-"""Alembic's environment: the connection is given by promptmill.database.engine.upgrade: no ini file is needed."""
+"""Alembic's environment: the connection is given by promptmill.database.revision.upgrade: no ini file is needed."""
 
 from alembic import context
 

@@ -68,6 +68,26 @@ def clock() -> Clock:
     return Clock()
 
 
+def replace_clock(db: sa.Engine, now: Callable[[str], str]) -> sa.Engine:
+    """From now on, SQL that reads the database's clock reads ``now`` instead, which is given that SQL."""
+    from promptmill.database.engine import epoch
+
+    own = str(epoch().compile(dialect=db.dialect))
+
+    def replace(
+        connection: object, cursor: object, statement: str, parameters: object, context: object, many: bool
+    ) -> tuple[str, object]:
+        return statement.replace(own, now(own)), parameters
+
+    sa.event.listen(db, "before_cursor_execute", replace, retval=True)
+    return db
+
+
+def by_clock(db: sa.Engine, clock: Callable[[], float]) -> sa.Engine:
+    """The database, whose time is that of ``clock`` from now on."""
+    return replace_clock(db, lambda own: repr(clock()))
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
@@ -172,7 +192,8 @@ def _database_of(server: str, name: str) -> str:
 
 def migrate(url: str) -> None:
     """Bring a database to the newest revision: a SQLite file by copying one that was migrated once."""
-    from promptmill.database.engine import connect, upgrade
+    from promptmill.database.engine import connect
+    from promptmill.database.revision import upgrade
 
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
@@ -185,7 +206,8 @@ def migrate(url: str) -> None:
 
 @functools.cache
 def _migrated_file() -> bytes:
-    from promptmill.database.engine import connect, upgrade
+    from promptmill.database.engine import connect
+    from promptmill.database.revision import upgrade
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "migrated.sqlite"

@@ -26,7 +26,8 @@ from promptmill.api.jobs.routes import _from_lines
 from promptmill.api.openai.file_store import FileStore
 from promptmill.api.openai.own_folder import MARK, secret
 from promptmill.core.settings import Settings, load_settings
-from promptmill.database.engine import connect, reading, upgrade, writing
+from promptmill.database.engine import connect, reading, writing
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import files, installation, jobs
 from promptmill.errors import SettingsError
 

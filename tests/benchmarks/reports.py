@@ -22,7 +22,8 @@ import numpy as np
 import sqlalchemy as sa
 from servers import PROMPTMILL, folder, postgres
 
-from promptmill.database.engine import connect, copy_rows, refresh_statistics, upgrade, writing
+from promptmill.database.engine import connect, copy_rows, refresh_statistics, writing
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import attempts, chunks, jobs, requests, results, worker_samples, workers
 
 START = 1_760_000_000.0

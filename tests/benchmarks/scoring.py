@@ -18,7 +18,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from promptmill.database.engine import copy_rows, open_database, writing
+from promptmill.database.engine import copy_rows, writing
+from promptmill.database.revision import open_database
 from promptmill.database.tables import jobs, requests, results
 from promptmill.scoring.runs import append_score_run
 from promptmill.store import catalog

@@ -28,7 +28,8 @@ from servers import PROMPTMILL, call, folder, on_queue
 
 from promptmill.api.prometheus import KEPT_S
 from promptmill.database.counting import Counts
-from promptmill.database.engine import connect, epoch, upgrade, writing
+from promptmill.database.engine import connect, epoch, writing
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import counters, jobs, workers
 
 #: Rows of a job and of a chunk; workers, and the seconds between two of their samples.

@@ -15,7 +15,8 @@ import sqlalchemy as sa
 from psycopg.conninfo import conninfo_to_dict
 
 from promptmill.database import arrow_tables
-from promptmill.database.engine import connect, libpq_address, reading, upgrade, writing
+from promptmill.database.engine import connect, libpq_address, reading, writing
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import results
 from promptmill.errors import DatabaseError
 from promptmill.store import parquet

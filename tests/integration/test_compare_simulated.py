@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database.engine import connect, copy_rows, upgrade, writing
+from promptmill.database.engine import connect, copy_rows, writing
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import attempts, chunks, jobs, requests, results
 from promptmill.reports.compare.compare import Comparison, compare
 from tests.unit.test_reports import START, answer, store

@@ -12,19 +12,13 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from psycopg import InternalError, OperationalError, errors
 
-from promptmill.database.engine import (
-    connect,
-    connecting,
-    copy_rows,
-    current_revision,
-    head_revision,
-    head_revision_fast,
-    open_database,
-    upgrade,
-    writing,
-)
+from promptmill.core.resources import resource_dir
+from promptmill.database.engine import connect, copy_rows, writing
+from promptmill.database.refusals import connecting
+from promptmill.database.revision import current_revision, head_revision, open_database, upgrade
 from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.database.timeouts import end_silent_connections
 from promptmill.errors import DatabaseError
@@ -38,7 +32,11 @@ from tests.unit.test_ledger import JOB, add_job, failed, ok
 def test_migrations_make_the_tables_of_the_code(database: sa.Engine) -> None:
     with database.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    assert current_revision(database) == head_revision() == head_revision_fast()
+    assert current_revision(database) == head_revision()
+
+
+def test_the_newest_migration_is_alembic_s_head() -> None:
+    assert ScriptDirectory(str(resource_dir("migrations"))).get_current_head() == head_revision()
 
 
 def test_upgrading_twice_changes_nothing(database: sa.Engine) -> None:
@@ -122,6 +120,33 @@ def test_one_chunk_claimed_by_many_at_once_has_one_holder(database: sa.Engine) -
     for thread in threads:
         thread.join()
     assert len(held) == 1
+
+
+def test_the_first_claims_of_a_job_start_it_once(database: sa.Engine) -> None:
+    add_job(database, 8, 1)
+    ledger = Ledger(database)
+    start, leases = threading.Barrier(8), []
+
+    def claim(number: int) -> None:
+        start.wait()
+        leases.append(ledger.claim(ChunkId(JOB, number), f"w{number}"))
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(lease.chunk.number, lease.worker_id) for lease in leases if lease} == {(n, f"w{n}") for n in range(8)}
+    with database.connect() as connection:
+        job = connection.execute(sa.select(jobs)).one()
+        began = connection.execute(
+            sa.select(attempts.c.started_at, chunks.c.leased_at).join(
+                chunks, sa.and_(chunks.c.job_id == attempts.c.job_id, chunks.c.number == attempts.c.number)
+            )
+        ).all()
+    assert (job.state, job.limit_from) == ("running", pytest.approx(job.started_at, abs=0.1))
+    assert len(began) == 8
+    assert all(started_at == leased_at for started_at, leased_at in began)
 
 
 def _scalar(database: sa.Engine, query: sa.Select[Any]) -> Any:

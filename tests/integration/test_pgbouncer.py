@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database.engine import connect, reading, upgrade, writing
+from promptmill.database.engine import connect, reading, writing
+from promptmill.database.revision import upgrade
 from promptmill.errors import DatabaseError
 from promptmill.ledger import Ledger
 from promptmill.store import queries

@@ -15,8 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.database import reader_role
-from promptmill.database.engine import connect, reading, upgrade, writing
+from promptmill.database.engine import connect, reading, writing
 from promptmill.database.reader_role import reader
+from promptmill.database.revision import upgrade
 from promptmill.database.tables import api_keys
 from promptmill.database.views import QUERIES, VIEWS
 from promptmill.errors import PromptmillError

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 
 from promptmill.cli import cli
-from promptmill.database.engine import open_database, reading
+from promptmill.database.engine import reading
+from promptmill.database.revision import open_database
 from promptmill.database.tables import requests
 from promptmill.errors import PromptmillError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from promptmill.database.engine import connect, current_revision, head_revision, upgrade, writing
+from promptmill.database.engine import connect, writing
+from promptmill.database.revision import current_revision, head_revision, upgrade
 from promptmill.errors import DatabaseError
 from promptmill.store.catalog import find_job
 from tests.conftest import Command

@@ -19,6 +19,7 @@ from promptmill.service.submission import JobOrder, submit
 from promptmill.store import catalog
 from promptmill.store.retention import old_jobs
 from promptmill.types import ErrorClass, Failed, FinishReason, Lease, Ok, Timing, Usage
+from tests.conftest import replace_clock
 
 HOUR = 3600.0
 
@@ -26,16 +27,16 @@ HOUR = 3600.0
 class Machine:
     """Its wall clock is ``ahead_s``. While it ``slept_s``, the database's went on and ``time.monotonic()`` did not."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, db: sa.Engine) -> None:
         self.slept_s = self.ahead_s = 0.0
         wall = time.time
         monkeypatch.setattr("time.time", lambda: wall() + self.ahead_s)
-        monkeypatch.setattr("promptmill.ledger.base.epoch", lambda: epoch() + self.slept_s)
+        replace_clock(db, lambda own: f"({own} + {self.slept_s!r})")
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(monkeypatch)
+def machine(monkeypatch: pytest.MonkeyPatch, db: sa.Engine) -> Machine:
+    return Machine(monkeypatch, db)
 
 
 @pytest.fixture
@@ -84,13 +85,10 @@ class Far:
     def ask(self, there_s: float, back_s: float, ahead_s: float = 1000.0) -> float:
         """Seconds that it is believed to be ahead after an answer."""
 
-        def answer() -> float:
-            self.here += there_s
-            now = self.here + ahead_s
-            self.here += back_s
-            return now
-
-        self.clock.read(answer)
+        sent = self.here
+        now = sent + there_s + ahead_s
+        self.here = sent + there_s + back_s
+        self.clock.learn(now, sent, self.here)
         return self.clock.at(self.here + 100) - (self.here + 100)
 
 
@@ -144,7 +142,7 @@ def test_it_says_how_wrong_the_machine_is(machine: Machine) -> None:
     assert clock.ahead_s() is None
     right = time.time()
     machine.ahead_s = -HOUR
-    clock.read(lambda: right)
+    clock.learn(right, time.monotonic(), time.monotonic())
     assert clock.ahead_s() == pytest.approx(HOUR, abs=1)
 
 
@@ -162,7 +160,7 @@ def test_stored_times_are_in_order_on_a_machine_that_slept_or_whose_clock_was_se
 
     ledger, job = Ledger(db), submitted()
     with db.connect() as connection:
-        ledger.read_clock(connection)
+        ledger.database_clock.read(connection)
     if when == "before the claim":
         strike()
     lease = claimed(ledger, job)

@@ -29,7 +29,8 @@ print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 
 @pytest.mark.parametrize("command", [["workers"], ["workers", "--json"], ["list"]])
 def test_a_command_that_looks_imports_nothing_that_runs(command: list[str], tmp_path: Path, redis_url: str) -> None:
-    from promptmill.database.engine import connect, epoch, upgrade, writing
+    from promptmill.database.engine import connect, epoch, writing
+    from promptmill.database.revision import upgrade
     from promptmill.database.tables import workers
 
     url = f"sqlite:///{tmp_path / 'a.sqlite'}"

@@ -26,6 +26,7 @@ from promptmill.types import (
     Timing,
     Usage,
 )
+from tests.conftest import by_clock
 
 JOB = "01JOB"
 
@@ -40,7 +41,7 @@ def db() -> Iterator[sa.Engine]:
 
 @pytest.fixture
 def ledger(db: sa.Engine, clock: Any) -> Ledger:
-    return Ledger(db, clock=clock)
+    return Ledger(by_clock(db, clock))
 
 
 def add_job(db: sa.Engine, rows: int, **values: Any) -> None:

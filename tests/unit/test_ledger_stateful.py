@@ -24,6 +24,7 @@ from promptmill.types import (
     Timing,
     Usage,
 )
+from tests.conftest import by_clock
 
 JOB = "01JOB"
 ROWS = 24
@@ -42,9 +43,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1_000_000.0
-        self.db = connect("sqlite://")
+        self.db = by_clock(connect("sqlite://"), lambda: self.now)
         metadata.create_all(self.db)
-        self.ledger = Ledger(self.db, lease_s=LEASE_S, clock=lambda: self.now)
+        self.ledger = Ledger(self.db, lease_s=LEASE_S)
         self.answered: dict[int, str] = {}
         self.state = JobState.QUEUED
         self.deadline_at = self.now + DEADLINE_S

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from promptmill.database.engine import connect
 from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.ledger import Ledger, Standing
+from promptmill.ledger.conditions import lock_held
 from promptmill.types import ChunkId, JobState, Lease, Request, SamplingParams
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineOptions
@@ -31,7 +32,7 @@ from promptmill_workers.worker.chunk_runner import ChunkRunner
 from promptmill_workers.worker.database_retry import DatabaseRetry
 from promptmill_workers.worker.held_leases import HeldLeases
 from promptmill_workers.worker.shutdown import Shutdown
-from tests.conftest import wait_until
+from tests.conftest import by_clock, wait_until
 from tests.two_models import CHANGED, put
 from tests.unit.test_ledger import JOB, add_job, ok
 
@@ -88,7 +89,7 @@ def test_a_row_that_the_database_never_takes_ends_as_an_error(
 def test_two_failures_in_a_row_wait_before_the_third_attempt(db: sa.Engine, hosts: ModelHosts, clock: Any) -> None:
     add_job(db, 2, 2, sampling="not JSON")
     stop = Shutdown()
-    ledger = Ledger(db, clock=clock)
+    ledger = Ledger(by_clock(db, clock))
     runner = ChunkRunner(ledger, hosts, stop, DatabaseRetry(stop))
     for _ in range(2):
         lease = ledger.claim_next(JOB, "a")
@@ -477,7 +478,7 @@ def test_deaths_under_other_jobs_are_not_this_one_s(db: sa.Engine) -> None:
 
 def test_a_job_that_others_answer_is_not_given_up_by_one_whose_hosts_die(db: sa.Engine, clock: Any) -> None:
     add_job(db, 100, 1)
-    ledger = Ledger(db, clock=clock)
+    ledger = Ledger(by_clock(db, clock))
     stop = Shutdown()
     runner = ChunkRunner(ledger, cast(ModelHosts, SickHosts(HostDied("signal 9"))), stop, DatabaseRetry(stop))
     for _ in range(chunk_runner.DEATHS_IN_A_ROW + 5):
@@ -501,10 +502,6 @@ class ReluctantLedger(Ledger):
         time.sleep(0.5)
         return lease
 
-    def _record(self, *arguments: Any, **named: Any) -> int:
-        time.sleep(0.5)
-        return super()._record(*arguments, **named)
-
     def finish(self, *arguments: Any, **named: Any) -> bool:
         if not self.refused:
             self.refused = True
@@ -513,7 +510,14 @@ class ReluctantLedger(Ledger):
         return super().finish(*arguments, **named)
 
 
-def test_the_time_of_an_attempt_is_accounted_for_however_slow_the_database_is(db: sa.Engine, hosts: ModelHosts) -> None:
+def test_the_time_of_an_attempt_is_accounted_for_however_slow_the_database_is(
+    db: sa.Engine, hosts: ModelHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lock_late(*arguments: Any) -> bool:
+        time.sleep(0.5)
+        return lock_held(*arguments)
+
+    monkeypatch.setattr("promptmill.ledger.results.lock_held", lock_late)
     add_job(db, 6, 2)
     stop = Shutdown()
     ledger = ReluctantLedger(db)

@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from promptmill.core.settings import Settings
-from promptmill.database.engine import open_database
+from promptmill.database.revision import open_database
 from promptmill.errors import PromptmillError, UnknownName
 from promptmill.experiments.sweep import Plan, axis, sweep
 from promptmill.reports.compare.sweep import Setting, Sweep, recommended, text, verdict

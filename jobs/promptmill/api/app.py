@@ -113,7 +113,7 @@ async def _keep_time(parts: Services) -> None:
 
     def read() -> None:
         with reading(parts.db) as connection:
-            parts.ledger.read_clock(connection)
+            parts.ledger.database_clock.read(connection)
 
     while True:
         with contextlib.suppress(SQLAlchemyError, DatabaseError):

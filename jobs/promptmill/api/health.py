@@ -17,7 +17,8 @@ from promptmill.api.http.errors import ApiError
 from promptmill.api.http.validation import json_response
 from promptmill.api.keys import Principal
 from promptmill.api.openai.model_directory import models_of
-from promptmill.database.engine import current_revision, head_revision_fast, reading
+from promptmill.database.engine import reading
+from promptmill.database.revision import current_revision, head_revision
 from promptmill.database.tables import jobs
 from promptmill.errors import PromptmillError
 from promptmill.ledger import waiting_requests
@@ -66,7 +67,7 @@ def _database(parts: Services) -> str:
 
 
 def _schema(parts: Services) -> str:
-    current, wanted = current_revision(parts.db), head_revision_fast()
+    current, wanted = current_revision(parts.db), head_revision()
     return "ok" if current == wanted else f"at revision {current}, {wanted} is needed"
 
 

@@ -26,7 +26,7 @@ from promptmill.database import counting
 from promptmill.database.counting import BOUNDS, NOBODY, Counts
 from promptmill.database.engine import COMMITS, CommitTimes, epoch, reading
 from promptmill.database.tables import batches, chunks, jobs, score_runs, worker_samples, workers
-from promptmill.ledger.jobs import UNENDED
+from promptmill.ledger.values import UNENDED
 from promptmill.queue.broker import Broker
 from promptmill.queue.dispatcher import ALIVE_S
 from promptmill.store.catalog import with_newest_samples

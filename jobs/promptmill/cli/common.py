@@ -229,7 +229,7 @@ def open_all() -> tuple[Settings, Engine]:
     """Settings and the database at the right revision."""
     from promptmill.core import processes
     from promptmill.core.settings import load_settings
-    from promptmill.database.engine import open_database
+    from promptmill.database.revision import open_database
 
     processes.allow()
     settings = load_settings()

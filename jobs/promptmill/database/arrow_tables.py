@@ -22,7 +22,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.core import processes
 from promptmill.database.arrow_reading import ReadingFailed, execute, failing, fetched, read_file
-from promptmill.database.engine import LOCK_S, LOCKED, libpq_address, reading, shown
+from promptmill.database.engine import libpq_address, reading
+from promptmill.database.refusals import LOCK_S, LOCKED, shown
 from promptmill.database.tables import jobs, results
 from promptmill.errors import DatabaseError
 from promptmill.types import JobState

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+
+from sqlalchemy.engine import Connection
+
+from promptmill.database.engine import now_of
 
 #: Seconds by which two readings may contradict each other while nothing happened: SQLite's clock ticks in milliseconds.
 CLOCK_TICK_S = 0.002
@@ -28,10 +31,10 @@ class DatabaseClock:
         self._since = self._not_before = float("-inf")
         self._is_known = False
 
-    def read(self, ask: Callable[[], float]) -> float:
-        """What it says. ``ask`` asks the database."""
+    def read(self, db: Connection) -> float:
+        """What it says."""
         sent = time.monotonic()
-        there = ask()
+        there = now_of(db)
         self.learn(there, sent, time.monotonic())
         return there
 

@@ -1,11 +1,9 @@
-"""The database: engines for SQLite and PostgreSQL, where the two differ, and the schema's revision."""
+"""The database: engines for SQLite and PostgreSQL, their transactions, and where the two differ."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
-import sqlite3
 import threading
 import time
 from bisect import bisect_left
@@ -21,53 +19,13 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from ulid import ULID
 
-from promptmill.core.addresses import database_url, masked, sqlite_url
-from promptmill.core.resources import resource_dir
+from promptmill.core.addresses import database_url
 from promptmill.database import counting
-from promptmill.errors import DatabaseError, first_line
+from promptmill.database.refusals import LOCK_S, READ_ONLY, connecting, is_out_of_step
+from promptmill.errors import DatabaseError
 
 #: Milliseconds that a writer of SQLite waits for another one.
 SQLITE_BUSY_MS = 30_000
-
-#: What keeps SQLite from its file, and is no fault of a statement: another writer, a full disk, a lost permission.
-SQLITE_UNUSABLE = (
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-)  # fmt: skip
-
-#: Seconds that a statement waits for another transaction's lock on PostgreSQL. Whoever held it longer is stuck.
-LOCK_S = 30
-
-#: SQLSTATE lock_not_available of PostgreSQL.
-LOCKED = "55P03"
-
-#: Its read_only_sql_transaction: services that run it for others set that when a disk is full, and so does a failover.
-READ_ONLY = "25006"
-
-#: SQLSTATE -> what PostgreSQL refuses through no fault of the statement, and what to do.
-REFUSALS = {
-    LOCKED: (
-        f"another transaction has kept the database from this change for {LOCK_S} s",
-        "Nothing was changed. Try again; pg_stat_activity shows who holds locks.",
-    ),
-    READ_ONLY: ("the database takes no changes: it is read-only", "Nothing was changed. Is its disk full?"),
-    # An idle_in_transaction_session_timeout.
-    "25P03": ("the database ended a transaction in which nothing happened", "Nothing of it was stored."),
-    "40P01": ("this transaction and another one waited for each other: the database ended it", "Try again."),
-    "53100": ("the disk of the database is full", "Nothing was changed. Make room on it, then try again."),
-    "53200": ("the database has run out of memory", "Nothing was changed. Give its server more, then try again."),
-    "53300": ("the database has no connection left", "End other programs that use it, or raise its max_connections."),
-    "57014": ("the database ended a statement", "Try again. If its statement_timeout ended it, raise that."),
-}
-
-#: What servers, and poolers before them, say in place of a SQLSTATE to somebody for whom they have no connection.
-FULL = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
-
-#: SQLSTATEs of a table or a column that is not there.
-UNDEFINED = ("42P01", "42703")
-
-#: Beginnings of SQLSTATEs that say that the connection is gone: its own errors, and a server that stops.
-AWAY = ("08", "57P")
 
 #: Parameters of libpq. A server that is cut off is noticed within about ten seconds, and not after the two hours that
 #: TCP would wait: first probe after 4 s, two more after 3 s each; the last is milliseconds that sent bytes wait for
@@ -129,13 +87,6 @@ def connect(url: str, *, connections: int | None = None, idle_s: float | None = 
         return _postgresql(parsed, connections, idle_s)
     except (ValueError, TypeError, sa.exc.ArgumentError):
         raise DatabaseError("JOBS_DATABASE_URL: the value of an option cannot be used") from None
-
-
-def shown(engine: Engine) -> str:
-    """Where a database is, without secrets."""
-    if engine.dialect.name == "sqlite":
-        return sqlite_url(engine.url.database or "")
-    return masked(engine.url.set(drivername="postgresql").render_as_string(hide_password=False))
 
 
 def _postgresql(url: sa.URL, connections: int | None, idle_s: float | None) -> Engine:
@@ -225,13 +176,8 @@ def libpq_address(db: Connection) -> str:
 def _leave_unusable(context: Any) -> None:
     """Connections that are not to be used again: those opened while the server was read-only stay so."""
     problem = context.original_exception
-    if getattr(problem, "sqlstate", None) == READ_ONLY or _is_out_of_step(problem):
+    if getattr(problem, "sqlstate", None) == READ_ONLY or is_out_of_step(problem):
         context.is_disconnect = True
-
-
-def _is_out_of_step(problem: Any) -> bool:
-    """Whether the driver got other answers than it asked for: a pooler adds its own to that of a server it lost."""
-    return type(problem).__name__ == "InternalError" and getattr(problem, "sqlstate", "") is None
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -341,61 +287,6 @@ def writing(engine: Engine) -> Iterator[Connection]:
         COMMITS.add(time.perf_counter() - started)
 
 
-@contextmanager
-def connecting(engine: Engine) -> Iterator[None]:
-    """Turn what the database refuses, and "it is not there", into one clear error."""
-    try:
-        yield
-    except Exception as problem:
-        if (clear := _refusal(problem) or _unusable(engine, problem)) is not None:
-            raise clear from problem
-        raise
-
-
-def _refusal(problem: Exception) -> DatabaseError | None:
-    # COPY goes past SQLAlchemy, which would wrap its errors.
-    cause = getattr(problem, "orig", problem)
-    state = getattr(cause, "sqlstate", None)
-    if state is None and any(each in str(cause) for each in FULL):
-        state = "53300"
-    lacks = isinstance(cause, sqlite3.OperationalError) and str(cause).startswith(("no such table", "no such column"))
-    if state in UNDEFINED or lacks:
-        hint = "'promptmill db upgrade' brings it up to date, or says what is missing."
-        return DatabaseError(f"the database lacks what this version needs: {first_line(problem)}", hint=hint)
-    if state not in REFUSALS:
-        return None
-    what, hint = REFUSALS[state]
-    return DatabaseError(what, hint=hint)
-
-
-def _unusable(engine: Engine, problem: Exception) -> DatabaseError | None:
-    if _is_away(engine, problem):
-        hint = "Check that it runs and that JOBS_DATABASE_URL names it ('promptmill config' shows it)."
-    elif _is_unusable_file(problem):
-        hint = "Check which other program writes to it, and that its disk has room; then try again."
-    else:
-        return None
-    return DatabaseError(f"cannot use the database {shown(engine)}: {first_line(problem)}", hint=hint)
-
-
-def _is_away(engine: Engine, problem: Exception) -> bool:
-    if isinstance(problem, sa.exc.OperationalError) and (problem.connection_invalidated or problem.statement is None):
-        # An error of a statement has the statement; one of connecting has none.
-        return True
-    cause = getattr(problem, "orig", problem)
-    if _is_out_of_step(cause):
-        return True
-    state = getattr(cause, "sqlstate", None)
-    is_away = state.startswith(AWAY) if state else cause is problem
-    return is_away and isinstance(cause, engine.dialect.loaded_dbapi.OperationalError)
-
-
-def _is_unusable_file(problem: Exception) -> bool:
-    # The low byte is the kind, what is above it a closer description.
-    code = getattr(getattr(problem, "orig", None), "sqlite_errorcode", None)
-    return code is not None and code & 0xFF in SQLITE_UNUSABLE
-
-
 def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """Insert ``rows`` the fastest way the database has: COPY on PostgreSQL, one prepared statement on SQLite."""
     if not rows:
@@ -415,14 +306,9 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
 def lock_name(connection: Connection, name: str) -> None:
     """Until this transaction's end nobody else has the lock of this name: waits for it, however long it takes."""
     if connection.dialect.name == "postgresql":
-        # SQLite has one writer at a time anyway.
-        _wait_for_locks(connection)
+        # SQLite has one writer at a time anyway. For as long as it takes: others may hold it, and at length.
+        connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0))))
-
-
-def _wait_for_locks(connection: Connection) -> None:
-    """For as long as it takes, to the end of this transaction of PostgreSQL: others may do the same, and at length."""
-    connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
 
 
 def refresh_statistics(connection: Connection, *tables: sa.Table) -> None:
@@ -433,140 +319,3 @@ def refresh_statistics(connection: Connection, *tables: sa.Table) -> None:
     if connection.dialect.name == "postgresql":
         names = ", ".join(f'"{table.name}"' for table in tables)
         connection.exec_driver_sql(f"ANALYZE (SKIP_LOCKED) {names}")
-
-
-# --- the schema's revision -------------------------------------------------------------------------------------------
-
-
-def _alembic_config(output: io.StringIO | None = None) -> Any:
-    from alembic.config import Config
-
-    config = Config(stdout=output or io.StringIO())
-    config.set_main_option("script_location", str(resource_dir("migrations")).replace("%", "%%"))
-    return config
-
-
-def head_revision() -> str:
-    """The revision this version of the program works with."""
-    from alembic.script import ScriptDirectory
-
-    head = ScriptDirectory.from_config(_alembic_config()).get_current_head()
-    assert head is not None
-    return head
-
-
-def current_revision(engine: Engine) -> str | None:
-    """The revision the database is at; None for an empty one."""
-    from alembic.migration import MigrationContext
-
-    with reading(engine) as connection:
-        return MigrationContext.configure(connection).get_current_revision()
-
-
-def upgrade(engine: Engine) -> None:
-    """Bring the database to :func:`head_revision`, in one transaction.
-
-    Raises :class:`DatabaseError` for one that lacks something then; it stays as it was.
-    """
-    from alembic import command
-
-    config = _alembic_config()
-    with writing(engine) as connection:
-        if engine.dialect.name == "postgresql":
-            # Two programs that start together must not both migrate.
-            _wait_for_locks(connection)
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('promptmill.migrations'))"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-        _require_schema(connection)
-
-
-def _require_schema(connection: Connection) -> None:
-    """Raise DatabaseError where the revision says more than the tables hold: a number proves nothing."""
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-
-    from promptmill.database.tables import metadata
-    from promptmill.database.views import VIEWS
-
-    there = sa.inspect(connection).get_view_names()
-    lacking = [f"view {name}" for name in ("v_results", *VIEWS) if name not in there]
-    for difference in compare_metadata(MigrationContext.configure(connection), metadata):
-        match difference:
-            case ("add_table", table):
-                lacking.append(f"table {table.name}")
-            case ("add_column", _, table, column):
-                lacking.append(f"column {table}.{column.name}")
-            case ("add_index", index):
-                lacking.append(f"index {index.name}")
-            case ("add_constraint" | "add_fk", constraint):
-                lacking.append(f"constraint {constraint.name} of {constraint.table.name}")
-    if lacking:
-        revision = MigrationContext.configure(connection).get_current_revision()
-        raise DatabaseError(
-            f"the database says that it is at revision {revision}, and lacks: {', '.join(sorted(lacking))}",
-            hint="Another version made it, or somebody changed it. Restore a backup, or start with a new database.",
-        )
-
-
-def open_database(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
-    """An engine at the right revision, as :func:`connect` makes it.
-
-    SQLite is migrated by itself; PostgreSQL must have been, by ``promptmill db upgrade``.
-    Raises :class:`DatabaseError` when the database is unreachable or at another revision.
-    """
-    engine = connect(url, connections=connections, idle_s=idle_s)
-    try:
-        _require_revision(engine)
-    except BaseException:
-        engine.dispose()
-        raise
-    return engine
-
-
-@contextmanager
-def opened(url: str) -> Iterator[Engine]:
-    """:func:`open_database` for a while: of a process that is one of many, no connection stays open."""
-    engine = open_database(url)
-    try:
-        yield engine
-    finally:
-        engine.dispose()
-
-
-def _require_revision(engine: Engine) -> None:
-    current, head = _stamped_revision(engine), head_revision_fast()
-    if current == head:
-        return
-    if current is not None and not _is_known(current):
-        raise DatabaseError(
-            f"the database is at revision {current}, which this version of promptmill does not know",
-            hint=f"It was made by a newer version; this one works with {head}. Update promptmill.",
-        )
-    if engine.dialect.name != "sqlite":
-        raise DatabaseError(
-            f"the database is at revision {current or 'none (empty)'}, this version of promptmill needs {head}",
-            hint="Run 'promptmill db upgrade'.",
-        )
-    upgrade(engine)
-
-
-def _stamped_revision(engine: Engine) -> str | None:
-    """What alembic_version holds, without importing Alembic: this runs at every start."""
-    with reading(engine) as connection:
-        if not sa.inspect(connection).has_table("alembic_version"):
-            return None
-        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
-
-
-def head_revision_fast() -> str:
-    """The newest revision by the names of the migration files (``0001_initial.py``), which sort by time."""
-    return _revision_files()[-1].stem.split("_")[0]
-
-
-def _is_known(revision: str) -> bool:
-    return any(path.stem.split("_")[0] == revision for path in _revision_files())
-
-
-def _revision_files() -> list[Path]:
-    return sorted((resource_dir("migrations") / "versions").glob("[0-9]*.py"))

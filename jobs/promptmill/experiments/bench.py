@@ -24,7 +24,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from promptmill.core.settings import Settings
-from promptmill.database.engine import open_database, reading
+from promptmill.database.engine import reading
+from promptmill.database.revision import open_database
 from promptmill.database.tables import attempts
 from promptmill.errors import PromptmillError
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, field
 from typing import Any
 
+from promptmill.database.clock import DatabaseClock
 from promptmill.types import ErrorClass, JobState
 
 #: Seconds a chunk stays ours unrenewed. Five renewals may be missed.
@@ -39,6 +41,19 @@ RETRY_CHUNK_ROWS = 64
 RETRYABLE = frozenset({ErrorClass.TIMEOUT, ErrorClass.DATABASE})
 
 OPEN_STATES = (JobState.QUEUED.value, JobState.RUNNING.value)
+
+#: States from which a job can still be ended.
+UNENDED = (*OPEN_STATES, JobState.PAUSED.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The terms on which chunks are leased and tried."""
+
+    lease_s: float = LEASE_S
+    max_attempts: int = MAX_ATTEMPTS
+    #: Read whenever a chunk is claimed and results are stored.
+    clock: DatabaseClock = field(default_factory=DatabaseClock)
 
 
 class Standing(enum.Enum):
@@ -111,3 +126,14 @@ def guard_verdict(spec: str | None, ok: int, errors: int) -> str | None:
     else:
         too_many = errors > int(spec)
     return f"{errors} of {done} rows failed, more than --max-errors {spec}" if too_many else None
+
+
+def back_off_s(failures: int) -> float:
+    """Seconds to wait before that is tried again which has failed so often."""
+    delay_s = min(BACKOFF_S * 2.0 ** (failures - 1), LONGEST_BACKOFF_S)
+    return delay_s * (1 + JITTER * random.random())  # noqa: S311 - no secret
+
+
+def storable(text: str) -> str:
+    """PostgreSQL has no room for NUL in a text."""
+    return text.replace("\x00", "\N{REPLACEMENT CHARACTER}") if "\x00" in text else text

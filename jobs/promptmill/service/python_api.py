@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Engine
 
 from promptmill.core.settings import Settings, load_settings
-from promptmill.database.engine import open_database, reading
+from promptmill.database.engine import reading
+from promptmill.database.revision import open_database
 from promptmill.errors import JobError
 from promptmill.service import service
 from promptmill.service.local_run import ledger_of

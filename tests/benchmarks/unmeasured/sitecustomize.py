@@ -5,7 +5,7 @@ from typing import Any
 
 if os.environ.get("WITHOUT_MEASURING") is not None:
     # Both sides of the comparison import the same, so that only what is measured differs.
-    from promptmill.ledger.results import Results
+    from promptmill.ledger import endings, results
     from promptmill_workers.engines.contract import Finished
     from promptmill_workers.engines.echo import EchoEngine
     from promptmill_workers.worker.heartbeat import Heartbeat
@@ -24,7 +24,8 @@ if os.environ.get("WITHOUT_MEASURING") is not None:
 
         replaced: tuple[tuple[Any, str, Any], ...] = (
             (EchoEngine, "step", step),
-            (Results, "_add_counters", lambda *_: None),
+            (results, "add_counters", lambda *_: None),
+            (endings, "add_counters", lambda *_: None),
             (Heartbeat, "_add_sample", lambda *_: None),
             (EchoEngine.__init__, "__defaults__", (lambda: 0.0,)),
         )

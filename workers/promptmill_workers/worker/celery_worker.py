@@ -25,7 +25,8 @@ from ulid import ULID
 from promptmill.core import programs
 from promptmill.core.settings import Settings, load_settings
 from promptmill.core.terminal import for_people
-from promptmill.database.engine import open_database
+from promptmill.database.clock import DatabaseClock
+from promptmill.database.revision import open_database
 from promptmill.database.timeouts import end_silent_connections
 from promptmill.errors import EXIT_BAD_INPUT, EXIT_FAILED, BrokerError, DatabaseError, PromptmillError, first_line
 from promptmill.ledger import Ledger
@@ -81,9 +82,9 @@ class Worker:
         self.broker.ping()
         # A connection for all work, and one for signs of life: however long results wait for a lock, or for each other,
         # leases are renewed.
-        self.ledger, alive = _ledger(settings), _ledger(settings)
+        self.ledger = _ledger(settings, DatabaseClock())
         # Signs of life read the database's clock when nothing else does.
-        alive.database_clock = self.ledger.database_clock
+        alive = _ledger(settings, self.ledger.database_clock)
         self._house = Housekeeping(self.ledger.db, settings.samples_days, scoring=False)
         self.dispatcher = Dispatcher(self.ledger, self.broker)
         host = HostConfig.of(
@@ -246,12 +247,12 @@ class Worker:
         self.hosts.stop_loading()
 
 
-def _ledger(settings: Settings) -> Ledger:
+def _ledger(settings: Settings, clock: DatabaseClock) -> Ledger:
     """Over one connection."""
     db = open_database(settings.database_url, connections=1, idle_s=settings.lease_s / 2)
     # By then others have the chunks of a worker that hears nothing.
     end_silent_connections(db, 2 * settings.lease_s)
-    return Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
+    return Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts, database_clock=clock)
 
 
 def _register(app: Celery, worker: Worker) -> None:

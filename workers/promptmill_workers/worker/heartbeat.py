@@ -126,7 +126,7 @@ class Heartbeat:
         The row may be gone while the worker lives: the database was restored, or this machine was asleep for long.
         """
         with self._one_writer, writing(self._db) as db:
-            now, _ = self._ledger.read_clock(db)
+            now = self._ledger.database_clock.read(db)
             values = (only or self._row()) | {"heartbeat_at": now}
             if not db.execute(sa.update(workers).where(workers.c.id == self._worker_id).values(values)).rowcount:
                 self._started_at = self._started_at or now

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 
 from promptmill.database.engine import epoch, id_at, lock_name, now_of, reading
 from promptmill.database.tables import batches, jobs
-from promptmill.ledger.base import counts_of
+from promptmill.ledger.status import counts_of
 
 #: States that a batch can leave, and those that it cannot.
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")

@@ -14,7 +14,8 @@ from sqlalchemy.engine import Connection, Row
 
 from promptmill.api.batches.validation import QUESTIONS
 from promptmill.core.settings import Settings
-from promptmill.database.engine import opened, reading
+from promptmill.database.engine import reading
+from promptmill.database.revision import opened
 from promptmill.database.tables import batches, jobs, requests, results
 from promptmill.errors import DatabaseError, first_line
 from promptmill.readers import open_dataset

@@ -34,11 +34,12 @@ from promptmill.core import child_processes, programs
 from promptmill.core.settings import Settings, load_settings
 from promptmill.core.spans import Moment
 from promptmill.core.terminal import for_people
-from promptmill.database.engine import open_database, reading, writing
+from promptmill.database.engine import reading, writing
+from promptmill.database.revision import open_database
 from promptmill.database.tables import api_keys, batches, files, jobs
 from promptmill.errors import BrokerError, DatabaseError, PromptmillError, first_line
 from promptmill.ledger import Ledger
-from promptmill.ledger.base import counts_of
+from promptmill.ledger.status import counts_of
 from promptmill.queue.broker import Broker
 from promptmill.queue.dispatcher import Dispatcher
 from promptmill.queue.housekeeping import Housekeeping

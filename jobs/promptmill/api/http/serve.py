@@ -14,7 +14,7 @@ from promptmill.api.app import create_app
 from promptmill.api.http.connections import Connection, crowd
 from promptmill.core.settings import load_settings
 from promptmill.core.terminal import for_people, say
-from promptmill.database.engine import open_database
+from promptmill.database.revision import open_database
 from promptmill.errors import PromptmillError
 
 #: Seconds that answers under way may take when the server stops.

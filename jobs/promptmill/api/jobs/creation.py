@@ -18,7 +18,7 @@ from promptmill.core.child_processes import ChildLimits, OverLimit
 from promptmill.core.settings import Settings
 from promptmill.core.spans import Moment
 from promptmill.core.text_files import without_marks
-from promptmill.database.engine import opened
+from promptmill.database.revision import opened
 from promptmill.errors import DatasetError
 from promptmill.readers import READERS, open_dataset
 from promptmill.service.prepare import gauge_of

@@ -24,7 +24,8 @@ from promptmill.api.jobs import creation
 from promptmill.api.keys import Principal
 from promptmill.api.openai.file_store import Draft
 from promptmill.core.spans import moment
-from promptmill.database.engine import database_now, opened, reading
+from promptmill.database.engine import database_now, reading
+from promptmill.database.revision import opened
 from promptmill.database.tables import jobs, requests, results
 from promptmill.errors import PromptmillError
 from promptmill.service import service

@@ -24,11 +24,12 @@ def upgrade(as_json: bool) -> None:
     """Bring the database to the schema of this version. SQLite files are upgraded by themselves."""
     from promptmill.core.settings import load_settings
     from promptmill.database import engine as databases
+    from promptmill.database import revision
 
     engine = databases.connect(load_settings().database_url)
-    before = databases.current_revision(engine)
-    databases.upgrade(engine)
-    after = databases.current_revision(engine)
+    before = revision.current_revision(engine)
+    revision.upgrade(engine)
+    after = revision.current_revision(engine)
     _make_reader(engine)
     if as_json:
         print_json({"before": before, "revision": after})
@@ -57,11 +58,11 @@ def current(as_json: bool) -> None:
     """Print the revision of the database and the one this version needs."""
     from promptmill.core.addresses import masked
     from promptmill.core.settings import load_settings
-    from promptmill.database import engine as databases
+    from promptmill.database.engine import connect
+    from promptmill.database.revision import current_revision, head_revision
 
     settings = load_settings()
-    revision = databases.current_revision(databases.connect(settings.database_url))
-    head = databases.head_revision()
+    revision, head = current_revision(connect(settings.database_url)), head_revision()
     if as_json:
         print_json({"revision": revision, "head": head})
     else:

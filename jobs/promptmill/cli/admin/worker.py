@@ -29,7 +29,7 @@ def worker(device: str, models: tuple[str, ...], slots: int | None, context: int
     """Start the workers of this machine, one per device, and keep them alive until Ctrl-C or SIGTERM."""
     from promptmill.core.settings import load_settings
     from promptmill.core.terminal import for_people
-    from promptmill.database.engine import open_database
+    from promptmill.database.revision import open_database
     from promptmill_workers.checkpoints import locate
     from promptmill_workers.devices import parse_devices, require_offload, usable
     from promptmill_workers.supervisor import Supervisor

@@ -1,4 +1,4 @@
-"""The tables. Names explain themselves to people who query them; all ``*_at`` are seconds since the epoch (UTC)."""
+"""Jobs and what becomes of their rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
-    MetaData,
     PrimaryKeyConstraint,
     String,
     Table,
@@ -20,18 +19,7 @@ from sqlalchemy import (
     text,
 )
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
-
-#: A ULID: sorts by the time it was made.
-JobId = String(26)
+from promptmill.database.tables.schema import JobId, metadata
 
 jobs = Table(
     "jobs",
@@ -274,199 +262,4 @@ retries = Table(
     Column("by_hand", Boolean, nullable=False),
     PrimaryKeyConstraint("job_id", "row", "chunk"),
     ForeignKeyConstraint(["job_id", "row"], ["requests.job_id", "requests.row"], ondelete="CASCADE"),
-)
-
-workers = Table(
-    "workers",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    Column("host", Text, nullable=False),
-    Column("pid", Integer, nullable=False),
-    # 'loading', 'idle', 'busy', 'stopping', 'stopped'.
-    Column("state", String(16), nullable=False),
-    # JSON: the models it serves; "model" is the one that is loaded.
-    Column("models", Text, nullable=False, server_default="[]"),
-    Column("device_asked", Text, nullable=False),
-    Column("device_got", Text),
-    Column("engine", String(32)),
-    Column("model", Text),
-    # Of the model that is loaded; NULL where another one lies in its place by now.
-    Column("model_fingerprint", String(64)),
-    Column("layers", Integer),
-    Column("layers_offloaded", Integer),
-    Column("slots", Integer),
-    Column("kv_cells", Integer),
-    # JSON: versions of promptmill, the engine, Python and the platform.
-    Column("versions", Text),
-    # The database's clock minus this machine's, in seconds.
-    Column("clock_offset_s", Double),
-    Column("model_load_s", Double),
-    Column("host_restarts", Integer, nullable=False, default=0, server_default="0"),
-    Column("started_at", Double, nullable=False),
-    Column("heartbeat_at", Double, nullable=False),
-)
-
-worker_samples = Table(
-    "worker_samples",
-    metadata,
-    Column("worker_id", String(64), ForeignKey("workers.id", ondelete="CASCADE"), nullable=False),
-    Column("at", Double, nullable=False),
-    # CPU seconds used per second by the worker and its engine host: 2.0 is two cores.
-    Column("cpu_ratio", Double),
-    Column("memory_bytes", BigInteger),
-    Column("device_memory_bytes", BigInteger),
-    Column("device_use_ratio", Double),
-    Column("active_sequences", Integer),
-    Column("waiting_requests", Integer),
-    Column("slots", Integer),
-    Column("kv_cells_used", Integer),
-    # Output tokens per second since the sample before.
-    Column("output_tps", Double),
-    # 'loading', 'idle' or 'busy': the phase of the worker.
-    Column("state", String(16)),
-    PrimaryKeyConstraint("worker_id", "at"),
-    Index("ix_worker_samples_at", "at"),
-)
-
-# What /metrics counts: it only grows. Each worker has rows of its own, so that none waits for another one.
-counters = Table(
-    "counters",
-    metadata,
-    # '' for what no worker did, and for workers that ended long ago.
-    Column("worker_id", String(64), nullable=False),
-    Column("model", Text, nullable=False),
-    # JSON of promptmill.database.counting.Counts.
-    Column("counts", Text, nullable=False),
-    PrimaryKeyConstraint("worker_id", "model"),
-)
-
-score_runs = Table(
-    "score_runs",
-    metadata,
-    Column("id", String(26), primary_key=True),
-    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
-    Column("task_sha256", String(64), nullable=False),
-    Column("scorer_sha256", String(64)),
-    # The run before it.
-    Column("parent_id", String(26)),
-    # Counts from 1 in each job: JOB@s2 is the second.
-    Column("number", Integer),
-    Column("task_text", Text),
-    # The figures that it came to, as JSON.
-    Column("figures", Text),
-    Column("created_at", Double, nullable=False),
-    Index("ix_score_runs_job_id", "job_id"),
-)
-
-scores = Table(
-    "scores",
-    metadata,
-    Column("score_run_id", String(26), ForeignKey("score_runs.id", ondelete="CASCADE"), nullable=False),
-    Column("row", Integer, nullable=False),
-    Column("metric", Text, nullable=False),
-    Column("value", Double),
-    Column("predicted", Text),
-    Column("expected", Text),
-    # 'scored', 'unparsed', 'truncated', 'scorer_error', 'abstain' or 'infra_error'.
-    Column("outcome", String(16), nullable=False),
-    # How sure the answer is of yes, or of the choice it made.
-    Column("confidence", Double),
-    # What the scorer raised.
-    Column("error", Text),
-    PrimaryKeyConstraint("score_run_id", "row", "metric"),
-    # The key is most of the row: a tree of rows and one of keys beside it would take twice the time and the space.
-    sqlite_with_rowid=False,
-)
-
-# What ``promptmill verify`` found. ``examples`` and ``sums`` are JSON.
-verifications = Table(
-    "verifications",
-    metadata,
-    Column("id", String(26), primary_key=True),
-    Column("job_id", JobId, ForeignKey("jobs.id", ondelete="CASCADE"), nullable=False),
-    Column("compared", Integer, nullable=False),
-    Column("left_out", Integer, nullable=False),
-    Column("mismatches", Integer, nullable=False),
-    Column("examples", Text, nullable=False),
-    Column("sums", Text, nullable=False),
-    Column("verified_at", Double, nullable=False),
-)
-
-# One row: the id of this database, by which folders are marked that belong to it.
-installation = Table("installation", metadata, Column("id", String(32), primary_key=True))
-
-api_keys = Table(
-    "api_keys",
-    metadata,
-    Column("id", String(26), primary_key=True),
-    Column("name", Text, nullable=False),
-    # The key itself is shown once and never stored.
-    Column("key_sha256", String(64), nullable=False, unique=True),
-    # Of 'read', 'submit' and 'admin', with commas between them.
-    Column("scopes", Text, nullable=False),
-    Column("created_at", Double, nullable=False),
-    Column("revoked", Boolean, nullable=False, default=False, server_default="0"),
-    # Limits; NULL stands for the settings' own.
-    Column("requests_per_s", Double),
-    Column("queued_requests", BigInteger),
-    Column("stored_bytes", BigInteger),
-    Column("concurrent", Integer),
-    Column("last_used_at", Double),
-)
-
-files = Table(
-    "files",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    Column("name", Text, nullable=False),
-    Column("purpose", String(32), nullable=False),
-    Column("bytes", BigInteger, nullable=False),
-    Column("sha256", String(64), nullable=False),
-    Column("api_key_id", String(26), ForeignKey("api_keys.id")),
-    Column("created_at", Double, nullable=False),
-    Column("expires_at", Double),
-    # 'processed'; 'arriving' until its bytes are in their place, 'deleting' while they are removed.
-    Column("status", String(16), nullable=False, server_default="processed"),
-)
-
-batches = Table(
-    "batches",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    Column("job_id", JobId, ForeignKey("jobs.id")),
-    # No foreign keys: an unknown file fails the batch and not the call, and files may be deleted before it.
-    Column("input_file_id", String(64), nullable=False),
-    Column("output_file_id", String(64)),
-    Column("error_file_id", String(64)),
-    Column("endpoint", String(64), nullable=False),
-    Column("state", String(16), nullable=False),
-    # JSON, as the client gave it.
-    Column("metadata", Text),
-    Column("api_key_id", String(26), ForeignKey("api_keys.id")),
-    Column("created_at", Double, nullable=False),
-    Column("expires_at", Double),
-    Column("completion_window", String(16), nullable=False, server_default="24h"),
-    Column("priority", Integer, nullable=False, server_default="5"),
-    # YAML of a task file.
-    Column("task_text", Text),
-    Column("model", Text),
-    # JSON: a list of {code, line, message, param}.
-    Column("errors", Text),
-    Column("idempotency_key", String(255)),
-    Column("output_expires_after_s", BigInteger),
-    # The server that looks after it, and until when.
-    Column("claimed_by", String(64)),
-    # Counts at its end; those of a running one come from its job.
-    Column("total", Integer, nullable=False, server_default="0"),
-    Column("completed", Integer, nullable=False, server_default="0"),
-    Column("failed", Integer, nullable=False, server_default="0"),
-    Column("in_progress_at", Double),
-    Column("finalizing_at", Double),
-    Column("completed_at", Double),
-    Column("failed_at", Double),
-    Column("expired_at", Double),
-    Column("cancelling_at", Double),
-    Column("cancelled_at", Double),
-    Column("claimed_until", Double),
-    Index("ix_batches_state", "state"),
 )

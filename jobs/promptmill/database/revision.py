@@ -1,0 +1,128 @@
+"""The schema's revision: what this version needs, what a database has, and the way from one to the other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from promptmill.core.resources import resource_dir
+from promptmill.database.engine import connect, lock_name, reading, writing
+from promptmill.errors import DatabaseError
+
+
+def open_database(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
+    """An engine at the right revision, as :func:`connect` makes it.
+
+    SQLite is migrated by itself; PostgreSQL must have been, by ``promptmill db upgrade``.
+    Raises :class:`DatabaseError` when the database is unreachable or at another revision.
+    """
+    engine = connect(url, connections=connections, idle_s=idle_s)
+    try:
+        _require_revision(engine)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Engine]:
+    """:func:`open_database` for a while: of a process that is one of many, no connection stays open."""
+    engine = open_database(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _require_revision(engine: Engine) -> None:
+    current, head = current_revision(engine), head_revision()
+    if current == head:
+        return
+    if current is not None and current not in _revisions():
+        raise DatabaseError(
+            f"the database is at revision {current}, which this version of promptmill does not know",
+            hint=f"It was made by a newer version; this one works with {head}. Update promptmill.",
+        )
+    if engine.dialect.name != "sqlite":
+        raise DatabaseError(
+            f"the database is at revision {current or 'none (empty)'}, this version of promptmill needs {head}",
+            hint="Run 'promptmill db upgrade'.",
+        )
+    upgrade(engine)
+
+
+# Both without Alembic: they run at every start, and to import it takes longer than most commands.
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The revision the database is at; None for an empty one."""
+    with reading(engine) as connection:
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def head_revision() -> str:
+    """The revision this version of the program works with."""
+    return _revisions()[-1]
+
+
+def _revisions() -> list[str]:
+    """By the names of the migration files (``0001_initial.py``), which sort by time."""
+    return sorted(path.stem.split("_")[0] for path in _migrations().glob("versions/[0-9]*.py"))
+
+
+def _migrations() -> Path:
+    return resource_dir("migrations")
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the database to :func:`head_revision`, in one transaction.
+
+    Raises :class:`DatabaseError` for one that lacks something then; it stays as it was.
+    """
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config(stdout=io.StringIO())
+    config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
+    with writing(engine) as connection:
+        # Two programs that start together must not both migrate.
+        lock_name(connection, "promptmill.migrations")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        _require_schema(connection)
+
+
+def _require_schema(connection: Connection) -> None:
+    """Raise DatabaseError where the revision says more than the tables hold: a number proves nothing."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    from promptmill.database.tables import metadata
+    from promptmill.database.views import VIEWS
+
+    there = sa.inspect(connection).get_view_names()
+    lacking = [f"view {name}" for name in ("v_results", *VIEWS) if name not in there]
+    for difference in compare_metadata(MigrationContext.configure(connection), metadata):
+        match difference:
+            case ("add_table", table):
+                lacking.append(f"table {table.name}")
+            case ("add_column", _, table, column):
+                lacking.append(f"column {table}.{column.name}")
+            case ("add_index", index):
+                lacking.append(f"index {index.name}")
+            case ("add_constraint" | "add_fk", constraint):
+                lacking.append(f"constraint {constraint.name} of {constraint.table.name}")
+    if lacking:
+        revision = MigrationContext.configure(connection).get_current_revision()
+        raise DatabaseError(
+            f"the database says that it is at revision {revision}, and lacks: {', '.join(sorted(lacking))}",
+            hint="Another version made it, or somebody changed it. Restore a backup, or start with a new database.",
+        )
