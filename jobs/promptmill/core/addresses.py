@@ -132,7 +132,7 @@ def server_of(text: str) -> tuple[str, int | None] | None:
 
 
 def masked(url: str) -> str:
-    """A URL with ``***`` for its secrets, whatever its form. Of one that cannot be read only the beginning is left."""
+    """A URL with ``***`` for its secrets, whatever its form. A URL that cannot be read keeps its beginning only."""
     scheme = url.partition("://")[0].lower()
     if scheme.partition("+")[0] == "sqlite":
         return url
@@ -194,7 +194,7 @@ class RedisAddress:
 
     #: Host and port, of the server or of each Sentinel.
     servers: tuple[tuple[str, int], ...] = ()
-    #: Of a socket.
+    #: Path of a socket.
     path: str | None = None
     #: What the Sentinels are asked for.
     service: str | None = None
