@@ -33,7 +33,10 @@ def _run_installed(wheel: Path, version: str, place: Path) -> None:
     """Install the wheel into a new environment and run the bundled dataset there, outside the checkout."""
     uv, python = os.environ.get("UV", "uv"), place / "env" / "bin" / "python"
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, place / "env"], check=True)
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, wheel], check=True)
+    locked = place / "locked.txt"
+    export = [uv, "export", "--quiet", "--frozen", "--no-dev", "--no-emit-project", "--no-hashes", "-o", locked]
+    subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "-c", locked, wheel], check=True)
     promptmill = python.with_name("promptmill")
     told = subprocess.run([promptmill, "--version"], check=True, capture_output=True, text=True, cwd=place).stdout
     if not told.strip().endswith(f"version {version}"):
