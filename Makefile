@@ -13,19 +13,19 @@ BIN := .venv/bin
 # A file's tests stay in one process: they share its server.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test setup lint types unit integration faults benchmark build clean
+.PHONY: demo test setup lint types docs unit coverage integration faults benchmark build release matrix clean
 
 demo: setup
 	$(BIN)/promptmill run datasets/ad_comments.jsonl --task datasets/ad_comments.task.yaml --model demo
 
-test: setup lint types unit integration
+test: setup lint types docs unit integration
 
 setup: .venv/.ready
 
 # llama-cpp-python is compiled: about 3 minutes on 2 cores the first time, then it comes from uv's cache.
 .venv/.ready: pyproject.toml uv.lock
 	@command -v $(UV) >/dev/null || { python3 -m venv .uv && .uv/bin/pip install --quiet uv; }
-	$(UV) sync --frozen --extra mlx --extra api
+	$(UV) sync --frozen --extra mlx --extra api --group docs
 	@touch $@
 
 lint: setup
@@ -36,8 +36,16 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# The documentation site, in site/.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 unit: setup
 	$(PYTEST) tests/unit
+
+# The unit tests again, with the share of branches that they reach.
+coverage: setup
+	$(PYTEST) tests/unit --cov --cov-report=term:skip-covered
 
 integration: setup
 	$(PYTEST) tests/integration tests/api tests/faults
@@ -56,5 +64,22 @@ benchmark: setup
 build: setup
 	$(UV) build
 
+# A wheel and an sdist of the newest tag, checked in a new environment. docs: CONTRIBUTING.md.
+release: setup
+	rm -rf dist
+	$(UV) build
+	UV=$(UV) $(BIN)/python tools/check_release.py dist
+
+# The unit tests on each Python that the package names. uv fetches interpreters; one that it cannot fetch is named.
+matrix:
+	@for version in 3.11 3.12 3.13; do \
+		if ! $(UV) python find --quiet $$version >/dev/null 2>&1 && ! $(UV) python install --quiet $$version; then \
+			echo "Python $$version: not tested, no interpreter is at hand and none can be fetched"; continue; \
+		fi; \
+		echo "Python $$version"; \
+		UV_PROJECT_ENVIRONMENT=.matrix/$$version $(UV) sync --quiet --frozen --python $$version --extra mlx --extra api || exit 1; \
+		.matrix/$$version/bin/pytest -n 2 --dist loadfile -q tests/unit || exit 1; \
+	done
+
 clean:
-	rm -rf .venv .uv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .uv .matrix site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,11 +16,11 @@ from tests.conftest import ROOT
 EXAMPLES = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "queries.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_page_of_figures_is_made_from_the_registry() -> None:
+@pytest.mark.parametrize("tool", ["metrics_page.py", "commands_page.py"])
+def test_a_page_that_is_made_from_the_program_is_current(tool: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "metrics_page.py"), "--check"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "tools" / tool), "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

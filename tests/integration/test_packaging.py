@@ -37,6 +37,16 @@ def test_the_wheel_installs_two_names_and_no_other(built: tuple[Path, Path]) -> 
     assert {name for name in names if not name.endswith(".dist-info")} == {"promptmill", "promptmill_workers"}
 
 
+def test_a_wheel_that_is_built_from_the_sdist_has_its_version(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """The sdist holds no git repository."""
+    version = built[1].name.removeprefix("promptmill-").removesuffix(".tar.gz")
+    assert built[0].name == f"promptmill-{version}-py3-none-any.whl"
+    with tarfile.open(built[1]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    about = (tmp_path / f"promptmill-{version}" / "PKG-INFO").read_text()
+    assert f"\nVersion: {version}\n" in about
+
+
 def test_the_wheel_carries_data_and_no_stray_files(built: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(built[0]).namelist()
     for wanted in (

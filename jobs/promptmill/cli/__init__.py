@@ -63,7 +63,7 @@ Examples:
 
 
 class ReaderGone(Exception):
-    """Nobody reads stdout any more. Of a BrokenPipeError click would make exit code 1."""
+    """The reader of stdout has gone. click would turn a BrokenPipeError into exit code 1."""
 
 
 class LazyGroup(click.Group):
@@ -108,7 +108,7 @@ def main() -> None:
     """Entry point: run a command and turn errors into one clear message and an exit code."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            # Whoever started this closed it.
+            # The parent process closed it.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
     try:
         code = _ended()
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _ended() -> int:
-    """Run the command; its exit code. Raises ReaderGone or BrokenPipeError when nobody reads stdout any more."""
+    """Run the command; its exit code. Raises ReaderGone or BrokenPipeError when the reader of stdout has gone."""
     debug = "--debug" in sys.argv[1:2]
     try:
         return cli.main(standalone_mode=False) or 0

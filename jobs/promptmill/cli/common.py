@@ -29,7 +29,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 force_option = click.option("--force", is_flag=True, help="Write over files that exist.")
 
-#: Of commands that write CSV.
+#: An option of each command that writes CSV.
 spreadsheet_option = click.option(
     "--spreadsheet/--exact",
     default=None,
@@ -258,7 +258,7 @@ def _console(stderr: bool = False, width: int | None = None) -> Console:
                 yield segment._replace(text=printable(segment.text)) if is_foreign else segment
 
         def on_broken_pipe(self) -> None:
-            # Nobody reads what is said beside the data: the work goes on without a word.
+            # The reader of stderr has gone: the work goes on, and prints nothing more there.
             if not stderr:
                 raise BrokenPipeError
             self.quiet = True

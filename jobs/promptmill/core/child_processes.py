@@ -170,7 +170,7 @@ class Child:
             return True
 
     def __del__(self) -> None:
-        # Nobody can call it any more.
+        # The last reference is gone: no call can come.
         self.end()
 
     def kill(self) -> None:
@@ -206,7 +206,7 @@ def main() -> None:
     """Entry point of a child: calls from the pipe, one after another."""
     pipe, watched = Connection(int(sys.argv[1])), int(sys.argv[2])
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
-    # Answers that somebody waits for go before.
+    # Interactive answers of the parent go first.
     os.nice(int(sys.argv[3]))
     limited = None
     while True:
@@ -232,7 +232,7 @@ def _end_with_parent(watched: int) -> None:
 
 
 def _limit_memory(megabytes: int) -> None:
-    """Of memory that is written to: files that are mapped, such as a model's, do not count."""
+    """Limit the memory that is written to: mapped files, such as a model's, do not count."""
     with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = megabytes * MIB

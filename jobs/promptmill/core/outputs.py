@@ -102,7 +102,7 @@ def folder_of(output: str) -> str | None:
 
 
 def _new_beside(target: Path) -> Path:
-    """An empty file of a name that nobody can guess, with the mode that the umask gives."""
+    """An empty file with an unguessable name and the mode that the umask gives."""
     partial = target.with_name(f".{secrets.token_hex(8)}.part")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return partial
@@ -115,7 +115,7 @@ def _mode(output: str) -> str:
 
 @contextmanager
 def _told(output: str) -> Iterator[None]:
-    """A full disk and its like as one clear error. A reader that has gone is somebody else's matter."""
+    """Turn a full disk and similar faults into one clear error. A reader that has gone is left to the caller."""
     try:
         yield
     except BrokenPipeError:

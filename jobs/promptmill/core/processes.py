@@ -22,8 +22,8 @@ _most = 1
 def allow(processes: int | None = None) -> None:
     """Let this process start others: as many as given, else one for each core.
 
-    Only a program of ours does: a process is started by importing its main module again, and a script of somebody
-    else's would begin from its first line.
+    Only our own programs do: a process is started by importing its main module again, and a user's script would
+    begin from its first line.
     """
     global _most
     _most = processes or os.cpu_count() or 1

@@ -19,7 +19,7 @@ from promptmill.errors import SettingsError
 
 PREFIX = "JOBS_"
 
-#: Of ``.env``: UTF-8, which some editors begin with a byte order mark.
+#: Encoding of ``.env``: UTF-8, which some editors begin with a byte order mark.
 ENCODING = "utf-8-sig"
 
 

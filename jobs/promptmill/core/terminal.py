@@ -30,7 +30,7 @@ def for_people(stream: IO[str]) -> IO[str]:
 def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     """Print a line. A terminal gets it without control characters, a file or a pipe as it is.
 
-    Raises BrokenPipeError where nobody reads stdout, and OutputFailed for a full disk and its like.
+    Raises BrokenPipeError when the reader of stdout has gone, and OutputFailed for a full disk and similar faults.
     """
     stream = for_people(sys.stderr if err else sys.stdout)
     try:

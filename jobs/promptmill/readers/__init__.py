@@ -41,7 +41,7 @@ _PATTERN = frozenset("*?[")
 class Layout:
     """What a reader must know beyond the lines: which fields are expected values, and whether a template follows."""
 
-    #: Of the file, for messages that concern all of it.
+    #: Name of the file, for messages that concern all of it.
     source: str
     #: Name of the expected value -> field of the line.
     expected: Mapping[str, str]
@@ -78,7 +78,7 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Of the file's bytes, as they lie on disk."""
+        """SHA-256 of the file's bytes, as they lie on disk."""
         return self._source.sha256
 
     @property

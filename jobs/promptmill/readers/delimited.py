@@ -48,7 +48,7 @@ class _Feed:
 
     @property
     def number(self) -> int:
-        """Of the line that was read last."""
+        """Number of the line that was read last."""
         return self.taken[-1].number if self.taken else 0
 
     def give_back(self, after: int) -> None:

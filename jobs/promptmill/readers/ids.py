@@ -18,8 +18,8 @@ FILE_CACHE_KIB = 16_384
 class IdTable:
     """A hash table in two flat arrays, with linear probing, and a file behind it.
 
-    An id is known by its 64-bit hash alone. Python keys that hash anew in every process, so nobody can aim at a
-    collision; by chance a million ids hold one in one dataset of 4 * 10^7.
+    An id is known by its 64-bit hash alone. Python keys that hash anew in every process, so collisions cannot be aimed
+    at. By chance, one in 4 * 10^7 datasets of a million ids has one.
     """
 
     def __init__(self, places: int = 1 << 12, most_places: int = MOST_PLACES) -> None:

@@ -102,7 +102,7 @@ def converted(number: int, record: Any, text: str, convert: Convert) -> DatasetL
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a key that is there twice nobody knows which value was meant."""
+    """The pairs as an object. A key that is there twice is an error: either value may be meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(name for name, _ in pairs)

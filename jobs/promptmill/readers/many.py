@@ -31,7 +31,7 @@ class ManyFiles(Dataset):
 
     @property
     def sha256(self) -> str:
-        """Of the files' own SHA-256 and of their names, in order."""
+        """SHA-256 over the files' own SHA-256 and their names, in order."""
         found = hashlib.sha256()
         for part in self._parts:
             found.update(f"{part.sha256}  {part.name}\n".encode())

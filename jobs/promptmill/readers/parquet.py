@@ -58,7 +58,7 @@ def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadLine]:
     try:
         yield from batch.to_pylist(maps_as_pydicts="strict")
     except _NO_VALUE:
-        # Of one cell: the others are read.
+        # One cell has no value in Python: the other rows are read.
         for row in range(batch.num_rows):
             yield _record(batch, row)
 
@@ -89,7 +89,7 @@ def plain(value: Any, name: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, decimal.Decimal) and value.same_quantum(1):
-        # Of a column without decimal places, such as ids: a float would lose digits.
+        # The column has no decimal places, as ids have none: a float would lose digits.
         return int(value)
     if isinstance(value, float | decimal.Decimal):
         number = float(value)

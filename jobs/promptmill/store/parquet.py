@@ -13,7 +13,7 @@ from promptmill.database.engine import reading
 from promptmill.database.tables import jobs, requests, results
 from promptmill.errors import DatabaseError
 
-#: Most rows of a row group. Of a range of so many PostgreSQL joins by its indices; of 50,000 it sorts on its disk.
+#: Most rows of a row group. PostgreSQL joins a range of this size by its indices; 50,000 rows it sorts on its disk.
 GROUP_ROWS = 25_000
 
 #: The first row, and the first one after the last.
@@ -122,7 +122,7 @@ def _query(job_id: str, span: Span, failed_only: bool, prompts: bool) -> sa.Text
     chosen = COLUMNS | (WITH_PROMPTS if prompts else {})
     selected = ", ".join(f'{source} AS "{name}"' for name, (_, source) in chosen.items())
     only = " AND r.state = 'error'" if failed_only else ""
-    # Of both tables, or PostgreSQL reads all of one for each range.
+    # A range of both tables: else PostgreSQL reads all of one table for each range.
     among = "".join(f' AND {each}."row" >= {span[0]} AND {each}."row" < {span[1]}' for each in "rq")
     return sa.text(
         f"SELECT {selected} FROM results r JOIN requests q "  # noqa: S608 - our names

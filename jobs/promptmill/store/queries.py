@@ -62,7 +62,7 @@ def querying(
             try:
                 yield list(found.keys()), _in_time(found, seconds, late)
             finally:
-                # Of a statement that was ended SQLite says once more that it was.
+                # SQLite repeats here that a statement was ended.
                 with contextlib.suppress(sa.exc.DBAPIError):
                     found.close()
         except sa.exc.DBAPIError as problem:

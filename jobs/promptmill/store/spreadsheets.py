@@ -1,4 +1,4 @@
-"""CSV for people: spreadsheets run a cell that begins in certain ways as a formula, whoever wrote it."""
+"""CSV for people: spreadsheets run a cell that begins in certain ways as a formula, even one a model wrote."""
 
 from __future__ import annotations
 

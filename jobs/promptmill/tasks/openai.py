@@ -36,7 +36,7 @@ NOTES = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_t
 
 KNOWN = {*PARAMETERS, *ALIASES, "response_format", "tool_choice"}
 
-#: What an answer that somebody waits for may ask for: it has no place for scores of given texts, or for vectors.
+#: What an interactive request may ask for: its answer has no place for scores of given texts, or for vectors.
 ANSWERED = KNOWN - {"continuations", "embedding"}
 
 #: Parameters of embeddings that are not offered, and why.
@@ -96,7 +96,7 @@ def _temperature(value: Any) -> float:
 def refusal_of(message: str) -> tuple[str | None, str]:
     """The field that a request was refused for, None where the message begins with none, and the code of the error."""
     named = re.match(r"(?:unsupported (?:parameter )?)?'(?:body\.)?([\w.\[\]]{1,80})'", message)
-    # Of a message of a chat: what is wrong with it, or that it has a key too many.
+    # A fault of a chat's message, or a key that it may not have.
     name = named[1] if named else "messages" if re.match(r"(?:unsupported key '.*' in )?messages\[", message) else None
     if name is None:
         return None, "invalid_request"

@@ -10,7 +10,7 @@ from promptmill.types import Span
 #: What control tokens look like (``<|im_end|>``, ``[INST]``). Templates without any need no second look.
 CONTROL = re.compile(r"<[^\s<>]{1,80}>|\[[^\s\[\]]{1,40}\]")
 
-#: Characters that Unicode gives no meaning: any of them may still be in somebody's text.
+#: Characters that Unicode gives no meaning: any of them may still be in a user's text.
 PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
 

@@ -31,7 +31,7 @@ class ScoreKind:
 
     figures: tuple[str, ...]
     options: Mapping[str, Option]
-    #: Of these at least one must be there.
+    #: At least one of these must be there.
     one_of: tuple[str, ...] = ()
 
 

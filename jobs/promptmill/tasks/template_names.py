@@ -58,7 +58,7 @@ def names_of(fields: Mapping[str, Any], meta: Mapping[str, Any] | None) -> dict[
 
 
 def _space(name: str) -> str:
-    """Under which name a template finds all fields: one that nobody can write in it."""
+    """The name under which a template finds all fields: one that no template can write."""
     return f"{name}."
 
 

@@ -29,7 +29,7 @@ def rm(jobs: tuple[str, ...], yes: bool) -> None:
 
 def _ask(question: str) -> None:
     if not sys.stdin.isatty():
-        raise PromptmillError("nothing was removed: nobody can be asked", hint="Give --yes.")
+        raise PromptmillError("nothing was removed: stdin is no terminal, so no question was asked", hint="Give --yes.")
     click.confirm(question, abort=True, err=True)
 
 

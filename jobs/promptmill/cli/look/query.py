@@ -11,7 +11,7 @@ from promptmill.cli.common import check_outputs, force_option, open_all, spreads
 from promptmill.core.terminal import say
 from promptmill.errors import PromptmillError
 
-#: Of files; and those that can be asked for.
+#: Formats of files, and all that --format takes.
 FILES = ("csv", "jsonl", "parquet")
 FORMATS = ("table", *FILES)
 

@@ -17,7 +17,7 @@ Examples:
   promptmill trend --tag nightly --metric latency_s.p95 --format md -o trend.md
 """
 )
-@click.option("--tag", required=True, help="Of which jobs; 'promptmill tag' gives them.")
+@click.option("--tag", required=True, help="Take the jobs with this tag ('promptmill tag' sets it).")
 @click.option("--metric", default="output_tps,latency_s.p95", show_default=True, help="Figures, by commas.")
 @click.option("--limit", type=click.IntRange(2, 1000), default=50, show_default=True, help="The newest so many jobs.")
 @click.option("--format", "format_", type=click.Choice(["term", "md", "json", "csv"]), default="term")
