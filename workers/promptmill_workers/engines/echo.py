@@ -106,18 +106,14 @@ class EchoAnswer:
 
 @dataclass(slots=True, eq=False)
 class EchoSequence(EngineSequence):
-    """A request, and when its answer is over."""
+    """A request, and when its answer begins and is over; never, where its time-out comes first."""
 
     prompt: str
     answer: EchoAnswer = field(init=False)
     first_at: float = field(default=0.0, init=False)
     over_at: float = field(default=0.0, init=False)
-
-    @property
-    def limit(self) -> float:
-        """When it is over its time."""
-        limit = self.request.sampling.timeout_s
-        return math.inf if limit is None else self.admitted_at + limit
+    #: When it is over or its time-out comes.
+    ends_at: float = field(default=0.0, init=False)
 
 
 class EchoBackend:
@@ -178,11 +174,20 @@ class EchoBackend:
         room = self._context - sequence.prompt_tokens
         if room < 1:
             raise PromptTooLong(f"the prompt has {sequence.prompt_tokens} tokens, the context {self._context}")
-        answer = sequence.answer = EchoAnswer(sequence.request, room)
-        if answer.reason is FinishReason.STOP and not _fits("".join(answer.tokens), sequence.request.sampling):
+        answer, sampling = EchoAnswer(sequence.request, room), sequence.request.sampling
+        if (
+            sampling.is_constrained
+            and answer.reason is FinishReason.STOP
+            and not _fits("".join(answer.tokens), sampling)
+        ):
             raise GrammarError("the echo is not what the grammar asks for")
+        sequence.answer = answer
         sequence.first_at = sequence.admitted_at + sequence.prompt_tokens * self._script.prefill_s
         sequence.over_at = sequence.first_at + max(0, len(answer.tokens) - 1) * self._script.token_s
+        limit = sampling.timeout_s
+        sequence.ends_at = sequence.over_at
+        if limit is not None and sequence.over_at - sequence.admitted_at > limit:
+            sequence.over_at, sequence.ends_at = math.inf, sequence.admitted_at + limit
         self._prefilled += sequence.prompt_tokens
         self._cells += sequence.prompt_tokens + len(answer.tokens)
         return Admission.ADMITTED
@@ -209,11 +214,10 @@ class EchoBackend:
         self._prefilled = 0
         for each in running:
             answer, known = each.answer, each.answer.count
-            is_over = self._instant or each.over_at <= now
+            is_over = each.over_at <= now
             answer.count = len(answer.tokens) if is_over else self._said(each, now)
             done.decode_tokens += answer.count - known
-            # What was over later than its time-out is left to that.
-            if is_over and each.over_at <= each.limit:
+            if is_over:
                 each.first_token_at, each.finished_at = each.first_at, each.over_at
                 done.outcomes.append((each, answer.reason))
             elif answer.count > known:
@@ -225,12 +229,13 @@ class EchoBackend:
     def _said(self, sequence: EchoSequence, now: float) -> int:
         """Tokens until now of a sequence that is not over."""
         pace = self._script.token_s
-        return int((now - sequence.first_at) / pace) + 1 if pace and now >= sequence.first_at else 0
+        said = int((now - sequence.first_at) / pace) + 1 if pace and now >= sequence.first_at else 0
+        return min(said, len(sequence.answer.tokens))
 
     def _sleep(self, running: Iterable[EchoSequence]) -> float:
         """Wait for the next sequence to end, but not for long; returns the time."""
         now = self._clock()
-        next_end = min(min(each.over_at, each.limit) for each in running)
+        next_end = min(each.ends_at for each in running)
         if next_end > now:
             time.sleep(min(next_end - now, self._longest_sleep_s))
         return self._clock()
