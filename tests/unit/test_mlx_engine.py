@@ -120,6 +120,15 @@ def test_sharing_a_prefix_changes_no_text_and_computes_it_once(load: Callable[..
     assert engine.counters.prefill_tokens == sum(each.prompt_tokens - each.cached_tokens for each in usage)
 
 
+def test_a_prefix_of_scored_texts_is_counted_once(load: Callable[..., Engine]) -> None:
+    engine = load(slots=4)
+
+    events = run(engine, [chat(99), *(replace(chat(key), continuation=" yes") for key in range(6))])
+
+    usage = [finished(event).usage for event in events.values()]
+    assert engine.counters.prefill_tokens == sum(each.prompt_tokens - each.cached_tokens for each in usage)
+
+
 def test_two_prefixes_are_kept_apart(load: Callable[..., Engine]) -> None:
     systems = [RULES, "The quick brown fox jumps over the lazy dog; one two three four five six seven eight nine."]
     requests = [chat(key, system=systems[key % 2]) for key in range(8)]
