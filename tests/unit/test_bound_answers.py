@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from promptmill.tasks.grammars import grammar_problem
 from promptmill.types import FinishReason, SamplingParams
 from promptmill_workers.engines.answer import Generation, Tools
-from promptmill_workers.engines.constraint import GrammarError, Grammars
+from promptmill_workers.engines.constraint import Grammars
+from promptmill_workers.engines.contract import GrammarError
 from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import LlamaAnswerText
 from tests.unit.tiny_models import write_tiny_gguf

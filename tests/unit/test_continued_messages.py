@@ -15,7 +15,7 @@ from promptmill.tasks.templates import to_request
 from promptmill.types import DatasetLine, Message, SamplingParams
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama.binding import LlamaModel
-from promptmill_workers.engines.llama.text import PromptReader
+from promptmill_workers.engines.llama.text import LlamaPromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from tests.unit.test_special_tokens import Words, real_templates, words, writes
 from tests.unit.tiny_models import CHATML, END, START
@@ -134,9 +134,11 @@ def test_real_templates_leave_the_message_open(llama_models: Path) -> None:
     for name, source in real_templates(llama_models).items():
         if not writes(source, "Count to five."):
             continue
-        named: Any = SimpleNamespace(vocabulary=model.vocabulary, chat_template=source, tool_template=None)
+        named: Any = SimpleNamespace(
+            context_trained=0, vocabulary=model.vocabulary, chat_template=source, tool_template=None
+        )
         try:
-            shown = PromptReader(named).render(asked(continue_final_message=True))
+            shown = LlamaPromptReader(named).render(asked(continue_final_message=True))
         except RequestError:
             continue  # It takes no such conversation, or writes the message only with a call.
         assert shown.endswith("One, two,"), name

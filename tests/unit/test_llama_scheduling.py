@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from promptmill.types import ErrorClass, SamplingParams
-from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
-from promptmill_workers.engines.llama.engine import PREFIXES, LlamaCppEngine
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.llama.backend import PREFIXES, LlamaBackend
+from promptmill_workers.engines.llama.sequence import LlamaSequence
+from promptmill_workers.engines.scheduler import Scheduler
 from tests.unit.tiny_models import write_tiny_gguf
 
 CONTEXT = 512
 
-Load = Callable[..., LlamaCppEngine]
+Load = Callable[..., Scheduler[LlamaSequence]]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(model: Path) -> Iterator[Load]:
-    loaded: list[LlamaCppEngine] = []
+    loaded: list[Scheduler[LlamaSequence]] = []
 
-    def load(slots: int = 2, **options: Any) -> LlamaCppEngine:
+    def load(slots: int = 2, **options: Any) -> Scheduler[LlamaSequence]:
         options = {"threads": 1, "exact": True} | options
-        loaded.append(LlamaCppEngine.load(model, "tiny", EngineOptions(slots=slots, **options)))
+        loaded.append(Scheduler(LlamaBackend.load(model, "tiny", EngineOptions(slots=slots, **options))))
         return loaded[-1]
 
     yield load
@@ -43,7 +45,7 @@ def raw(key: int, prompt: str, **sampling: Any) -> EngineRequest:
     return EngineRequest(key, SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling}), prompt=prompt)
 
 
-def run(engine: LlamaCppEngine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
+def run(engine: Engine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
     engine.add(requests)
     events: list[Event] = []
     while engine.active or engine.waiting:
@@ -61,9 +63,9 @@ def texts(events: dict[int, Event]) -> dict[int, str]:
     return {key: finished(event).text for key, event in sorted(events.items())}
 
 
-def occupy(engine: LlamaCppEngine, cells: int) -> None:
+def occupy(engine: Scheduler[LlamaSequence], cells: int) -> None:
     """Fill KV cells that the engine believes free: there is no honest way to make its book-keeping wrong."""
-    context, sequence = engine._context, engine.info.slots  # the last one that a prefix would take
+    context, sequence = engine.backend._context, engine.info.slots  # the last one that a prefix would take
     for start in range(0, cells, 64):
         context.batch.clear()
         context.batch.put(sequence, start, np.full(min(64, cells - start), 5, dtype=np.int32), wanted=0)

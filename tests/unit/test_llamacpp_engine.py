@@ -20,15 +20,16 @@ from promptmill.tasks.sampling import resolve_sampling
 from promptmill.tasks.templates import Template
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.checkpoints import bundled
-from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.llama.backend import LlamaBackend
 from promptmill_workers.engines.llama.binding import LlamaModel
-from promptmill_workers.engines.llama.engine import LlamaCppEngine
 from promptmill_workers.engines.llama.text import LlamaAnswerText
+from promptmill_workers.engines.scheduler import Scheduler
 from tests.unit.tiny_models import write_tiny_gguf
 
 ODD = "加V：abc123 😂 好听 naïve žluťoučký 👨‍👩‍👧‍👦 ░▒▓"
 
-Load = Callable[..., LlamaCppEngine]
+Load = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,12 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def load(exact: Path) -> Iterator[Load]:
     """Loads the float32 demo model with the options given, and closes it."""
-    loaded: list[LlamaCppEngine] = []
+    loaded: list[Engine] = []
 
-    def load(slots: int = 4, path: Path = exact, **options: Any) -> LlamaCppEngine:
+    def load(slots: int = 4, path: Path = exact, **options: Any) -> Engine:
         # One thread: threads that wait for one another are slow on a machine that does other things too.
         options = {"context_tokens": 2048, "kv_cells": 8192, "threads": 1} | options
-        loaded.append(LlamaCppEngine.load(path, "demo", EngineOptions(slots=slots, **options)))
+        loaded.append(Scheduler(LlamaBackend.load(path, "demo", EngineOptions(slots=slots, **options))))
         return loaded[-1]
 
     yield load
@@ -77,7 +78,7 @@ def requests_of(task: Template, texts: Sequence[str], **sampling: Any) -> list[E
     ]
 
 
-def run(engine: LlamaCppEngine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
+def run(engine: Engine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
     engine.add(requests)
     events: list[Event] = []
     for _ in range(5000):
@@ -136,8 +137,9 @@ def test_batches_of_48_comments_are_answered_as_each_alone(
 def expected(exact: Path, task: Template) -> dict[int, tuple[str, FinishReason, int, int]]:
     """The answer of each of the 48 alone."""
 
-    def load(slots: int, **options: Any) -> LlamaCppEngine:
-        return LlamaCppEngine.load(exact, "demo", EngineOptions(slots=slots, context_tokens=2048, threads=1, **options))
+    def load(slots: int, **options: Any) -> Engine:
+        asked = EngineOptions(slots=slots, context_tokens=2048, threads=1, **options)
+        return Scheduler(LlamaBackend.load(exact, "demo", asked))
 
     return alone(load, varied(task))
 
@@ -274,12 +276,12 @@ def test_a_gpu_that_the_build_cannot_use_is_refused(exact: Path, device: str) ->
     if llama_cpp.llama_supports_gpu_offload():
         pytest.skip("this build can use a GPU")
     with pytest.raises(DeviceError, match="without GPU support"):
-        LlamaCppEngine.load(exact, "demo", EngineOptions(device=device))
+        LlamaBackend.load(exact, "demo", EngineOptions(device=device))
 
 
 def test_more_slots_than_llama_cpp_has_sequences_are_refused(exact: Path) -> None:
     with pytest.raises(ModelError, match="at most"):
-        LlamaCppEngine.load(exact, "demo", EngineOptions(slots=300))
+        LlamaBackend.load(exact, "demo", EngineOptions(slots=300))
 
 
 def test_what_was_set_up_is_what_the_model_allows(load: Load) -> None:
@@ -323,7 +325,7 @@ def test_a_folder_or_nothing_in_place_of_a_file_is_one_clear_error(tmp_path: Pat
 
 def _refused(file: Path) -> None:
     """Neither the engine nor the counter of tokens loads the file, and both say which it is."""
-    for load in (lambda: LlamaCppEngine.load(file, "x", EngineOptions()), lambda: LlamaCppEngine.token_counter(file)):
+    for load in (lambda: LlamaBackend.load(file, "x", EngineOptions()), lambda: LlamaBackend.token_counter(file)):
         with pytest.raises(ModelError, match="cannot be loaded") as caught:
             load()
         assert file.name in caught.value.message

@@ -17,14 +17,15 @@ from promptmill.core.resources import resource_dir
 from promptmill.errors import DeviceError, ModelError, RequestError
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import bundled
-from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
 from promptmill_workers.host.fan_out import Desk
 from tests.unit.tiny_mlx import write_tiny_mlx
 
 pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptmill[mlx]'")
 
-from promptmill_workers.engines.mlx_lm.engine import MlxEngine
+from promptmill_workers.engines.mlx_lm.backend import MlxBackend
 from promptmill_workers.engines.mlx_lm.text import MlxAnswerText, MlxTokenizer
+from promptmill_workers.engines.scheduler import Scheduler
 
 RULES = "Is this comment an advertisement? Answer with JSON such as the one below, and nothing else. "
 
@@ -37,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def load(folder: Path) -> Iterator[Callable[..., MlxEngine]]:
+def load(folder: Path) -> Iterator[Callable[..., Engine]]:
     """Loads the tiny model with the options given, and closes it."""
-    loaded: list[MlxEngine] = []
+    loaded: list[Engine] = []
 
-    def load(slots: int = 4, **options: Any) -> MlxEngine:
-        loaded.append(MlxEngine.load(folder, "tiny", EngineOptions(slots=slots, **options)))
+    def load(slots: int = 4, **options: Any) -> Engine:
+        loaded.append(Scheduler(MlxBackend.load(folder, "tiny", EngineOptions(slots=slots, **options))))
         return loaded[-1]
 
     yield load
@@ -56,7 +57,7 @@ def chat(key: int, *, system: str = RULES, text: str | None = None, **sampling: 
     return EngineRequest(key, settings, messages=(Message("system", system), Message("user", user)))
 
 
-def run(engine: MlxEngine, requests: Sequence[EngineRequest], most_steps: int = 2000) -> dict[int, Event]:
+def run(engine: Engine, requests: Sequence[EngineRequest], most_steps: int = 2000) -> dict[int, Event]:
     """Every request's event."""
     engine.add(requests)
     events: list[Event] = []
@@ -87,7 +88,7 @@ def tokens_of_mlx_lm(folder: Path, prompts: Sequence[str], most: int) -> list[li
     return [[each.token for each in stream_generate(model, tokenizer, ids, max_tokens=most)] for ids in encoded]
 
 
-def test_a_batch_says_what_mlx_lm_says_one_at_a_time(load: Callable[..., MlxEngine], folder: Path) -> None:
+def test_a_batch_says_what_mlx_lm_says_one_at_a_time(load: Callable[..., Engine], folder: Path) -> None:
     engine = load(slots=4)
     requests = [chat(key, max_tokens=16) for key in range(11)]
     alone = tokens_of_mlx_lm(folder, [engine.render(request) for request in requests], most=16)
@@ -100,14 +101,14 @@ def test_a_batch_says_what_mlx_lm_says_one_at_a_time(load: Callable[..., MlxEngi
     assert engine.counters.peak_active == 4
 
 
-def test_prompts_longer_than_a_pass_are_answered_alike(load: Callable[..., MlxEngine], folder: Path) -> None:
+def test_prompts_longer_than_a_pass_are_answered_alike(load: Callable[..., Engine], folder: Path) -> None:
     requests = [chat(key, system="", text="one two three free phone! " * (1 + 7 * key)) for key in range(6)]
     expected = texts(run(load(slots=1), requests))
 
     assert texts(run(load(slots=3, batch_tokens=24), requests)) == expected
 
 
-def test_sharing_a_prefix_changes_no_text_and_computes_it_once(load: Callable[..., MlxEngine]) -> None:
+def test_sharing_a_prefix_changes_no_text_and_computes_it_once(load: Callable[..., Engine]) -> None:
     alone = {key: texts(run(load(slots=1), [chat(key)]))[key] for key in range(9)}
     engine = load(slots=4)
 
@@ -119,7 +120,16 @@ def test_sharing_a_prefix_changes_no_text_and_computes_it_once(load: Callable[..
     assert engine.counters.prefill_tokens == sum(each.prompt_tokens - each.cached_tokens for each in usage)
 
 
-def test_two_prefixes_are_kept_apart(load: Callable[..., MlxEngine]) -> None:
+def test_a_prefix_of_scored_texts_is_counted_once(load: Callable[..., Engine]) -> None:
+    engine = load(slots=4)
+
+    events = run(engine, [chat(99), *(replace(chat(key), continuation=" yes") for key in range(6))])
+
+    usage = [finished(event).usage for event in events.values()]
+    assert engine.counters.prefill_tokens == sum(each.prompt_tokens - each.cached_tokens for each in usage)
+
+
+def test_two_prefixes_are_kept_apart(load: Callable[..., Engine]) -> None:
     systems = [RULES, "The quick brown fox jumps over the lazy dog; one two three four five six seven eight nine."]
     requests = [chat(key, system=systems[key % 2]) for key in range(8)]
     alone = {request.key: texts(run(load(slots=1), [request]))[request.key] for request in requests}
@@ -130,7 +140,7 @@ def test_two_prefixes_are_kept_apart(load: Callable[..., MlxEngine]) -> None:
     assert sum(finished(event).usage.cached_tokens == 0 for event in events.values()) == 2
 
 
-def test_a_prefix_is_found_again_by_a_later_request(load: Callable[..., MlxEngine]) -> None:
+def test_a_prefix_is_found_again_by_a_later_request(load: Callable[..., Engine]) -> None:
     engine = load(slots=2)
     alone = texts(run(load(slots=2), [chat(7)]))
     run(engine, [chat(0), chat(1)])
@@ -141,7 +151,7 @@ def test_a_prefix_is_found_again_by_a_later_request(load: Callable[..., MlxEngin
     assert texts(later) == alone
 
 
-def test_few_cells_slow_a_job_down_and_lose_nothing(load: Callable[..., MlxEngine]) -> None:
+def test_few_cells_slow_a_job_down_and_lose_nothing(load: Callable[..., Engine]) -> None:
     requests = [chat(key) for key in range(8)]
     expected = texts(run(load(), requests))
     engine = load(slots=4, kv_cells=300, context_tokens=300)
@@ -153,7 +163,7 @@ def test_few_cells_slow_a_job_down_and_lose_nothing(load: Callable[..., MlxEngin
     assert sum(finished(event).usage.cached_tokens > 0 for event in events.values()) == 7
 
 
-def test_neighbours_do_not_change_what_a_seed_draws(load: Callable[..., MlxEngine]) -> None:
+def test_neighbours_do_not_change_what_a_seed_draws(load: Callable[..., Engine]) -> None:
     drawn: dict[str, Any] = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "min_p": 0.01, "max_tokens": 20}
     alone = texts(run(load(slots=1), [chat(3, seed=11, **drawn)]))[3]
     mixed = [
@@ -167,7 +177,7 @@ def test_neighbours_do_not_change_what_a_seed_draws(load: Callable[..., MlxEngin
     assert texts(run(load(slots=3), mixed))[3] == alone
 
 
-def test_seeds_differ_and_no_seed_is_drawn_anew(load: Callable[..., MlxEngine]) -> None:
+def test_seeds_differ_and_no_seed_is_drawn_anew(load: Callable[..., Engine]) -> None:
     engine = load(slots=8)
     text = "what a voice"
     hot: dict[str, Any] = {"temperature": 1.5, "max_tokens": 16}
@@ -180,21 +190,21 @@ def test_seeds_differ_and_no_seed_is_drawn_anew(load: Callable[..., MlxEngine]) 
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}])
-def test_the_narrowest_sampling_is_greedy(load: Callable[..., MlxEngine], narrow: dict[str, Any]) -> None:
+def test_the_narrowest_sampling_is_greedy(load: Callable[..., Engine], narrow: dict[str, Any]) -> None:
     engine = load(slots=2)
     greedy = texts(run(engine, [chat(2)]))
 
     assert texts(run(engine, [chat(2, **{"temperature": 1.0, "seed": 5, **narrow})])) == greedy
 
 
-def test_a_top_k_above_the_vocabulary_keeps_everything(load: Callable[..., MlxEngine]) -> None:
+def test_a_top_k_above_the_vocabulary_keeps_everything(load: Callable[..., Engine]) -> None:
     engine = load(slots=2)
     hot: dict[str, Any] = {"temperature": 1.0, "seed": 5}
 
     assert texts(run(engine, [chat(2, top_k=1_000_000, **hot)])) == texts(run(engine, [chat(2, **hot)]))
 
 
-def test_the_text_ends_before_a_stop_text_that_spans_tokens(load: Callable[..., MlxEngine]) -> None:
+def test_the_text_ends_before_a_stop_text_that_spans_tokens(load: Callable[..., Engine]) -> None:
     engine = load(slots=4)
     whole = finished(run(engine, [chat(1, max_tokens=24)])[1])
     stop = whole.text[5:9]
@@ -207,7 +217,7 @@ def test_the_text_ends_before_a_stop_text_that_spans_tokens(load: Callable[..., 
     assert event.usage.output_tokens < whole.usage.output_tokens
 
 
-def test_a_stop_frees_its_slot_for_the_next_request(load: Callable[..., MlxEngine]) -> None:
+def test_a_stop_frees_its_slot_for_the_next_request(load: Callable[..., Engine]) -> None:
     engine = load(slots=1)
     first = finished(run(engine, [chat(1)])[1]).text[:1]
 
@@ -254,14 +264,14 @@ def test_a_character_cut_in_the_middle_is_left_out(folder: Path) -> None:
 
 
 def test_an_end_token_ends_the_answer_unless_it_is_ignored(
-    load: Callable[..., MlxEngine], folder: Path, tmp_path: Path
+    load: Callable[..., Engine], folder: Path, tmp_path: Path
 ) -> None:
     ids = tokens_of_mlx_lm(folder, [load().render(chat(0))], most=8)[0]
     ending = tmp_path / "ending"
     write_tiny_mlx(ending)
     # The fourth token that the model draws becomes one that ends answers.
     (ending / "generation_config.json").write_text(f'{{"eos_token_id": [{ids[3]}]}}')
-    engine = MlxEngine.load(ending, "ending", EngineOptions(slots=2))
+    engine = Scheduler(MlxBackend.load(ending, "ending", EngineOptions(slots=2)))
 
     events = run(engine, [chat(0, max_tokens=8), chat(1), replace(chat(0, max_tokens=8, ignore_eos=True), key=2)])
     engine.close()
@@ -273,7 +283,7 @@ def test_an_end_token_ends_the_answer_unless_it_is_ignored(
     assert ended.text == MlxTokenizer(folder).text(ids[: end - 1])
 
 
-def test_max_tokens_is_kept_and_the_context_bounds_it(load: Callable[..., MlxEngine]) -> None:
+def test_max_tokens_is_kept_and_the_context_bounds_it(load: Callable[..., Engine]) -> None:
     engine = load(slots=2, context_tokens=128)
 
     events = run(engine, [chat(0, max_tokens=1), chat(1, max_tokens=100_000, ignore_eos=True)])
@@ -284,7 +294,7 @@ def test_max_tokens_is_kept_and_the_context_bounds_it(load: Callable[..., MlxEng
     assert finished(events[1]).finish_reason is FinishReason.LENGTH
 
 
-def test_a_prompt_that_cannot_fit_is_one_requests_error(load: Callable[..., MlxEngine]) -> None:
+def test_a_prompt_that_cannot_fit_is_one_requests_error(load: Callable[..., Engine]) -> None:
     events = run(load(context_tokens=128), [chat(0), chat(1, text="free phone " * 200), chat(2)])
 
     refused = events[1]
@@ -295,7 +305,7 @@ def test_a_prompt_that_cannot_fit_is_one_requests_error(load: Callable[..., MlxE
     assert {type(events[0]), type(events[2])} == {Finished}
 
 
-def test_a_request_that_takes_too_long_ends_as_a_timeout(load: Callable[..., MlxEngine]) -> None:
+def test_a_request_that_takes_too_long_ends_as_a_timeout(load: Callable[..., Engine]) -> None:
     engine = load(slots=2)
 
     events = run(engine, [chat(0, timeout_s=0.0, max_tokens=400, ignore_eos=True), chat(1)])
@@ -308,7 +318,7 @@ def test_a_request_that_takes_too_long_ends_as_a_timeout(load: Callable[..., Mlx
     assert finished(events[1]).usage.output_tokens == 12
 
 
-def test_a_cancelled_request_frees_its_slot_and_is_heard_of_no_more(load: Callable[..., MlxEngine]) -> None:
+def test_a_cancelled_request_frees_its_slot_and_is_heard_of_no_more(load: Callable[..., Engine]) -> None:
     engine = load(slots=1)
     alone = texts(run(load(slots=1), [chat(1)]))
     engine.add([chat(0, max_tokens=400, ignore_eos=True)])
@@ -327,7 +337,7 @@ def test_a_cancelled_request_frees_its_slot_and_is_heard_of_no_more(load: Callab
     assert engine.counters.wasted_tokens > 0
 
 
-def test_cancelling_while_prompts_are_computed_leaves_the_others_whole(load: Callable[..., MlxEngine]) -> None:
+def test_cancelling_while_prompts_are_computed_leaves_the_others_whole(load: Callable[..., Engine]) -> None:
     requests = [chat(key, system="", text="one two three four " * (5 + key)) for key in range(4)]
     alone = {request.key: texts(run(load(slots=1), [request]))[request.key] for request in requests}
     engine = load(slots=4, batch_tokens=32)
@@ -339,7 +349,7 @@ def test_cancelling_while_prompts_are_computed_leaves_the_others_whole(load: Cal
     assert texts(run(engine, [])) == {key: text for key, text in alone.items() if key != 2}
 
 
-def test_the_books_balance(load: Callable[..., MlxEngine]) -> None:
+def test_the_books_balance(load: Callable[..., Engine]) -> None:
     engine = load(slots=3)
     events = run(engine, [*(chat(key, temperature=key / 4) for key in range(7)), chat(7, timeout_s=0.0)])
 
@@ -356,14 +366,14 @@ def test_the_books_balance(load: Callable[..., MlxEngine]) -> None:
     assert min(counters.prefill_s, counters.decode_s, counters.overhead_s, counters.idle_s) > 0
 
 
-def test_a_step_without_work_returns_at_once(load: Callable[..., MlxEngine]) -> None:
+def test_a_step_without_work_returns_at_once(load: Callable[..., Engine]) -> None:
     engine = load()
 
     assert list(engine.step()) == []
     assert engine.counters.steps == 0
 
 
-def test_a_raw_prompt_is_taken_as_it_is(load: Callable[..., MlxEngine], folder: Path) -> None:
+def test_a_raw_prompt_is_taken_as_it_is(load: Callable[..., Engine], folder: Path) -> None:
     request = EngineRequest(0, SamplingParams(max_tokens=4), prompt="Say <|im_end|> now")
     engine = load()
 
@@ -371,9 +381,9 @@ def test_a_raw_prompt_is_taken_as_it_is(load: Callable[..., MlxEngine], folder: 
     assert finished(run(engine, [request])[0]).usage.prompt_tokens == len(MlxTokenizer(folder).tokens(request))
 
 
-def test_requests_that_cannot_be_prompts_are_refused_one_by_one(load: Callable[..., MlxEngine], tmp_path: Path) -> None:
+def test_requests_that_cannot_be_prompts_are_refused_one_by_one(load: Callable[..., Engine], tmp_path: Path) -> None:
     mute = write_tiny_mlx(tmp_path / "mute", chat_template=None)
-    engine = MlxEngine.load(mute, "mute", EngineOptions(slots=2))
+    engine = Scheduler(MlxBackend.load(mute, "mute", EngineOptions(slots=2)))
     empty = EngineRequest(1, SamplingParams(), prompt="")
     odd = EngineRequest(2, SamplingParams(max_tokens=2), prompt="half a pair \ud83d here")
 
@@ -396,7 +406,7 @@ def test_a_chat_template_cannot_reach_the_machine(tmp_path: Path) -> None:
         words.render(chat(0))
 
 
-def test_what_was_set_up_is_told(load: Callable[..., MlxEngine]) -> None:
+def test_what_was_set_up_is_told(load: Callable[..., Engine]) -> None:
     info = load(slots=3).info
 
     assert (info.engine, info.model_name, info.slots, info.context_tokens) == ("mlx", "tiny", 3, 512)
@@ -411,7 +421,7 @@ def test_a_device_that_is_not_here_is_refused(folder: Path, device: str) -> None
     if mx.metal.is_available() if device == "metal" else mx.cuda.is_available():
         pytest.skip(f"this machine has {device}")
     with pytest.raises(DeviceError, match=device):
-        MlxEngine.load(folder, "tiny", EngineOptions(device=device))
+        MlxBackend.load(folder, "tiny", EngineOptions(device=device))
 
 
 def _without_config(folder: Path) -> None:
@@ -463,7 +473,7 @@ def test_a_spoilt_folder_is_one_clear_error(tmp_path: Path, spoil: Callable[[Pat
     spoil(folder)
 
     with pytest.raises(ModelError) as caught:
-        MlxEngine.load(folder, "spoilt", EngineOptions())
+        MlxBackend.load(folder, "spoilt", EngineOptions())
 
     assert "spoilt" in caught.value.message
     assert "\n" not in caught.value.message
@@ -473,8 +483,8 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from promptmill.types import SamplingParams;"
         "from promptmill_workers.engines.contract import EngineRequest;"
-        "from promptmill_workers.engines.mlx_lm.engine import MlxEngine;"
-        f"counter = MlxEngine.token_counter(Path({str(folder)!r}));"
+        "from promptmill_workers.engines.mlx_lm.backend import MlxBackend;"
+        f"counter = MlxBackend.token_counter(Path({str(folder)!r}));"
         "print(counter.context_tokens, counter.count(EngineRequest(0, SamplingParams(), prompt='a free phone')));"
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm')])"
     )
@@ -489,7 +499,7 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
 
 
 def test_the_bundled_model_says_the_same_with_both_engines() -> None:
-    llamacpp = pytest.importorskip("promptmill_workers.engines.llama.engine")
+    llamacpp = pytest.importorskip("promptmill_workers.engines.llama.backend")
     lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").strip().split("\n")[::9]
     rules = "You are a moderator of comments. Decide whether the comment is an advertisement. Answer with JSON."
     requests = [
@@ -497,8 +507,8 @@ def test_the_bundled_model_says_the_same_with_both_engines() -> None:
         for key, line in enumerate(lines)
     ]
     said = []
-    for kind, file in ((MlxEngine, "mlx"), (llamacpp.LlamaCppEngine, "demo.gguf")):
-        engine = kind.load(bundled(file), "demo", EngineOptions(slots=8))
+    for kind, file in ((MlxBackend, "mlx"), (llamacpp.LlamaBackend, "demo.gguf")):
+        engine = Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=8)))
         said.append(
             {
                 key: (finished(event).text, finished(event).usage.prompt_tokens)
@@ -513,10 +523,10 @@ def test_the_bundled_model_says_the_same_with_both_engines() -> None:
 
 def test_choices_are_as_likely_with_both_engines() -> None:
     """Where one choice begins another, the end of the answer is scored with each: the same token by both."""
-    llamacpp = pytest.importorskip("promptmill_workers.engines.llama.engine")
+    llamacpp = pytest.importorskip("promptmill_workers.engines.llama.backend")
     found = []
-    for kind, file in ((MlxEngine, "mlx"), (llamacpp.LlamaCppEngine, "demo.gguf")):
-        desk = Desk(kind.load(bundled(file), "demo", EngineOptions(slots=2)))
+    for kind, file in ((MlxBackend, "mlx"), (llamacpp.LlamaBackend, "demo.gguf")):
+        desk = Desk(Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=2))))
         desk.add([chat(0, system="Be brief.", text="hello", choices=("I", "I am", "no"))])
         events: list[Event] = []
         while not events:

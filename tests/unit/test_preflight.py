@@ -18,9 +18,8 @@ from promptmill.service.preflight import (
     SMALLEST_CONTEXT,
     TEMPLATE_TOKENS,
     PromptGauge,
-    PromptTooLong,
 )
-from promptmill.tasks.sampling import BadParameter
+from promptmill.tasks.sampling import BadParameter, PromptTooLong
 from promptmill.types import ErrorClass, Message, Request, SamplingParams
 
 

@@ -15,7 +15,7 @@ from promptmill_workers.checkpoints import Checkpoint, build_engine
 from promptmill_workers.engines.answer import END_OF_THINK, THINK, Generation
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
 from promptmill_workers.engines.llama.binding import LlamaModel
-from promptmill_workers.engines.llama.text import PromptReader
+from promptmill_workers.engines.llama.text import LlamaPromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from promptmill_workers.host.fan_out import Desk
 from tests.unit.tiny_mlx import write_tiny_mlx
@@ -71,7 +71,7 @@ def extras(event: Finished) -> Extras:
 
 def token(engine: Engine, text: str) -> int:
     """The one token that is ``text``."""
-    (only,) = engine._engine._tools.tokens(text)  # type: ignore[attr-defined]
+    (only,) = engine._engine.backend._tools.tokens(text)  # type: ignore[attr-defined]
     return int(only)
 
 
@@ -100,7 +100,7 @@ def test_a_reasoning_that_the_model_opens_by_a_control_token_is_told_apart(load:
 
 @pytest.mark.parametrize("said", ["<think>Hm.</think>\n\nyes <b>", "\n yes", "<thin air>", "<", "<think>", " \n"])
 def test_somebody_who_waits_is_told_no_reasoning(load: Load, said: str) -> None:
-    tools = load(CHATML)._engine._tools  # type: ignore[attr-defined]
+    tools = load(CHATML)._engine.backend._tools  # type: ignore[attr-defined]
     written = Generation(tools, SamplingParams(), np.zeros(1, np.int32), 64)
     told = ""
     for each in tools.tokens(said):
@@ -145,7 +145,7 @@ def test_choices_are_scored_after_the_reasoning(load: Load) -> None:
 def test_a_continuation_has_the_tokens_of_the_whole_text(llama_models: Path, name: str) -> None:
     """As plain llama.cpp has them, where prompt and continuation meet between two tokens of the whole."""
     model = LlamaModel(llama_models / f"ggml-vocab-{name}.gguf", vocab_only=True)
-    words, reader = model.vocabulary, PromptReader(model)
+    words, reader = model.vocabulary, LlamaPromptReader(model)
     alike = 0
     for prompt, text in product(
         ("Is it an ad? Answer:", "Answer with yes or no.\n", "A"), (" yes", "yes", "\nyes", " not an ad", "é")
@@ -166,7 +166,7 @@ def test_a_continuation_begins_with_one_space_at_most(llama_models: Path) -> Non
     model = LlamaModel(llama_models / "ggml-vocab-llama-spm.gguf", vocab_only=True)
     request = EngineRequest(0, SamplingParams(), prompt="Answer:", continuation=" yes")
 
-    found = PromptReader(model).prompt(request, 512)
+    found = LlamaPromptReader(model).prompt(request, 512)
 
     assert [model.vocabulary.piece(int(each)) for each in found.tokens[-found.scored :]] == [b" yes"]
     model.close()

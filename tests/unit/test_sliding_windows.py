@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from promptmill.types import Message, SamplingParams
-from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Event, Finished
-from promptmill_workers.engines.llama.engine import LlamaCppEngine
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
+from promptmill_workers.engines.llama.backend import LlamaBackend
+from promptmill_workers.engines.scheduler import Scheduler
 from tests.unit.tiny_models import write_tiny_gguf
 
 RULES = "Is this comment an advertisement? Answer with JSON such as the one below, and nothing else. "
@@ -31,7 +32,7 @@ def request(key: int) -> EngineRequest:
     return EngineRequest(key, SamplingParams(max_tokens=4 + key % 13), messages=turns)
 
 
-def run(engine: LlamaCppEngine, requests: list[EngineRequest]) -> dict[int, Finished]:
+def run(engine: Engine, requests: list[EngineRequest]) -> dict[int, Finished]:
     engine.add(requests)
     events: list[Event] = []
     while engine.active or engine.waiting:
@@ -40,9 +41,9 @@ def run(engine: LlamaCppEngine, requests: list[EngineRequest]) -> dict[int, Fini
     return {each.key: each for each in events if isinstance(each, Finished)}
 
 
-def opened(path: Path, slots: int, cells: int) -> LlamaCppEngine:
+def opened(path: Path, slots: int, cells: int) -> Engine:
     options = EngineOptions(slots=slots, threads=1, context_tokens=512, kv_cells=cells, exact=True)
-    return LlamaCppEngine.load(path, "tiny", options)
+    return Scheduler(LlamaBackend.load(path, "tiny", options))
 
 
 @pytest.fixture(scope="module")

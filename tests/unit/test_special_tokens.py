@@ -21,7 +21,7 @@ from promptmill.types import Message, SamplingParams
 from promptmill_workers.engines.chat_template import ChatTemplate
 from promptmill_workers.engines.contract import EngineRequest
 from promptmill_workers.engines.llama.binding import LlamaModel
-from promptmill_workers.engines.llama.text import PromptReader
+from promptmill_workers.engines.llama.text import LlamaPromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
 from promptmill_workers.engines.prefix_plan import Tokens
 from promptmill_workers.engines.prompt_pieces import TURN_MARK, Controls, pieces_of, text_of
@@ -40,7 +40,7 @@ WITH_TOOLS = (
     "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-Reader = PromptReader | MlxTokenizer
+Reader = LlamaPromptReader | MlxTokenizer
 
 BEGINNING, CONTROLS = 0, {0, 1, 2}
 
@@ -56,7 +56,7 @@ class Words:
         if isinstance(self.reader, MlxTokenizer):
             return MlxTokenizer(write_tiny_mlx(self.folder / f"mlx-{abs(hash(source))}", chat_template=source))
         path = write_tiny_gguf(self.folder / f"{abs(hash(source))}.gguf", chat_template=source)
-        return PromptReader(LlamaModel(path, vocab_only=True))
+        return LlamaPromptReader(LlamaModel(path, vocab_only=True))
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "mlx"])
@@ -65,7 +65,7 @@ def words(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "mlx":
         pytest.importorskip("transformers")
         return Words(MlxTokenizer(write_tiny_mlx(folder / "tiny")), folder)
-    return Words(PromptReader(LlamaModel(write_tiny_gguf(folder / "tiny.gguf"), vocab_only=True)), folder)
+    return Words(LlamaPromptReader(LlamaModel(write_tiny_gguf(folder / "tiny.gguf"), vocab_only=True)), folder)
 
 
 def chat(*texts: str, **sampling: Any) -> EngineRequest:
@@ -221,7 +221,7 @@ def test_so_does_a_task_that_is_sent_without_a_chat_template(words: Words) -> No
 
 
 def test_a_continuation_is_text(words: Words) -> None:
-    if isinstance(words.reader, PromptReader):
+    if isinstance(words.reader, LlamaPromptReader):
         prompt = words.reader.prompt(replace(chat("x"), continuation=END), 512)
         found = prompt.tokens[len(prompt.tokens) - prompt.scored :]
     else:
@@ -279,8 +279,8 @@ def test_real_templates_keep_texts_apart(vocabulary: LlamaModel, llama_models: P
         if not writes(source, QUESTION):
             continue
         tried += 1
-        model: Any = SimpleNamespace(vocabulary=words, chat_template=source, tool_template=None)
-        reader = PromptReader(model)
+        model: Any = SimpleNamespace(context_trained=0, vocabulary=words, chat_template=source, tool_template=None)
+        reader = LlamaPromptReader(model)
         reader.__dict__["_controls"] = Controls(known, marks)
 
         whole = words.tokens(reader.render(chat(QUESTION)), parse_special=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from promptmill.types import SamplingParams
-from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Finished, enqueue
-from promptmill_workers.engines.echo import EchoEngine
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Finished, enqueue
+from promptmill_workers.engines.echo import EchoBackend
+from promptmill_workers.engines.scheduler import Scheduler
 from promptmill_workers.host.fan_out import Desk
 from tests.conftest import Clock
 
@@ -15,9 +16,9 @@ def request(key: int, *, urgent: bool = False, text: str = "one two") -> EngineR
     return EngineRequest(key, SamplingParams(), prompt=f"{text} {key}", urgent=urgent)
 
 
-def desk(clock: Clock, slots: int = 4) -> tuple[Desk, EchoEngine]:
+def desk(clock: Clock, slots: int = 4) -> tuple[Desk, Engine]:
     options = EngineOptions(slots=slots, model_options={"token_s": "0.001"})
-    engine = EchoEngine("echo", options, clock)
+    engine = Scheduler(EchoBackend("echo", options, clock), clock)
     return Desk(engine), engine
 
 

@@ -19,6 +19,7 @@ from promptmill.core.registry import resolve, suggestion
 from promptmill.errors import ModelError
 from promptmill_workers.engines import ENGINES
 from promptmill_workers.engines.contract import Engine, EngineOptions, TokenCounter
+from promptmill_workers.engines.scheduler import Scheduler
 from promptmill_workers.model_files import MLX_FILES, LoadedFiles, fingerprint_of, states_of
 
 #: Seconds for the hub to answer what files a repository has.
@@ -121,8 +122,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     """Load the model. Raises ModelError or DeviceError."""
     require_mlx(checkpoint)
     kind: Any = resolve("engine", checkpoint.engine, ENGINES)
-    engine: Engine = kind.load(checkpoint.path, checkpoint.name, replace(options, model_options=checkpoint.options))
-    return engine
+    return Scheduler(kind.load(checkpoint.path, checkpoint.name, replace(options, model_options=checkpoint.options)))
 
 
 #: Loads of a file that is written to meanwhile, before it is given up.

@@ -125,7 +125,7 @@ def server_of(text: str) -> tuple[str, int | None] | None:
 
 
 def masked(url: str) -> str:
-    """A URL with ``***`` for its secrets, whatever its form. Of one that cannot be read only the beginning is left."""
+    """A URL with ``***`` for its secrets, whatever its form. A URL that cannot be read keeps its beginning only."""
     scheme = url.partition("://")[0].lower()
     if scheme.partition("+")[0] == "sqlite":
         return url

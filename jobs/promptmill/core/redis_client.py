@@ -34,7 +34,7 @@ class RedisAddress:
 
     #: Host and port, of the server or of each Sentinel.
     servers: tuple[tuple[str, int], ...] = ()
-    #: Of a socket.
+    #: Path of a socket.
     path: str | None = None
     #: What the Sentinels are asked for.
     service: str | None = None

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from promptmill.errors import RequestError
-from promptmill.tasks.sampling import refuse_unknown_tokens
-from promptmill.types import ErrorClass, Request, SamplingParams
+from promptmill.tasks.sampling import PromptTooLong, refuse_unknown_tokens
+from promptmill.types import Request, SamplingParams
 
 #: Rows whose prompts are all tokenised; of later ones every SAMPLE_EVERY-th is. Tokenising a million prompts would
 #: take longer than storing them.
@@ -25,12 +24,6 @@ TEMPLATE_TOKENS = 64
 #: A context is rounded up to this many tokens, and is not smaller than the second.
 CONTEXT_STEP = 256
 SMALLEST_CONTEXT = 512
-
-
-class PromptTooLong(RequestError):
-    """A prompt leaves no room for an answer."""
-
-    error_class = ErrorClass.CONTEXT_OVERFLOW
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from promptmill.errors import RequestError
 from promptmill.tasks import json_schemas
 from promptmill.tasks.grammars import grammar_problem
 from promptmill.tasks.tools import checked_tools
-from promptmill.types import SamplingParams
+from promptmill.types import ErrorClass, SamplingParams
 
 
 class BadParameter(RequestError, ValueError):
@@ -307,6 +307,12 @@ def refuse_repeats(sampling: SamplingParams) -> None:
     """Raises :class:`BadParameter` for several answers that would all be the same."""
     if sampling.n > 1 and sampling.is_greedy:
         raise BadParameter("'n' above 1 needs a 'temperature' above 0: greedy answers are all the same")
+
+
+class PromptTooLong(RequestError):
+    """A prompt leaves no room for an answer."""
+
+    error_class = ErrorClass.CONTEXT_OVERFLOW
 
 
 def refuse_unknown_tokens(sampling: SamplingParams, vocabulary: int) -> None:

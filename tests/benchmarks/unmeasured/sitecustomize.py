@@ -7,14 +7,15 @@ if os.environ.get("WITHOUT_MEASURING") is not None:
     # Both sides of the comparison import the same, so that only what is measured differs.
     from promptmill.ledger import endings, results
     from promptmill_workers.engines.contract import Finished
-    from promptmill_workers.engines.echo import EchoEngine
+    from promptmill_workers.engines.echo import EchoBackend
+    from promptmill_workers.engines.scheduler import Scheduler
     from promptmill_workers.worker.heartbeat import Heartbeat
 
     def take_out() -> None:
         """No timestamps of requests, no counters of attempts, no samples of workers."""
-        plain = EchoEngine.step
+        plain = Scheduler.step
 
-        def step(self: EchoEngine) -> list[Any]:
+        def step(self: Scheduler[Any]) -> list[Any]:
             events = plain(self)
             for event in events:
                 if isinstance(event, Finished):
@@ -23,11 +24,12 @@ if os.environ.get("WITHOUT_MEASURING") is not None:
             return events
 
         replaced: tuple[tuple[Any, str, Any], ...] = (
-            (EchoEngine, "step", step),
+            (Scheduler, "step", step),
             (results, "add_counters", lambda *_: None),
             (endings, "add_counters", lambda *_: None),
             (Heartbeat, "_add_sample", lambda *_: None),
-            (EchoEngine.__init__, "__defaults__", (lambda: 0.0,)),
+            (Scheduler.__init__, "__defaults__", (lambda: 0.0,)),
+            (EchoBackend.__init__, "__defaults__", (lambda: 0.0,)),
         )
         for owner, name, value in replaced:
             setattr(owner, name, value)

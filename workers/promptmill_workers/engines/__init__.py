@@ -1,7 +1,7 @@
-"""The engines by name. A new one is a file here and a line in this table; it must pass the contract suite."""
+"""The engines' backends by name. A new one is a file here and a line in this table; the contract suite judges it."""
 
 ENGINES = {
-    "echo": "promptmill_workers.engines.echo:EchoEngine",
-    "llamacpp": "promptmill_workers.engines.llama.engine:LlamaCppEngine",
-    "mlx": "promptmill_workers.engines.mlx_lm.engine:MlxEngine",
+    "echo": "promptmill_workers.engines.echo:EchoBackend",
+    "llamacpp": "promptmill_workers.engines.llama.backend:LlamaBackend",
+    "mlx": "promptmill_workers.engines.mlx_lm.backend:MlxBackend",
 }

@@ -9,18 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from promptmill.errors import RequestError
 from promptmill.tasks.grammars import grammar_of
-from promptmill.types import ErrorClass, SamplingParams
+from promptmill.types import SamplingParams
+from promptmill_workers.engines.contract import GrammarError
 
 #: Compiled grammars that are kept: the requests of a job mostly share one.
 KEPT = 256
-
-
-class GrammarError(RequestError):
-    """The grammar cannot be used with this model, or could not be followed."""
-
-    error_class = ErrorClass.GRAMMAR
 
 
 class Grammars:

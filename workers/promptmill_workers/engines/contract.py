@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from promptmill.errors import ModelError
+from promptmill.errors import ModelError, RequestError
 from promptmill.types import (
     COMMON,
     EngineCounters,
@@ -177,6 +177,12 @@ class Rejected:
 
 #: A request has any number of TokenEvents, and then exactly one of the others.
 Event = TokenEvent | Finished | Rejected
+
+
+class GrammarError(RequestError):
+    """The grammar cannot be used with this model, or could not be followed."""
+
+    error_class = ErrorClass.GRAMMAR
 
 
 class Engine(Protocol):

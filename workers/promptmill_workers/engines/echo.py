@@ -16,27 +16,18 @@ import re
 import signal
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from promptmill.core.registry import suggestion
-from promptmill.errors import ModelError
-from promptmill.types import EngineCounters, ErrorClass, Extras, FinishReason, Message, SamplingParams, Usage
-from promptmill_workers.engines.contract import (
-    EngineInfo,
-    EngineOptions,
-    EngineRequest,
-    Event,
-    Finished,
-    Rejected,
-    RequestKey,
-    TokenEvent,
-    enqueue,
-)
+from promptmill.errors import ModelError, RequestError
+from promptmill.tasks.sampling import PromptTooLong
+from promptmill.types import ErrorClass, Extras, FinishReason, Message, SamplingParams
+from promptmill_workers.engines.contract import EngineInfo, EngineOptions, EngineRequest, GrammarError
 from promptmill_workers.engines.kv_budget import CPU_SLOTS
+from promptmill_workers.engines.scheduler import Admission, EngineSequence, Pass
 
 #: The context of an engine that has none of its own to respect.
 CONTEXT_TOKENS = 131_072
@@ -84,22 +75,48 @@ def _seconds(name: str, text: str) -> float:
     return found
 
 
-@dataclass(slots=True)
-class Sequence_:
-    """A request in a slot."""
+class EchoError(RequestError):
+    """The script says that this request fails."""
 
-    request: EngineRequest
-    tokens: list[str]
-    prompt_tokens: int
-    finish_reason: FinishReason
-    admitted_at: float
-    first_token_at: float
-    finished_at: float
-    #: Tokens that somebody who waits for them was told.
-    told: int = 0
+    error_class = ErrorClass.INTERNAL
 
 
-class EchoEngine:
+class EchoAnswer:
+    """Words of which the first ``count`` were said."""
+
+    __slots__ = ("_request", "_shown", "_shown_logprobs", "count", "reason", "reasoning_tokens", "tokens")
+
+    def __init__(self, request: EngineRequest, room: int) -> None:
+        """``room``: most tokens."""
+        self._request = request
+        self.tokens, self.reason = _answer(request, room)
+        self.count = self.reasoning_tokens = self._shown = self._shown_logprobs = 0
+
+    def fresh(self) -> str:
+        shown, self._shown = self._shown, self.count
+        return "".join(self.tokens[shown : self.count])
+
+    def fresh_logprobs(self) -> list[dict[str, Any]] | None:
+        shown, self._shown_logprobs = self._shown_logprobs, self.count
+        return _logprobs(self._request.sampling, self.tokens[shown : self.count])
+
+    def finish(self, reason: FinishReason) -> tuple[str, FinishReason, Extras | None]:
+        return "".join(self.tokens), reason, _extras(self._request, self.tokens)
+
+
+@dataclass(slots=True, eq=False)
+class EchoSequence(EngineSequence):
+    """A request, and when its answer begins and is over; never, where its time-out comes first."""
+
+    prompt: str
+    answer: EchoAnswer = field(init=False)
+    first_at: float = field(default=0.0, init=False)
+    over_at: float = field(default=0.0, init=False)
+    #: When it is over or its time-out comes.
+    ends_at: float = field(default=0.0, init=False)
+
+
+class EchoBackend:
     """Echoes the last message (or the prompt), cut at stop strings and at ``max_tokens``. A token is a word.
 
     It is sure of each token. A continuation that the prompt contains is certain to it, any other one has e^-9 a token.
@@ -107,19 +124,16 @@ class EchoEngine:
 
     def __init__(self, model_name: str, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._script = Script.from_options(options.model_options)
-        self._slots = options.slots or CPU_SLOTS
         self._context = options.context_tokens or CONTEXT_TOKENS
         self._clock = clock
         self._instant = not (self._script.prefill_s or self._script.token_s)
         pace = self._script.token_s or LONGEST_SLEEP_S
         self._longest_sleep_s = min(max(pace, SHORTEST_SLEEP_S), LONGEST_SLEEP_S)
-        self._waiting: deque[EngineRequest] = deque()
-        self._active: dict[RequestKey, Sequence_] = {}
-        self._sums: Counter[str] = Counter()
-        self._peak_active = 0
-        self._last_step_end = clock()
-        self._info = EngineInfo(
-            engine="echo", version="1", model_name=model_name, slots=self._slots, context_tokens=self._context,
+        slots = options.slots or CPU_SLOTS
+        self.most_running = max(slots, INSTANT_BATCH) if self._instant else slots
+        self._cells = self._prefilled = 0
+        self.info = EngineInfo(
+            engine="echo", version="1", model_name=model_name, slots=slots, context_tokens=self._context,
             kv_cells=self._context, device_got="cpu", layers=0, layers_offloaded=0,
             exact=True,
         )  # fmt: skip
@@ -138,106 +152,45 @@ class EchoEngine:
         return EchoTokenCounter()
 
     @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def counters(self) -> EngineCounters:
-        return EngineCounters(**self._sums, peak_active=self._peak_active)
-
-    @property
-    def active(self) -> int:
-        return len(self._active)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def kv_cells_used(self) -> int:
-        return sum(each.prompt_tokens + len(each.tokens) for each in self._active.values())
-
-    def waiting_keys(self) -> Collection[RequestKey]:
-        return {request.key for request in self._waiting}
-
-    def add(self, requests: Sequence[EngineRequest]) -> None:
-        enqueue(self._waiting, requests)
-
-    def cancel(self, key: RequestKey) -> None:
-        dropped = self._active.pop(key, None)
-        if dropped is not None:
-            self._count(decode_tokens=len(dropped.tokens), wasted_tokens=len(dropped.tokens))
-        else:
-            self._waiting = deque(request for request in self._waiting if request.key != key)
+        """What a model would hold: an echo has no cache."""
+        return min(self._cells, self._context)
 
     def render(self, request: EngineRequest) -> str:
         return _render(request)
 
     def close(self) -> None:
-        self._waiting.clear()
-        self._active.clear()
+        """It holds nothing."""
 
-    def step(self) -> Sequence[Event]:
-        started = self._clock()
-        self._count(idle_s=started - self._last_step_end)
-        rejected = self._admit(started)
-        now = started if self._instant else self._sleep()
-        told = self._tell(now)
-        finished = self._retire(now)
-        self._last_step_end = self._clock()
-        if rejected or finished or self._active:
-            self._count(steps=1, decode_s=self._last_step_end - started)
-        return [*rejected, *told, *finished]
-
-    def _tell(self, now: float) -> list[Event]:
-        """The tokens that streaming sequences have made since the last step."""
-        events: list[Event] = []
-        for each in self._active.values():
-            if each.request.stream:
-                pace = self._script.token_s
-                due = (
-                    int((now - each.first_token_at) / pace) + 1 if pace and now < each.finished_at else len(each.tokens)
-                )
-                if due > each.told:
-                    fresh, asked = each.tokens[each.told : due], each.request.sampling
-                    logprobs = [_sure(token, asked.top_logprobs) for token in fresh] if asked.logprobs else None
-                    events.append(TokenEvent(each.request.key, "".join(fresh), logprobs))
-                    each.told = due
-        return events
-
-    def _admit(self, now: float) -> list[Event]:
-        rejected: list[Event] = []
-        room = (max(self._slots, INSTANT_BATCH) if self._instant else self._slots) - len(self._active)
-        while self._waiting and room > 0:
-            request = self._waiting.popleft()
-            outcome = self._begin(request, now)
-            if isinstance(outcome, Rejected):
-                rejected.append(outcome)
-            else:
-                self._active[request.key] = outcome
-                room -= 1
-        active = min(len(self._active), self._slots)
-        self._peak_active = max(self._peak_active, active)
-        return rejected
-
-    def _begin(self, request: EngineRequest, now: float) -> Sequence_ | Rejected:
+    def prepare(self, request: EngineRequest) -> EchoSequence:
         prompt = _render(request)
-        self._act_out(prompt)
-        prompt_tokens = max(1, len(prompt.split()))
-        if self._script.error_on and self._script.error_on in prompt:
-            return Rejected(request.key, ErrorClass.INTERNAL, "the echo engine was told to fail this request")
-        if prompt_tokens >= self._context:
-            message = f"the prompt has {prompt_tokens} tokens, the context {self._context}"
-            return Rejected(request.key, ErrorClass.CONTEXT_OVERFLOW, message)
-        tokens, reason = _answer(request, self._context - prompt_tokens)
-        if reason is FinishReason.STOP and not _fits("".join(tokens), request.sampling):
-            return Rejected(request.key, ErrorClass.GRAMMAR, "the echo is not what the grammar asks for")
-        prefill_s = prompt_tokens * self._script.prefill_s
-        first = now + prefill_s
-        self._count(prefill_tokens=prompt_tokens)
-        return Sequence_(
-            request, tokens, prompt_tokens, reason, now, first, first + max(0, len(tokens) - 1) * self._script.token_s
-        )
+        return EchoSequence(request, max(1, len(prompt.split())), prompt)
+
+    def plan(self, waiting: Sequence[EchoSequence]) -> Iterable[EchoSequence]:
+        return waiting
+
+    def admit(self, sequence: EchoSequence, waiting: Collection[EchoSequence]) -> Admission:
+        self._act_out(sequence.prompt)
+        room = self._context - sequence.prompt_tokens
+        if room < 1:
+            raise PromptTooLong(f"the prompt has {sequence.prompt_tokens} tokens, the context {self._context}")
+        answer, sampling = EchoAnswer(sequence.request, room), sequence.request.sampling
+        if (
+            sampling.is_constrained
+            and answer.reason is FinishReason.STOP
+            and not _fits("".join(answer.tokens), sampling)
+        ):
+            raise GrammarError("the echo is not what the grammar asks for")
+        sequence.answer = answer
+        sequence.first_at = sequence.admitted_at + sequence.prompt_tokens * self._script.prefill_s
+        sequence.over_at = sequence.first_at + max(0, len(answer.tokens) - 1) * self._script.token_s
+        limit = sampling.timeout_s
+        sequence.ends_at = sequence.over_at
+        if limit is not None and sequence.over_at - sequence.admitted_at > limit:
+            sequence.over_at, sequence.ends_at = math.inf, sequence.admitted_at + limit
+        self._prefilled += sequence.prompt_tokens
+        self._cells += sequence.prompt_tokens + len(answer.tokens)
+        return Admission.ADMITTED
 
     def _act_out(self, prompt: str) -> None:
         if self._script.crash_on and self._script.crash_on in prompt:
@@ -246,48 +199,46 @@ class EchoEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if self._script.stall_on and self._script.stall_on in prompt:
             threading.Event().wait()
+        if self._script.error_on and self._script.error_on in prompt:
+            raise EchoError("the echo engine was told to fail this request")
 
-    def _sleep(self) -> float:
+    def free(self, sequence: EchoSequence) -> None:
+        self._cells -= sequence.prompt_tokens + len(sequence.answer.tokens)
+
+    def forward(self, running: Collection[EchoSequence], waiting: Collection[EchoSequence]) -> Pass[EchoSequence]:
+        if not running:
+            return Pass()
+        started = self._clock()
+        now = started if self._instant else self._sleep(running)
+        done: Pass[EchoSequence] = Pass(steps=1, prefill_tokens=self._prefilled)
+        self._prefilled = 0
+        for each in running:
+            answer, known = each.answer, each.answer.count
+            is_over = each.over_at <= now
+            answer.count = len(answer.tokens) if is_over else self._said(each, now)
+            done.decode_tokens += answer.count - known
+            if is_over:
+                each.first_token_at, each.finished_at = each.first_at, each.over_at
+                done.outcomes.append((each, answer.reason))
+            elif answer.count > known:
+                each.first_token_at = each.first_at
+                done.outcomes.append((each, None))
+        done.decode_s = self._clock() - started
+        return done
+
+    def _said(self, sequence: EchoSequence, now: float) -> int:
+        """Tokens until now of a sequence that is not over."""
+        pace = self._script.token_s
+        said = int((now - sequence.first_at) / pace) + 1 if pace and now >= sequence.first_at else 0
+        return min(said, len(sequence.answer.tokens))
+
+    def _sleep(self, running: Iterable[EchoSequence]) -> float:
         """Wait for the next sequence to end, but not for long; returns the time."""
         now = self._clock()
-        next_end = min((_ends_at(each) for each in self._active.values()), default=now)
+        next_end = min(each.ends_at for each in running)
         if next_end > now:
             time.sleep(min(next_end - now, self._longest_sleep_s))
         return self._clock()
-
-    def _retire(self, now: float) -> list[Event]:
-        # An echo without delays ends whatever it has admitted.
-        over = [each for each in self._active.values() if self._instant or _ends_at(each) <= now]
-        events: list[Event] = []
-        for sequence in over:
-            del self._active[sequence.request.key]
-            events.append(self._finish(sequence))
-        return events
-
-    def _finish(self, sequence: Sequence_) -> Event:
-        key, limit = sequence.request.key, sequence.request.sampling.timeout_s
-        usage = Usage(sequence.prompt_tokens, 0, len(sequence.tokens))
-        self._count(decode_tokens=len(sequence.tokens))
-        if limit is not None and sequence.finished_at - sequence.admitted_at > limit:
-            self._count(wasted_tokens=len(sequence.tokens))
-            ended = sequence.admitted_at + limit
-            return Rejected(
-                key, ErrorClass.TIMEOUT, f"no answer within {limit:g} s", usage,
-                sequence.admitted_at, min(sequence.first_token_at, ended), ended,
-            )  # fmt: skip
-        return Finished(
-            key, "".join(sequence.tokens), sequence.finish_reason, usage, sequence.admitted_at,
-            sequence.first_token_at, sequence.finished_at, _extras(sequence),
-        )  # fmt: skip
-
-    def _count(self, **more: float) -> None:
-        for name, value in more.items():
-            self._sums[name] += value  # type: ignore[assignment]
-
-
-def _ends_at(sequence: Sequence_) -> float:
-    limit = sequence.request.sampling.timeout_s
-    return sequence.finished_at if limit is None else min(sequence.finished_at, sequence.admitted_at + limit)
 
 
 def _fits(text: str, sampling: SamplingParams) -> bool:
@@ -304,8 +255,7 @@ def _fits(text: str, sampling: SamplingParams) -> bool:
     return sampling.regex is None or re.fullmatch(sampling.regex, text) is not None
 
 
-def _extras(sequence: Sequence_) -> Extras | None:
-    request = sequence.request
+def _extras(request: EngineRequest, tokens: list[str]) -> Extras | None:
     if request.continuation is not None:
         count = max(1, len(request.continuation.split()))
         known = request.continuation.strip() in _spoken(request.messages, request.prompt)
@@ -317,9 +267,12 @@ def _extras(sequence: Sequence_) -> Extras | None:
         digest = hashlib.sha256((request.prompt or "").encode(errors="replace")).digest()
         length = sum(byte * byte for byte in digest) ** 0.5
         return Extras(embedding=[byte / length for byte in digest])
-    if request.sampling.logprobs:
-        return Extras(logprobs=[_sure(token, request.sampling.top_logprobs) for token in sequence.tokens])
-    return None
+    logprobs = _logprobs(request.sampling, tokens)
+    return None if logprobs is None else Extras(logprobs=logprobs)
+
+
+def _logprobs(sampling: SamplingParams, tokens: list[str]) -> list[dict[str, Any]] | None:
+    return [_sure(token, sampling.top_logprobs) for token in tokens] if sampling.logprobs else None
 
 
 def _sure(token: str, top: int) -> dict[str, Any]:

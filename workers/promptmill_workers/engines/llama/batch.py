@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-Tokens = NDArray[np.int32]
+from promptmill_workers.engines.prefix_plan import Tokens
 
 
 def _pointer(array: NDArray[Any], kind: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from promptmill_workers.engines.llama.batch import Batch, Tokens
+from promptmill_workers.engines.llama.batch import Batch
 from promptmill_workers.engines.llama.binding import SCORED_OUTPUTS
 from promptmill_workers.engines.llama.prefixes import LlamaPrefix
-from promptmill_workers.engines.llama.slots import LlamaRunning
+from promptmill_workers.engines.llama.sequence import LlamaSequence
+from promptmill_workers.engines.prefix_plan import Tokens
 
 
 @dataclass(slots=True)
@@ -18,9 +19,9 @@ class BatchPlan:
     decoded: int = 0
     prefilled: int = 0
     seconds: float = 0.0
-    decodes: list[LlamaRunning] = field(default_factory=list)
+    decodes: list[LlamaSequence] = field(default_factory=list)
     #: Pieces of prompts, prefixes and forced tokens, with their sizes.
-    pieces: list[tuple[LlamaPrefix | LlamaRunning, int]] = field(default_factory=list)
+    pieces: list[tuple[LlamaPrefix | LlamaSequence, int]] = field(default_factory=list)
 
     def settle(self) -> None:
         """The batch was computed: its tokens are in the KV cache."""
@@ -29,11 +30,11 @@ class BatchPlan:
             running.pending = []
         for owner, size in self.pieces:
             owner.done += size
-            if isinstance(owner, LlamaRunning) and owner.pending:
+            if isinstance(owner, LlamaSequence) and owner.pending:
                 owner.pending = owner.pending[size:]
 
 
-def fill(batch: Batch, running: Collection[LlamaRunning], prefixes: Iterable[LlamaPrefix]) -> BatchPlan:
+def fill(batch: Batch, running: Collection[LlamaSequence], prefixes: Iterable[LlamaPrefix]) -> BatchPlan:
     """Fill the batch. ``prefixes`` are unfinished ones: they come before prompts, because requests wait for them."""
     done = BatchPlan()
     batch.clear()
@@ -55,7 +56,7 @@ def fill(batch: Batch, running: Collection[LlamaRunning], prefixes: Iterable[Lla
     return done
 
 
-def _put_requests(batch: Batch, done: BatchPlan, running: Iterable[LlamaRunning], room: int) -> None:
+def _put_requests(batch: Batch, done: BatchPlan, running: Iterable[LlamaSequence], room: int) -> None:
     """The next tokens of prompts and of forced tokens; with the last one of each an output."""
     scored = SCORED_OUTPUTS
     for each in running:
@@ -63,7 +64,7 @@ def _put_requests(batch: Batch, done: BatchPlan, running: Iterable[LlamaRunning]
             return
         work = each.work()
         size = min(room, len(work))
-        if each.waiting.scored:
+        if each.scored:
             size, scored = _put_scored(batch, done, each, work, size, scored)
         else:
             complete = size == len(work)
@@ -73,10 +74,10 @@ def _put_requests(batch: Batch, done: BatchPlan, running: Iterable[LlamaRunning]
 
 
 def _put_scored(
-    batch: Batch, done: BatchPlan, running: LlamaRunning, work: Tokens, size: int, outputs: int
+    batch: Batch, done: BatchPlan, running: LlamaSequence, work: Tokens, size: int, outputs: int
 ) -> tuple[int, int]:
     """A piece that ends in a continuation, as far as there are outputs left; returns its size, and what is left."""
-    unscored = max(0, len(running.waiting.question) - 1 - running.done)
+    unscored = max(0, len(running.question) - 1 - running.done)
     size = min(size, unscored + outputs)
     wanted = max(0, size - unscored)
     last = _put(batch, done, running, running.slot, work, size, wanted)
@@ -87,7 +88,7 @@ def _put_scored(
 def _put(
     batch: Batch,
     done: BatchPlan,
-    owner: LlamaPrefix | LlamaRunning,
+    owner: LlamaPrefix | LlamaSequence,
     sequence: int,
     tokens: Tokens,
     size: int,
@@ -97,7 +98,7 @@ def _put(
     if size <= 0:
         return -1
     done.pieces.append((owner, size))
-    if isinstance(owner, LlamaRunning) and not owner.in_prefill:
+    if isinstance(owner, LlamaSequence) and not owner.in_prefill:
         done.decoded += size  # Forced tokens of an answer.
     else:
         done.prefilled += size

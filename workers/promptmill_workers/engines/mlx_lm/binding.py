@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from promptmill.errors import DeviceError, ModelError, RequestError
 from promptmill.types import FinishReason, SamplingParams
 from promptmill_workers.engines.answer import Generation
-from promptmill_workers.engines.constraint import GrammarError
+from promptmill_workers.engines.contract import GrammarError
 from promptmill_workers.engines.prefix_plan import Tokens
 
 #: Names a sequence inside the batcher.

@@ -15,9 +15,10 @@ from promptmill.errors import ModelError, RequestError
 from promptmill.types import SamplingParams
 from promptmill_workers.engines.answer import END_OF_THINK, THINK
 from promptmill_workers.engines.chat_template import ANSWERED, PLAIN, after_answer, thinking_names
-from promptmill_workers.engines.contract import EngineRequest, template_digest
+from promptmill_workers.engines.contract import template_digest
 from promptmill_workers.engines.prefix_plan import Tokens
-from promptmill_workers.engines.prompt_pieces import Controls, Piece, begins_twice, pieces_of, text_of
+from promptmill_workers.engines.prompt_pieces import Controls, Piece
+from promptmill_workers.engines.prompts import PromptReader
 
 #: Context of a model whose configuration does not say what it was trained for.
 CONTEXT_UNKNOWN = 4096
@@ -26,7 +27,7 @@ CONTEXT_UNKNOWN = 4096
 NO_CHARACTER = "\ufffd"
 
 
-class MlxTokenizer:
+class MlxTokenizer(PromptReader):
     """The words of an MLX folder: its tokenizer, its chat template and the tokens that end an answer."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,32 +35,15 @@ class MlxTokenizer:
         config = read_json(folder, "config.json")
         self._tokenizer = _load(folder)
         self.context_tokens = _context(config)
-        #: Tokens that it has; the rows of logits may be longer.
-        self.size = len(self._tokenizer)
+        #: The rows of logits may be longer.
+        self.vocabulary = len(self._tokenizer)
+        self.bos = self._tokenizer.bos_token or ""
+        starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        self.start = [each for each in starts if each is not None][:1]
         self.eos_ids = _eos_ids(config, folder, self._tokenizer.eos_token_id)
 
-    def render(self, request: EngineRequest) -> str:
-        """Raises RequestError."""
-        return text_of(self.pieces(request))
-
-    def pieces(self, request: EngineRequest) -> list[Piece]:
-        """The prompt as it is tokenised. Raises RequestError."""
-        return self.opened(request)[0]
-
-    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
-        """The prompt in parts, as ``Controls.parts``. Raises RequestError."""
-        return self._controls.parts(self.pieces(request))
-
-    def has_two_starts(self, request: EngineRequest) -> bool:
-        """Whether the prompt begins with BOS twice. Raises RequestError."""
-        return begins_twice(self.pieces(request), self._tokenizer.bos_token or "")
-
-    def opened(self, request: EngineRequest) -> tuple[list[Piece], bool]:
-        """The prompt, and whether the model begins with its reasoning after it. Raises RequestError."""
-        return pieces_of(request, self._controls, self._chat_template)
-
     @cached_property
-    def _controls(self) -> Controls:
+    def _controls(self) -> Controls:  # type: ignore[override]
         added = self._tokenizer.added_tokens_decoder.values()
         return Controls(
             (each.content for each in added if each.special), (each.content for each in added if not each.special)
@@ -76,82 +60,51 @@ class MlxTokenizer:
         return template_digest(*(known.values() if isinstance(known, dict) else (known,)))
 
     @cached_property
-    def end(self) -> int | None:
-        """The token that ends an answer: what the chat template writes there, else what the tokenizer names."""
+    def end(self) -> int | None:  # type: ignore[override]
+        """What the chat template writes after an answer, else what the tokenizer names."""
         named: int | None = self._tokenizer.eos_token_id
-        if not self._tokenizer.chat_template:
-            return named
         try:
-            after = self._encoded(after_answer(self._chat_template(PLAIN).write(ANSWERED, None, PLAIN, ask=False)))
+            after = self._ids(after_answer(self._chat_template(PLAIN).write(ANSWERED, None, PLAIN, ask=False)))
         except RequestError:
             return named
         return next((each for each in after if each in self.eos_ids), named)
 
-    def tokens(self, request: EngineRequest) -> Tokens:
-        """Raises RequestError, also for a prompt without a single token.
-
-        A template writes special tokens, BOS included, as text. To a raw prompt is added what the model wants at its
-        start and its end.
-        """
-        pieces = self.pieces(request)
-        found: list[int] = []
-        for number, piece in enumerate(self._controls.apart(pieces)):
-            found += (
-                self._inner(piece.text, found[-1], plain=piece.plain)
-                if number
-                else self._encoded(piece.text, plain=piece.plain)
-            )
-        if request.messages is None:
-            found = self._framed(found)
-        if not text_of(pieces) and not found and request.is_scored:
-            # Nothing but what every text begins with (BOS, else EOS): a text is scored from there.
-            starts = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-            found = [each for each in starts if each is not None][:1]
-        if not found:
-            raise RequestError("the prompt has no tokens")
-        return np.array(found, dtype=np.int32)
-
-    def _framed(self, found: list[int]) -> list[int]:
-        """A raw prompt with what belongs at its start, but for a BOS that it has itself, and at its end."""
-        frame = self._tokenizer.encode("", add_special_tokens=True)
+    def _framed(self, tokens: Tokens) -> Tokens:
+        """With what belongs at its start, but for a BOS that it has itself, and at its end. A template writes special
+        tokens, BOS included, as text."""
+        found, frame = tokens.tolist(), self._tokenizer.encode("", add_special_tokens=True)
         bos = self._tokenizer.bos_token_id
         start = frame[:1] if bos is not None and frame[:1] == [bos] else []
-        return [*([] if found[:1] == start else start), *found, *frame[len(start) :]]
+        return np.array([*([] if found[:1] == start else start), *found, *frame[len(start) :]], dtype=np.int32)
 
-    def continuation(self, text: str, *, closed: bool, after: int) -> Tokens:
-        """Tokens of a text that follows a prompt, which ends with the token ``after``; ``closed``: and of the end of
-        the answer. Raises RequestError."""
-        found: list[int] = []
-        for piece in self._controls.apart([Piece(text, plain=True)]):
-            found += self._inner(piece.text, found[-1] if found else after, plain=True)
-        if not found:
-            raise RequestError("a continuation has no tokens")
-        return np.array([*found, self.end] if closed and self.end is not None else found, dtype=np.int32)
+    def _piece_tokens(self, piece: Piece, after: int | None) -> Tokens:
+        ids = self._ids(piece.text, plain=piece.plain) if after is None else self._inner(piece.text, after, piece.plain)
+        return np.array(ids, dtype=np.int32)
 
     def within(self, text: str) -> list[int]:
         """Tokens of a text that is put into an answer; control tokens that it spells are themselves."""
-        return self._inner(text, None, plain=False)
+        return self._inner(text, None, False)
 
-    def _inner(self, text: str, after: int | None, *, plain: bool) -> list[int]:
+    def _inner(self, text: str, after: int | None, plain: bool) -> list[int]:
         """Tokens of a text in the middle of others, ``after`` this token or one that is not special.
 
         SentencePiece puts a space before a text at the start of a prompt and after a special token, and nowhere else.
         """
         if not self._lead or after in self._tokenizer.added_tokens_decoder:
-            return self._encoded(text, plain=plain)
-        return self._encoded(self._lead + text, plain=plain)[len(self._encoded(self._lead)) :]
+            return self._ids(text, plain=plain)
+        return self._ids(self._lead + text, plain=plain)[len(self._ids(self._lead)) :]
 
     @cached_property
     def _lead(self) -> str:
         """What a space is put before, and which joins with nothing; empty where no space is put before a text."""
-        bare = self._encoded("x")
+        bare = self._ids("x")
         for lead in ("\x01", "\n"):
-            known, both = self._encoded(lead), self._encoded(f"{lead}x")
+            known, both = self._ids(lead), self._ids(f"{lead}x")
             if both[: len(known)] == known:
                 return lead if both[len(known) :] != bare else ""
         return ""
 
-    def _encoded(self, text: str, *, plain: bool = False) -> list[int]:
+    def _ids(self, text: str, *, plain: bool = False) -> list[int]:
         # A lone half of a surrogate pair has no UTF-8, which is all the tokenizer takes.
         clean = text.encode("utf-8", errors="replace").decode()
         return list(self._tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=plain, verbose=False))
@@ -207,33 +160,6 @@ class FolderTemplate:
             # Whatever a model's template does wrong concerns this request only.
             raise RequestError(f"the model's chat template refuses the messages: {str(problem)[:120]}") from None
         return str(text)
-
-
-class MlxTokenCounter:
-    """The tokenizer of an MLX folder without its weights."""
-
-    def __init__(self, tokenizer: MlxTokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    @property
-    def context_tokens(self) -> int:
-        return self._tokenizer.context_tokens
-
-    @property
-    def vocabulary(self) -> int:
-        return self._tokenizer.size
-
-    def count(self, request: EngineRequest) -> int:
-        return len(self._tokenizer.tokens(request))
-
-    def render(self, request: EngineRequest) -> str:
-        return self._tokenizer.render(request)
-
-    def parts(self, request: EngineRequest) -> list[tuple[str, str]]:
-        return self._tokenizer.parts(request)
-
-    def has_two_starts(self, request: EngineRequest) -> bool:
-        return self._tokenizer.has_two_starts(request)
 
 
 class MlxAnswerText:
