@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from promptmill.core.settings import Settings
-    from promptmill.service.prepare import RunOptions
-    from promptmill.service.selection import Selection
+    from promptmill.service.job_options import JobOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -39,15 +38,33 @@ spreadsheet_option = click.option(
 
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos", "regex", "thinking", "n",
+    "stop", "choices", "json_schema",
 )  # fmt: skip
 
 
-#: Options that are not named as the parameter that they set.
-OPTIONS = {"json_schema": "--schema", "choices": "--choice", "timeout_s": "--timeout", "n": "-n"}
+class OptionsCommand(click.Command):
+    """A command whose errors name its options as they are typed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from promptmill.errors import BadOption
+
+        try:
+            return super().invoke(ctx)
+        except BadOption as problem:
+            typed = {each.name or "": _typed(each) for each in self.params}
+            for name in (text.partition("=")[0] for text in ctx.params.get("param", ())):
+                if ctx.params.get(name) in (None, ()):
+                    # It was typed as the parameter itself.
+                    typed.pop(name, None)
+            raise problem.spelled(typed) from None
+
+
+def _typed(parameter: click.Parameter) -> str:
+    return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else (parameter.name or "").upper()
 
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of ``run`` and ``submit``."""
+    """The options of ``run`` and ``submit``, called as the fields of JobOptions or the parameters that they set."""
     options: list[Decorator] = [
         click.argument("dataset", required=False),
         click.option("-p", "--prompt", help="One prompt instead of a dataset."),
@@ -58,7 +75,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--expected", multiple=True, help="Field that holds the answer, beside --template; may be repeated."
         ),
-        click.option("--format", "format_", help="Format of the dataset where its name does not tell."),
+        click.option("--format", help="Format of the dataset where its name does not tell."),
         click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.  [default: 256]"),
         click.option("--temperature", type=float, help="0 is greedy.  [default: 0]"),
         click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 keeps all."),
@@ -68,9 +85,11 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--stop", multiple=True, help="End an answer before this text; may be repeated."),
         click.option("--timeout", "timeout_s", type=float, help="Seconds a request may run."),
         click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at end tokens (benchmarks)."),
-        click.option("--schema", type=click.Path(), help="JSON schema that every answer keeps to: a file, or -."),
+        click.option(
+            "--schema", "json_schema", type=click.Path(), help="JSON schema that every answer keeps to: a file, or -."
+        ),
         click.option("--regex", help="Regular expression that every answer matches as a whole."),
-        click.option("--choice", multiple=True, help="One of the possible answers; may be repeated."),
+        click.option("--choice", "choices", multiple=True, help="One of the possible answers; may be repeated."),
         click.option("--thinking", help="Reasoning: on, off, or a budget in tokens.  [default: the model's]"),
         click.option("-n", "n", type=click.IntRange(1), help="Answers to each prompt.  [default: 1]"),
         click.option("--param", multiple=True, help="Any sampling parameter: NAME=VALUE, such as logprobs=true."),
@@ -92,7 +111,10 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="When a job that asks the same is there.  [default: new; on a terminal 'submit' asks]",
         ),
         click.option(
-            "--cache", is_flag=True, help="Take greedy answers that other jobs had, and keep those of this one."
+            "--cache",
+            "use_cache",
+            is_flag=True,
+            help="Take greedy answers that other jobs had, and keep those of this one.",
         ),
         click.option(
             "--store",
@@ -111,60 +133,30 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def run_options(values: dict[str, Any]) -> RunOptions:
-    """The options of :func:`job_options` as the service takes them."""
-    from promptmill.errors import PromptmillError
-    from promptmill.service.prepare import RunOptions
-
-    sampling = _sampling(values)
-    if values["store"] != "full" and values["cache"]:
-        raise PromptmillError("--cache keeps answers", hint=f"Leave it out with --store {values['store']}.")
-    return RunOptions(
-        dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
-        template=values["template"], system=values["system"], expected=values["expected"], sampling=sampling,
-        format=values["format_"],
-        name=values["name"], priority=values.get("priority", 5), selection=_selection(values), slots=values["slots"],
-        context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
-        store=values["store"],
-        skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
-        time_limit=values["time_limit"], if_exists=values["if_exists"] or "new", use_cache=values["cache"],
-    )  # fmt: skip
-
-
-def _sampling(values: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters of the options, checked. Raises PromptmillError that names the option."""
-    from promptmill.tasks.sampling import BadParameter, check_parameter, resolve_sampling
-
-    found = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
-    if values["stop"]:
-        found["stop"] = list(values["stop"])
-    if values["choice"]:
-        found["choices"] = list(values["choice"])
-    if values["schema"]:
-        found["json_schema"] = _schema_text(values["schema"])
-    options = {name: OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in found}
-    for name, value in map(_parameter, values["param"]):
-        if name in options:
-            raise BadParameter(f"--param {name} says again what {options[name]} says: give one of them")
-        found[name], options[name] = value, f"'{name}'"
-    try:
-        for name, value in found.items():
-            check_parameter(name, value)
-        resolve_sampling(found, {})
-    except BadParameter as problem:
-        # A person knows the options, and not what the parameters behind them are called.
-        message = re.sub(r"'(\w+)'", lambda quoted: options.get(quoted[1], quoted[0]), problem.message)
-        raise BadParameter(message, hint=problem.hint) from None
-    return found
-
-
-def _selection(values: dict[str, Any]) -> Selection:
+def options_of(values: dict[str, Any]) -> JobOptions:
+    """The options of :func:`job_options` as one value. Raises PromptmillError that names the option."""
+    from promptmill.service.job_options import JobOptions
     from promptmill.service.selection import Selection, parse_where
 
-    return Selection(
+    given = {name: values.get(name) for name in JobOptions.model_fields}
+    selection = Selection(
         where=parse_where(values["where"]), shuffle=values["shuffle"], sample=values["sample"], limit=values["limit"],
         repeat=values["repeat"], seed=values["selection_seed"],
     )  # fmt: skip
+    return JobOptions.of(given | {"sampling": _sampling(values), "selection": selection})
+
+
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    from promptmill.errors import BadOption
+
+    found = {name: values[name] for name in SAMPLING_OPTIONS if values[name] not in (None, ())}
+    if found.get("json_schema"):
+        found["json_schema"] = _schema_text(found["json_schema"])
+    for name, value in map(_parameter, values["param"]):
+        if name in found:
+            raise BadOption(f"--param {name} says again what '{name}' says: give one of them", option=name)
+        found[name] = value
+    return found
 
 
 def _schema_text(path: str) -> str:
@@ -193,7 +185,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 def job_inputs(values: dict[str, Any]) -> list[str]:
     """The files that ``run``, ``submit`` and ``sweep`` read by their options, and those that the task file names."""
-    found = [values["dataset"], values["task"], values.get("schema"), *(values["model"] or "").split(",")]
+    found = [values["dataset"], values["task"], values.get("json_schema"), *(values["model"] or "").split(",")]
     if (template := values["template"] or "").startswith("@"):
         found.append(template[1:])
     if values["task"] and os.path.isfile(values["task"]):

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptmill.cli.common import (
+    OptionsCommand,
     check_outputs,
     job_inputs,
     job_options,
     json_option,
     open_all,
+    options_of,
     print_json,
-    run_options,
     stderr_console,
 )
 from promptmill.cli.job.ending import end, forget_texts
@@ -25,16 +26,22 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=OptionsCommand,
     epilog="""\b
 Examples:
   promptmill run prompts.txt --model demo
   promptmill run comments.jsonl --model model.gguf --task ads.task.yaml -o results.jsonl
   promptmill run -p "Is this an advertisement?" --model hf:owner/repo:file.gguf
-"""
+""",
 )
 @job_options
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cpu:0-3, cuda:0 or metal.")
-@click.option("--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what the job needs]")
+@click.option(
+    "--context",
+    "context_tokens",
+    type=click.IntRange(16),
+    help="Most tokens of a request.  [default: what the job needs]",
+)
 @click.option("-o", "--output", type=click.Path(), help="Write the results here: .jsonl or .csv; - is stdout.")
 def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Run DATASET through a model on this machine; no server and no broker is needed.
@@ -44,16 +51,16 @@ def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values:
     from promptmill.cli.look.results import write_results
     from promptmill.cli.progress import ProgressView
     from promptmill.core.outputs import is_stdout
-    from promptmill.service import service
+    from promptmill.service import local_run
 
-    options = run_options(values)
+    options = options_of(values)
     if dry_run:
         report_dry_run(options, "embedded", as_json)
         return
     check_outputs(force, output, values["junit"], inputs=job_inputs(values))
     settings, db = open_all()
     with ProgressView() as view:
-        outcome = service.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
+        outcome = local_run.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
     show_numbered(outcome.job_id, db)
     if output:
         write_results(db, outcome.job_id, output)
