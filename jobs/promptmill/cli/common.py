@@ -36,11 +36,6 @@ spreadsheet_option = click.option(
     "[default: --spreadsheet in a file, --exact to stdout]",
 )
 
-SAMPLING_OPTIONS = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos", "regex", "thinking", "n",
-    "stop", "choices", "json_schema",
-)  # fmt: skip
-
 
 class OptionsCommand(click.Command):
     """A command whose errors name its options as they are typed."""
@@ -148,8 +143,9 @@ def options_of(values: dict[str, Any]) -> JobOptions:
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:
     from promptmill.errors import BadOption
+    from promptmill.tasks.sampling import PARAMETERS
 
-    found = {name: values[name] for name in SAMPLING_OPTIONS if values[name] not in (None, ())}
+    found = {name: values[name] for name in PARAMETERS if values.get(name) not in (None, ())}
     if found.get("json_schema"):
         found["json_schema"] = _schema_text(found["json_schema"])
     for name, value in map(_parameter, values["param"]):

@@ -16,6 +16,7 @@ from pydantic import (
     InstanceOf,
     Strict,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -143,15 +144,10 @@ class JobOptions(BaseModel):
             )
         return spec
 
-    @field_validator("deadline")
+    @field_validator("deadline", "expires")
     @classmethod
-    def _deadline(cls, given: str | Moment | None) -> Moment | None:
-        return moment(given, "deadline") if isinstance(given, str) else given
-
-    @field_validator("expires")
-    @classmethod
-    def _expires(cls, given: str | Moment | None) -> Moment | None:
-        return moment(given, "expires") if isinstance(given, str) else given
+    def _moment(cls, given: str | Moment | None, field: ValidationInfo) -> Moment | None:
+        return moment(given, str(field.field_name)) if isinstance(given, str) else given
 
     @field_validator("time_limit")
     @classmethod
