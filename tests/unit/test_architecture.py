@@ -22,7 +22,7 @@ STEP = re.compile(r"^\d+\. " + NAMED.pattern, re.MULTILINE)
 COUNTS = re.compile(r"^(\d+) functions in (\d+) files, (\d+) returns to a file that was left\.$", re.MULTILINE)
 
 #: Most functions, files and returns from a dataset line to a stored row: the way must stay one that can be read.
-MOST = (35, 17, 5)
+MOST = (35, 16, 5)
 
 
 def file_of(name: str) -> Path:

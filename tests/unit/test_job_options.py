@@ -12,8 +12,7 @@ from click.testing import CliRunner
 import promptmill
 from promptmill.api.http import errors as api_errors
 from promptmill.cli import cli
-from promptmill.cli.common import options_of
-from promptmill.cli.job.run import run
+from promptmill.cli.job.run import options_of, run
 from promptmill.errors import BadOption
 from promptmill.service.job_options import JobOptions
 from promptmill.service.python_api import JobKeywords

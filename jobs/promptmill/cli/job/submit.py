@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptmill.cli.common import (
-    OptionsCommand,
-    check_outputs,
-    job_inputs,
-    job_options,
-    open_all,
-    options_of,
-    print_json,
-)
+from promptmill.cli.common import OptionsCommand, check_outputs, open_all, print_json
+from promptmill.cli.job.run import job_inputs, job_options, options_of
 from promptmill.core.terminal import say
 
 if TYPE_CHECKING:
