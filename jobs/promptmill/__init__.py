@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from promptmill.errors import PromptmillError
+    from promptmill.service.job_options import JobOptions
     from promptmill.service.python_api import Job, job, run, submit
     from promptmill.service.selection import Selection
 
-__all__ = ["Job", "PromptmillError", "Selection", "job", "run", "submit"]
+__all__ = ["Job", "JobOptions", "PromptmillError", "Selection", "job", "run", "submit"]
 
-_HOME = {"PromptmillError": "promptmill.errors", "Selection": "promptmill.service.selection"}
+_HOME = {
+    "JobOptions": "promptmill.service.job_options", "PromptmillError": "promptmill.errors",
+    "Selection": "promptmill.service.selection",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

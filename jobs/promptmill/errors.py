@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 #: Exit codes of the command line. 130 is what shells give a program ended by Ctrl-C.
@@ -30,6 +31,22 @@ class PromptmillError(Exception):
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints of it."""
         return {"error": type(self).__name__, "message": self.message, "hint": self.hint, "exit_code": self.exit_code}
+
+
+class BadOption(PromptmillError):
+    """An option of a job cannot be used. Its message quotes options by their fields, such as 'max_errors'."""
+
+    def __init__(self, message: str, *, option: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
+
+    def spelled(self, options: Mapping[str, str]) -> BadOption:
+        """The same for a caller who knows the fields by other names."""
+
+        def said(text: str) -> str:
+            return re.sub(r"'(\w+)'", lambda quoted: options.get(quoted[1], quoted[0]), text)
+
+        return BadOption(said(self.message), option=self.option, hint=said(self.hint) if self.hint else None)
 
 
 class SettingsError(PromptmillError):

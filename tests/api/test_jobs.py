@@ -104,7 +104,7 @@ def test_a_file_with_a_task_is_scored(served: Server, client: openai.OpenAI) -> 
         ({"model": ECHO, "file_id": "file-none"}, 404, None),
         ({"model": ECHO, "lines": [{"prompt": 1}]}, 400, None),
         ({"model": ECHO, "lines": ["x"], "nonsense": 1}, 400, "nonsense"),
-        ({"model": ECHO, "lines": ["x"], "sampling": {"temperature": "hot"}}, 400, None),
+        ({"model": ECHO, "lines": ["x"], "sampling": {"temperature": "hot"}}, 400, "sampling"),
         ({"model": ECHO, "lines": ["x"], "name": "@last"}, 400, "name"),
         ({"model": ECHO, "lines": ["x"], "deadline": "never"}, 400, "deadline"),
         ({"model": ECHO, "lines": ["x"], "deadline": "2001-01-01"}, 400, "deadline"),

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from promptmill.core.settings import Settings
 from promptmill.database.engine import connect, reading
 from promptmill.database.tables import jobs
 from promptmill.errors import JobExists, QueueFull
-from promptmill.readers import open_dataset
 from promptmill.service import submission
-from promptmill.service.submission import JobOrder, submit
+from promptmill.service.job_options import JobOptions
+from promptmill.service.prepare import prepare
+from promptmill.service.submission import submit
 from tests.conftest import wait_until
 
-ORDER = JobOrder(model="echo", mode="queue")
+
+def submitted(database: sa.Engine, path: Path, queue_limit: int = 10_000_000, **options: Any) -> str:
+    wanted = JobOptions(dataset=str(path), model="echo", **options)
+    with prepare(wanted, Settings(max_queued_requests=queue_limit), "queue") as prepared:
+        return submit(database, prepared)
 
 
-def at_once(database: sa.Engine, path: Path, order: JobOrder) -> list[str]:
+def at_once(database: sa.Engine, path: Path, **options: Any) -> list[str]:
     """Four submissions of one file; what became of each."""
 
     def one(_: int) -> str:
         try:
-            with open_dataset(str(path)) as dataset:
-                return submit(database, dataset, order)
+            return submitted(database, path, **options)
         except (JobExists, QueueFull) as problem:
             return type(problem).__name__
 
@@ -43,23 +48,23 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_of_four_that_ask_the_same_one_is_stored(database: sa.Engine, path: Path) -> None:
-    became = at_once(database, path, replace(ORDER, if_exists="fail"))
+    became = at_once(database, path, if_exists="fail")
     assert became.count("JobExists") == 3
     with database.connect() as db:
         assert db.execute(sa.select(sa.func.count()).select_from(jobs)).scalar() == 1
 
 
 def test_four_do_not_fill_the_queue_above_its_limit(database: sa.Engine, path: Path) -> None:
-    became = at_once(database, path, replace(ORDER, queue_limit=7000))
+    became = at_once(database, path, queue_limit=7000)
     assert became.count("QueueFull") == 2
 
 
 def test_a_table_that_is_vacuumed_keeps_no_submission_waiting(migrated_postgres_url: str, path: Path) -> None:
     database = connect(migrated_postgres_url)
-    with open_dataset(str(path)) as dataset, ThreadPoolExecutor(1) as threads:
+    with ThreadPoolExecutor(1) as threads:
         with database.begin() as vacuum:
             vacuum.exec_driver_sql("LOCK TABLE requests, chunks IN SHARE UPDATE EXCLUSIVE MODE")
-            stored = threads.submit(submit, database, dataset, ORDER)
+            stored = threads.submit(submitted, database, path)
             wait_until(stored.done, "the job is stored", 20)
         assert stored.result()
     database.dispose()
@@ -78,6 +83,5 @@ def test_a_job_is_stored_whatever_becomes_of_the_statistics(
         raise sa.exc.OperationalError("ANALYZE", {}, Exception("no room"))
 
     monkeypatch.setattr(submission, "refresh_statistics", refused)
-    with open_dataset(str(path)) as dataset:
-        assert [submit(database, dataset, ORDER)] == seen
+    assert [submitted(database, path)] == seen
     database.dispose()

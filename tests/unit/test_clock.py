@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from promptmill.core.spans import moment
+from promptmill.core.settings import Settings
 from promptmill.database.clock import DatabaseClock
 from promptmill.database.engine import connect, epoch
 from promptmill.database.tables import jobs, metadata, results
 from promptmill.ledger import Ledger
-from promptmill.readers import open_dataset
-from promptmill.service.submission import JobOrder, submit
+from promptmill.service.job_options import JobOptions
+from promptmill.service.prepare import prepare
+from promptmill.service.submission import submit
 from promptmill.store import catalog
 from promptmill.store.retention import old_jobs
 from promptmill.types import ErrorClass, Failed, FinishReason, Lease, Ok, Timing, Usage
@@ -53,9 +54,9 @@ def submitted(db: sa.Engine, tmp_path: Path) -> Callable[..., str]:
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
 
     def one(deadline: str | None = None) -> str:
-        order = JobOrder(model="echo", mode="queue", deadline=moment(deadline, "--deadline"))
-        with open_dataset(str(path), format=None, has_template=False) as dataset:
-            return submit(db, dataset, order)
+        options = JobOptions(dataset=str(path), model="echo", deadline=deadline)
+        with prepare(options, Settings(), "queue") as prepared:
+            return submit(db, prepared)
 
     return one
 

@@ -12,7 +12,7 @@ from promptmill.cli import main
 from promptmill.core.resources import resource_dir
 from promptmill.errors import BadLines, DatasetError, TaskFileError
 from promptmill.readers import checked, open_dataset
-from promptmill.service.prepare import validate_dataset
+from promptmill.service.lint import validate_dataset
 from promptmill.tasks.task_file import parse_task
 from promptmill.types import DatasetLine
 

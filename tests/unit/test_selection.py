@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from promptmill.core.settings import Settings
 from promptmill.errors import DatasetError
+from promptmill.service.job_options import JobOptions
+from promptmill.service.prepare import prepare
+from promptmill.service.rows import Rows
 from promptmill.service.selection import Selection, parse_where
-from promptmill.service.submission import JobOrder, Preparer
 from promptmill.tasks.sampling import resolve_sampling
 from promptmill.types import DatasetLine
 
@@ -88,27 +92,35 @@ def test_where_is_a_field_and_a_value() -> None:
         parse_where(("nonsense",))
 
 
-def seeds(line: DatasetLine, repeat: int, **sampling: Any) -> list[int | None]:
-    """The seed of each row that a line becomes, as a worker resolves it from what is stored."""
-    preparer = Preparer(JobOrder("echo", "embedded", sampling=sampling), None)
-    rows = [preparer.prepare(each, row) for row, each in enumerate(Selection(repeat=repeat).apply(iter([line])))]
-    return [resolve_sampling(sampling, json.loads(row.sampling) if row and row.sampling else {}).seed for row in rows]
+@pytest.fixture
+def seeds(tmp_path: Path) -> Callable[..., list[int | None]]:
+    """The seed of each row that one line becomes, as a worker resolves it from what is stored."""
+
+    def of(line: dict[str, Any], repeat: int, **sampling: Any) -> list[int | None]:
+        path = tmp_path / "line.jsonl"
+        path.write_text(json.dumps({"id": "a", "prompt": "p"} | line) + "\n")
+        options = JobOptions(dataset=str(path), model="echo", sampling=sampling, selection=Selection(repeat=repeat))
+        with prepare(options, Settings(), "embedded") as prepared:
+            stored = [json.loads(row.sampling) if row.sampling else {} for row in Rows(prepared)]
+        return [resolve_sampling(sampling, own).seed for own in stored]
+
+    return of
 
 
-def test_each_repetition_draws_with_a_seed_of_its_own() -> None:
-    line = DatasetLine(1, "a", "p")
-    assert seeds(line, 3, seed=5, temperature=1.0) == [5, 6, 7]
-    assert seeds(line, 3, seed=5, temperature=1.0, n=4) == [5, 9, 13]
-    assert seeds(replace(line, sampling={"seed": 7, "max_tokens": 3}), 2, seed=5, temperature=1.0) == [7, 8]
-    assert seeds(line, 2, seed=2**63 - 1, temperature=1.0) == [2**63 - 1, -(2**63)]
+def test_each_repetition_draws_with_a_seed_of_its_own(seeds: Callable[..., list[int | None]]) -> None:
+    assert seeds({}, 3, seed=5, temperature=1.0) == [5, 6, 7]
+    assert seeds({}, 3, seed=5, temperature=1.0, n=4) == [5, 9, 13]
+    assert seeds({"seed": 7, "max_tokens": 3}, 2, seed=5, temperature=1.0) == [7, 8]
+    assert seeds({}, 2, seed=2**63 - 1, temperature=1.0) == [2**63 - 1, -(2**63)]
 
 
-def test_repetitions_without_a_seed_draw_one_and_greedy_ones_stay_the_same_question() -> None:
-    line = DatasetLine(1, "a", "p")
-    assert seeds(line, 2, temperature=1.0) == [None, None]
-    assert seeds(line, 2, seed=5) == [5, 5]
+def test_repetitions_without_a_seed_draw_one_and_greedy_ones_stay_the_same_question(
+    seeds: Callable[..., list[int | None]],
+) -> None:
+    assert seeds({}, 2, temperature=1.0) == [None, None]
+    assert seeds({}, 2, seed=5) == [5, 5]
 
 
-def test_the_rows_of_a_repetition_are_the_same_whenever_they_are_made() -> None:
-    line = DatasetLine(1, "a", "p", sampling={"seed": 3, "temperature": 1.0})
+def test_the_rows_of_a_repetition_are_the_same_whenever_they_are_made(seeds: Callable[..., list[int | None]]) -> None:
+    line = {"seed": 3, "temperature": 1.0}
     assert seeds(line, 5) == seeds(line, 5) == seeds(line, 9)[:5]

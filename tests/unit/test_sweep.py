@@ -19,7 +19,7 @@ from promptmill.reports.compare.sweep import Setting, Sweep, recommended, text, 
 from promptmill.reports.compare.trend import change_points, trends
 from promptmill.reports.compare.trend import text as trend_text
 from promptmill.reports.figures.summary import summarise
-from promptmill.service.prepare import RunOptions
+from promptmill.service.job_options import JobOptions
 from promptmill.service.selection import Selection
 from promptmill.store.tags import add_tags, remove_tags, tagged, tags_of
 from tests.unit.test_reports import START, answer, db, store
@@ -84,7 +84,7 @@ def test_each_form_of_a_sweep_has_every_setting(db: sa.Engine, form: str) -> Non
 
 
 def test_settings_are_run_in_turns_there_and_back() -> None:
-    plan = Plan(RunOptions(), {"slots": [1, 2], "kv_type": ["f16", "q8_0"]}, 2, "t")
+    plan = Plan(JobOptions(dataset="d.jsonl"), {"slots": [1, 2], "kv_type": ["f16", "q8_0"]}, 2, "t")
     assert [each["slots"] for each in plan.combinations()] == [1, 1, 2, 2]
     assert [place for _, place in plan.order()] == [0, 1, 2, 3, 3, 2, 1, 0]
 
@@ -167,7 +167,7 @@ def file_db(tmp_path: Path) -> Iterator[sa.Engine]:
 def test_a_tag_of_other_work_is_refused_before_anything_runs(file_db: sa.Engine, tmp_path: Path) -> None:
     for name in ("two", "other"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{name} {row}"}}\n' for row in range(3)))
-    options = RunOptions(dataset=str(tmp_path / "two.jsonl"), model="echo", sampling={"temperature": 0.0})
+    options = JobOptions(dataset=str(tmp_path / "two.jsonl"), model="echo", sampling={"temperature": 0.0})
     plan = Plan(options, {"slots": [1, 2], "max_tokens": [5, 10]}, 1, "swp")
     settings = Settings(runtime_dir=str(tmp_path / "run"))
     first, _ = sweep(plan, settings, file_db)
@@ -181,5 +181,5 @@ def test_a_tag_of_other_work_is_refused_before_anything_runs(file_db: sa.Engine,
         ({"sampling": {"temperature": 1.0}}, "sampling"),
     ):
         with pytest.raises(PromptmillError, match=rf"tag 'swp' holds runs of other work \(job .*: {what} differs\)"):
-            sweep(replace(plan, options=replace(options, **change)), settings, file_db)
+            sweep(replace(plan, options=options.changed(**change)), settings, file_db)
     assert [each.id for each in tagged(file_db, "swp")] == [each[0] for each in jobs]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,10 +17,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from promptmill.core.settings import Settings
-    from promptmill.service.prepare import RunOptions
-    from promptmill.service.selection import Selection
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -37,170 +30,26 @@ spreadsheet_option = click.option(
     "[default: --spreadsheet in a file, --exact to stdout]",
 )
 
-SAMPLING_OPTIONS = (
-    "max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "timeout_s", "ignore_eos", "regex", "thinking", "n",
-)  # fmt: skip
+
+class OptionsCommand(click.Command):
+    """A command whose errors name its options as they are typed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from promptmill.errors import BadOption
+
+        try:
+            return super().invoke(ctx)
+        except BadOption as problem:
+            typed = {each.name or "": _typed(each) for each in self.params}
+            for name in (text.partition("=")[0] for text in ctx.params.get("param", ())):
+                if ctx.params.get(name) in (None, ()):
+                    # It was typed as the parameter itself.
+                    typed.pop(name, None)
+            raise problem.spelled(typed) from None
 
 
-#: Options that are not named as the parameter that they set.
-OPTIONS = {"json_schema": "--schema", "choices": "--choice", "timeout_s": "--timeout", "n": "-n"}
-
-
-def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of ``run`` and ``submit``."""
-    options: list[Decorator] = [
-        click.argument("dataset", required=False),
-        click.option("-p", "--prompt", help="One prompt instead of a dataset."),
-        click.option("-m", "--model", help="GGUF file, MLX folder, demo, or hf:owner/repo[:file].  [env: JOBS_MODEL]"),
-        click.option("--task", type=click.Path(), help="Task file (YAML): prompts, sampling, scores."),
-        click.option("--template", help="Jinja2 template of the user's message, or @FILE."),
-        click.option("--system", help="System message."),
-        click.option(
-            "--expected", multiple=True, help="Field that holds the answer, beside --template; may be repeated."
-        ),
-        click.option("--format", "format_", help="Format of the dataset where its name does not tell."),
-        click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.  [default: 256]"),
-        click.option("--temperature", type=float, help="0 is greedy.  [default: 0]"),
-        click.option("--top-k", type=click.IntRange(0), help="Keep the k likeliest tokens; 0 keeps all."),
-        click.option("--top-p", type=float, help="Keep the likeliest tokens of this summed probability."),
-        click.option("--min-p", type=float, help="Drop tokens less likely than this share of the likeliest."),
-        click.option("--seed", type=int, help="Seed of each request's random stream."),
-        click.option("--stop", multiple=True, help="End an answer before this text; may be repeated."),
-        click.option("--timeout", "timeout_s", type=float, help="Seconds a request may run."),
-        click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at end tokens (benchmarks)."),
-        click.option("--schema", type=click.Path(), help="JSON schema that every answer keeps to: a file, or -."),
-        click.option("--regex", help="Regular expression that every answer matches as a whole."),
-        click.option("--choice", multiple=True, help="One of the possible answers; may be repeated."),
-        click.option("--thinking", help="Reasoning: on, off, or a budget in tokens.  [default: the model's]"),
-        click.option("-n", "n", type=click.IntRange(1), help="Answers to each prompt.  [default: 1]"),
-        click.option("--param", multiple=True, help="Any sampling parameter: NAME=VALUE, such as logprobs=true."),
-        click.option("--where", multiple=True, help="Take lines with FIELD=VALUE only; may be repeated."),
-        click.option("--sample", type=click.IntRange(1), help="Draw N of the lines."),
-        click.option("--shuffle", is_flag=True, help="Take the lines in random order."),
-        click.option("--selection-seed", type=int, default=0, help="Seed of --sample and --shuffle.  [default: 0]"),
-        click.option("--limit", type=click.IntRange(1), help="Take the first N lines only."),
-        click.option("--repeat", type=click.IntRange(1), default=1, help="Ask each line N times.  [default: 1]"),
-        click.option("--slots", type=click.IntRange(1), help="Sequences decoded together.  [env: JOBS_SLOTS]"),
-        click.option("--name", help="A name for the job."),
-        click.option("--max-errors", help="Stop when more rows fail: N or x%.  [default: the first 50 all fail]"),
-        click.option("--skip-invalid", is_flag=True, help="Record bad lines as errors and run the rest."),
-        click.option("--deadline", help="End the job then: 2h30m from now, or a time such as 2026-12-24T18:00."),
-        click.option("--time-limit", help="End the job when it has run so long, such as 45m."),
-        click.option(
-            "--if-exists",
-            type=click.Choice(["new", "attach", "fail"]),
-            help="When a job that asks the same is there.  [default: new; on a terminal 'submit' asks]",
-        ),
-        click.option(
-            "--cache", is_flag=True, help="Take greedy answers that other jobs had, and keep those of this one."
-        ),
-        click.option(
-            "--store",
-            type=click.Choice(["full", "hash", "none"]),
-            default="full",
-            show_default=True,
-            help="What stays of prompts and answers when the job has ended.",
-        ),
-        click.option("--junit", type=click.Path(), help="Write the task's gates there as JUnit XML."),
-        force_option,
-        click.option("--dry-run", is_flag=True, help="Check everything, measure the prompts, store nothing."),
-        json_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def run_options(values: dict[str, Any]) -> RunOptions:
-    """The options of :func:`job_options` as the service takes them."""
-    from promptmill.errors import PromptmillError
-    from promptmill.service.prepare import RunOptions
-
-    sampling = _sampling(values)
-    if values["store"] != "full" and values["cache"]:
-        raise PromptmillError("--cache keeps answers", hint=f"Leave it out with --store {values['store']}.")
-    return RunOptions(
-        dataset=values["dataset"], prompt=values["prompt"], model=values["model"], task=values["task"],
-        template=values["template"], system=values["system"], expected=values["expected"], sampling=sampling,
-        format=values["format_"],
-        name=values["name"], priority=values.get("priority", 5), selection=_selection(values), slots=values["slots"],
-        context_tokens=values.get("context"), device=values.get("device", "auto"), max_errors=values["max_errors"],
-        store=values["store"],
-        skip_invalid=values["skip_invalid"], deadline=values["deadline"], expires=values.get("expires"),
-        time_limit=values["time_limit"], if_exists=values["if_exists"] or "new", use_cache=values["cache"],
-    )  # fmt: skip
-
-
-def _sampling(values: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters of the options, checked. Raises PromptmillError that names the option."""
-    from promptmill.tasks.sampling import BadParameter, check_parameter, resolve_sampling
-
-    found = {name: values[name] for name in SAMPLING_OPTIONS if values.get(name) is not None}
-    if values["stop"]:
-        found["stop"] = list(values["stop"])
-    if values["choice"]:
-        found["choices"] = list(values["choice"])
-    if values["schema"]:
-        found["json_schema"] = _schema_text(values["schema"])
-    options = {name: OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in found}
-    for name, value in map(_parameter, values["param"]):
-        if name in options:
-            raise BadParameter(f"--param {name} says again what {options[name]} says: give one of them")
-        found[name], options[name] = value, f"'{name}'"
-    try:
-        for name, value in found.items():
-            check_parameter(name, value)
-        resolve_sampling(found, {})
-    except BadParameter as problem:
-        # A person knows the options, and not what the parameters behind them are called.
-        message = re.sub(r"'(\w+)'", lambda quoted: options.get(quoted[1], quoted[0]), problem.message)
-        raise BadParameter(message, hint=problem.hint) from None
-    return found
-
-
-def _selection(values: dict[str, Any]) -> Selection:
-    from promptmill.service.selection import Selection, parse_where
-
-    return Selection(
-        where=parse_where(values["where"]), shuffle=values["shuffle"], sample=values["sample"], limit=values["limit"],
-        repeat=values["repeat"], seed=values["selection_seed"],
-    )  # fmt: skip
-
-
-def _schema_text(path: str) -> str:
-    """The text of a schema file. Raises PromptmillError."""
-    from promptmill.core.text_files import read_text, without_marks
-    from promptmill.errors import RequestError
-
-    try:
-        return without_marks(sys.stdin.read()) if path == "-" else read_text(path)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RequestError(f"--schema {path}: {getattr(problem, 'strerror', None) or 'not UTF-8'}") from None
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE``; the value as JSON where it is JSON, else as text. Raises PromptmillError."""
-    from promptmill.errors import RequestError
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RequestError(f"--param {text}: not NAME=VALUE", hint="For instance --param repetition_penalty=1.1.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def job_inputs(values: dict[str, Any]) -> list[str]:
-    """The files that ``run``, ``submit`` and ``sweep`` read by their options, and those that the task file names."""
-    found = [values["dataset"], values["task"], values.get("schema"), *(values["model"] or "").split(",")]
-    if (template := values["template"] or "").startswith("@"):
-        found.append(template[1:])
-    if values["task"] and os.path.isfile(values["task"]):
-        folder, text = os.path.split(values["task"])[0], Path(values["task"]).read_bytes().decode(errors="replace")
-        # Whatever is named like a file is one: scorers, few-shot examples.
-        found += [path for word in re.findall(r"[\w./-]+", text) if os.path.isfile(path := os.path.join(folder, word))]
-    return [each for each in found if each]
+def _typed(parameter: click.Parameter) -> str:
+    return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else (parameter.name or "").upper()
 
 
 def check_outputs(force: bool, *outputs: str | None, inputs: Sequence[str | None] = ()) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
-from promptmill.errors import JobError
+from promptmill.errors import BadOption
 
 _UNITS_S = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 
@@ -14,12 +14,12 @@ _HINT = "Write a span such as 90s, 45m, 2h30m or 1d."
 
 
 def span_s(text: str | None, option: str) -> float | None:
-    """Seconds of ``90s``, ``2h30m`` or ``1d``. Raises :class:`JobError` naming the ``option``."""
+    """Seconds of ``90s``, ``2h30m`` or ``1d``. Raises :class:`BadOption` naming the ``option``."""
     if text is None:
         return None
     seconds = _span(text)
     if not seconds:
-        raise JobError(f"{option} {text!r} is no span of time", hint=_HINT)
+        raise BadOption(f"'{option}' \"{text}\" is no span of time", option=option, hint=_HINT)
     return seconds
 
 
@@ -29,35 +29,35 @@ class Moment:
 
     seconds: float
     is_span: bool = False
-    #: How it was given, where a time that has passed is to be refused.
-    given: str | None = None
+    #: The option that gave it, and how, where a time that has passed is to be refused.
+    option: str | None = None
+    given: str = ""
 
     def by(self, now: float) -> float:
-        """Seconds since the epoch; ``now`` is the database's. Raises :class:`JobError` for a time that has passed."""
+        """Seconds since the epoch; ``now`` is the database's. Raises :class:`BadOption` for a time that has passed."""
         if self.is_span:
             return now + self.seconds
-        if self.given is not None and self.seconds <= now:
-            raise JobError(f"{self.given} has passed", hint="Give a later time.")
+        if self.option is not None and self.seconds <= now:
+            raise BadOption(f"'{self.option}' {self.given} has passed", option=self.option, hint="Give a later time.")
         return self.seconds
 
 
-def moment(text: str | None, option: str) -> Moment | None:
+def moment(text: str, option: str) -> Moment:
     """A span from now, or a time such as ``2026-12-24T18:00`` (local unless it says).
 
-    Raises :class:`JobError` naming the ``option``.
+    Raises :class:`BadOption` naming the ``option``.
     """
-    if text is None:
-        return None
     seconds = _span(text)
     if seconds:
         return Moment(seconds, is_span=True)
     try:
         at = datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise JobError(
-            f"{option} {text!r} is neither a span nor a time", hint=f"{_HINT[:-1]}, or a time such as 2026-12-24T18:00."
-        ) from None
-    return Moment(at, given=f"{option} {text}")
+        raise BadOption(
+            f"'{option}' \"{text}\" is neither a span nor a time", option=option,
+            hint=f"{_HINT[:-1]}, or a time such as 2026-12-24T18:00.",
+        ) from None  # fmt: skip
+    return Moment(at, option=option, given=text)
 
 
 def _span(text: str) -> float:

@@ -236,8 +236,8 @@ def whole_job(
 ) -> BenchFigures:
     """A job on a fresh SQLite database, as ``promptmill run`` does it; its figures come from its rows."""
     from promptmill.reports.figures.summary import summarise
-    from promptmill.service import service
-    from promptmill.service.prepare import RunOptions
+    from promptmill.service.job_options import JobOptions
+    from promptmill.service.local_run import run
 
     with tempfile.TemporaryDirectory(prefix="promptmill-bench-") as folder:
         dataset = Path(folder) / "bench.jsonl"
@@ -246,8 +246,8 @@ def whole_job(
         dataset.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         db = open_database(f"sqlite:///{folder}/bench.sqlite")
         try:
-            options = RunOptions(dataset=str(dataset), model=model, slots=slots, device=device)
-            job_id = service.run(options, settings, db).job_id
+            options = JobOptions(dataset=str(dataset), model=model, slots=slots, device=device)
+            job_id = run(options, settings, db).job_id
             summary, spent = summarise(db, job_id), _engine_seconds(db, job_id)
         finally:
             db.dispose()

@@ -9,9 +9,7 @@ lm_eval.simple_evaluate(model=PromptmillLM(model="demo"), tasks=["arc_easy"])
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import JobError
@@ -112,10 +110,7 @@ class PromptmillLM(LM):  # type: ignore[misc]
         """One result for each line, in their order. Raises :class:`JobError` for a line without an answer."""
         if not lines:
             return
-        with tempfile.TemporaryDirectory(prefix="promptmill-") as folder:
-            path = Path(folder) / "harness.jsonl"
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            job = self._run(path)
+        job = self._run(lines)
         self.jobs.append(job.id)
         for result in job.results():
             if result["state"] != "ok":
@@ -126,11 +121,13 @@ class PromptmillLM(LM):  # type: ignore[misc]
                 )
             yield result
 
-    def _run(self, path: Path) -> python_api.Job:
-        said: dict[str, Any] = {"model": self._model, "name": self._name, "database_url": self._database_url}
+    def _run(self, lines: Sequence[dict[str, Any]]) -> python_api.Job:
+        asked: python_api.JobKeywords = {
+            "model": self._model, "name": self._name, "slots": self._slots, "format": "openai_batch",
+        }  # fmt: skip
         if not self._queue:
-            return python_api.run(path, slots=self._slots, **said)
-        return python_api.submit(path, slots=self._slots, **said).wait(self._timeout_s)
+            return python_api.run(lines, database_url=self._database_url, **asked)
+        return python_api.submit(lines, database_url=self._database_url, **asked).wait(self._timeout_s)
 
 
 #: Before a chat that stands where the harness has the text of a prompt.

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from promptmill.core.settings import Settings
 from promptmill.errors import PromptmillError, UnknownName
 from promptmill.reports.compare.sweep import ENGINE, Setting, Sweep
 from promptmill.reports.figures.summary import Summary, summarise
-from promptmill.service.prepare import RunOptions, prepare
-from promptmill.service.service import run
+from promptmill.service.job_options import JobOptions
+from promptmill.service.local_run import run
+from promptmill.service.prepare import prepare
 from promptmill.service.submission import job_columns
 from promptmill.store.tags import add_tags, checked, set_engine_settings, tagged
 
@@ -44,7 +45,7 @@ WORK = (
 class Plan:
     """What is asked of a sweep. ``axes``: setting -> its values, ``model`` and ``slots`` among them."""
 
-    options: RunOptions
+    options: JobOptions
     axes: Mapping[str, Sequence[Any]]
     repeat: int
     tag: str
@@ -105,7 +106,7 @@ def sweep(
     failures: list[list[str]] = [[] for _ in combinations]
     finished = True
     with _readable_again(plan.options.dataset) as dataset:
-        chosen = [(replace(options, dataset=dataset, name=None), own) for options, own in chosen]
+        chosen = [(options.changed(dataset=dataset, name=None), own) for options, own in chosen]
         _refuse_other_work(plan, chosen, known)
         for number, (turn, place) in enumerate(plan.order(), 1):
             if len(done[place]) > turn:
@@ -140,7 +141,7 @@ def _settings(
     return tuple(found)
 
 
-def _chosen(plan: Plan, settings: Settings, values: Mapping[str, Any]) -> tuple[RunOptions, Settings]:
+def _chosen(plan: Plan, settings: Settings, values: Mapping[str, Any]) -> tuple[JobOptions, Settings]:
     """Options and settings of one combination. Raises PromptmillError for a value that is none."""
     engine = {name: value for name, value in values.items() if name in ENGINE}
     sampling = {name: value for name, value in values.items() if name not in (*ENGINE, "model", "slots")}
@@ -149,11 +150,10 @@ def _chosen(plan: Plan, settings: Settings, values: Mapping[str, Any]) -> tuple[
     except ValidationError as problem:
         first = problem.errors()[0]
         raise PromptmillError(f"--set {first['loc'][0]}={first['input']}: {first['msg']}") from None
-    options = replace(
-        plan.options,
+    options = plan.options.changed(
         model=values.get("model", plan.options.model),
         slots=values.get("slots", plan.options.slots),
-        sampling=plan.options.sampling | sampling,
+        sampling=dict(plan.options.sampling) | sampling,
     )
     return options, own
 
@@ -169,7 +169,7 @@ def _completed(db: Engine, plan: Plan, values: Mapping[str, Any]) -> list[Row[An
 
 
 def _refuse_other_work(
-    plan: Plan, chosen: Sequence[tuple[RunOptions, Settings]], known: Sequence[Sequence[Row[Any]]]
+    plan: Plan, chosen: Sequence[tuple[JobOptions, Settings]], known: Sequence[Sequence[Row[Any]]]
 ) -> None:
     """Raises PromptmillError for jobs of the tag that did other work: their figures are no answer to this plan."""
     asked: dict[Any, dict[str, Any]] = {}
@@ -178,7 +178,7 @@ def _refuse_other_work(
             # A model's files and its tokeniser are looked at once, however many combinations have it.
             if options.model not in asked:
                 with prepare(options, settings, "embedded") as prepared:
-                    asked[options.model] = _work(job_columns(prepared.dataset, prepared.order), plan)
+                    asked[options.model] = _work(job_columns(prepared), plan)
             found = _work(job._asdict(), plan)
             differing = [name for name in WORK if found[name] != asked[options.model][name]]
             if differing:

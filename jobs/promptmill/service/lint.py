@@ -10,8 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptmill.core.settings import Settings, load_settings
+from promptmill.service.job_options import JobOptions
+from promptmill.service.prepare import Prepared, check_scorers, find_model, open_with
+from promptmill.service.rows import Rows
 from promptmill.tasks import json_schemas
-from promptmill.tasks.task_file import Task
+from promptmill.tasks.sampling import resolve_sampling
+from promptmill.tasks.task_file import Task, load_task
 
 #: Labels listed of each field; a field with more different values is a number or a text, not a class.
 MOST_LABELS = 50
@@ -24,6 +29,29 @@ SHOWN = 10
 
 #: A line whose id was used before got ``#2``, ``#3`` behind it.
 _NUMBERED = re.compile(r"#\d+$")
+
+
+def validate_dataset(
+    path: str, task_path: str | None, format_: str | None, model: str | None = None, settings: Settings | None = None
+) -> dict[str, Any]:
+    """Read every line as a job would, and look for what would spoil its scores.
+
+    With ``model``, prompts are measured with its tokeniser. Raises BadLines and its kin for what a job would refuse.
+    """
+    task = load_task(task_path) if task_path else None
+    check_scorers(task)
+    gauge = find_model(model, None, settings or load_settings(), must_be_here=True)[1] if model is not None else None
+    with open_with(path, format_, task) as dataset:
+        prepared = Prepared(JobOptions(dataset=path), "embedded", dataset, task, model or "none", gauge=gauge)
+        lint = Lint(task, resolve_sampling(prepared.sampling, {}).max_tokens, gauge.tokens_of if gauge else None)
+        rows = Rows(prepared)
+        for row in rows:
+            lint.add(row.custom_id, row.input, row.expected)
+        rows.refuse_bad(submitting=False)
+        return {
+            "name": dataset.name, "format": dataset.format, "sha256": dataset.sha256, "rows": len(rows.costs),
+            **lint.findings(), "tokens": gauge.findings().to_json() if gauge else None,
+        }  # fmt: skip
 
 
 @dataclass(slots=True)

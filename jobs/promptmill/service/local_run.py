@@ -1,4 +1,4 @@
-"""Jobs that run in the process of a command, with no queue: their device, their locks, and how they end."""
+"""``run``: jobs in the process of a command, with no queue. Their device, their locks, and how they end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from sqlalchemy.engine import Engine, Row
 from sqlalchemy.exc import SQLAlchemyError
 
 from promptmill.core.settings import Settings
-from promptmill.errors import DatabaseError, JobError, ModelError, PromptmillError
+from promptmill.errors import DatabaseError, JobError, JobExists, ModelError, PromptmillError
 from promptmill.ledger import Ledger, Progress
-from promptmill.service.prepare import RunOptions, canonical_name, model_name
+from promptmill.service.job_options import JobOptions
+from promptmill.service.preflight import Preflight
+from promptmill.service.prepare import canonical_name, model_name, prepare
+from promptmill.service.submission import submit
 from promptmill.store import catalog
 from promptmill.types import JobState
 
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Called while a job runs.
 OnProgress = Callable[[Progress], None]
+
+#: Called once, before any device is used.
+OnPreflight = Callable[[Preflight | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +46,12 @@ def ledger_of(db: Engine, settings: Settings) -> Ledger:
     return Ledger(db, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
 
 
-def one_device(asked: str, options: RunOptions, settings: Settings) -> Device:
+def one_device(asked: str, model: str) -> Device:
     """The device of an embedded job. Raises DeviceError."""
     from promptmill_workers.checkpoints import engine_of
     from promptmill_workers.devices import parse_devices, require_offload, usable
 
-    engine = engine_of(canonical_name(model_name(options, settings)))
+    engine = engine_of(canonical_name(model))
     if asked == "auto":
         return usable(parse_devices("auto")[:1], engine)[0]
     device = parse_devices(asked)[0]
@@ -53,71 +59,117 @@ def one_device(asked: str, options: RunOptions, settings: Settings) -> Device:
     return device
 
 
-def run_embedded(
-    job_id: str,
+def run(
+    options: JobOptions,
     settings: Settings,
     db: Engine,
-    device: Device,
-    on_progress: OnProgress,
-    context_tokens: int | None,
-    started: Callable[[], None] = lambda: None,
+    on_progress: OnProgress = lambda progress: None,
+    on_preflight: OnPreflight = lambda findings: None,
+    on_stored: Callable[[str], None] = lambda job_id: None,
     on_loaded: Callable[[str], None] = lambda text: None,
 ) -> RunOutcome:
-    """Run the job here. However this ends before the job does, the job is paused and the person told how to go on."""
-    ledger = ledger_of(db, settings)
-    try:
-        started()
-        return _run_here(job_id, settings, db, device, on_progress, context_tokens, on_loaded)
-    except KeyboardInterrupt:
-        return RunOutcome(job_id, JobState.PAUSED, finished=False)
-    except PromptmillError as problem:
-        # Where the database itself is the trouble nothing can be paused, and resume works from 'running' too.
-        paused = None
-        with contextlib.suppress(SQLAlchemyError, DatabaseError):
-            paused = ledger.pause(job_id)
-        if paused is not False:
-            state = "The job is paused" if paused else "What was done is kept"
-            problem.hint = f"{state}; go on with: promptmill resume {job_id}. {problem.hint or ''}".rstrip()
-        raise
-    finally:
-        with contextlib.suppress(SQLAlchemyError, DatabaseError):
-            ledger.pause(job_id)
+    """Store the job and run it in this process; returns when it has ended or was interrupted.
+
+    ``on_loaded`` is told in a sentence which engine was chosen, why, and what it set up.
+    """
+    device = one_device(options.device, model_name(options.model, settings))
+    here = LocalRun(settings, db, device, on_progress, options.context_tokens, on_loaded)
+    # The device first: a job that cannot run now is not stored either.
+    with holding(device):
+        with prepare(options, settings, "embedded") as prepared:
+            try:
+                job_id = submit(db, prepared)
+            except JobExists as twin:
+                if options.if_exists != "attach":
+                    raise
+                return here.attach(twin.job_id)
+
+        def started() -> None:
+            on_stored(job_id)
+            on_preflight(prepared.gauge.findings() if prepared.gauge else None)
+
+        with owning(job_id):
+            return here.run(job_id, started)
 
 
-def _run_here(
-    job_id: str,
-    settings: Settings,
-    db: Engine,
-    device: Device,
-    on_progress: OnProgress,
-    context_tokens: int | None,
-    on_loaded: Callable[[str], None],
-) -> RunOutcome:
-    from promptmill_workers.checkpoints import locate
-    from promptmill_workers.host.client import HostConfig
-    from promptmill_workers.worker.local_worker import EmbeddedWorker
+@dataclass(frozen=True, slots=True)
+class LocalRun:
+    """Runs stored jobs on a device of this machine, in this process. The caller holds the device."""
 
-    ledger = ledger_of(db, settings)
-    job = catalog.find_job(db, job_id)
-    if JobState(job.state).is_final:
-        return RunOutcome(job_id, JobState(job.state))
-    config = HostConfig.of(
-        settings, job.model, device, slots=job.slots or settings.slots,
-        context_tokens=context_tokens or settings.context_tokens,
-    )  # fmt: skip
-    with EmbeddedWorker(ledger, config, settings.grace_s) as worker:
+    settings: Settings
+    db: Engine
+    device: Device
+    on_progress: OnProgress
+    context_tokens: int | None = None
+    on_loaded: Callable[[str], None] = lambda text: None
+
+    def run(self, job_id: str, started: Callable[[], None] = lambda: None) -> RunOutcome:
+        """However this ends before the job does, the job is paused and the person told how to go on.
+
+        The caller owns the job. ``started`` is called first.
+        """
+        ledger = ledger_of(self.db, self.settings)
         try:
-            info = worker.load(job.context_tokens)
-            require_same_model(job, info.fingerprint)
-            on_loaded(
-                f"{info.engine} {info.version} ({locate(job.model).why}) on {info.device_got}: {info.slots} slots, "
-                f"context {info.context_tokens:,}, {info.kv_cells:,} KV cells"
-            )
+            started()
+            return self._run(job_id, ledger)
+        except KeyboardInterrupt:
+            return RunOutcome(job_id, JobState.PAUSED, finished=False)
         except PromptmillError as problem:
-            ledger.stop(job_id, problem.message)
+            # Where the database itself is the trouble nothing can be paused, and resume works from 'running' too.
+            paused = None
+            with contextlib.suppress(SQLAlchemyError, DatabaseError):
+                paused = ledger.pause(job_id)
+            if paused is not False:
+                state = "The job is paused" if paused else "What was done is kept"
+                problem.hint = f"{state}; go on with: promptmill resume {job_id}. {problem.hint or ''}".rstrip()
             raise
-        finished = worker.run(job_id, on_progress)
-    return RunOutcome(job_id, ledger.progress(job_id).state, finished)
+        finally:
+            with contextlib.suppress(SQLAlchemyError, DatabaseError):
+                ledger.pause(job_id)
+
+    def _run(self, job_id: str, ledger: Ledger) -> RunOutcome:
+        from promptmill_workers.checkpoints import locate
+        from promptmill_workers.host.client import HostConfig
+        from promptmill_workers.worker.local_worker import EmbeddedWorker
+
+        job, settings = catalog.find_job(self.db, job_id), self.settings
+        if JobState(job.state).is_final:
+            return RunOutcome(job_id, JobState(job.state))
+        config = HostConfig.of(
+            settings, job.model, self.device, slots=job.slots or settings.slots,
+            context_tokens=self.context_tokens or settings.context_tokens,
+        )  # fmt: skip
+        with EmbeddedWorker(ledger, config, settings.grace_s) as worker:
+            try:
+                info = worker.load(job.context_tokens)
+                require_same_model(job, info.fingerprint)
+                self.on_loaded(
+                    f"{info.engine} {info.version} ({locate(job.model).why}) on {info.device_got}: {info.slots} slots, "
+                    f"context {info.context_tokens:,}, {info.kv_cells:,} KV cells"
+                )
+            except PromptmillError as problem:
+                ledger.stop(job_id, problem.message)
+                raise
+            finished = worker.run(job_id, self.on_progress)
+        return RunOutcome(job_id, ledger.progress(job_id).state, finished)
+
+    def attach(self, job_id: str) -> RunOutcome:
+        """Attach to an identical job: its outcome if it has ended, else run its remaining rows."""
+        job = catalog.find_job(self.db, job_id)
+        if JobState(job.state).is_final:
+            return RunOutcome(job_id, JobState(job.state))
+        if job.mode == "queue":
+            raise JobError(f"job {job_id} asks the same and is {job.state} in the queue", hint="Use: promptmill watch")
+        return self.go_on(job_id)
+
+    def go_on(self, job_id: str) -> RunOutcome:
+        """Run what is left of a job that was interrupted."""
+        ledger = ledger_of(self.db, self.settings)
+        with owning(job_id):
+            require_unheld(job_id, ledger)
+            ledger.resume(job_id)
+            ledger.abandon_leases(job_id)
+            return self.run(job_id)
 
 
 def require_same_model(job: Row[Any], found: str | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from promptmill.errors import PromptmillError
-from promptmill.readers import open_dataset
+from promptmill.service.prepare import open_with
 from promptmill.service.selection import Selection
 from promptmill.tasks.task_file import load_task
 from promptmill.tasks.templates import payload, resolve_sampling, to_request
@@ -35,7 +35,7 @@ def preview(
     task = load_task(task_path) if task_path else None
     counter = _counter(model) if model else None
     found = []
-    with open_dataset(path, format=format_, has_template=task is not None, **(task.mapping if task else {})) as dataset:
+    with open_with(path, format_, task) as dataset:
         for line in selection.apply(dataset.checked()):
             if line.error:
                 found.append(Preview(line.line, line.custom_id, None, None, None, line.error))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from sqlalchemy.engine import Engine
 
@@ -24,11 +24,12 @@ from promptmill.core.settings import Settings, load_settings
 from promptmill.database.engine import reading
 from promptmill.database.revision import open_database
 from promptmill.errors import JobError
-from promptmill.service import service
+from promptmill.service import local_run, service
+from promptmill.service.job_options import JobOptions
 from promptmill.service.local_run import ledger_of
-from promptmill.service.prepare import RunOptions
 from promptmill.service.selection import Selection
 from promptmill.store import catalog
+from promptmill.tasks.task_file import Task
 from promptmill.types import JobState
 
 if TYPE_CHECKING:
@@ -152,69 +153,58 @@ class _Opened:
         return open_database(self.settings.database_url)
 
 
+class JobKeywords(TypedDict, total=False):
+    """Fields of :class:`JobOptions` that ``run`` and ``submit`` take beside the dataset, for editors and checkers."""
+
+    model: str | None
+    task: str | Path | Task | None
+    template: str | None
+    system: str | None
+    expected: Sequence[str]
+    sampling: Mapping[str, Any] | None
+    selection: Selection | None
+    format: str | None
+    name: str | None
+    priority: int
+    slots: int | None
+    context_tokens: int | None
+    device: str
+    max_errors: str | None
+    store: Literal["full", "hash", "none"]
+    skip_invalid: bool
+    deadline: str | None
+    expires: str | None
+    time_limit: str | None
+    if_exists: Literal["new", "attach", "fail"]
+    use_cache: bool
+
+
 def run(
     dataset: DatasetLike,
     *,
-    model: str | None = None,
-    task: str | Path | None = None,
-    template: str | None = None,
-    system: str | None = None,
-    expected: Sequence[str] = (),
-    sampling: Mapping[str, Any] | None = None,
-    selection: Selection | None = None,
-    name: str | None = None,
-    slots: int | None = None,
-    device: str = "auto",
-    use_cache: bool = False,
-    skip_invalid: bool = False,
     database_url: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    **options: Unpack[JobKeywords],
 ) -> Job:
     """Run a job in this process, and return when it has ended. Raises :class:`promptmill.errors.PromptmillError`.
 
-    ``expected``: fields that hold the answers, where there is a ``template`` and no ``task``.
-    ``sampling``: parameters by the names of :class:`promptmill.types.SamplingParams`. ``database_url``: where the
-    job is stored; without it ``JOBS_DATABASE_URL`` or the default.
+    ``options`` are those of :class:`promptmill.JobOptions`. ``database_url``: where the job is stored; without it
+    ``JOBS_DATABASE_URL`` or the default.
     """
     opened = _Opened(database_url)
     with _as_file(dataset) as path:
-        options = RunOptions(
-            dataset=path, model=model, task=str(task) if task else None, template=template, system=system,
-            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name,
-            slots=slots, device=device, use_cache=use_cache, skip_invalid=skip_invalid,
-        )  # fmt: skip
-        outcome = service.run(options, opened.settings, opened.db, on_progress)
+        asked = JobOptions.of({**options, "dataset": path})
+        outcome = local_run.run(asked, opened.settings, opened.db, on_progress)
     service.keep_scores(outcome.job_id, opened.db)
     return Job(outcome.job_id, opened.settings, opened.db)
 
 
-def submit(
-    dataset: DatasetLike,
-    *,
-    model: str | None = None,
-    task: str | Path | None = None,
-    template: str | None = None,
-    system: str | None = None,
-    expected: Sequence[str] = (),
-    sampling: Mapping[str, Any] | None = None,
-    selection: Selection | None = None,
-    name: str | None = None,
-    priority: int = 5,
-    slots: int | None = None,
-    use_cache: bool = False,
-    skip_invalid: bool = False,
-    if_exists: str = "new",
-    database_url: str | None = None,
-) -> Job:
+def submit(dataset: DatasetLike, *, database_url: str | None = None, **options: Unpack[JobKeywords]) -> Job:
     """Store a job for the workers and return at once; ``Job.wait()`` follows it. Parameters are those of ``run``."""
     opened = _Opened(database_url)
     with _as_file(dataset) as path:
-        options = RunOptions(
-            dataset=path, model=model, task=str(task) if task else None, template=template, system=system,
-            expected=tuple(expected), sampling=dict(sampling or {}), selection=selection or Selection(), name=name,
-            priority=priority, slots=slots, use_cache=use_cache, skip_invalid=skip_invalid, if_exists=if_exists,
-        )  # fmt: skip
-        job_id = service.submit(options, opened.settings, opened.db)
+        asked = JobOptions.of({**options, "dataset": path})
+        job_id = service.submit(asked, opened.settings, opened.db)
     return Job(job_id, opened.settings, opened.db)
 
 

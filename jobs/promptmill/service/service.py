@@ -1,11 +1,11 @@
-"""What the command line, and programs, call: run, submit, resume, cancel, and the pieces they share."""
+"""What the command line and programs call beside ``local_run.run``: submit, resume, cancel, and what looks at jobs."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy.engine import Engine, Row
 
@@ -19,34 +19,30 @@ from promptmill.errors import (
 )
 from promptmill.ledger import Ledger
 from promptmill.queue.dispatcher import waits_for
+from promptmill.service.job_options import JobOptions
 from promptmill.service.local_run import (
+    LocalRun,
+    OnPreflight,
     OnProgress,
     RunOutcome,
     holding,
     ledger_of,
     one_device,
     owning,
-    require_unheld,
-    run_embedded,
 )
 from promptmill.service.preflight import Preflight
-from promptmill.service.prepare import Prepared, RunOptions, prepare
+from promptmill.service.prepare import prepare
+from promptmill.service.rows import Rows
 from promptmill.service.submission import submit as store
 from promptmill.store import catalog
 from promptmill.tasks.task_file import Task, load_task, parse_task
 from promptmill.tasks.templates import Template, resolve_sampling, to_request, turn_of
 from promptmill.types import WITHOUT_TEXTS, ErrorClass, JobState, Request
 
-if TYPE_CHECKING:
-    from promptmill_workers.devices import Device
-
 log = logging.getLogger("promptmill.service.service")
 
 #: Told in a sentence or two what did not go well and was no error.
 OnWarning = Callable[[str], None]
-
-#: Called once, before any device is used.
-OnPreflight = Callable[[Preflight | None], None]
 
 
 def score_again(
@@ -91,36 +87,14 @@ def keep_scores(job_id: str, db: Engine) -> None:
         runs.keep_scores(db, job)
 
 
-def run(
-    options: RunOptions,
-    settings: Settings,
-    db: Engine,
-    on_progress: OnProgress = lambda progress: None,
-    on_preflight: OnPreflight = lambda findings: None,
-    on_stored: Callable[[str], None] = lambda job_id: None,
-    on_loaded: Callable[[str], None] = lambda text: None,
-) -> RunOutcome:
-    """Store the job and run it in this process; returns when it has ended or was interrupted.
-
-    ``on_loaded`` is told in a sentence which engine was chosen, why, and what it set up.
-    """
-    device = one_device(options.device, options, settings)
-    # The device first: a job that cannot run now is not stored either.
-    with holding(device):
-        with prepare(options, settings, "embedded") as prepared:
-            try:
-                job_id = _store(prepared, db)
-            except JobExists as twin:
-                if options.if_exists != "attach":
-                    raise
-                return _go_on_with(twin.job_id, settings, db, device, on_progress)
-
-        def started() -> None:
-            on_stored(job_id)
-            on_preflight(prepared.gauge.findings() if prepared.gauge else None)
-
-        with owning(job_id):
-            return run_embedded(job_id, settings, db, device, on_progress, options.context_tokens, started, on_loaded)
+def dry_run(options: JobOptions, settings: Settings, mode: str) -> Preflight | None:
+    """Read and check everything, store nothing. None when the model is not on this machine."""
+    with prepare(options, settings, mode) as prepared:
+        rows = Rows(prepared)
+        for _ in rows:
+            pass
+        rows.refuse_bad()
+        return prepared.gauge.findings() if prepared.gauge else None
 
 
 def resume(
@@ -138,9 +112,9 @@ def resume(
         before = ledger.resume(job.id)
         dispatch(job, settings, db, warn)
         return _handed_over(job.id, ledger, was_open=before in (JobState.QUEUED, JobState.RUNNING))
-    chosen = one_device(device, RunOptions(model=job.model), settings)
-    with holding(chosen):
-        return _go_on_here(job.id, settings, db, chosen, on_progress)
+    here = LocalRun(settings, db, one_device(device, job.model), on_progress)
+    with holding(here.device):
+        return here.go_on(job.id)
 
 
 def _handed_over(job_id: str, ledger: Ledger, was_open: bool = False) -> RunOutcome:
@@ -149,27 +123,8 @@ def _handed_over(job_id: str, ledger: Ledger, was_open: bool = False) -> RunOutc
     return RunOutcome(job_id, state, finished=state.is_final, was_open=was_open)
 
 
-def _go_on_with(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> RunOutcome:
-    """The twin of a job: what it has when it has ended, else the rest of it. The caller holds the device."""
-    job = catalog.find_job(db, job_id)
-    if JobState(job.state).is_final:
-        return RunOutcome(job_id, JobState(job.state))
-    if job.mode == "queue":
-        raise JobError(f"job {job_id} asks the same and is {job.state} in the queue", hint="Use: promptmill watch")
-    return _go_on_here(job_id, settings, db, device, on_progress)
-
-
-def _go_on_here(job_id: str, settings: Settings, db: Engine, device: Device, on_progress: OnProgress) -> RunOutcome:
-    ledger = ledger_of(db, settings)
-    with owning(job_id):
-        require_unheld(job_id, ledger)
-        ledger.resume(job_id)
-        ledger.abandon_leases(job_id)
-        return run_embedded(job_id, settings, db, device, on_progress, None)
-
-
 def submit(
-    options: RunOptions,
+    options: JobOptions,
     settings: Settings,
     db: Engine,
     on_preflight: OnPreflight = lambda findings: None,
@@ -181,7 +136,7 @@ def submit(
     """
     with prepare(options, settings, "queue") as prepared:
         try:
-            job_id = _store(prepared, db)
+            job_id = store(db, prepared)
         except JobExists as twin:
             if options.if_exists != "attach":
                 raise
@@ -230,10 +185,6 @@ def dispatch(job: Row[Any], settings: Settings, db: Engine, warn: OnWarning = lo
         )
 
 
-def _store(prepared: Prepared, db: Engine) -> str:
-    return store(db, prepared.dataset, prepared.order, prepared.gauge)
-
-
 def pause(reference: str, settings: Settings, db: Engine) -> tuple[str, bool]:
     """Start nothing more of a job; what runs may end. Returns its id, and False when it was paused already.
 
@@ -266,12 +217,12 @@ def retry(
             return 0, RunOutcome(job.id, JobState(job.state))
         dispatch(job, settings, db, warn)
         return rows, _handed_over(job.id, ledger)
-    chosen = one_device(device, RunOptions(model=job.model), settings)
+    here = LocalRun(settings, db, one_device(device, job.model), on_progress)
     # The locks first: a job that cannot run now is not opened again either.
-    with holding(chosen), owning(job.id):
+    with holding(here.device), owning(job.id):
         if (rows := ledger.retry(job.id, only)) == 0:
             return 0, RunOutcome(job.id, JobState(job.state))
-        return rows, run_embedded(job.id, settings, db, chosen, on_progress, None)
+        return rows, here.run(job.id)
 
 
 def _error_class(name: str | None) -> ErrorClass | None:

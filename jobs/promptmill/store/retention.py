@@ -52,7 +52,7 @@ def _remove_rows(db: Engine, job_id: str) -> bool:
 
 def old_jobs(db: Engine, older_than: str, now: float | None = None) -> list[sa.Row[Any]]:
     """Jobs that ended longer ago than ``older_than``, such as 30d or 12h, the oldest first. ``now``: the database's."""
-    limit = (epoch() if now is None else sa.literal(now)) - (span_s(older_than, "--older-than") or 0.0)
+    limit = (epoch() if now is None else sa.literal(now)) - (span_s(older_than, "older_than") or 0.0)
     ended = [state.value for state in JobState if state.is_final]
     query = (
         sa.select(jobs.c.id, jobs.c.name, jobs.c.state, jobs.c.rows, jobs.c.store, jobs.c.finished_at)

@@ -13,15 +13,15 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from promptmill.api.batches.validation import QUESTIONS
+from promptmill.api.jobs import creation
+from promptmill.api.jobs.creation import Whose
 from promptmill.core.settings import Settings
 from promptmill.database.engine import reading
 from promptmill.database.revision import opened
 from promptmill.database.tables import batches, jobs, requests, results
 from promptmill.errors import DatabaseError, first_line
-from promptmill.readers import open_dataset
 from promptmill.scoring.runs import keep_scores
-from promptmill.service.prepare import gauge_of
-from promptmill.service.submission import JobOrder, submit
+from promptmill.service.job_options import JobOptions
 from promptmill.store import catalog
 from promptmill.store.catalog import FETCH_ROWS
 from promptmill.store.result_lines import openai_line
@@ -39,21 +39,11 @@ UNANSWERED = {
 }
 
 
-def store(settings: Settings, path: str, file_name: str, task_text: str | None, wanted: dict[str, Any]) -> str:
-    """Store the job of a batch; returns its id. ``wanted``: fields of :class:`JobOrder`."""
-    task = parse_task(task_text, wanted["name"]) if task_text else None
-    order = JobOrder(
-        mode="queue", task=task, sampling=dict(task.generate) if task else {}, max_errors="100%", skip_invalid=True,
-        queue_limit=settings.max_queued_requests, **wanted,
-    )  # fmt: skip
-    mapping = task.mapping if task else {}
-    with (
-        _passing(),
-        opened(settings.database_url) as db,
-        open_dataset(path, format="openai_batch", has_template=task is not None, **mapping) as dataset,
-    ):
-        dataset.name = file_name
-        return submit(db, dataset, order, gauge_of(order.model, settings))
+def store(settings: Settings, options: JobOptions, path: str, task_text: str | None, whose: Whose) -> str:
+    """Store the job of a batch; returns its id."""
+    task = parse_task(task_text, options.name or "task") if task_text else None
+    with _passing(), opened(settings.database_url) as db:
+        return creation.store(settings, db, options, path, task, whose)
 
 
 def score(settings: Settings, job_id: str) -> None:

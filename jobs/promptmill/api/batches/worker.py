@@ -43,6 +43,7 @@ from promptmill.ledger.status import counts_of
 from promptmill.queue.broker import Broker
 from promptmill.queue.dispatcher import Dispatcher
 from promptmill.queue.housekeeping import Housekeeping
+from promptmill.service.job_options import JobOptions
 from promptmill.types import JobState
 
 log = logging.getLogger("promptmill.api.batches.batches")
@@ -224,14 +225,14 @@ class BatchWorker:
         return found
 
     def _submit(self, batch: Row[Any], file: Row[Any], model: str) -> str:
-        wanted = {
-            "model": self.models.resolve(model) or model, "name": batch.id, "priority": batch.priority,
-            "deadline": Moment(batch.expires_at), "api_key_id": batch.api_key_id,
-            "key_limit": self._limits(batch.api_key_id),
-        }  # fmt: skip
+        options = JobOptions(
+            dataset=file.name, format="openai_batch", model=self.models.resolve(model) or model, name=batch.id,
+            priority=batch.priority, deadline=Moment(batch.expires_at), max_errors="100%", skip_invalid=True,
+        )  # fmt: skip
+        whose = batch.api_key_id, self._limits(batch.api_key_id)
         path = str(self.store.path(file.id))
         return child_processes.call(
-            limits_for(file.bytes), work.store, self.settings, path, file.name, batch.task_text, wanted
+            limits_for(file.bytes), work.store, self.settings, options, path, batch.task_text, whose
         )
 
     def _limits(self, key_id: str | None) -> int | None:

@@ -35,7 +35,7 @@ STATUSES: dict[type[PromptmillError], int] = {
 }
 
 #: Options of the command line that are fields of a job's body.
-OPTIONS = re.compile(r"--(task|template|system|skip-invalid|max-errors|name|priority|deadline|format|model)\b")
+OPTIONS = re.compile(r"--(task|template|skip-invalid|format|model)\b")
 
 #: Seconds after which a client that was told 429 or 503 may try again, where nothing better is known.
 RETRY_AFTER_S = 2
@@ -98,6 +98,8 @@ def of(problem: PromptmillError, in_words: Callable[[str], str] = str) -> ApiErr
     """One of our errors as an answer. ``in_words`` says a message of the command line as who asked knows things."""
     status = next((code for kind, code in STATUSES.items() if isinstance(problem, kind)), 400)
     message = _in_fields(in_words(f"{problem.message}. {problem.hint}" if problem.hint else problem.message))
+    if isinstance(problem, errors.BadOption):
+        return bad(message, problem.option, "invalid_value")
     # Where the servers are is no business of a client.
     return ApiError(status, "A service is not reachable; try again later." if status == 503 else message)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import zstandard
+from sqlalchemy.engine import Engine
 
 from promptmill.api.dependencies import Services
 from promptmill.api.http.errors import bad
@@ -16,14 +17,14 @@ from promptmill.api.jobs.client_tasks import task_of
 from promptmill.api.keys import Principal
 from promptmill.core.child_processes import ChildLimits, OverLimit
 from promptmill.core.settings import Settings
-from promptmill.core.spans import Moment
 from promptmill.core.text_files import without_marks
 from promptmill.database.revision import opened
 from promptmill.errors import DatasetError
-from promptmill.readers import READERS, open_dataset
-from promptmill.service.prepare import gauge_of
+from promptmill.readers import READERS
+from promptmill.service.job_options import JobOptions
+from promptmill.service.prepare import Prepared, find_model, open_with
 from promptmill.service.service import dispatch
-from promptmill.service.submission import JobOrder, submit
+from promptmill.service.submission import submit
 from promptmill.store import catalog
 from promptmill.tasks.task_file import Task
 
@@ -44,45 +45,56 @@ def limits_for(size: int) -> ChildLimits:
     return ChildLimits(LONGEST_S + LONGEST_S_PER_MIB * size / 2**20, MEGABYTES)
 
 
-async def create(parts: Services, principal: Principal, wanted: dict[str, Any]) -> str:
-    """Store the job and publish it; returns its id.
+async def create(parts: Services, principal: Principal, options: JobOptions, path: str) -> str:
+    """Store the job and publish it; returns its id. ``options.dataset`` is what the file at ``path`` was called.
 
-    ``wanted``: ``path`` and ``name`` of the dataset, ``format``, ``model``, ``task``, ``template``, ``system`` and the
-    rest of :class:`JobOrder`. Raises PromptmillError for what cannot be used; nothing is stored then.
+    Raises PromptmillError for what cannot be used; nothing is stored then.
     """
-    limits = limits_for(Path(wanted["path"]).stat().st_size)
+    limit = parts.limits.of(principal, "queued_requests")
+    limits = limits_for(Path(path).stat().st_size)
+    whose = principal.key_id, None if limit is None else int(limit)
     try:
-        return await parts.slow.run(principal, limits, create_here, parts.settings, wanted)
+        return await parts.slow.run(principal, limits, create_here, parts.settings, options, path, whose)
     except OverLimit as problem:
         raise bad(f"The dataset was not read: {problem.message}. Is there an endless template?") from None
 
 
-def create_here(settings: Settings, wanted: dict[str, Any]) -> str:
+#: The id of an API key, and the waiting requests that all jobs of it may have.
+Whose = tuple[str | None, int | None]
+
+
+def create_here(settings: Settings, options: JobOptions, path: str, whose: Whose) -> str:
     """In a child: the same."""
-    task = _task(wanted)
-    order = JobOrder(
-        mode="queue", task=task, sampling=(dict(task.generate) if task else {}) | wanted["sampling"],
-        system=None if task else wanted["system"], queue_limit=settings.max_queued_requests, slots=settings.slots,
-        **{name: wanted[name] for name in ("model", "name", "priority", "max_errors", "skip_invalid", "api_key_id",
-                                           "key_limit")},
-        deadline=None if wanted["deadline_at"] is None else Moment(wanted["deadline_at"]),
-    )  # fmt: skip
-    _refuse_bomb(wanted["path"], wanted["name_of_file"])
-    # The ending of the name tells format and compression.
-    name = f"dataset{_ending(wanted['name_of_file'])}"
-    layout = {"has_template": task is not None, **(task.mapping if task else {})}
+    name = options.dataset or ""
+    task = _task(options)
+    _refuse_bomb(path, name)
     with opened(settings.database_url) as db:
-        with open_dataset(wanted["path"], name=name, format=wanted["format"], **layout) as dataset:
-            dataset.name = wanted["name_of_file"]
-            job_id = submit(db, dataset, order, gauge_of(order.model, settings))
+        # The ending of the name tells format and compression.
+        job_id = store(settings, db, options, path, task, whose, settings.slots, f"dataset{_ending(name)}")
         dispatch(catalog.find_job(db, job_id), settings, db)
     return job_id
 
 
-def _task(wanted: dict[str, Any]) -> Task | None:
-    if wanted["task"]:
-        return task_of(wanted["task"], "task")
-    return Task.from_template(without_marks(wanted["template"]), wanted["system"]) if wanted["template"] else None
+def store(
+    settings: Settings, db: Engine, options: JobOptions, path: str, task: Task | None, whose: Whose,
+    slots: int | None = None, name: str | None = None,
+) -> str:  # fmt: skip
+    """Store the job of a client's file, which is read as ``name`` says; returns its id. No model is fetched for it."""
+    model = options.model or ""
+    gauge = None if model.startswith("hf:") else find_model(model, None, settings)[1]
+    with open_with(path, options.format, task, name) as dataset:
+        dataset.name = options.dataset or ""
+        prepared = Prepared(
+            options, "queue", dataset, task, model, None, gauge, slots, settings.max_queued_requests, *whose
+        )
+        return submit(db, prepared)
+
+
+def _task(options: JobOptions) -> Task | None:
+    if options.task is not None:
+        return task_of(str(options.task), "task")
+    template = options.template
+    return Task.from_template(without_marks(template), options.system) if template else None
 
 
 def _ending(name: str) -> str:

@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from sqlalchemy.engine import Engine, Row
+from sqlalchemy.engine import Row
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from promptmill.api import openapi
 from promptmill.api.dependencies import Parts, Reader, Services, Submitter, in_thread, refusal_of
 from promptmill.api.http import evaluation, validation
 from promptmill.api.http.errors import ApiError, bad, not_found
-from promptmill.api.http.errors import of as error_of
 from promptmill.api.http.evaluation import QUICK
 from promptmill.api.http.streams import EventStream, event
 from promptmill.api.http.validation import json_response, page, query_whole
 from promptmill.api.jobs import creation
 from promptmill.api.keys import Principal
 from promptmill.api.openai.file_store import Draft
-from promptmill.core.spans import moment
-from promptmill.database.engine import database_now, reading
+from promptmill.database.engine import reading
 from promptmill.database.revision import opened
 from promptmill.database.tables import jobs, requests, results
-from promptmill.errors import PromptmillError
 from promptmill.service import service
-from promptmill.service.prepare import check_max_errors, check_name
+from promptmill.service.job_options import JobOptions
 from promptmill.store import catalog
-from promptmill.tasks.sampling import check_parameters
 from promptmill.types import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["Jobs"])
 
-KNOWN = (
-    "model", "file_id", "lines", "format", "task", "template", "system", "sampling", "name", "priority", "max_errors",
-    "skip_invalid", "deadline",
-)  # fmt: skip
+#: Texts of a body, and the most characters of each.
+TEXTS = {
+    "model": 4_096, "format": 100, "task": 1_000_000, "template": 100_000, "system": 100_000, "name": 100,
+    "max_errors": 16, "deadline": 40,
+}  # fmt: skip
+
+#: What else a body has.
+OTHERS = ("sampling", "priority", "skip_invalid")
 
 #: Results read at a time, and seconds between looks at a job that is followed.
 PAGE_ROWS = 2_000
@@ -74,18 +74,18 @@ def status(parts: Services, job_id: str, principal: Principal) -> dict[str, Any]
 async def create(request: Request, parts: Parts, principal: Submitter) -> Response:
     """From an uploaded file (``file_id``) or from ``lines``; checked whole, then stored whole."""
     body = await validation.read_object(request)
-    validation.known_only(body, KNOWN)
-    wanted = await wanted_of(parts, principal, body)
+    validation.known_only(body, (*TEXTS, *OTHERS, "file_id", "lines"))
+    options = await options_of(parts, principal, body, "lines.jsonl")
     if "lines" not in body:
         row = await in_thread(parts.store.find, validation.text(body, "file_id", required=True), principal)
-        wanted |= {"path": str(parts.store.path(row.id)), "name_of_file": row.name}
-        job_id = await creation.create(parts, principal, wanted)
+        options = options.model_copy(update={"dataset": row.name})
+        job_id = await creation.create(parts, principal, options, str(parts.store.path(row.id)))
     else:
-        job_id = await _from_lines(parts, principal, body, wanted)
+        job_id = await _from_lines(parts, principal, body, options)
     return json_response(await in_thread(status, parts, job_id, principal))
 
 
-async def _from_lines(parts: Services, principal: Principal, body: dict[str, Any], wanted: dict[str, Any]) -> str:
+async def _from_lines(parts: Services, principal: Principal, body: dict[str, Any], options: JobOptions) -> str:
     lines = body["lines"]
     if body.get("file_id") is not None:
         raise bad("Give 'file_id' or 'lines', not both.", "lines", "invalid_value")
@@ -94,7 +94,7 @@ async def _from_lines(parts: Services, principal: Principal, body: dict[str, Any
     # In the store's folder, which is swept: nothing of a client stays where a server died.
     with parts.store.draft() as draft:
         await in_thread(_write_lines, draft, lines)
-        return await creation.create(parts, principal, wanted | {"path": str(draft.path)})
+        return await creation.create(parts, principal, options, str(draft.path))
 
 
 def _write_lines(draft: Draft, lines: list[Any]) -> None:
@@ -103,57 +103,25 @@ def _write_lines(draft: Draft, lines: list[Any]) -> None:
     draft.flush()
 
 
-async def wanted_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
-    """The body as ``creation.create`` takes it, without the dataset."""
-    wanted: dict[str, Any] = await in_thread(order_of, parts, principal, body)
-    if wanted["sampling"]:
-        # A schema is tried out as a grammar.
-        checked = await parts.quick.run(principal, QUICK, check_parameters, wanted["sampling"])
-        wanted["sampling"] = checked
-    return wanted
+async def options_of(parts: Services, principal: Principal, body: dict[str, Any], dataset: str) -> JobOptions:
+    """The body as options of a job; ``dataset`` is what the dataset is called."""
+    given = {name: validation.text(body, name, longest=most) for name, most in TEXTS.items()}
+    validation.one_of(body, "format", creation.FORMATS)
+    model = await in_thread(_model, parts, validation.text(body, "model", required=True) or "")
+    given |= {name: body.get(name) for name in OTHERS} | {"dataset": dataset, "model": model}
+    if given["sampling"]:
+        # A schema among the parameters is tried out as a grammar.
+        return await parts.quick.run(principal, QUICK, JobOptions.of, given)
+    return JobOptions.of(given)
 
 
-def order_of(parts: Services, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
-    """The same before sampling parameters are checked."""
-    name = validation.text(body, "model", required=True)
+def _model(parts: Services, name: str) -> str:
+    """The model as workers know it. Raises a 404."""
     parts.models.refresh()
-    model = parts.models.resolve(name or "")
+    model = parts.models.resolve(name)
     if model is None:
-        raise ApiError(404, f"The model '{(name or '')[:100]}' does not exist.", param="model", code="model_not_found")
-    sampling = body.get("sampling") or {}
-    if not isinstance(sampling, dict):
-        raise validation.wrong_type("sampling", "an object", sampling)
-    if body.get("task") and (body.get("template") or body.get("system")):
-        raise bad("Give 'task', or 'template' and 'system': a task file holds its prompts.", "task", "invalid_value")
-    label = validation.text(body, "name", longest=100)
-    _checked("name", check_name, label)
-    max_errors = validation.text(body, "max_errors", longest=16)
-    _checked("max_errors", check_max_errors, max_errors)
-    deadline = validation.text(body, "deadline", longest=40)
-    limit = parts.limits.of(principal, "queued_requests")
-    return {
-        "model": model, "task": validation.text(body, "task", longest=1_000_000),
-        "template": validation.text(body, "template", longest=100_000),
-        "system": validation.text(body, "system", longest=100_000), "sampling": sampling, "name": label,
-        "priority": validation.whole(body, "priority", 0, 9, 5), "max_errors": max_errors,
-        "skip_invalid": validation.flag(body, "skip_invalid"), "api_key_id": principal.key_id,
-        "key_limit": None if limit is None else int(limit),
-        "format": validation.one_of(body, "format", creation.FORMATS),
-        "deadline_at": _checked("deadline", _deadline_at, parts.db, deadline), "name_of_file": "lines.jsonl",
-    }  # fmt: skip
-
-
-def _deadline_at(db: Engine, given: str | None) -> float | None:
-    wanted = moment(given, "deadline")
-    return None if wanted is None else wanted.by(database_now(db))
-
-
-def _checked(name: str, check: Callable[..., Any], *given: Any) -> Any:
-    """What ``check`` returns. Raises a 400 that names the field where it raises an error of ours."""
-    try:
-        return check(*given)
-    except PromptmillError as problem:
-        raise bad(error_of(problem).message, name, "invalid_value") from None
+        raise ApiError(404, f"The model '{name[:100]}' does not exist.", param="model", code="model_not_found")
+    return model
 
 
 @router.get("", summary="List jobs", openapi_extra=openapi.JOB_LIST, responses=openapi.responses())

@@ -27,7 +27,7 @@ def validate(file: str, task: str | None, format_: str | None, model: str | None
 
     Duplicates are only told; labels that no answer could equal are wrong.
     """
-    from promptmill.service.prepare import validate_dataset
+    from promptmill.service.lint import validate_dataset
 
     found = validate_dataset(file, task, format_, model)
     if as_json:

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from promptmill.cli.common import clock, json_option, open_all, print_json, table
+from promptmill.cli.common import OptionsCommand, clock, json_option, open_all, print_json, table
 from promptmill.core.terminal import say
 from promptmill.errors import PromptmillError
 
@@ -33,7 +33,7 @@ def _ask(question: str) -> None:
     click.confirm(question, abort=True, err=True)
 
 
-@click.command(epilog="Example: promptmill gc --older-than 30d --dry-run")
+@click.command(cls=OptionsCommand, epilog="Example: promptmill gc --older-than 30d --dry-run")
 @click.option("--older-than", required=True, help="Jobs that ended longer ago, such as 30d or 12h.")
 @click.option("--keep-scores", is_flag=True, help="Remove prompts and answers only; figures and scores stay.")
 @click.option("--dry-run", is_flag=True, help="Only list them.")

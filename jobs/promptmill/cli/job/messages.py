@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def report_dry_run(options: Any, mode: str, as_json: bool) -> None:
     """``--dry-run``: the preflight, and nothing else."""
     from promptmill.core.settings import load_settings
-    from promptmill.service.prepare import dry_run
+    from promptmill.service.service import dry_run
 
     found = dry_run(options, load_settings(), mode)
     if as_json:

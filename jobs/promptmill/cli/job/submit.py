@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptmill.cli.common import check_outputs, job_inputs, job_options, open_all, print_json, run_options
+from promptmill.cli.common import OptionsCommand, check_outputs, open_all, print_json
+from promptmill.cli.job.run import job_inputs, job_options, options_of
 from promptmill.core.terminal import say
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-    from promptmill.service.prepare import RunOptions
+    from promptmill.service.job_options import JobOptions
 
 
 @click.command(
+    cls=OptionsCommand,
     epilog="""\b
 Examples:
   promptmill submit prompts.jsonl --model demo --priority 2
   promptmill submit prompts.jsonl --model demo --wait -o results.jsonl
-"""
+""",
 )
 @job_options
 @click.option("--priority", type=click.IntRange(0, 9), default=5, show_default=True, help="0 is the most urgent.")
@@ -41,14 +42,14 @@ def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: 
 
     if output and not wait:
         raise click.UsageError("-o needs --wait: there are no results yet. Use 'promptmill results JOB -o FILE' later.")
-    options = run_options(values)
+    options = options_of(values)
     if dry_run:
         report_dry_run(options, "queue", as_json)
         return
     check_outputs(force, output, values["junit"], inputs=job_inputs(values))
     settings, db = open_all()
 
-    def send(options: RunOptions) -> str:
+    def send(options: JobOptions) -> str:
         return service.submit(options, settings, db, show_preflight, show_warning)
 
     asks = values["if_exists"] is None and sys.stdin.isatty() and sys.stderr.isatty()
@@ -63,18 +64,18 @@ def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: 
     end(outcome, db, quiet, as_json, junit=values["junit"])
 
 
-def _ask_and_send(options: RunOptions, send: Callable[[RunOptions], str]) -> str:
+def _ask_and_send(options: JobOptions, send: Callable[[JobOptions], str]) -> str:
     """Submit; where a job asks the same, ask the person at the terminal what to do."""
     from promptmill.errors import JobExists
 
     try:
-        return send(replace(options, if_exists="fail"))
+        return send(options.changed(if_exists="fail"))
     except JobExists as twin:
         question = f"{twin.message}. Run it all again (new), take that one (attach), or leave it (fail)"
         wish = click.prompt(question, type=click.Choice(["new", "attach", "fail"]), default="new", err=True)
         if wish == "fail":
             raise
-    return send(replace(options, if_exists=wish))
+    return send(options.changed(if_exists=wish))
 
 
 def _say_submitted(db: Engine, job_id: str, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from promptmill.cli.common import (
+    OptionsCommand,
     check_outputs,
     force_option,
     json_option,
@@ -21,6 +22,7 @@ from promptmill.errors import EXIT_INTERRUPTED, PromptmillError
 
 
 @click.command(
+    cls=OptionsCommand,
     epilog="""\b
 Examples:
   promptmill sweep prompts.jsonl --model demo --slots 1,2,4,8 --repeat 3
@@ -28,7 +30,7 @@ Examples:
   promptmill sweep prompts.jsonl --model demo --set n_batch=256,512 --tag batch --limit 200
 
 The same --tag goes on with a sweep that was stopped. Its jobs stay: 'promptmill compare --by slots ...'.
-"""
+""",
 )
 @click.argument("dataset")
 @click.option("-m", "--model", help="Models, by commas.  [env: JOBS_MODEL]")
@@ -37,7 +39,7 @@ The same --tag goes on with a sweep that was stopped. Its jobs stay: 'promptmill
 @click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each setting.")
 @click.option("--task", type=click.Path(), help="Task file (YAML): its scores stand beside the speeds.")
 @click.option("--template", help="Jinja2 template of the user's message, or @FILE.")
-@click.option("--format", "dataset_format", help="Format of the dataset where its name does not tell.")
+@click.option("--format", help="Format of the dataset where its name does not tell.")
 @click.option("--limit", type=click.IntRange(1), help="Take the first N lines only.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of an answer.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Do not stop at end tokens: all answers of one length.")
@@ -95,7 +97,7 @@ def _plan(dataset: str, values: dict[str, Any]) -> Any:
     from datetime import UTC, datetime
 
     from promptmill.experiments.sweep import Plan, axis
-    from promptmill.service.prepare import RunOptions
+    from promptmill.service.job_options import JobOptions
     from promptmill.service.selection import Selection
 
     axes: dict[str, list[Any]] = {}
@@ -105,9 +107,9 @@ def _plan(dataset: str, values: dict[str, Any]) -> Any:
         axes["slots"] = [_slots(each) for each in _parts(values["slots"])]
     axes |= dict(map(axis, values["axes"]))
     sampling = {name: values[name] for name in ("max_tokens", "ignore_eos") if values[name] is not None}
-    options = RunOptions(
+    options = JobOptions(
         dataset=dataset, task=values["task"], template=values["template"], sampling=sampling,
-        format=values["dataset_format"], device=values["device"], selection=Selection(limit=values["limit"]),
+        format=values["format"], device=values["device"], selection=Selection(limit=values["limit"]),
     )  # fmt: skip
     tag = values["tag"] or f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     return Plan(options, axes, values["repeat"], tag)
