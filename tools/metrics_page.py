@@ -7,7 +7,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric
+from promptmill.database.figure_sql import PERCENTILES
+from promptmill.reports.figures.metrics import METRICS, Metric
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric
+from promptmill.database.figure_sql import PERCENTILES
+from promptmill.reports.figures.metrics import METRICS, Metric
 from promptmill.reports.figures.summary import Summary
 
 #: Figures of the job as a whole that are printed, in order.

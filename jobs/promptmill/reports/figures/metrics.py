@@ -58,11 +58,6 @@ class Better(StrEnum):
     NEITHER = "neither"
 
 
-#: Percentiles of every distribution, and the fewest values that give a two-sided 95 % interval for each: below, a
-#: percentile is shown dimmed, with this number beside it.
-PERCENTILES: dict[str, tuple[float, int]] = {"p50": (50, 6), "p90": (90, 36), "p95": (95, 72), "p99": (99, 368)}
-
-
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One figure. ``formula`` is in terms of columns of ``results`` (of ok rows unless it says otherwise)."""

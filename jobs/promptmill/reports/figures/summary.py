@@ -21,10 +21,9 @@ from promptmill.reports.figures.distributions import Curve, most_at_once
 from promptmill.reports.figures.inputs import ErrorExample, Facts, consistent, read_facts
 from promptmill.reports.figures.percentiles import Distribution
 from promptmill.scoring.scorers.intervals import wilson
-from promptmill.scoring.scorers.scoring import score_job
 from promptmill.scoring.scorers.tally import Score
-from promptmill.scoring.stored_scores import kept_scores
-from promptmill.types import WITHOUT_TEXTS, ErrorClass, FinishReason, JobState
+from promptmill.scoring.stored_scores import scores_of
+from promptmill.types import ErrorClass, FinishReason, JobState
 
 if TYPE_CHECKING:
     from promptmill.tasks.gates import GateVerdict
@@ -224,9 +223,7 @@ def summarise_with_plots(db: Engine | Connection, job_id: str) -> tuple[Summary,
 def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[Summary, Plots | None]:
     with consistent(db) as connection:
         facts = read_facts(connection, job_id, detailed)
-        # Of texts that were removed on purpose the scores are those that were stored before.
-        removed = facts.job.store in WITHOUT_TEXTS
-        scores = kept_scores(connection, job_id) if removed else score_job(connection, facts.job)
+        scores = scores_of(connection, facts.job)
     summary = _summary(facts, scores)
     return replace(summary, gates=_gates(facts.job, summary)), facts.folded.plots
 

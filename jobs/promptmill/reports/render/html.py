@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from sqlalchemy.engine import Connection, Engine
 
+from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.aggregate import Plots
 from promptmill.reports.figures.columns import Floats
 from promptmill.reports.figures.figures import DISTRIBUTIONS, score_name, singles
 from promptmill.reports.figures.inputs import consistent
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric, digits
+from promptmill.reports.figures.metrics import METRICS, Metric, digits
 from promptmill.reports.figures.summary import Summary, summarise_with_plots
 from promptmill.reports.render import plots
 from promptmill.reports.render.details import Details, read_details
@@ -244,9 +245,10 @@ def _scores(summary: Summary, details: Details) -> str:
         if score.confusion
     ]
     if details.calibration is not None:
-        found = details.calibration
-        caption = f"{found.n:,} answers; expected calibration error {found.ece:.3f}, Brier score {found.brier:.3f}"
-        figures.append(_figure(plots.calibration(found), caption, "square"))
+        name, found = details.calibration
+        n, ece, brier = sum(each["n"] for each in found.bins), found.values["ece"], found.values["brier"]
+        caption = f"{n:,.0f} answers; expected calibration error {ece:.3f}, Brier score {brier:.3f}"
+        figures.append(_figure(plots.calibration(name, found.bins), caption, "square"))
     columns = ("score", "value", "95 % CI", "n", "unparsed", "truncated", "majority")
     return section("Scores", table(columns, rows, range(1, 7)) + f"<div class=plots>{''.join(figures)}</div>")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.figures import DISTRIBUTIONS, singles
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Better, digits
+from promptmill.reports.figures.metrics import METRICS, Better, digits
 from promptmill.reports.figures.summary import Summary
 
 

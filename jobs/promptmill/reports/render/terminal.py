@@ -11,9 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.checks import Check
 from promptmill.reports.figures.distributions import Curve
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, digits
+from promptmill.reports.figures.metrics import METRICS, digits
 from promptmill.reports.figures.percentiles import Distribution
 from promptmill.reports.figures.summary import Summary, WorkerShare
 from promptmill.scoring.scorers.tally import Score

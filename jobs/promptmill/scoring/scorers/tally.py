@@ -100,10 +100,11 @@ def _said(problem: BaseException) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One figure of quality. ``n`` = all counted outcomes; ``value`` = points / n, None of nothing."""
+    """One figure of quality. ``n`` = all counted outcomes; ``value``: what the rows are worth / n, None of nothing."""
 
     name: str
     metric: str
+    value: float | None
     n: int
     correct: int
     unparsed: int
@@ -122,17 +123,11 @@ class Score:
     #: Rows of ``n`` with the commonest expected label; None where right is not to give the expected label.
     majority: int | None
     ci95: tuple[float, float] | None
-    #: Sum of what the rows were worth: ``correct`` where an answer is right or wrong.
-    points: float = 0.0
     #: Expected label, as JSON -> predicted label -> rows; an answer that could not be read was predicted ''.
     confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     figures: Figures = field(default_factory=Figures)
     #: Why figures of classes are missing.
     note: str | None = None
-
-    @property
-    def value(self) -> float | None:
-        return self.points / self.n if self.n else None
 
     @property
     def readable(self) -> int | None:
@@ -247,6 +242,7 @@ class Tally:
         return Score(
             name=name,
             metric=metric,
+            value=self.points / n if n else None,
             n=n,
             correct=self.correct,
             unparsed=self.outcomes[ScoreOutcome.UNPARSED],
@@ -262,7 +258,6 @@ class Tally:
             ci95=wilson(self.correct, n)
             if is_rate
             else mean_interval(self.points, self.squares, n, self.scorer.bounds),
-            points=self.points,
             confusion=self._confusion() if is_rate and few else {},
             figures=self._figures(is_rate and few),
             note=None if few or not is_rate else f"more than {MOST_CLASSES} different labels: no figures of classes",
