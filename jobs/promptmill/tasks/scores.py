@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import Any
 
 from promptmill.core.registry import resolve, suggestion
-
-if TYPE_CHECKING:
-    from promptmill.scoring.scorers.scorer import Scorer
 
 #: Where in the file, and what is wrong there.
 Mistake = tuple[tuple[Any, ...], str]
@@ -40,13 +35,12 @@ _NAME = re.compile(r"[\w./-]+")
 TAKEN = ("parsed", "latency")
 
 
-def class_of(kind: str) -> type[Scorer]:
-    """The class of a scorer; that of functions for one which an installed package offers."""
-    found: type[Scorer] = resolve("scorer", kind if kind in SCORERS else "python", SCORERS)
-    return found
+def class_of(kind: str) -> Any:
+    """The class of a scorer (a ``scoring.scorers.scorer.Scorer``); that of functions for one that a package offers."""
+    return resolve("scorer", kind if kind in SCORERS else "python", SCORERS)
 
 
-def made(entry: Mapping[str, Any]) -> Scorer:
+def made(entry: Mapping[str, Any]) -> Any:
     """The scorer of an entry of a known kind. Raises ``ValidationError``."""
     kind = entry_kind(entry)
     scorer = class_of(kind)
@@ -60,7 +54,8 @@ def entry_kind(entry: Mapping[str, Any]) -> str:
 
 
 def figures_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    return class_of(entry_kind(entry)).figures
+    figures: tuple[str, ...] = class_of(entry_kind(entry)).figures
+    return figures
 
 
 def names_of(entries: Collection[Mapping[str, Any]]) -> list[str]:
@@ -116,6 +111,9 @@ def _mistakes(index: int, entry: Mapping[str, Any], expected: Collection[str]) -
 
 def _option_mistakes(index: int, entry: Mapping[str, Any]) -> Iterator[Mistake]:
     """What the scorer's class says of the options, in our own words."""
+    # Reports of jobs without a task do not wait for its import.
+    from pydantic import ValidationError
+
     name = entry_kind(entry)
     scorer = class_of(name)
     if scorer.target in entry.keys() - {name}:
@@ -128,7 +126,7 @@ def _option_mistakes(index: int, entry: Mapping[str, Any]) -> Iterator[Mistake]:
         yield from dict.fromkeys(_option_mistake(index, name, scorer, each) for each in problem.errors())
 
 
-def _option_mistake(index: int, name: str, scorer: type[Scorer], problem: Any) -> Mistake:
+def _option_mistake(index: int, name: str, scorer: Any, problem: Any) -> Mistake:
     option = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
         return ("scores", index, option), f"{name} has no option '{option}'"

@@ -15,9 +15,9 @@ from sqlalchemy.engine import Connection, Engine
 from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.aggregate import Plots
 from promptmill.reports.figures.columns import Floats
-from promptmill.reports.figures.figures import DISTRIBUTIONS, score_name, singles
+from promptmill.reports.figures.figures import score_name, singles
 from promptmill.reports.figures.inputs import consistent
-from promptmill.reports.figures.metrics import METRICS, Metric, digits
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, Metric, digits
 from promptmill.reports.figures.summary import Summary, summarise_with_plots
 from promptmill.reports.render import plots
 from promptmill.reports.render.details import Details, read_details

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from promptmill.database.figure_sql import PERCENTILES
-from promptmill.reports.figures.figures import DISTRIBUTIONS, singles
-from promptmill.reports.figures.metrics import METRICS, Better, digits
+from promptmill.reports.figures.figures import singles
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, Better, digits
 from promptmill.reports.figures.summary import Summary
 
 

@@ -14,9 +14,10 @@ from rich.text import Text
 from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.checks import Check
 from promptmill.reports.figures.distributions import Curve
-from promptmill.reports.figures.metrics import METRICS, digits
+from promptmill.reports.figures.measured import WorkerShare
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, digits
 from promptmill.reports.figures.percentiles import Distribution
-from promptmill.reports.figures.summary import Summary, WorkerShare
+from promptmill.reports.figures.summary import Summary
 from promptmill.scoring.scorers.tally import Score
 from promptmill.types import JobState
 
@@ -37,8 +38,6 @@ MESSAGE_CHARACTERS = 160
 
 #: Heights of a curve, from nothing to its maximum.
 BLOCKS = " ▁▂▃▄▅▆▇█"
-
-DISTRIBUTIONS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
 
 _STATE_STYLE = {
     JobState.COMPLETED: "green",

@@ -105,7 +105,8 @@ def build(entries: Sequence[Mapping[str, Any]], folder: str | None = None) -> di
 def _make(entry: Mapping[str, Any], folder: str | None) -> Scorer:
     kind = entry_kind(entry)
     if kind in SCORERS:
-        return made(entry).ready(folder)
+        scorer: Scorer = made(entry).ready(folder)
+        return scorer
     from promptmill.scoring.scorers.python_scorer import PythonScorer
 
     options = {key: value for key, value in entry.items() if key not in (kind, "as")}
