@@ -1,22 +1,23 @@
 """The figures of a job, computed from its stored rows.
 
-The way from a stored row to ``latency_s.p95`` of a report: 20 functions in 6 files.
+The way of a value from a stored row to ``latency_s.p95`` of a report is 20 functions in 8 files. Read from the bottom
+up, it is the order in which they call each other.
 
-=====================  ============================================================================================
-file                   functions, in the order in which they are called
-=====================  ============================================================================================
-``summary``            ``summarise``, ``_summarised``
-``inputs``             ``consistent``, ``read_facts``
-``aggregate``          ``fold``, ``_fold_all``, ``_fold``
-``columns``            ``Places.of``, ``Places.keys``
-``row_sources``        ``NativeRows.blocks``, ``block_query``, ``_from_sqlite``
-``columns``            ``parted``, ``Series.where``
-``aggregate``          ``_Held.shape``, ``_Shape.add_times``
-``percentiles``        ``Times.add``, ``Times.distribution``, ``Times.percentiles``
-``metrics``            ``Metric.of``, which ``summary`` calls for every figure of the registry
-=====================  ============================================================================================
+===============  ======================================================================================================
+file             functions
+===============  ======================================================================================================
+``row_sources``  ``_from_sqlite`` (or ``_from_postgresql``), ``NativeRows.blocks``
+``columns``      ``parted``, ``Series.timed``, ``Series.where``, ``Series.joined``, ``Series.part``
+``percentiles``  ``Times.add``, ``Times.percentiles``, ``Times.distribution``
+``aggregate``    ``_Held.shape``, ``_Shape.add_times``, ``_Shape.folded``, ``_fold``, ``fold``
+``inputs``       ``read_facts``
+``measured``     ``Measured``
+``metrics``      ``Metric.of``: the formula of ``latency_s``
+``summary``      ``_summary``, ``summarise_with_plots`` (``summarise`` calls it)
+===============  ======================================================================================================
 
-Rows of other sources come by the same two methods (``row_sources.RowSource``): ``NativeRows`` reads by the driver of
-one connection, ``ArrowRows`` large jobs by ADBC. Both give the blocks of numbers that ``columns.parted`` takes apart.
-A new figure is an entry of ``metrics``: its name, label, unit, definition, and the formula over ``measured.Measured``.
+Not counted is what makes the query (``block_query``, ``Places``). Large jobs are read by ADBC: ``ArrowRows`` instead of
+``NativeRows``, by the same two methods (``row_sources.RowSource``).
+
+A new figure is an entry of ``metrics``: its name, label, unit, definition, and its formula over ``measured.Measured``.
 """

@@ -121,20 +121,18 @@ class Folded:
 
 def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
     """Read the job once; ``detailed``: what plots need, too."""
+    sources: list[RowSource] = [NativeRows(db, job.id)]
     if is_worth(db.engine, job.state, job.rows):
-        # A job that was retried meanwhile may have rows of workers that nobody knew of.
-        with suppress(UnknownKey):
-            folded = _fold_all(ArrowRows(db, job.id), db, job, detailed)
-            if is_as_it_was(db.engine, job):
-                return folded
-    return _fold_all(NativeRows(db, job.id), db, job, detailed)
-
-
-def _fold_all(source: RowSource, db: Connection, job: sa.Row[Any], detailed: bool) -> Folded:
-    try:
-        return _fold(source, Places.of(db, job.id), job.rows, detailed)
-    except UnknownKey:
-        return _fold(source, Places.scanned(db, job.id), job.rows, detailed)
+        sources.insert(0, ArrowRows(db, job.id))
+    for source in sources:
+        for places in (Places.of, Places.scanned):
+            # A job that was retried meanwhile may have rows of workers that nobody knew of.
+            with suppress(UnknownKey):
+                folded = _fold(source, places(db, job.id), job.rows, detailed)
+                if isinstance(source, NativeRows) or is_as_it_was(db.engine, job):
+                    return folded
+                break
+    raise UnknownKey
 
 
 def _fold(source: RowSource, places: Places, rows: int, detailed: bool) -> Folded:

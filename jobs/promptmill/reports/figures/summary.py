@@ -134,19 +134,15 @@ JSON_KEYS = (
 
 def summarise(db: Engine | Connection, job_id: str) -> Summary:
     """The summary of a job at any time of its life. Raises what :func:`summarise_with_plots` raises."""
-    return _summarised(db, job_id, False)[0]
+    return summarise_with_plots(db, job_id, detailed=False)[0]
 
 
-def summarise_with_plots(db: Engine | Connection, job_id: str) -> tuple[Summary, Plots | None]:
+def summarise_with_plots(db: Engine | Connection, job_id: str, detailed: bool = True) -> tuple[Summary, Plots | None]:
     """The summary with what its plots show, of one pass over the rows; None where there is nothing to plot.
 
     Raises :class:`promptmill.errors.UnknownName` when there is no such job, and
     :class:`promptmill.errors.TaskFileError` for scores that cannot be computed.
     """
-    return _summarised(db, job_id, True)
-
-
-def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[Summary, Plots | None]:
     with consistent(db) as connection:
         facts = read_facts(connection, job_id, detailed)
         scores = scores_of(connection, facts.job)
