@@ -12,7 +12,7 @@ from promptmill.database.tables import jobs, score_runs
 from promptmill.scoring.scorers.aggregates import Figures
 from promptmill.scoring.scorers.scoring import score_job
 from promptmill.scoring.scorers.tally import Score
-from promptmill.types import WITHOUT_TEXTS
+from promptmill.types import WITHOUT_TEXTS, JobState
 
 #: Counts that a score and its JSON share.
 COUNTS = (
@@ -41,7 +41,7 @@ def run_of(db: Connection, job: sa.Row[Any]) -> str | None:
     For a job without texts it is the newest by its own task, else the newest.
     """
     if job.store not in WITHOUT_TEXTS:
-        ended = job.task_text is not None and job.finished_at is not None
+        ended = job.task_text is not None and JobState(job.state).is_final
         return next(iter(own_runs(db, job.id, job.task_sha256)), None) if ended else None
     runs = score_runs.c
     query = sa.select(runs.id).where(runs.job_id == job.id, runs.figures.is_not(None))
