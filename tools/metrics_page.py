@@ -6,7 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric
+from promptmill.database.figure_sql import PERCENTILES
+from promptmill.reports.figures.metrics import METRICS, Metric
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 

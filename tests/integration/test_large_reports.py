@@ -18,8 +18,7 @@ from promptmill.database.figure_sql import FIGURE_SQL
 from promptmill.database.tables import jobs, results
 from promptmill.errors import DatabaseError
 from promptmill.reports.figures import percentiles, row_sources
-from promptmill.reports.figures.figures import DISTRIBUTIONS, SINGLE
-from promptmill.reports.figures.metrics import METRICS
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, SINGLE
 from promptmill.reports.figures.summary import summarise
 from promptmill.reports.render.html import text as page
 from promptmill.store import parquet
@@ -112,7 +111,7 @@ def test_every_figure_equals_what_pandas_makes_of_the_export(
 def test_blocks_of_any_size_give_the_same_report(db: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(db)
     whole = summarise(db, JOB).to_json()
-    monkeypatch.setattr("promptmill.reports.figures.columns.BLOCK_ROWS", 7)
+    monkeypatch.setattr("promptmill.reports.figures.row_sources.BLOCK_ROWS", 7)
     again = summarise(db, JOB).to_json()
     assert again.pop("curve")["output_tps"] == pytest.approx(whole.pop("curve")["output_tps"])
     assert str(again) == str(whole)

@@ -17,6 +17,7 @@ from promptmill.reports.compare.compare import Side, compare, compare_all, servi
 from promptmill.reports.compare.conditions import parse
 from promptmill.reports.compare.statistics import ALPHA, holm, paired_means, paired_rates, unpaired_rates
 from promptmill.reports.render import comparison_forms, comparison_page
+from promptmill.scoring.scorers.pairs import flips
 from promptmill.store.catalog import find_scored
 from tests.unit.test_reports import JOB, START, TASK, answer, counters, db, failure, store
 
@@ -80,10 +81,11 @@ def test_holm_corrects_for_the_family() -> None:
 
 
 def test_mcnemar_of_5_against_15_flips() -> None:
-    before = np.array([True] * 5 + [False] * 15 + [True] * 80)
-    after = np.array([False] * 5 + [True] * 15 + [True] * 80)
-    change, lost, won = paired_rates(before, after)
-    assert (lost, won) == (5, 15)
+    before = np.array([1.0] * 5 + [0.0] * 15 + [1.0] * 80 + [np.nan, 1.0])
+    after = np.array([0.0] * 5 + [1.0] * 15 + [1.0] * 80 + [1.0, np.nan])
+    lost, won = flips(before, after)
+    assert (lost.tolist(), won.tolist()) == ([*range(5)], [*range(5, 20)])
+    change = paired_rates(100, len(lost), len(won))
     assert change.p == pytest.approx(0.0414, abs=1e-4)
     assert change.value == pytest.approx(0.10)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Kind, Unit, comparable, digits
+from promptmill.database.figure_sql import PERCENTILES
+from promptmill.reports.figures.metrics import METRICS, Kind, Unit, comparable, digits
 
 
 def test_every_figure_says_what_it_is_and_how_it_is_computed() -> None:

@@ -18,7 +18,7 @@ from promptmill.reports.figures.timeline import merged, phases_of, read_phases, 
 from promptmill.reports.render import csv as csv_report
 from promptmill.reports.render import html, markdown
 from promptmill.reports.render import json as json_report
-from promptmill.reports.render.details import calibrated
+from promptmill.scoring.scorers.aggregates import of_calibration
 from promptmill.service.service import keep_scores
 from promptmill.tasks.task_file import parse_task
 from tests.unit.test_reports import JOB, START, TASK, WORKER, answer, counters, db, failure, store, store_worker
@@ -118,12 +118,13 @@ def test_every_figure_of_the_page_has_the_query_that_gives_it(db: sa.Engine) -> 
 
 def test_calibration_takes_groups_of_equal_mass() -> None:
     sure = np.linspace(0.5, 1.0, 1000)
-    right = (np.arange(1000) % 10 < 7).astype(float)
-    found = calibrated("is_ad", sure, right)
-    assert (len(found.confidence), found.n) == (10, 1000)
-    assert found.accuracy == pytest.approx([0.7] * 10)
-    assert found.ece == pytest.approx(np.mean(np.abs(np.array(found.confidence) - 0.7)))
-    assert found.brier == pytest.approx(((sure - right) ** 2).mean())
+    right = np.arange(1000) % 10 < 7
+    found = of_calibration(sure, right, np.ones(1000))
+    assert [each["n"] for each in found.bins] == [100] * 10
+    assert [each["share"] for each in found.bins] == pytest.approx([0.7] * 10)
+    confidence = np.array([each["confidence"] for each in found.bins])
+    assert found.values["ece"] == pytest.approx(np.mean(np.abs(confidence - 0.7)))
+    assert found.values["brier"] == pytest.approx(((sure - right) ** 2).mean())
 
 
 def test_spans_that_cannot_be_seen_apart_are_one() -> None:

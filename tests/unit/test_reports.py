@@ -393,6 +393,11 @@ def test_valid_output_is_what_the_task_could_read_in_the_time_of_the_job(db: sa.
         run = connection.execute(sa.text("SELECT id FROM score_runs")).scalar()
         sql = FIGURE_SQL["valid_per_s"].replace("JOB", JOB).replace("RUN", str(run))
         assert connection.execute(sa.text(sql)).scalar() == pytest.approx(6 / 9)
+        judged = summarise(connection, JOB)
+        assert judged.scores == found.scores
+        connection.execute(sa.text("UPDATE results SET text = 'changed' WHERE job_id = :job"), {"job": JOB})
+        # Answers were judged at the end of the job, and are not judged again.
+        assert summarise(connection, JOB).scores == found.scores
     store(db, [answer(0)], job_id="01PLAIN")
     assert summarise(db, "01PLAIN").valid_per_s is None
 
@@ -657,5 +662,5 @@ def test_two_summaries_of_the_same_rows_are_equal(db: sa.Engine) -> None:
     store(db, [answer(row) for row in range(10)] + [failure(10)], tried=[counters()])
     one = summarise(db, JOB)
     assert one == summarise(db, JOB)
-    assert one != replace(one, wall_s=0.0)
+    assert one != replace(one, figures={**one.figures, "wall_s": 0.0})
     assert not math.isnan(one.latency_s.mean or math.nan)

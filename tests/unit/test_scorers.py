@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from promptmill.scoring.scorers import SCORERS, ScoreOutcome
+from promptmill.errors import TaskFileError
+from promptmill.scoring.scorers import ScoreOutcome
 from promptmill.scoring.scorers.exact import Exact, same
 from promptmill.scoring.scorers.extraction import Extractor, extract, without_thinking
 from promptmill.scoring.scorers.intervals import wilson
+from promptmill.scoring.scorers.scorer import FieldScorer, Scorer
 from promptmill.scoring.scorers.scoring import Answer, Judge, build, required_keys, score_rows
 from promptmill.scoring.scorers.tally import Score
-from promptmill.tasks.scores import KINDS
+from promptmill.tasks.scores import SCORERS, class_of
 from promptmill.tasks.task_file import parse_task
 
 REQUIRED = ("is_ad",)
@@ -183,16 +185,43 @@ def test_intervals_are_those_of_wilson(successes: int, n: int, low: float, high:
 
 def test_an_entry_names_its_scorer_and_its_field_and_may_name_its_figure() -> None:
     built = build([{"exact": "is_ad"}, {"exact": "score", "as": "stars"}])
-    assert built == {"is_ad": Exact("is_ad"), "stars": Exact("score")}
+    assert built == {"is_ad": Exact(field="is_ad"), "stars": Exact(field="score")}
 
 
 def test_a_task_file_may_ask_for_every_scorer_and_for_no_other() -> None:
-    assert set(KINDS) == set(SCORERS)
+    listed = {class_of(kind) for kind in SCORERS}
+    written = {*Scorer.__subclasses__(), *FieldScorer.__subclasses__()} - {FieldScorer}
+    assert listed == written
+    assert len(listed) == len(SCORERS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{closeness: is_ad}", "t:3:11: closeness needs 'span', a number above 0"),
+        ("{closeness: is_ad, span: 0}", "t:3:29: 'span' must be a number above 0"),
+        ("{closeness: is_ad, span: true}", "t:3:29: 'span' must be a number above 0"),
+        ("{closeness: is_ad, span: .inf}", "t:3:29: 'span' must be a number above 0"),
+        ("{exact: is_ad, field: x}", "t:3:25: exact has no option 'field'"),
+        ("{numeric: is_ad}", "t:3:11: numeric needs 'tolerance' or 'relative'"),
+        ("{binary: is_ad}", "t:3:11: binary needs 'threshold' or 'positive'"),
+        ("{binary: is_ad, threshold: 1, positive: a}", "t:3:11: give 'threshold' or 'positive', not both"),
+        ("{binary: is_ad, positive: [a]}", "t:3:26: 'positive' must be a text or a number"),
+        ("{regex: is_ad, pattern: '('}", "t:3:25: 'pattern' must be a regular expression of Python"),
+        ("{contains: is_ad, ignore_case: 1}", "t:3:28: 'ignore_case' must be true or false"),
+        ("{python: scorers.py}", "t:3:11: python needs a file and a function, such as scorers.py:has_contact"),
+        ("{python: 's.py:f', field: ''}", "t:3:29: 'field' must be a field of the answer"),
+    ],
+)
+def test_a_mistake_in_an_option_is_told_with_its_place_and_what_to_write(entry: str, message: str) -> None:
+    with pytest.raises(TaskFileError) as caught:
+        parse_task(f'task: t\nprompt: {{user: "{{{{ input.comment }}}}"}}\nscores: [{entry}]\n', "t")
+    assert str(caught.value) == message
 
 
 def test_an_answer_must_have_the_keys_that_the_schema_requires_or_else_the_scored_fields() -> None:
     task = 'task: t\nprompt: {user: "{{ input.comment }}"}\nscores: [{exact: b}, {exact: a}]\n'
-    scorers = {"b": Exact("b"), "a": Exact("a")}
+    scorers = {"b": Exact(field="b"), "a": Exact(field="a")}
     assert required_keys(parse_task(task, "t"), scorers) == ("a", "b")
     with_schema = task + "output: {schema: {type: object, required: [b]}}\n"
     assert required_keys(parse_task(with_schema, "t"), scorers) == ("b",)
@@ -202,9 +231,11 @@ def test_an_answer_must_have_the_keys_that_the_schema_requires_or_else_the_score
 def test_every_scorer_says_its_field_and_its_figure(kind: str) -> None:
     from promptmill.reports.figures.metrics import METRICS
 
-    options = {name: 1 for name, option in KINDS[kind].options.items() if option.required or name in KINDS[kind].one_of}
-    (scorer,) = build([{kind: "label"} | options]).values()
+    required = {
+        "closeness": {"span": 1}, "within": {"tolerance": 1}, "numeric": {"tolerance": 1}, "binary": {"threshold": 1},
+    }  # fmt: skip
+    (scorer,) = build([{kind: "label"} | required.get(kind, {})]).values()
     assert scorer.field == "label"
     assert scorer.metric in METRICS
-    assert KINDS[kind].figures[0] == scorer.metric
-    assert set(KINDS[kind].figures) <= METRICS.keys()
+    assert class_of(kind).figures[0] == scorer.metric
+    assert set(class_of(kind).figures) <= METRICS.keys()

@@ -12,8 +12,6 @@ import pytest
 from promptmill.cli.admin import init
 from promptmill.cli.admin.init import KINDS
 from promptmill.errors import TaskFileError
-from promptmill.scoring.scorers import SCORERS
-from promptmill.tasks import scores
 from promptmill.tasks.task_file import Task, load_task, parse_task
 from promptmill.types import Message
 
@@ -80,10 +78,6 @@ def test_a_template_of_the_command_line_is_a_task_that_comes_back(template: str,
 def test_a_wrong_template_of_the_command_line_names_no_file() -> None:
     with pytest.raises(TaskFileError, match=r"^user template, line 1: "):
         Task.from_template("{{ x")
-
-
-def test_the_scores_of_a_task_are_those_that_exist() -> None:
-    assert set(scores.KINDS) == set(SCORERS)
 
 
 def test_the_bundled_task_is_valid() -> None:

@@ -7,6 +7,10 @@ They are equal on SQLite and PostgreSQL. Figures that are not here need more tha
 
 from __future__ import annotations
 
+#: Percentiles of every distribution, and the fewest values that give a two-sided 95 % interval for each: below, a
+#: percentile is shown dimmed, with this number beside it.
+PERCENTILES: dict[str, tuple[float, int]] = {"p50": (50, 6), "p90": (90, 36), "p95": (95, 72), "p99": (99, 368)}
+
 _ROWS = "FROM results WHERE job_id = 'JOB'"
 _OK = f"{_ROWS} AND state = 'ok'"
 _OWN = f"{_OK} AND NOT deduplicated"
@@ -29,7 +33,7 @@ _SAMPLED = (
 
 
 def _times(name: str) -> str:
-    return f"SELECT p50, p90, p95, p99, mean, n FROM v_percentiles WHERE job_id = 'JOB' AND metric = '{name}'"
+    return f"SELECT {', '.join(PERCENTILES)}, mean, n FROM v_percentiles WHERE job_id = 'JOB' AND metric = '{name}'"
 
 
 #: Figure -> a SELECT of one value; of a time, of its percentiles, mean and n.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from promptmill.database.figure_sql import PERCENTILES
+
 _TIMES = "r.state = 'ok' AND r.admitted_at IS NOT NULL AND r.finished_at IS NOT NULL"
 
 _JOBS = """
@@ -92,9 +94,10 @@ JOIN results b ON b.job_id = qb.job_id AND b."row" = qb."row"
 
 
 def _percentiles() -> str:
-    points = (("0.5", "p50"), ("0.9", "p90"), ("0.95", "p95"), ("0.99", "p99"))
     weight = "CASE WHEN ABS({q} * (n - 1) - place) < 1 THEN 1 - ABS({q} * (n - 1) - place) ELSE 0 END"
-    lines = [f"    SUM(value * {weight.format(q=q)}) AS {name}" for q, name in points]
+    lines = [
+        f"    SUM(value * {weight.format(q=f'{point / 100:g}')}) AS {name}" for name, (point, _) in PERCENTILES.items()
+    ]
     return _PERCENTILES.format(times=_TIMES, points=",\n".join(lines))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
@@ -14,10 +15,10 @@ from promptmill.database.engine import reading
 from promptmill.database.tables import requests, results, scores
 from promptmill.errors import JobError, UnknownName
 from promptmill.scoring.scorers import ScoreOutcome
+from promptmill.scoring.scorers.pairs import flips
 from promptmill.scoring.scorers.scoring import Answer, answers_query, judge_of
-from promptmill.scoring.stored_scores import kept_run
+from promptmill.scoring.stored_scores import figures_of, run_of
 from promptmill.store import catalog
-from promptmill.types import WITHOUT_TEXTS
 
 #: Rows fetched at a time.
 FETCH_ROWS = 2_000
@@ -58,15 +59,14 @@ class Flip:
 
 
 def judged_rows(db: Engine, reference: str, score: str | None = None) -> Iterator[JudgedRow]:
-    """Every row of a job by each of its scores: those of the run ``JOB@sN``, else those of its own task, made anew.
+    """Every row of a job by each of its scores: those of the run ``JOB@sN``, else those of its own task.
 
-    Of a job whose texts are gone: those of the run that was kept.
     Raises :class:`UnknownName` for an unknown run or score, :class:`JobError` for a job without scores.
     """
     job, run_id = catalog.find_scored(db, reference)
-    if run_id is None and job.store in WITHOUT_TEXTS:
+    if run_id is None:
         with reading(db) as connection:
-            run_id = kept_run(connection, job.id)
+            run_id = run_of(connection, job)
     if run_id is not None:
         yield from _of_run(db, job.id, run_id, score)
     else:
@@ -101,11 +101,12 @@ def _of_run(db: Engine, job_id: str, run_id: str, score: str | None) -> Iterator
         .join_from(scores, requests, sa.and_(requests.c.job_id == job_id, requests.c.row == each.row))
         .join(results, sa.and_(results.c.job_id == job_id, results.c.row == each.row))
         .where(each.score_run_id == run_id)
-        .order_by(each.row, each.metric)
     )  # fmt: skip
     with reading(db) as connection:
-        names = connection.execute(sa.select(each.metric).where(each.score_run_id == run_id).distinct()).scalars()
-        _check_score(score, list(names))
+        names = list(figures_of(connection, run_id))
+        _check_score(score, names)
+        places = {name: place for place, name in enumerate(names)}
+        query = query.order_by(each.row, sa.case(places, value=each.metric, else_=len(names)))
         if score is not None:
             query = query.where(each.metric == score)
         for found in connection.execution_options(yield_per=FETCH_ROWS).execute(query):
@@ -131,23 +132,12 @@ def flipped_rows(db: Engine, before: str, after: str, score: str | None) -> list
     Raises :class:`JobError` where the two have no row and score in common.
     """
     first = {(each.id, each.score): each for each in judged_rows(db, before, score)}
-    flips, common = [], 0
-    for each in judged_rows(db, after, score):
-        other = first.get((each.id, each.score))
-        if other is None or other.value is None or each.value is None:
-            continue
-        common += 1
-        if (other.value == 1.0) != (each.value == 1.0):
-            flips.append(Flip(each.id, each.score, each.expected, other, each))
+    second = judged_rows(db, after, score)
+    pairs = [(other, each) for each in second if (other := first.get((each.id, each.score))) is not None]
+    values = np.array([(one.value, other.value) for one, other in pairs], dtype=np.float64).reshape(-1, 2)
+    found = flips(values[:, 0], values[:, 1])
+    common = np.isfinite(values).all(axis=1).any()
     if not common:
         raise JobError(f"{before} and {after} have no scored row in common", hint="Rows are compared by their ids.")
-    return flips
-
-
-def mcnemar(losses: int, gains: int) -> float | None:
-    """The p-value of McNemar's exact test: whether the flips are as many one way as the other; None of no flip."""
-    if losses + gains == 0:
-        return None
-    from scipy.stats import binomtest
-
-    return float(binomtest(losses, losses + gains, 0.5).pvalue)
+    rows = sorted(np.concatenate(found).tolist())
+    return [Flip(pairs[row][1].id, pairs[row][1].score, pairs[row][1].expected, *pairs[row]) for row in rows]

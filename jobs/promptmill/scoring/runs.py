@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 
 from promptmill.core.processes import begin_process, processes
 from promptmill.database.engine import copy_rows, epoch, id_at, now_of, reading, writing
@@ -19,6 +19,7 @@ from promptmill.database.tables import jobs, results, score_runs, scores
 from promptmill.errors import JobError
 from promptmill.scoring.scorers.scoring import Answer, Judge, answers_query, judge_of
 from promptmill.scoring.scorers.tally import Judgement, Score, Tally
+from promptmill.scoring.stored_scores import SINCE_END, own_runs
 from promptmill.tasks.task_file import Task, parse_task
 from promptmill.types import WITHOUT_TEXTS, JobState
 
@@ -114,20 +115,6 @@ def is_scored(db: Engine, job: sa.Row[Any]) -> bool:
     return bool(_kept(db, job.id, job.task_sha256))
 
 
-#: A finished run over the answers that a job has: a retry ends the job anew, and gives it others.
-_SINCE = sa.and_(
-    score_runs.c.job_id == jobs.c.id, score_runs.c.figures.is_not(None),
-    score_runs.c.created_at >= sa.func.coalesce(jobs.c.finished_at, 0.0),
-)  # fmt: skip
-
-
-def own_runs(db: Connection, job_id: str, task_sha256: str | None) -> list[str]:
-    """Score runs of a job by its own task over the answers that it has, the first one first."""
-    query = sa.select(score_runs.c.id).join_from(score_runs, jobs, _SINCE)
-    query = query.where(jobs.c.id == job_id, score_runs.c.task_sha256 == task_sha256)
-    return list(db.execute(query.order_by(score_runs.c.number, score_runs.c.id)).scalars())
-
-
 def _kept(db: Engine, job_id: str, task_sha256: str | None) -> list[str]:
     with reading(db) as connection:
         return own_runs(connection, job_id, task_sha256)
@@ -138,7 +125,7 @@ def unscored(db: Engine, within_s: float) -> list[sa.Row[Any]]:
 
     A task file of this machine has a folder; who ran it looks after its scores.
     """
-    own = sa.exists().where(_SINCE, score_runs.c.task_sha256 == jobs.c.task_sha256).correlate(jobs)
+    own = sa.exists().where(SINCE_END, score_runs.c.task_sha256 == jobs.c.task_sha256).correlate(jobs)
     query = sa.select(jobs).where(
         jobs.c.mode == "queue", jobs.c.state == JobState.COMPLETED.value, jobs.c.task_text.is_not(None),
         jobs.c.task_folder.is_(None), jobs.c.store.not_in(WITHOUT_TEXTS), jobs.c.finished_at > epoch() - within_s, ~own,

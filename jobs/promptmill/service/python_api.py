@@ -110,10 +110,10 @@ class Job:
 
     def scores(self) -> dict[str, Score]:
         """The scores that the job's task asks for, over the results there are; none without a task."""
-        from promptmill.scoring.scorers.scoring import score_job
+        from promptmill.scoring.stored_scores import scores_of
 
         with reading(self._db) as connection:
-            return score_job(connection, catalog.find_job(self._db, self.id))
+            return scores_of(connection, catalog.find_job(self._db, self.id))
 
     def score(self, task: str | Path | None = None, by: str | None = None) -> ScoreRun:
         """Score the stored answers by another task file, or by the job's own, and keep that as a score run."""

@@ -1,88 +1,51 @@
-"""What a task file may say under ``scores``: the kinds, their options, and the figures each of them gives."""
+"""What a task file may say under ``scores``: which scorers there are, and what is wrong with an entry."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from promptmill.core.registry import suggestion
+from promptmill.core.registry import resolve, suggestion
 
 #: Where in the file, and what is wrong there.
 Mistake = tuple[tuple[Any, ...], str]
 
+#: Name in a task file -> its class, which says its options and the figures that gates and reports can name.
+SCORERS = {
+    "exact": "promptmill.scoring.scorers.exact:Exact",
+    "json_match": "promptmill.scoring.scorers.exact:JsonMatch",
+    "closeness": "promptmill.scoring.scorers.closeness:Closeness",
+    "within": "promptmill.scoring.scorers.closeness:Within",
+    "abs_error": "promptmill.scoring.scorers.closeness:AbsError",
+    "numeric": "promptmill.scoring.scorers.closeness:Numeric",
+    "binary": "promptmill.scoring.scorers.binary:Binary",
+    "choice_probability": "promptmill.scoring.scorers.binary:ChoiceProbability",
+    "contains": "promptmill.scoring.scorers.texts:Contains",
+    "regex": "promptmill.scoring.scorers.texts:Regex",
+    "set_f1": "promptmill.scoring.scorers.texts:SetF1",
+    "python": "promptmill.scoring.scorers.python_scorer:PythonScorer",
+}
+
 #: Name of the group under which other packages offer scorers.
 ENTRY_POINTS = "promptmill.scorers"
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One option of a kind: what it must be, in words and as a test."""
-
-    must_be: str
-    fits: Callable[[Any], bool]
-    required: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreKind:
-    """A kind of score: its options and the figures that gates and reports can name."""
-
-    figures: tuple[str, ...]
-    options: Mapping[str, Option]
-    #: At least one of these must be there.
-    one_of: tuple[str, ...] = ()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _is_pattern(value: Any) -> bool:
-    try:
-        re.compile(value)
-    except (re.error, TypeError, RecursionError, OverflowError):
-        return False
-    return True
-
-
-_POSITIVE = Option("a number above 0", lambda value: _is_number(value) and value > 0)
-_NOT_NEGATIVE = Option("a number from 0", lambda value: _is_number(value) and value >= 0)
-_NUMBER = Option("a number", _is_number)
-_LABEL = Option("a text or a number", lambda value: isinstance(value, str) or _is_number(value))
-_TRUTH = Option("true or false", lambda value: isinstance(value, bool))
-_PATTERN = Option("a regular expression of Python", _is_pattern)
-_FIELD = Option("a field of the answer", lambda value: isinstance(value, str) and bool(value))
 
 #: Names of scores: what a gate can name.
 _NAME = re.compile(r"[\w./-]+")
 TAKEN = ("parsed", "latency")
 
-#: Figures of labels: one of a few classes was expected and one was given.
-CLASSES = (
-    "accuracy", "macro_f1", "weighted_f1", "macro_precision", "macro_recall", "kappa", "quadratic_kappa",
-)  # fmt: skip
 
-#: Figures of yes or no.
-BINARY = ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "brier", "ece")
+def class_of(kind: str) -> Any:
+    """The class of a scorer (a ``scoring.scorers.scorer.Scorer``); that of functions for one that a package offers."""
+    return resolve("scorer", kind if kind in SCORERS else "python", SCORERS)
 
-KINDS: dict[str, ScoreKind] = {
-    "exact": ScoreKind(CLASSES, {}),
-    "closeness": ScoreKind(("closeness",), {"span": Option(_POSITIVE.must_be, _POSITIVE.fits, required=True)}),
-    "within": ScoreKind(("accuracy",), {"tolerance": Option(_POSITIVE.must_be, _POSITIVE.fits, required=True)}),
-    "abs_error": ScoreKind(("abs_error",), {"worst": _POSITIVE}),
-    "numeric": ScoreKind(
-        ("accuracy",), {"tolerance": _NOT_NEGATIVE, "relative": _NOT_NEGATIVE}, ("tolerance", "relative")
-    ),
-    "binary": ScoreKind(BINARY, {"threshold": _NUMBER, "positive": _LABEL}, ("threshold", "positive")),
-    "contains": ScoreKind(("accuracy",), {"ignore_case": _TRUTH}),
-    "regex": ScoreKind(("accuracy",), {"pattern": _PATTERN}),
-    "json_match": ScoreKind(("accuracy",), {}),
-    "set_f1": ScoreKind(("set_f1",), {}),
-    "choice_probability": ScoreKind(("choice_probability", "brier", "ece"), {}),
-    "python": ScoreKind(("mean", *dict.fromkeys((*CLASSES, *BINARY))), {"field": _FIELD}),
-}
+
+def made(entry: Mapping[str, Any]) -> Any:
+    """The scorer of an entry of a known kind. Raises ``ValidationError``."""
+    kind = entry_kind(entry)
+    scorer = class_of(kind)
+    options = {name: value for name, value in entry.items() if name not in (kind, "as")}
+    return scorer.model_validate({scorer.target: entry[kind]} | options)
 
 
 def entry_kind(entry: Mapping[str, Any]) -> str:
@@ -91,8 +54,8 @@ def entry_kind(entry: Mapping[str, Any]) -> str:
 
 
 def figures_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    kind = KINDS.get(entry_kind(entry))
-    return kind.figures if kind else KINDS["python"].figures
+    figures: tuple[str, ...] = class_of(entry_kind(entry)).figures
+    return figures
 
 
 def names_of(entries: Collection[Mapping[str, Any]]) -> list[str]:
@@ -130,33 +93,49 @@ def _mistakes(index: int, entry: Mapping[str, Any], expected: Collection[str]) -
     if not name:
         yield ("scores", index), "a score begins with its name and one field, such as exact: is_ad"
         return
-    if name not in KINDS:
+    if name not in SCORERS:
         if name not in offered():
-            yield place, f"unknown score '{name}'. {suggestion(name, [*KINDS, *offered()])}"
+            yield place, f"unknown score '{name}'. {suggestion(name, [*SCORERS, *offered()])}"
         return
     if not isinstance(target, str) or not target:
         yield ("scores", index), "a score begins with its name and one field, such as exact: is_ad"
         return
-    kind = KINDS[name]
-    if kind.one_of and not any(option in entry for option in kind.one_of):
-        yield place, f"{name} needs {' or '.join(repr(option) for option in kind.one_of)}"
-    for option, rule in kind.options.items():
-        if option not in entry and rule.required:
-            yield place, f"{name} needs '{option}', {rule.must_be}"
-        elif option in entry and not rule.fits(entry[option]):
-            yield ("scores", index, option), f"'{option}' must be {rule.must_be}"
-    for option in entry.keys() - {name, "as", *kind.options}:
-        yield ("scores", index, option), f"{name} has no option '{option}'"
+    yield from _option_mistakes(index, entry)
     given = entry.get("as", "a")
     if not isinstance(given, str) or not _NAME.fullmatch(given) or given in TAKEN:
         yield ("scores", index, "as"), f"'as' must be a name without spaces, and none of {', '.join(TAKEN)}"
-    if "threshold" in entry and "positive" in entry:
-        yield place, "give 'threshold' or 'positive', not both"
-    if name == "python":
-        if ":" not in target:
-            yield place, "python needs a file and a function, such as scorers.py:has_contact"
-    elif expected and target not in expected and not (name == "regex" and "pattern" in entry):
+    # A scorer that needs no label looks at a field of the answer, which may be none that is expected.
+    if expected and target not in expected and name != "python" and not (name == "regex" and "pattern" in entry):
         yield place, f"'{target}' is not among the expected values. {suggestion(target, expected)}"
+
+
+def _option_mistakes(index: int, entry: Mapping[str, Any]) -> Iterator[Mistake]:
+    """What the scorer's class says of the options, in our own words."""
+    # Reports of jobs without a task do not wait for its import.
+    from pydantic import ValidationError
+
+    name = entry_kind(entry)
+    scorer = class_of(name)
+    if scorer.target in entry.keys() - {name}:
+        yield ("scores", index, scorer.target), f"{name} has no option '{scorer.target}'"
+        return
+    try:
+        made(entry)
+    except ValidationError as problem:
+        # Where an option may have one of several types, each that was tried is an error of its own.
+        yield from dict.fromkeys(_option_mistake(index, name, scorer, each) for each in problem.errors())
+
+
+def _option_mistake(index: int, name: str, scorer: Any, problem: Any) -> Mistake:
+    option = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        return ("scores", index, option), f"{name} has no option '{option}'"
+    if option in ("", scorer.target):
+        return ("scores", index, name), problem["msg"].removeprefix("Value error, ")
+    must_be = scorer.model_fields[option].description
+    if problem["type"] == "missing":
+        return ("scores", index, name), f"{name} needs '{option}', {must_be}"
+    return ("scores", index, option), f"'{option}' must be {must_be}"
 
 
 def offered() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from promptmill.api.jobs.routes import newest
 from promptmill.api.keys import Principal
 from promptmill.database.engine import epoch, reading
 from promptmill.database.tables import attempts, jobs, requests, results, worker_samples
-from promptmill.reports.figures.totals import began_and_ended
+from promptmill.reports.figures.row_sources import began_and_ended
 from promptmill.store.catalog import job_summary
 from promptmill.types import JobState
 

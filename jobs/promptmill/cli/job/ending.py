@@ -14,39 +14,41 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from promptmill.service.local_run import RunOutcome
+    from promptmill.tasks.gates import GateVerdict
 
 
 def end(
     outcome: RunOutcome, db: Engine, quiet: bool, as_json: bool, one: bool = False, junit: str | None = None
 ) -> None:
-    """Print the report, keep the scores, and leave with the exit code the job's end deserves."""
+    """Keep the scores, print the report, and leave with the exit code the job's end deserves."""
     from promptmill.cli.look.report import print_report
+    from promptmill.reports.figures.summary import summarise
     from promptmill.service.service import keep_scores
     from promptmill.types import JobState
 
+    completed = outcome.finished and outcome.state is JobState.COMPLETED
+    if completed:
+        # First: what reads the scores afterwards judges no answer again.
+        keep_scores(outcome.job_id, db)
+    shown = (as_json or not quiet) and not (one and not quiet)
+    summary = summarise(db, outcome.job_id) if shown or completed else None
     if one and not quiet:
         _print_answer(db, outcome.job_id)
-    elif as_json or not quiet:
-        print_report(db, outcome.job_id, as_json)
+    elif shown and summary is not None:
+        print_report(summary, as_json)
     if not outcome.finished:
         stderr_console().print(
             f"stopped before the end; go on with: promptmill resume {outcome.job_id}", soft_wrap=True
         )
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
-    if outcome.state is not JobState.COMPLETED:
+    if not completed:
         _say_why(db, outcome)
         raise click.exceptions.Exit(EXIT_FAILED)
-    keep_scores(outcome.job_id, db)
-    _judge_gates(db, outcome.job_id, junit)
+    _judge_gates(outcome.job_id, list(summary.gates) if summary else [], junit)
 
 
-def _judge_gates(db: Engine, job_id: str, junit: str | None) -> None:
+def _judge_gates(job_id: str, verdicts: list[GateVerdict], junit: str | None) -> None:
     """Say how each gate of the job's task ended; exit code 3 when one failed."""
-    from promptmill.reports.figures.summary import summarise
-    from promptmill.store.catalog import find_job
-
-    task_text = find_job(db, job_id).task_text
-    verdicts = list(summarise(db, job_id).gates) if task_text and "gates" in task_text else []
     if junit is not None:
         from promptmill.scoring.junit import write
 

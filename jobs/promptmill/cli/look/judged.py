@@ -50,7 +50,8 @@ def _text(text: str | None) -> str:
 
 def show_flipped(before: str, after: str, score: str | None, limit: int, as_json: bool) -> None:
     """Print rows that one has right and the other wrong, how many go each way, and how likely that is by chance."""
-    from promptmill.scoring.mistakes import flipped_rows, mcnemar
+    from promptmill.scoring.mistakes import flipped_rows
+    from promptmill.scoring.scorers.pairs import mcnemar
 
     _, db = open_all()
     flips = flipped_rows(db, before, after, score)

@@ -47,6 +47,7 @@ Examples:
 @json_option
 def report(job: str, format_: str | None, output: str, wide: bool, force: bool, as_json: bool) -> None:
     """Report on JOB: throughput, latency, errors, consistency checks and scores, each figure from its rows."""
+    from promptmill.reports.figures.summary import summarise
     from promptmill.store.catalog import find_job
 
     chosen = "json" if as_json else format_ or by_name(output)
@@ -54,7 +55,7 @@ def report(job: str, format_: str | None, output: str, wide: bool, force: bool, 
     _, db = open_all()
     job_id = find_job(db, job).id
     if chosen == "term" and output == "-":
-        print_report(db, job_id, False, wide)
+        print_report(summarise(db, job_id), False, wide)
     else:
         write_text(_text(db, job_id, chosen), output)
 
@@ -104,12 +105,10 @@ def write_text(text: str, output: str) -> None:
         stderr_console().print(f"wrote {output}", soft_wrap=True)
 
 
-def print_report(db: Engine, job_id: str, as_json: bool, wide: bool = False) -> None:
-    """The report of a job on stdout."""
-    from promptmill.reports.figures.summary import summarise
+def print_report(summary: Summary, as_json: bool, wide: bool = False) -> None:
+    """A report on stdout."""
     from promptmill.reports.render.terminal import render
 
-    summary = summarise(db, job_id)
     if as_json:
         print_json(summary.to_json())
     else:

@@ -37,6 +37,7 @@ from promptmill.reports.figures.figures import metric_of, value_of
 from promptmill.reports.figures.inputs import consistent
 from promptmill.reports.figures.metrics import METRICS, Better
 from promptmill.reports.figures.summary import Summary, summarise
+from promptmill.scoring.scorers.pairs import flips as flips_of
 from promptmill.tasks.sampling import PARAMETERS, check_parameter
 from promptmill.types import SamplingParams
 
@@ -300,8 +301,9 @@ def _rate_lines(
     own: Rows, other: Rows, common: Pairing, note: str, summary: Summary
 ) -> tuple[list[Line], list[_FlipPlaces]]:
     """Success, and each score that both jobs have."""
-    success, _, _ = paired_rates(own.ok[common.before], other.ok[common.after])
-    rates = own.ok[common.before].mean(), other.ok[common.after].mean()
+    answered = own.ok[common.before].astype(float), other.ok[common.after].astype(float)
+    success = paired_rates(len(common.before), *map(len, flips_of(*answered)))
+    rates = answered[0].mean(), answered[1].mean()
     line = Line("success_rate", METRICS["success_rate"], float(rates[0]), float(rates[1]), note=note)
     lines, flips = [_filled(line, success)], []
     for name in (name for name in own.worth if name in other.worth):
@@ -313,13 +315,11 @@ def _rate_lines(
         if metric != "accuracy":
             lines.append(_mean_line(f"{name}.{metric}", one[both], two[both], note))
             continue
-        before, after = one[both] == 1, two[both] == 1
-        change, lost, won = paired_rates(before, after)
-        score = Line(f"{name}.accuracy", METRICS["accuracy"], float(before.mean()), float(after.mean()), note=note)
-        lines.append(_filled(score, change))
-        places = np.flatnonzero(both)
-        shown = [places[rows][:FLIPS_SHOWN] for rows in (before & ~after, ~before & after)]
-        flips.append(_FlipPlaces(name, lost, won, change.p, shown[0], shown[1]))
+        lost, won = flips_of(one, two)
+        change = paired_rates(int(both.sum()), len(lost), len(won))
+        before, after = (float((each[both] == 1).mean()) for each in (one, two))
+        lines.append(_filled(Line(f"{name}.accuracy", METRICS["accuracy"], before, after, note=note), change))
+        flips.append(_FlipPlaces(name, len(lost), len(won), change.p, lost[:FLIPS_SHOWN], won[:FLIPS_SHOWN]))
     return lines, flips
 
 

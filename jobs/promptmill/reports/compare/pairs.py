@@ -14,7 +14,7 @@ from promptmill.database.tables import jobs, requests, results, scores
 from promptmill.reports.figures.columns import Floats, Ints, Truths
 from promptmill.scoring.scorers import ScoreOutcome
 from promptmill.scoring.scorers.scoring import Answer, answers_query, judge_of
-from promptmill.scoring.stored_scores import kept_run
+from promptmill.scoring.stored_scores import figures_of, run_of
 from promptmill.types import WITHOUT_TEXTS
 
 #: Rows fetched at a time.
@@ -129,15 +129,13 @@ def _batches(chunk: Ints, chunks: int, admitted: Floats) -> Ints:
 
 
 def _worth(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
-    """What each row is worth by each score of the job's task; NaN for rows that are not counted.
-
-    Of texts that were removed on purpose, as the score run that was kept has it.
-    """
+    """What each row is worth by each score of the job's task; NaN for rows that are not counted."""
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
-    if job.store in WITHOUT_TEXTS:
-        kept = kept_run(db, job_id)
-        return {} if kept is None else _stored(db, kept, places)
-    judge = judge_of(job)
+    run_id = run_of(db, job)
+    if run_id is not None:
+        stored = _stored(db, run_id, places)
+        return {name: stored[name] for name in figures_of(db, run_id) if name in stored}
+    judge = None if job.store in WITHOUT_TEXTS else judge_of(job)
     if judge is None:
         return {}
     query = answers_query(job_id, whole=judge.needs_item).order_by(results.c.row)

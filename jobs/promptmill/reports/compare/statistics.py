@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from promptmill.reports.figures.columns import Floats
 from promptmill.scoring.scorers.intervals import wilson
+from promptmill.scoring.scorers.pairs import mcnemar
 
 #: Resamples of a bootstrap, and its seed: the same rows give the same interval.
 RESAMPLES = 2000
@@ -155,22 +156,20 @@ def _of_logs(value: float, spread: float, freedom: float) -> Change:
     return Change(value, (math.expm1(log - width), math.expm1(log + width)), p)
 
 
-def paired_rates(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[Change, int, int]:
-    """Difference of two rates of the same rows; and rows that only the one, or only the other, has.
+def paired_rates(n: int, lost: int, won: int) -> Change:
+    """Difference of two rates of the same ``n`` rows, of which so many only the one, or only the other, has.
 
     McNemar's exact test on these; the interval is Bonett and Price's adjusted Wald for paired proportions (2012).
     """
-    from scipy.stats import binomtest, norm
+    from scipy.stats import norm
 
-    n, lost, won = len(before), int((before & ~after).sum()), int((~before & after).sum())
     if n == 0:
-        return Change(math.nan, None, None), 0, 0
-    # Of rows that are all equal there is nothing to test, and no family to be corrected for.
-    p = float(binomtest(lost, lost + won, 0.5).pvalue) if lost + won else None
+        return Change(math.nan, None, None)
     down, up = (lost + 1) / (n + 2), (won + 1) / (n + 2)
     width = float(norm.ppf(1 - ALPHA / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     interval = (max(-1.0, up - down - width), min(1.0, up - down + width))
-    return Change((won - lost) / n, interval, p), lost, won
+    # Rows that are all equal leave nothing to test, and no family to be corrected for.
+    return Change((won - lost) / n, interval, mcnemar(lost, won))
 
 
 def paired_means(before: Floats, after: Floats) -> Change:

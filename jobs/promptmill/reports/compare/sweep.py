@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +12,9 @@ from promptmill.reports.compare.statistics import Change, repeated_ratio
 from promptmill.reports.figures.figures import metric_of, score_name, value_of
 from promptmill.reports.figures.summary import Summary
 from promptmill.reports.render import markdown, plots
+from promptmill.reports.render.csv import lines
 from promptmill.reports.render.html import document, safe, section, table
+from promptmill.reports.render.json import dumped
 from promptmill.store.spreadsheets import inert
 
 #: Share of the best output rate from which on a smaller setting is as good.
@@ -207,12 +206,9 @@ def text(found: Sweep, format_: str) -> str:
     """The sweep as ``md``, ``json``, ``csv`` or ``html``."""
     columns, cells = rows(found)
     if format_ == "json":
-        return json.dumps(found.to_json(), ensure_ascii=False, indent=2) + "\n"
+        return dumped(found.to_json())
     if format_ == "csv":
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerows(map(inert, [columns, *cells]))
-        return stream.getvalue()
+        return lines(inert(columns), cells)
     blocks = [recommended(each) for each in found.knees()]
     if format_ == "md":
         kept = "".join(f"```\n{block}\n```\n" for block in blocks)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +18,8 @@ from promptmill.reports.figures.figures import metric_of, names_of, value_of
 from promptmill.reports.figures.metrics import Better, Metric
 from promptmill.reports.figures.summary import Summary, summarise
 from promptmill.reports.render import markdown
-from promptmill.store.spreadsheets import inert
+from promptmill.reports.render.csv import lines
+from promptmill.reports.render.json import dumped
 from promptmill.store.tags import tagged
 
 #: Fewest jobs on either side of a change: fewer do not tell it from noise.
@@ -158,17 +156,14 @@ def cells(trend: Trend) -> list[tuple[str, str, str, str, str, str]]:
 def text(found: Sequence[Trend], format_: str) -> str:
     """All trends as ``md``, ``json`` or ``csv``."""
     if format_ == "json":
-        return json.dumps([each.to_json() for each in found], ensure_ascii=False, indent=2) + "\n"
+        return dumped([each.to_json() for each in found])
     if format_ == "md":
         return (
             "\n\n".join(f"## {each.tag}: {each.name}\n\n{markdown.table(COLUMNS, cells(each))}" for each in found)
             + "\n"
         )
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("tag", "figure", *Point.__slots__))
-    for trend in found:
-        writer.writerows(
-            inert((trend.tag, trend.name, *(getattr(each, name) for name in Point.__slots__))) for each in trend.points
-        )
-    return stream.getvalue()
+    names = Point.__slots__
+    rows = (
+        (trend.tag, trend.name, *(getattr(each, name) for name in names)) for trend in found for each in trend.points
+    )
+    return lines(("tag", "figure", *names), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,55 @@ from sqlalchemy.engine import Connection
 
 from promptmill.database.arrow_tables import is_as_it_was, is_worth
 from promptmill.reports.figures import percentiles
-from promptmill.reports.figures.columns import Floats, Ints, Key, Places, Series, Truths, UnknownKey, parted
+from promptmill.reports.figures.columns import Floats, Ints, Key, Places, Series, Tokens, Truths, UnknownKey, parted
 from promptmill.reports.figures.distributions import CURVE_SLICES, Active, Curve, Spread, add_output, queued, tpot
 from promptmill.reports.figures.percentiles import Times
-from promptmill.reports.figures.row_sources import Here, InRanges, RowSource
-from promptmill.reports.figures.totals import Totals, totals_of
+from promptmill.reports.figures.row_sources import ArrowRows, NativeRows, RowSource
+
+#: Seconds by which a worker's reading of the database's clock may be off before a row counts as out of order: SQLite's
+#: ticks in milliseconds, and half of the time that a busy database takes to answer is a few more.
+CLOCK_TOLERANCE_S = 0.010
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a job's rows. Tokens are of answers, without those copied from an identical request."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    #: Answers that were copied from an identical request: they are in no sum of tokens.
+    copied: int = 0
+    over_max_tokens: int = 0
+    over_cached: int = 0
+    #: Rows whose stamps of one worker are out of order.
+    disordered: int = 0
+    #: Rows admitted before they were enqueued, by more than clocks may disagree.
+    early: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+def totals_of(series: Series, tokens: Tokens, ok: Truths) -> Totals:
+    """Of some rows; ``ok``: which of them have an answer."""
+    computed = ok & ~tokens.is_copy
+    order = (series.first_token_at < series.admitted_at) | (series.finished_at < series.first_token_at)
+
+    def summed(column: Floats) -> int:
+        return int(column[computed & (column > 0)].sum())
+
+    return Totals(
+        prompt_tokens=summed(tokens.prompt),
+        cached_tokens=summed(tokens.cached),
+        reasoning_tokens=summed(tokens.reasoning),
+        copied=int((ok & tokens.is_copy).sum()),
+        over_max_tokens=int(((tokens.most >= 0) & (tokens.output > tokens.most)).sum()),
+        over_cached=int(((tokens.prompt >= 0) & (tokens.cached > tokens.prompt)).sum()),
+        disordered=int(order.sum()),
+        early=int((series.enqueued_at > series.admitted_at + CLOCK_TOLERANCE_S).sum()),
+    )
+
 
 #: Slices of plots over time, and points of the scatter plot: more are a blot, and megabytes.
 PLOT_SLICES = 240
@@ -77,20 +121,18 @@ class Folded:
 
 def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
     """Read the job once; ``detailed``: what plots need, too."""
+    sources: list[RowSource] = [NativeRows(db, job.id)]
     if is_worth(db.engine, job.state, job.rows):
-        # A job that was retried meanwhile may have rows of workers that nobody knew of.
-        with suppress(UnknownKey):
-            folded = _fold_all(InRanges(db, job.id), db, job, detailed)
-            if is_as_it_was(db.engine, job):
-                return folded
-    return _fold_all(Here(db, job.id), db, job, detailed)
-
-
-def _fold_all(source: RowSource, db: Connection, job: sa.Row[Any], detailed: bool) -> Folded:
-    try:
-        return _fold(source, Places.of(db, job.id), job.rows, detailed)
-    except UnknownKey:
-        return _fold(source, Places.scanned(db, job.id), job.rows, detailed)
+        sources.insert(0, ArrowRows(db, job.id))
+    for source in sources:
+        for places in (Places.of, Places.scanned):
+            # A job that was retried meanwhile may have rows of workers that nobody knew of.
+            with suppress(UnknownKey):
+                folded = _fold(source, places(db, job.id), job.rows, detailed)
+                if isinstance(source, NativeRows) or is_as_it_was(db.engine, job):
+                    return folded
+                break
+    raise UnknownKey
 
 
 def _fold(source: RowSource, places: Places, rows: int, detailed: bool) -> Folded:

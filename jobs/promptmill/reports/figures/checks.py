@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from promptmill.reports.figures.aggregate import Totals
 from promptmill.reports.figures.budget import Budget
 from promptmill.reports.figures.distributions import Curve
 from promptmill.reports.figures.metrics import digits
-from promptmill.reports.figures.totals import Totals
 from promptmill.types import ErrorClass, JobState
 
 #: Share by which two ways to the same number may differ through rounding of doubles.

@@ -1,10 +1,9 @@
-"""One pass over the timed rows of a job, in blocks of numbers, as fast as each database gives them, in flat memory."""
+"""The rows of a job as columns of numbers, and what they are counted by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,21 +11,12 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.database.arrow_tables import literal, ranges, rows_with_results
 from promptmill.database.tables import attempts, results
 from promptmill.types import ErrorClass, FinishReason
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Truths = NDArray[np.bool_]
-
-#: Rows of a block at most.
-BLOCK_ROWS = 50_000
-
-#: An array as PostgreSQL sends it (``array_send``): five numbers of 4 bytes (dimensions, whether there are NULLs, type,
-#: length, first index), and of each item its length (8) and its big-endian double.
-ARRAY_HEADER = 20
-ARRAY_ITEM = np.dtype([("bytes", ">i4"), ("value", ">f8")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,36 +150,6 @@ def _place(column: sa.Column[Any], values: Sequence[str | None]) -> sa.ColumnEle
     return sa.case((column.is_(None), values.index(None)), else_=known) if None in values else known
 
 
-def blocks(db: Connection, job_id: str, places: Places) -> Iterator[list[Floats]]:
-    """All results of the job, once each and in no order, as columns of numbers for :func:`parted`."""
-    query = block_query(db.dialect.name, job_id, places)
-    if db.dialect.name == "postgresql":
-        for first, end in ranges(0, rows_with_results(db, job_id), BLOCK_ROWS):
-            among = results.c.row.between(first, end - 1)
-            yield from _from_postgresql(db, query.where(among))
-    else:
-        yield from _from_sqlite(db, query)
-
-
-def block_query(dialect: str, job_id: str, places: Places) -> sa.Select[Any]:
-    """The numbers of :func:`blocks`: of each row its key, four stamps, tokens of five kinds, and whether it is a copy.
-
-    A column has one type in all rows, and no NULL: -1 stands for tokens and keys that are unknown.
-    """
-    each = results.c
-    # SQLite has no NaN.
-    none: sa.ColumnElement[float] = sa.literal_column("'NaN'::float8" if dialect == "postgresql" else "9e999")
-    stamps = (each.enqueued_at, each.admitted_at, each.first_token_at, each.finished_at)
-    tokens = (each.output_tokens, each.prompt_tokens, each.cached_tokens, each.reasoning_tokens, each.max_tokens)
-    columns = (
-        sa.func.coalesce(places.sql, -1),
-        *(sa.func.coalesce(stamp, none) for stamp in stamps),
-        *(sa.func.coalesce(count, -1) for count in tokens),
-        sa.case((each.deduplicated, 1), else_=0),
-    )
-    return sa.select(*columns).where(each.job_id == job_id)
-
-
 def parted(block: list[Floats]) -> tuple[Ints, Series, Tokens]:
     """Of the rows of a block the places of their keys, their columns, and their tokens. Raises :class:`UnknownKey`."""
     key, enqueued, admitted, first, finished, output, prompt, cached, reasoning, most, copied = block
@@ -203,28 +163,3 @@ def parted(block: list[Floats]) -> tuple[Ints, Series, Tokens]:
     prefill = np.where(is_copy | (prompt < 0), 0.0, prompt - np.maximum(cached, 0.0))
     series = Series(enqueued, admitted, first, finished, generated, prefill)
     return key.astype(np.int64), series, Tokens(output, prompt, cached, reasoning, most, is_copy)
-
-
-def _from_sqlite(db: Connection, query: sa.Select[Any]) -> Iterator[list[Floats]]:
-    width = len(query.selected_columns)
-    driver: Any = db.connection.driver_connection
-    cursor = driver.cursor()
-    try:
-        cursor.execute(literal(db.engine, query))
-        while rows := cursor.fetchmany(BLOCK_ROWS):
-            block = np.fromiter(chain.from_iterable(rows), np.float64, len(rows) * width).reshape(-1, width)
-            yield [np.ascontiguousarray(column) for column in block.T]
-    finally:
-        cursor.close()
-
-
-def _from_postgresql(db: Connection, query: sa.Select[Any]) -> Iterator[list[Floats]]:
-    """Each column as one array: a message for each row takes longer than all the rest."""
-    columns = list(query.selected_columns)
-    arrays = query.with_only_columns(*(sa.func.array_agg(sa.cast(column, sa.Double)) for column in columns))
-    driver: Any = db.connection.driver_connection
-    with driver.cursor(binary=True) as cursor:
-        cursor.execute(literal(db.engine, arrays))
-        found = [cursor.pgresult.get_value(0, place) for place in range(len(columns))]
-    if found[0] is not None:
-        yield [np.frombuffer(data, ARRAY_ITEM, offset=ARRAY_HEADER)["value"].astype(np.float64) for data in found]

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric
+from promptmill.database.figure_sql import PERCENTILES
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, SINGLE, Metric
 from promptmill.reports.figures.summary import Summary
-
-#: Figures of the job as a whole that are printed, in order.
-SINGLE = (
-    "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "copied", "success_rate", "wall_s", "items_per_s",
-    "valid_per_s", "output_tps", "total_tps", "prefill_tps", "decode_tps", "prompt_tokens", "cached_tokens",
-    "output_tokens", "reasoning_tokens", "wasted_tokens", "cached_share", "mean_output_tokens", "mean_active",
-    "peak_active", "slots", "batch_efficiency", "starved_share", "idle_share",
-)  # fmt: skip
-
-#: Figures with a value for each row.
-DISTRIBUTIONS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
 
 
 def singles(summary: Summary) -> list[tuple[Metric, float | None]]:
     """Each figure of the whole job; None was not measured."""
     return [(METRICS[name], getattr(summary, name)) for name in SINGLE]
-
-
-def percentiles(summary: Summary) -> list[tuple[Metric, str, float | None, bool]]:
-    """Metric, percentile, value, and whether the number of values can tell it."""
-    return [
-        (METRICS[name], point, getattr(getattr(summary, name), point), getattr(summary, name).supports(point))
-        for name in DISTRIBUTIONS
-        for point in PERCENTILES
-    ]
 
 
 def score_name(name: str, metric: str) -> str:

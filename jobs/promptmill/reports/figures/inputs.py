@@ -17,8 +17,7 @@ from promptmill.database.engine import reading
 from promptmill.database.figure_sql import SAMPLED_S
 from promptmill.database.tables import attempts, job_tags, jobs, results, worker_samples, workers
 from promptmill.errors import UnknownName
-from promptmill.reports.figures.aggregate import Folded, Group, fold
-from promptmill.reports.figures.totals import Totals
+from promptmill.reports.figures.aggregate import Folded, Group, Totals, fold
 
 
 @dataclass(frozen=True, slots=True)

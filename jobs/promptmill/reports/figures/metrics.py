@@ -7,10 +7,15 @@ set against each other only when their kinds are equal, so that a prefill rate n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 from promptmill.database.figure_sql import FIGURE_SQL
+
+if TYPE_CHECKING:
+    from promptmill.reports.figures.measured import Measured
 
 
 class Unit(StrEnum):
@@ -58,11 +63,6 @@ class Better(StrEnum):
     NEITHER = "neither"
 
 
-#: Percentiles of every distribution, and the fewest values that give a two-sided 95 % interval for each: below, a
-#: percentile is shown dimmed, with this number beside it.
-PERCENTILES: dict[str, tuple[float, int]] = {"p50": (50, 6), "p90": (90, 36), "p95": (95, 72), "p99": (99, 368)}
-
-
 @dataclass(frozen=True, slots=True)
 class Metric:
     """One figure. ``formula`` is in terms of columns of ``results`` (of ok rows unless it says otherwise)."""
@@ -75,6 +75,8 @@ class Metric:
     formula: str
     #: Fewest values behind the figure for it to say anything.
     min_n: int = 1
+    #: The figure of a job; of a figure of each row its distribution. None: it is a score's, or a worker's.
+    of: Callable[[Measured], Any] | None = None
 
     def text(self, value: float | None) -> str:
         """``value`` for people, without its unit; a dash for what was not measured."""
@@ -127,6 +129,11 @@ def digits(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def ratio(part: float, whole: float | None) -> float | None:
+    """``part / whole``; None of nothing."""
+    return part / whole if whole else None
+
+
 def comparable(one: Metric, other: Metric) -> bool:
     """Whether two figures may be set against each other."""
     return one.kind is other.kind and one.unit is other.unit
@@ -139,159 +146,160 @@ def _quality(name: str, label: str, formula: str, unit: Unit = Unit.INDEX, bette
 _COUNT, _NEITHER, _HIGHER, _LOWER = Kind.COUNT, Better.NEITHER, Better.HIGHER, Better.LOWER
 _WALL = "(max finished_at - min admitted_at over all rows that had a slot)"
 
+#: In the order in which they are printed.
+# fmt: off
 _ALL = (
-    Metric("rows", "rows", Unit.REQUESTS, _COUNT, _NEITHER, "jobs.rows: lines of the dataset in this job"),
-    Metric("attempted", "attempted", Unit.REQUESTS, _COUNT, _NEITHER, "rows of results, whatever their state"),
-    Metric("ok", "ok", Unit.REQUESTS, _COUNT, _HIGHER, "rows of results with state ok"),
-    Metric("errors", "errors", Unit.REQUESTS, _COUNT, _LOWER, "rows of results with state error, cancelled included"),
-    Metric("cancelled", "cancelled", Unit.REQUESTS, _COUNT, _NEITHER, "errors of class cancelled"),
-    Metric("cut_off", "cut off", Unit.REQUESTS, _COUNT, _LOWER, "ok rows with finish_reason length"),
     Metric(
-        "copied",
-        "copied",
-        Unit.REQUESTS,
-        _COUNT,
-        _NEITHER,
-        "ok rows with deduplicated: copied from an identical request, in no sum of tokens and in no time",
+        "rows", "rows", Unit.REQUESTS, _COUNT, _NEITHER, "jobs.rows: lines of the dataset in this job",
+        of=lambda m: m.job.rows,
     ),
-    Metric("success_rate", "success", Unit.SHARE, Kind.SUCCESS, _HIGHER, "ok / attempted"),
-    Metric("wall_s", "wall", Unit.SECONDS, Kind.WALL_TIME, _LOWER, _WALL),
-    Metric("items_per_s", "requests/s", Unit.REQUESTS_PER_SECOND, Kind.REQUEST_RATE, _HIGHER, "ok / wall_s"),
     Metric(
-        "valid_per_s",
-        "valid",
-        Unit.REQUESTS_PER_SECOND,
-        Kind.REQUEST_RATE,
-        _HIGHER,
+        "attempted", "attempted", Unit.REQUESTS, _COUNT, _NEITHER, "rows of results, whatever their state",
+        of=lambda m: m.ok + m.errors,
+    ),
+    Metric("ok", "ok", Unit.REQUESTS, _COUNT, _HIGHER, "rows of results with state ok", of=lambda m: m.ok),
+    Metric(
+        "errors", "errors", Unit.REQUESTS, _COUNT, _LOWER, "rows of results with state error, cancelled included",
+        of=lambda m: m.errors,
+    ),
+    Metric(
+        "cancelled", "cancelled", Unit.REQUESTS, _COUNT, _NEITHER, "errors of class cancelled",
+        of=lambda m: m.by_class.get("cancelled", 0),
+    ),
+    Metric(
+        "cut_off", "cut off", Unit.REQUESTS, _COUNT, _LOWER, "ok rows with finish_reason length",
+        of=lambda m: m.cut_off,
+    ),
+    Metric(
+        "copied", "copied", Unit.REQUESTS, _COUNT, _NEITHER,
+        "ok rows with deduplicated: copied from an identical request, in no sum of tokens and in no time",
+        of=lambda m: m.totals.copied,
+    ),
+    Metric(
+        "success_rate", "success", Unit.SHARE, Kind.SUCCESS, _HIGHER, "ok / attempted",
+        of=lambda m: ratio(m.ok, m.ok + m.errors),
+    ),
+    Metric("wall_s", "wall", Unit.SECONDS, Kind.WALL_TIME, _LOWER, _WALL, of=lambda m: m.wall_s),
+    Metric(
+        "items_per_s", "requests/s", Unit.REQUESTS_PER_SECOND, Kind.REQUEST_RATE, _HIGHER, "ok / wall_s",
+        of=lambda m: ratio(m.ok, m.wall_s),
+    ),
+    Metric(
+        "valid_per_s", "valid", Unit.REQUESTS_PER_SECOND, Kind.REQUEST_RATE, _HIGHER,
         "ok rows whose answer the task could read, not cut off before it was whole, by the score that read the fewest "
         "(of the rows that expect something) / wall_s",
+        of=lambda m: None if m.valid is None else ratio(m.valid, m.wall_s),
     ),
-    Metric("output_tps", "output", Unit.TOKENS_PER_SECOND, Kind.OUTPUT_RATE, _HIGHER, "sum of output_tokens / wall_s"),
     Metric(
-        "total_tps",
-        "prompt computed + output",
-        Unit.TOKENS_PER_SECOND,
-        Kind.TOTAL_RATE,
-        _HIGHER,
+        "output_tps", "output", Unit.TOKENS_PER_SECOND, Kind.OUTPUT_RATE, _HIGHER, "sum of output_tokens / wall_s",
+        of=lambda m: ratio(m.output_tokens, m.wall_s),
+    ),
+    Metric(
+        "total_tps", "prompt computed + output", Unit.TOKENS_PER_SECOND, Kind.TOTAL_RATE, _HIGHER,
         "sum of (prompt_tokens - cached_tokens + output_tokens) / wall_s",
+        of=lambda m: ratio(m.totals.prompt_tokens - m.totals.cached_tokens + m.output_tokens, m.wall_s),
     ),
     Metric(
-        "prefill_tps",
-        "prefill",
-        Unit.TOKENS_PER_SECOND,
-        Kind.PREFILL_RATE,
-        _HIGHER,
+        "prefill_tps", "prefill", Unit.TOKENS_PER_SECOND, Kind.PREFILL_RATE, _HIGHER,
         "sum of attempts.prefill_tokens / sum of attempts.prefill_s: computed prompt tokens per second of prefill",
+        of=lambda m: m.books.prefill_tps,
     ),
     Metric(
-        "decode_tps",
-        "decode",
-        Unit.TOKENS_PER_SECOND,
-        Kind.DECODE_RATE,
-        _HIGHER,
+        "decode_tps", "decode", Unit.TOKENS_PER_SECOND, Kind.DECODE_RATE, _HIGHER,
         "sum of attempts.decode_tokens / sum of attempts.decode_s: tokens per second of decoding",
+        of=lambda m: m.books.decode_tps,
     ),
-    Metric("prompt_tokens", "prompt", Unit.TOKENS, _COUNT, _NEITHER, "sum of prompt_tokens"),
-    Metric("cached_tokens", "cached", Unit.TOKENS, _COUNT, _NEITHER, "sum of cached_tokens"),
-    Metric("output_tokens", "output", Unit.TOKENS, _COUNT, _NEITHER, "sum of output_tokens"),
-    Metric("reasoning_tokens", "reasoning", Unit.TOKENS, _COUNT, _NEITHER, "sum of reasoning_tokens (part of output)"),
     Metric(
-        "wasted_tokens",
-        "wasted",
-        Unit.TOKENS,
-        _COUNT,
-        _LOWER,
+        "prompt_tokens", "prompt", Unit.TOKENS, _COUNT, _NEITHER, "sum of prompt_tokens",
+        of=lambda m: m.totals.prompt_tokens,
+    ),
+    Metric(
+        "cached_tokens", "cached", Unit.TOKENS, _COUNT, _NEITHER, "sum of cached_tokens",
+        of=lambda m: m.totals.cached_tokens,
+    ),
+    Metric(
+        "output_tokens", "output", Unit.TOKENS, _COUNT, _NEITHER, "sum of output_tokens", of=lambda m: m.output_tokens,
+    ),
+    Metric(
+        "reasoning_tokens", "reasoning", Unit.TOKENS, _COUNT, _NEITHER, "sum of reasoning_tokens (part of output)",
+        of=lambda m: m.totals.reasoning_tokens,
+    ),
+    Metric(
+        "wasted_tokens", "wasted", Unit.TOKENS, _COUNT, _LOWER,
         "sum of attempts.wasted_tokens: sampled for requests that were cancelled or failed, and in no answer",
+        of=lambda m: m.books.wasted_tokens,
     ),
-    Metric("mean_output_tokens", "mean answer", Unit.TOKENS, Kind.LENGTH, _NEITHER, "output_tokens / (ok - copied)"),
-    Metric("cached_share", "cached share", Unit.SHARE, Kind.CACHE, _HIGHER, "cached_tokens / prompt_tokens"),
     Metric(
-        "mean_active",
-        "mean active",
-        Unit.SEQUENCES,
-        Kind.OCCUPANCY,
-        _HIGHER,
+        "cached_share", "cached share", Unit.SHARE, Kind.CACHE, _HIGHER, "cached_tokens / prompt_tokens",
+        of=lambda m: ratio(m.totals.cached_tokens, m.totals.prompt_tokens),
+    ),
+    Metric(
+        "mean_output_tokens", "mean answer", Unit.TOKENS, Kind.LENGTH, _NEITHER, "output_tokens / (ok - copied)",
+        of=lambda m: ratio(m.output_tokens, m.ok - m.totals.copied),
+    ),
+    Metric(
+        "mean_active", "mean active", Unit.SEQUENCES, Kind.OCCUPANCY, _HIGHER,
         "sum of (finished_at - admitted_at) over all rows that had a slot / wall_s",
+        of=lambda m: m.occupancy.mean_active,
     ),
     Metric(
-        "peak_active",
-        "peak active",
-        Unit.SEQUENCES,
-        Kind.OCCUPANCY,
-        _NEITHER,
-        "most rows between admitted_at and finished_at at one time",
+        "peak_active", "peak active", Unit.SEQUENCES, Kind.OCCUPANCY, _NEITHER,
+        "most rows between admitted_at and finished_at at one time", of=lambda m: m.occupancy.peak_active,
     ),
     Metric(
-        "batch_efficiency",
-        "batch efficiency",
-        Unit.SHARE,
-        Kind.OCCUPANCY,
-        _HIGHER,
+        "slots", "slots", Unit.SEQUENCES, _COUNT, _NEITHER, "most slots of workers with rows at one time",
+        of=lambda m: m.occupancy.slots,
+    ),
+    Metric(
+        "batch_efficiency", "batch efficiency", Unit.SHARE, Kind.OCCUPANCY, _HIGHER,
         "sum of attempts.decode_tokens / sum of (attempts.steps x attempts.slots): tokens by the most that so many "
-        "steps could make",
+        "steps could make", of=lambda m: m.books.batch_efficiency,
     ),
-    Metric("slots", "slots", Unit.SEQUENCES, _COUNT, _NEITHER, "most slots of workers with rows at one time"),
     Metric(
-        "starved_share",
-        "starved",
-        Unit.SHARE,
-        Kind.OCCUPANCY,
-        _LOWER,
+        "starved_share", "starved", Unit.SHARE, Kind.OCCUPANCY, _LOWER,
         "sum of attempts.starved_s (a slot free while requests waited) / (prefill_s + decode_s + overhead_s + idle_s)",
+        of=lambda m: m.books.starved_share,
     ),
     Metric(
-        "idle_share",
-        "idle",
-        Unit.SHARE,
-        Kind.OCCUPANCY,
-        _LOWER,
-        "sum of attempts.idle_s / (prefill_s + decode_s + overhead_s + idle_s)",
+        "idle_share", "idle", Unit.SHARE, Kind.OCCUPANCY, _LOWER,
+        "sum of attempts.idle_s / (prefill_s + decode_s + overhead_s + idle_s)", of=lambda m: m.books.idle_share,
     ),
-    Metric("latency_s", "latency", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER, "finished_at - admitted_at of each row", 6),
-    Metric("ttft_s", "TTFT", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER, "first_token_at - admitted_at of each row", 6),
     Metric(
-        "tpot_s",
-        "TPOT",
-        Unit.SECONDS,
-        Kind.SERVICE_TIME,
-        _LOWER,
-        "(finished_at - first_token_at) / (output_tokens - 1) of each row with output_tokens >= 2",
-        6,
+        "latency_s", "latency", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER, "finished_at - admitted_at of each row", 6,
+        of=lambda m: m.folded.latency_s,
     ),
-    Metric("queue_s", "queue", Unit.SECONDS, Kind.QUEUE_TIME, _LOWER, "admitted_at - enqueued_at of each row", 6),
     Metric(
-        "accuracy",
-        "accuracy",
-        Unit.SHARE,
-        Kind.QUALITY,
-        _HIGHER,
+        "ttft_s", "TTFT", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER, "first_token_at - admitted_at of each row", 6,
+        of=lambda m: m.folded.ttft_s,
+    ),
+    Metric(
+        "tpot_s", "TPOT", Unit.SECONDS, Kind.SERVICE_TIME, _LOWER,
+        "(finished_at - first_token_at) / (output_tokens - 1) of each row with output_tokens >= 2", 6,
+        of=lambda m: m.folded.tpot_s,
+    ),
+    Metric(
+        "queue_s", "queue", Unit.SECONDS, Kind.QUEUE_TIME, _LOWER, "admitted_at - enqueued_at of each row", 6,
+        of=lambda m: m.folded.queue_s,
+    ),
+    Metric(
+        "accuracy", "accuracy", Unit.SHARE, Kind.QUALITY, _HIGHER,
         "right answers / (scored + unparsed + truncated); requests without an answer count in success_rate instead",
     ),
     Metric(
-        "closeness",
-        "closeness",
-        Unit.SHARE,
-        Kind.QUALITY,
-        _HIGHER,
+        "closeness", "closeness", Unit.SHARE, Kind.QUALITY, _HIGHER,
         "mean of max(0, 1 - |answer - expected| / span) over scored + unparsed + truncated; the last two count as 0",
     ),
     _quality(
-        "set_f1",
-        "set F1",
-        "mean of 2 |both| / (|answer| + |expected|) of two lists as sets; unread answers count as 0",
-        Unit.SHARE,
+        "set_f1", "set F1",
+        "mean of 2 |both| / (|answer| + |expected|) of two lists as sets; unread answers count as 0", Unit.SHARE,
     ),
     _quality(
-        "choice_probability",
-        "probability of the expected choice",
-        "mean of the probability that the model gave to the expected one of its choices",
-        Unit.SHARE,
+        "choice_probability", "probability of the expected choice",
+        "mean of the probability that the model gave to the expected one of its choices", Unit.SHARE,
     ),
     _quality(
-        "abs_error",
-        "mean absolute error",
-        "mean of |answer - expected|; an answer without a number counts as the task's worst, or is left out",
-        Unit.OWN,
+        "abs_error", "mean absolute error",
+        "mean of |answer - expected|; an answer without a number counts as the task's worst, or is left out", Unit.OWN,
         Better.LOWER,
     ),
     _quality("mean", "mean", "mean of what the task's own function returned; unread answers count as 0", Unit.OWN),
@@ -301,14 +309,11 @@ _ALL = (
     _quality("macro_recall", "macro recall", "mean over the classes of TP / (TP + FN)"),
     _quality("kappa", "kappa", "Cohen's kappa: agreement beyond chance; unread answers are a class of their own"),
     _quality(
-        "quadratic_kappa",
-        "quadratic kappa",
+        "quadratic_kappa", "quadratic kappa",
         "Cohen's kappa with squared distances on a scale of whole numbers; unread answers are as far off as can be",
     ),
     _quality(
-        "precision",
-        "precision",
-        "rows rightly called yes / rows called yes; unread answers are wrong calls",
+        "precision", "precision", "rows rightly called yes / rows called yes; unread answers are wrong calls",
         Unit.SHARE,
     ),
     _quality("recall", "recall", "rows rightly called yes / rows that are yes", Unit.SHARE),
@@ -316,42 +321,31 @@ _ALL = (
     _quality("auc", "AUC", "chance that a yes is given more confidence than a no (area under the ROC curve)"),
     _quality("average_precision", "average precision", "mean precision over the recall steps as confidence falls"),
     _quality(
-        "brier",
-        "Brier score",
-        "mean of (confidence - outcome)^2; unread answers count as sure and wrong",
+        "brier", "Brier score", "mean of (confidence - outcome)^2; unread answers count as sure and wrong",
         better=Better.LOWER,
     ),
     _quality(
-        "ece",
-        "calibration error",
-        "mean distance of confidence from outcome over 10 bins of equal mass",
+        "ece", "calibration error", "mean distance of confidence from outcome over 10 bins of equal mass",
         better=Better.LOWER,
     ),
     Metric(
-        "majority_baseline",
-        "majority",
-        Unit.SHARE,
-        Kind.QUALITY,
-        _NEITHER,
+        "majority_baseline", "majority", Unit.SHARE, Kind.QUALITY, _NEITHER,
         "share of the commonest expected label: the accuracy of always giving it",
     ),
     Metric(
-        "memory_bytes",
-        "memory",
-        Unit.BYTES,
-        Kind.MEMORY,
-        _LOWER,
+        "memory_bytes", "memory", Unit.BYTES, Kind.MEMORY, _LOWER,
         "max of worker_samples.memory_bytes (RSS) from the first admission to the last end, and 6 s around",
     ),
     Metric(
-        "device_memory_bytes",
-        "device memory",
-        Unit.BYTES,
-        Kind.MEMORY,
-        _LOWER,
+        "device_memory_bytes", "device memory", Unit.BYTES, Kind.MEMORY, _LOWER,
         "max of worker_samples.device_memory_bytes in the same time",
     ),
 )
+# fmt: on
 
 #: Name -> figure.
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+#: Figures of a job, in the order in which they are printed; those with a value for each row.
+DISTRIBUTIONS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
+SINGLE = tuple(metric.name for metric in _ALL if metric.of and metric.name not in DISTRIBUTIONS)

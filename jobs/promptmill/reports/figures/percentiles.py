@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.columns import Floats, Ints
-from promptmill.reports.figures.metrics import PERCENTILES
 
 #: Rows of a job up to which every value is held: 16 MB for each figure.
 EXACT_ROWS = 2_000_000

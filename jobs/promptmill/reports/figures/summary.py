@@ -13,48 +13,22 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from promptmill.reports.figures import checks
-from promptmill.reports.figures.aggregate import Group, Plots
-from promptmill.reports.figures.budget import Budget, budget
-from promptmill.reports.figures.checks import Check, Occupancy
-from promptmill.reports.figures.distributions import Curve, most_at_once
+from promptmill.reports.figures.aggregate import Plots
+from promptmill.reports.figures.checks import Check
+from promptmill.reports.figures.distributions import Curve
 from promptmill.reports.figures.inputs import ErrorExample, Facts, consistent, read_facts
-from promptmill.reports.figures.percentiles import Distribution
+from promptmill.reports.figures.measured import Measured, WorkerShare
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, SINGLE
 from promptmill.scoring.scorers.intervals import wilson
-from promptmill.scoring.scorers.scoring import score_job
 from promptmill.scoring.scorers.tally import Score
-from promptmill.scoring.stored_scores import kept_scores
-from promptmill.types import WITHOUT_TEXTS, ErrorClass, FinishReason, JobState
+from promptmill.scoring.stored_scores import scores_of
+from promptmill.types import JobState
 
 if TYPE_CHECKING:
     from promptmill.tasks.gates import GateVerdict
 
 #: Of the JSON report: goes up when a key leaves or changes its meaning.
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerShare:
-    """What one worker did of the job, and what it ran on. None: unknown."""
-
-    id: str
-    host: str | None
-    engine: str | None
-    device_asked: str | None
-    device_got: str | None
-    layers: int | None
-    layers_offloaded: int | None
-    slots: int | None
-    ok: int
-    errors: int
-    output_tokens: int
-    memory_bytes: int | None
-    device_memory_bytes: int | None
-    model_load_s: float | None
-    host_restarts: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +55,9 @@ class Summary:
     #: First admission and last end of a row.
     began_at: float | None
     ended_at: float | None
-    rows: int
-    attempted: int
-    ok: int
-    errors: int
-    cancelled: int
-    cut_off: int
-    copied: int
+    #: Every figure of the job, by its name in the registry (``metrics``): also attributes of the summary.
+    figures: Mapping[str, Any]
     success_ci95: tuple[float, float] | None
-    wall_s: float | None
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    reasoning_tokens: int
-    wasted_tokens: int | None
-    mean_active: float | None
-    peak_active: int
-    slots: int | None
-    prefill_tps: float | None
-    decode_tps: float | None
-    starved_share: float | None
-    idle_share: float | None
-    batch_efficiency: float | None
-    latency_s: Distribution
-    ttft_s: Distribution
-    tpot_s: Distribution
-    queue_s: Distribution
     curve: Curve | None
     errors_by_class: Mapping[str, int]
     error_examples: tuple[ErrorExample, ...]
@@ -116,6 +67,12 @@ class Summary:
     #: The gates of the job's task, judged once it has ended.
     gates: tuple[GateVerdict, ...] = ()
 
+    def __getattr__(self, name: str) -> Any:
+        """A figure by its name; only what is no field comes here."""
+        if name in METRICS:
+            return self.figures[name]
+        raise AttributeError(name)
+
     @property
     def schema_version(self) -> int:
         return SCHEMA_VERSION
@@ -123,41 +80,11 @@ class Summary:
     @property
     def complete(self) -> bool:
         """Whether every row of the dataset has its result."""
-        return self.attempted == self.rows
+        return bool(self.attempted == self.rows)
 
     @property
     def completeness(self) -> str:
         return "complete" if self.complete else f"INCOMPLETE {self.attempted}/{self.rows}"
-
-    @property
-    def success_rate(self) -> float | None:
-        return ratio(self.ok, self.attempted)
-
-    @property
-    def items_per_s(self) -> float | None:
-        return ratio(self.ok, self.wall_s)
-
-    @property
-    def valid_per_s(self) -> float | None:
-        """None where no task reads the answers."""
-        read = [score.readable for score in self.scores.values() if score.readable is not None]
-        return ratio(min(read), self.wall_s) if read else None
-
-    @property
-    def output_tps(self) -> float | None:
-        return ratio(self.output_tokens, self.wall_s)
-
-    @property
-    def total_tps(self) -> float | None:
-        return ratio(self.prompt_tokens - self.cached_tokens + self.output_tokens, self.wall_s)
-
-    @property
-    def cached_share(self) -> float | None:
-        return ratio(self.cached_tokens, self.prompt_tokens)
-
-    @property
-    def mean_output_tokens(self) -> float | None:
-        return ratio(self.output_tokens, self.ok - self.copied)
 
     @property
     def device_got(self) -> str | None:
@@ -191,51 +118,36 @@ class Summary:
         return {name: _plain(getattr(self, name)) for name in JSON_KEYS}
 
 
-#: Keys of the JSON report, in order. They stay: new ones go to the end of their line.
+#: Columns of the job that its report tells.
+JOB_FIELDS = (
+    "name", "stop_reason", "note", "mode", "dataset_name", "dataset_sha256", "model", "model_fingerprint", "task_name",
+    "task_sha256", "submitted_at", "started_at", "finished_at",
+)  # fmt: skip
+
+#: Keys of the JSON report. They stay: beside the figures new ones go to the end.
 JSON_KEYS = (
-    "schema_version", "job_id", "name", "state", "verdict", "complete", "completeness", "stop_reason", "mode",
-    "note", "tags",
-    "submitted_at", "started_at", "finished_at", "dataset_name", "dataset_sha256", "model", "model_fingerprint",
-    "task_name", "task_sha256", "config_sha256", "device_got",
-    "rows", "attempted", "ok", "errors", "cancelled", "cut_off", "copied", "success_rate",
-    "success_ci95",
-    "wall_s", "items_per_s", "output_tps", "total_tps", "prefill_tps", "decode_tps",
-    "prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "wasted_tokens", "cached_share",
-    "mean_output_tokens", "mean_active", "peak_active", "slots", "starved_share", "idle_share",
-    "latency_s", "ttft_s", "tpot_s", "queue_s", "errors_by_class", "error_examples", "checks", "scores", "workers",
-    "curve", "gates", "valid_per_s", "batch_efficiency",
+    "schema_version", "job_id", "state", "verdict", "complete", "completeness", *JOB_FIELDS, "tags", "config_sha256",
+    "device_got", *SINGLE, "success_ci95", *DISTRIBUTIONS, "errors_by_class", "error_examples", "checks", "scores",
+    "workers", "curve", "gates",
 )  # fmt: skip
 
 
 def summarise(db: Engine | Connection, job_id: str) -> Summary:
     """The summary of a job at any time of its life. Raises what :func:`summarise_with_plots` raises."""
-    return _summarised(db, job_id, False)[0]
+    return summarise_with_plots(db, job_id, detailed=False)[0]
 
 
-def summarise_with_plots(db: Engine | Connection, job_id: str) -> tuple[Summary, Plots | None]:
+def summarise_with_plots(db: Engine | Connection, job_id: str, detailed: bool = True) -> tuple[Summary, Plots | None]:
     """The summary with what its plots show, of one pass over the rows; None where there is nothing to plot.
 
     Raises :class:`promptmill.errors.UnknownName` when there is no such job, and
     :class:`promptmill.errors.TaskFileError` for scores that cannot be computed.
     """
-    return _summarised(db, job_id, True)
-
-
-def _summarised(db: Engine | Connection, job_id: str, detailed: bool) -> tuple[Summary, Plots | None]:
     with consistent(db) as connection:
         facts = read_facts(connection, job_id, detailed)
-        # Of texts that were removed on purpose the scores are those that were stored before.
-        removed = facts.job.store in WITHOUT_TEXTS
-        scores = kept_scores(connection, job_id) if removed else score_job(connection, facts.job)
+        scores = scores_of(connection, facts.job)
     summary = _summary(facts, scores)
     return replace(summary, gates=_gates(facts.job, summary)), facts.folded.plots
-
-
-def _tokens_by_worker(answered: Iterable[Group]) -> dict[str | None, int]:
-    found: dict[str | None, int] = {}
-    for group in answered:
-        found[group.worker_id] = found.get(group.worker_id, 0) + group.output_tokens
-    return found
 
 
 def _gates(job: Row[Any], summary: Summary) -> tuple[GateVerdict, ...]:
@@ -250,171 +162,24 @@ def _gates(job: Row[Any], summary: Summary) -> tuple[GateVerdict, ...]:
 
 
 def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
-    job, folded = facts.job, facts.folded
-    groups = folded.groups
-    answered = [group for group in groups if group.state == "ok"]
-    ok = _sum(answered, "rows")
-    errors = _sum(groups, "rows") - ok
-    by_class = _by_class(groups)
-    books = budget(facts.attempts, facts.shared, _tokens_by_worker(answered))
-    occupancy = _occupancy(facts)
+    job, measured = facts.job, Measured(facts, scores)
     return Summary(
         job_id=job.id,
         state=JobState(job.state),
         tags=facts.tags,
         config_sha256=_config_sha256(job),
-        attempted=ok + errors,
-        ok=ok,
-        errors=errors,
-        cancelled=by_class.get(ErrorClass.CANCELLED, 0),
-        cut_off=sum(group.rows for group in answered if group.finish_reason == FinishReason.LENGTH),
-        copied=facts.totals.copied,
-        success_ci95=wilson(ok, ok + errors) if ok + errors else None,
-        wall_s=occupancy.wall_s,
-        began_at=occupancy.began_at,
-        ended_at=occupancy.ended_at,
-        mean_active=occupancy.mean_active,
-        peak_active=occupancy.peak_active,
-        slots=occupancy.slots,
-        curve=folded.curve,
-        errors_by_class=by_class,
+        began_at=facts.folded.began_at,
+        ended_at=facts.folded.ended_at,
+        figures={metric.name: metric.of(measured) for metric in METRICS.values() if metric.of},
+        success_ci95=wilson(measured.ok, measured.ok + measured.errors),
+        curve=facts.folded.curve,
+        errors_by_class=measured.by_class,
         error_examples=facts.examples,
-        checks=_checks(facts, books, occupancy),
+        checks=measured.checks,
         scores=scores,
-        workers=_workers(facts),
-        **_columns(facts, books),
+        workers=measured.workers,
+        **{name: getattr(job, name) for name in JOB_FIELDS},
     )
-
-
-#: Fields of the summary that are columns of the job, sums over its answers, and figures of its engines' counters.
-JOB_FIELDS = (
-    "name", "stop_reason", "note", "mode", "dataset_name", "dataset_sha256", "model", "model_fingerprint", "task_name",
-    "task_sha256", "rows", "submitted_at", "started_at", "finished_at",
-)  # fmt: skip
-TOKEN_FIELDS = ("prompt_tokens", "cached_tokens", "reasoning_tokens")
-TIME_FIELDS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
-ENGINE_FIELDS = ("prefill_tps", "decode_tps", "starved_share", "idle_share", "wasted_tokens", "batch_efficiency")
-
-
-def _columns(facts: Facts, books: Budget) -> dict[str, Any]:
-    """The fields of the summary that need no thought."""
-    return {
-        **{name: getattr(facts.job, name) for name in JOB_FIELDS},
-        **{name: int(getattr(facts.totals, name)) for name in TOKEN_FIELDS},
-        **{name: getattr(books, name) for name in ENGINE_FIELDS},
-        **{name: getattr(facts.folded, name) for name in TIME_FIELDS},
-        "output_tokens": _sum((group for group in facts.folded.groups if group.state == "ok"), "output_tokens"),
-    }
-
-
-def _checks(facts: Facts, books: Budget, occupancy: Occupancy) -> tuple[Check, ...]:
-    groups = facts.folded.groups
-    answered = [group for group in groups if group.state == "ok"]
-    output_tokens = _sum(answered, "output_tokens")
-    return (
-        checks.counts(JobState(facts.job.state), facts.job.rows, _sum(answered, "rows"), _by_class(groups)),
-        checks.little(occupancy),
-        checks.slots(occupancy),
-        checks.tokens(output_tokens, books),
-        checks.time_budget(books),
-        checks.limits(facts.totals, _sum(groups, "rows")),
-        checks.order(facts.totals, _sum(groups, "timed")),
-        checks.curve(facts.folded.curve, output_tokens),
-        checks.model(
-            facts.job.model_fingerprint, {each.model_fingerprint for each in facts.attempts if _answered(each)}
-        ),
-    )
-
-
-def _answered(attempt: Row[Any]) -> bool:
-    """Whether rows have their results from it: one that was given back at once, or lost at once, has generated none."""
-    return attempt.outcome == "done" or bool(attempt.decode_tokens)
-
-
-def _occupancy(facts: Facts) -> Occupancy:
-    folded = facts.folded
-    return Occupancy(
-        rows=folded.timed,
-        began_at=folded.began_at,
-        ended_at=folded.ended_at,
-        active_s=folded.active_s,
-        peak_active=folded.peak_active,
-        slots=_slots(facts),
-    )
-
-
-def _slots(facts: Facts) -> int | None:
-    """Slots at one time: a worker that took the place of a dead one brings none in addition."""
-    by_worker = _slots_by_worker(facts)
-    spans = []
-    for worker_id, groups in _by_worker(facts.folded.groups).items():
-        begins = [group.first_admitted_at for group in groups if group.first_admitted_at is not None]
-        ends = [group.last_finished_at for group in groups if group.last_finished_at is not None]
-        if begins and ends:
-            spans.append((min(begins), max(ends), by_worker.get(worker_id)))
-    known = [(begin, end, slots) for begin, end, slots in spans if slots is not None]
-    asked: int | None = facts.job.slots
-    # An echo may answer everything in no time, which overlaps nothing.
-    most = max([most_at_once(known), *(slots for _, _, slots in known)])
-    return most if known and len(known) == len(spans) else asked
-
-
-def _slots_by_worker(facts: Facts) -> dict[str, int]:
-    found = {worker.id: worker.slots for worker in facts.workers if worker.slots is not None}
-    for attempt in facts.attempts:
-        if attempt.slots is not None:
-            found[attempt.worker_id] = max(attempt.slots, found.get(attempt.worker_id, 0))
-    return found
-
-
-def _by_worker(groups: tuple[Group, ...]) -> dict[str, list[Group]]:
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        if group.worker_id is not None:
-            found.setdefault(group.worker_id, []).append(group)
-    return found
-
-
-def _workers(facts: Facts) -> tuple[WorkerShare, ...]:
-    rows, slots = {worker.id: worker for worker in facts.workers}, _slots_by_worker(facts)
-    own = _by_worker(facts.folded.groups)
-    ids = sorted({*own, *(attempt.worker_id for attempt in facts.attempts)})
-    return tuple(
-        _worker(id, rows.get(id), own.get(id, []), slots.get(id), facts.memory.get(id, (None, None))) for id in ids
-    )
-
-
-def _worker(
-    worker_id: str,
-    row: sa.Row[Any] | None,
-    groups: list[Group],
-    slots: int | None,
-    memory: tuple[int | None, int | None],
-) -> WorkerShare:
-    names = (
-        "host", "engine", "device_asked", "device_got", "layers", "layers_offloaded", "model_load_s", "host_restarts",
-    )  # fmt: skip
-    known = {name: getattr(row, name, None) for name in names}
-    answered = [group for group in groups if group.state == "ok"]
-    return WorkerShare(
-        id=worker_id,
-        slots=slots,
-        ok=_sum(answered, "rows"),
-        errors=_sum(groups, "rows") - _sum(answered, "rows"),
-        output_tokens=_sum(answered, "output_tokens"),
-        memory_bytes=memory[0],
-        device_memory_bytes=memory[1],
-        **known,
-    )
-
-
-def _by_class(groups: Iterable[Group]) -> dict[str, int]:
-    """Errors of each class, the commonest first."""
-    totals: Counter[str] = Counter()
-    for group in groups:
-        if group.state == "error":
-            totals[group.error_class or ErrorClass.INTERNAL.value] += group.rows
-    return dict(totals.most_common())
 
 
 def _config_sha256(job: sa.Row[Any]) -> str:
@@ -426,15 +191,6 @@ def _config_sha256(job: sa.Row[Any]) -> str:
 def _counted(names: Iterable[str | None]) -> list[str]:
     totals = Counter(name for name in names if name is not None)
     return [name if count == 1 else f"{name} x {count}" for name, count in totals.items()]
-
-
-def _sum(groups: Iterable[Group], name: str) -> int:
-    return sum(int(getattr(group, name)) for group in groups)
-
-
-def ratio(part: float, whole: float | None) -> float | None:
-    """``part / whole``; None of nothing."""
-    return part / whole if whole else None
 
 
 def _plain(value: Any) -> Any:

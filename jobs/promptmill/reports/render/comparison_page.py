@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from promptmill.reports.compare.comparison import Comparison, Line
-from promptmill.reports.render import plots
-from promptmill.reports.render.comparison_forms import COLUMNS, cells, short
+from promptmill.reports.render import plots, tables
 from promptmill.reports.render.html import document, safe, section, table
 
 
@@ -24,7 +23,8 @@ def _one(found: Comparison, number: int) -> str:
             for label, each, runs in zip("AB", (found.before, found.after), found.runs, strict=True)]  # fmt: skip
     flips = [(each.name, f"{each.lost:,}", f"{each.won:,}", "–" if each.p is None else f"{each.p:.3g}",
               ", ".join(each.lost_keys), ", ".join(each.won_keys)) for each in found.flips]  # fmt: skip
-    figures = table(COLUMNS, [cells(line) for line in found.lines], (1, 2, 3, 4))
+    made = tables.changes(found)
+    figures = table(made.columns, made.rows, (1, 2, 3, 4))
     parts = [
         f"<h1>{safe(names[1])} against {safe(names[0])}</h1>",
         f'<p class="verdict {good}">{safe(found.verdict)}</p>',
@@ -35,7 +35,7 @@ def _one(found: Comparison, number: int) -> str:
             ("score", "right in A only", "right in B only", "McNemar p", "A only", "B only"), flips, (1, 2, 3)
         )),
         section("Configuration that differs", table(
-            ("name", "A", "B"), [(name, short(one), short(two)) for name, one, two in found.differences]
+            ("name", "A", "B"), tables.differences(found).rows
         )),
     ]  # fmt: skip
     return "".join(parts)

@@ -14,13 +14,11 @@ from promptmill.database.tables import attempts, job_tags, jobs, requests, resul
 from promptmill.reports.compare.pairs import read_rows
 from promptmill.reports.figures.columns import Floats
 from promptmill.reports.figures.timeline import Phase, read_phases
-from promptmill.scoring.runs import own_runs
+from promptmill.scoring.scorers.aggregates import BINS, Figures, of_calibration
+from promptmill.scoring.stored_scores import own_runs
 
 #: Slowest rows that are listed.
 SLOWEST = 10
-
-#: Groups of the calibration curve.
-CALIBRATION_GROUPS = 10
 
 #: Points of each worker's samples.
 SAMPLES = 400
@@ -51,19 +49,6 @@ class PhaseUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """Means of groups of equally many answers, from the least sure to the surest; ``name`` is a score."""
-
-    name: str
-    n: int
-    confidence: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    #: Expected calibration error over these groups, and Brier's score of the answer's probability.
-    ece: float
-    brier: float
-
-
-@dataclass(frozen=True, slots=True)
 class Details:
     """Seconds count from the first admission."""
 
@@ -75,7 +60,8 @@ class Details:
     restarts: tuple[tuple[str, float], ...]
     #: Worker -> state -> most memory, most device memory, mean CPU, mean device use of its samples.
     resources: tuple[PhaseUse, ...]
-    calibration: Calibration | None
+    #: The first score that is right or wrong, by how sure the model was of its answers; None: there is none.
+    calibration: tuple[str, Figures] | None
     note: str | None
     tags: tuple[str, ...]
     #: Worker -> its samples, as columns by name.
@@ -160,30 +146,20 @@ def _resources(db: Connection, job_id: str, end: float) -> tuple[PhaseUse, ...]:
     return tuple(PhaseUse(*row) for row in db.execute(query))
 
 
-def _calibration(db: Connection, job_id: str) -> Calibration | None:
+def _calibration(db: Connection, job_id: str) -> tuple[str, Figures] | None:
     """Of the first score that is right or wrong, where answers came with probabilities; None where there are none."""
     each = results.c
     query = sa.select(each.row, each.choice_probs).where(each.job_id == job_id, each.choice_probs.is_not(None))
     sure = {row: max(json.loads(text).values(), default=0.0) for row, text in db.execute(query)}
-    if len(sure) < CALIBRATION_GROUPS:
+    if len(sure) < BINS:
         return None
     rows = read_rows(db, job_id)
     for name, right in rows.right.items():
         pairs = [(sure[int(row)], value) for row, value in zip(rows.row, right, strict=True) if int(row) in sure]
         block = np.array([pair for pair in pairs if np.isfinite(pair[1])]).reshape(-1, 2)
-        if len(block) >= CALIBRATION_GROUPS:
-            return calibrated(name, block[:, 0], block[:, 1])
+        if len(block) >= BINS:
+            return name, of_calibration(block[:, 0], block[:, 1] == 1, np.ones(len(block)))
     return None
-
-
-def calibrated(name: str, confidence: Floats, right: Floats) -> Calibration:
-    """Groups of equal mass: as many answers in each, so that none rests on a few."""
-    order = np.argsort(confidence, kind="stable")
-    groups = np.array_split(order, min(CALIBRATION_GROUPS, len(order)))
-    means = [(float(confidence[group].mean()), float(right[group].mean()), len(group)) for group in groups]
-    ece = sum(size * abs(sure - share) for sure, share, size in means) / len(order)
-    brier = float(((confidence - right) ** 2).mean())
-    return Calibration(name, len(order), tuple(m[0] for m in means), tuple(m[1] for m in means), ece, brier)
 
 
 def _samples(db: Connection, job_id: str, begin: float, end: float) -> dict[str, dict[str, Floats]]:

@@ -14,13 +14,12 @@ from sqlalchemy.engine import Connection, Engine
 
 from promptmill.reports.figures.aggregate import Plots
 from promptmill.reports.figures.columns import Floats
-from promptmill.reports.figures.figures import DISTRIBUTIONS, score_name, singles
+from promptmill.reports.figures.figures import score_name, singles
 from promptmill.reports.figures.inputs import consistent
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Metric, digits
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, Metric, digits
 from promptmill.reports.figures.summary import Summary, summarise_with_plots
-from promptmill.reports.render import plots
+from promptmill.reports.render import plots, tables
 from promptmill.reports.render.details import Details, read_details
-from promptmill.reports.render.terminal import MESSAGE_CHARACTERS
 from promptmill.scoring.scorers.tally import Score
 
 #: Bundled beside this file.
@@ -38,7 +37,8 @@ def text(db: Engine | Connection, job_id: str) -> str:
     title = f"promptmill: {summary.name or summary.job_id}"
     sections = [
         _head(summary, details), _keys(summary), _plots(summary, details, shapes), _scores(summary, details),
-        _times(summary), _errors(summary), _slow(details), _workers(summary, details), _checks(summary),
+        section("Time", _laid_out(tables.times(summary), "")), _errors(summary), _slow(details),
+        _workers(summary, details), _checks(summary),
         _config(details), _definitions(summary, details),
     ]  # fmt: skip
     return document(title, "".join(sections))
@@ -206,34 +206,9 @@ def _resources(details: Details) -> list[tuple[str, str]]:
     return shown
 
 
-def _times(summary: Summary) -> str:
-    rows = []
-    for name in DISTRIBUTIONS:
-        values = getattr(summary, name)
-        cells = []
-        for point, (_, least) in PERCENTILES.items():
-            value = getattr(values, point)
-            short = "" if value is None or values.supports(point) else f" (n<{least})"
-            cells.append("–" if value is None else f"{digits(value)}{short}")
-        mean = "–" if values.mean is None else digits(values.mean)
-        rows.append((f"{METRICS[name].label} s", *cells, mean, f"{values.n:,}"))
-    return section("Time", table(("", *PERCENTILES, "mean", "n"), rows, range(1, 7)))
-
-
 def _scores(summary: Summary, details: Details) -> str:
-    rows: list[tuple[str, ...]] = []
     if not summary.scores:
         return ""
-    for name, score in summary.scores.items():
-        metric = METRICS[score.metric]
-        rows.append((
-            f"{name} {metric.label}", metric.shown(score.value), metric.interval(score.ci95), f"{score.n:,}",
-            f"{score.unparsed:,}", f"{score.truncated:,}", METRICS["majority_baseline"].shown(score.majority_baseline),
-        ))  # fmt: skip
-        for figure, each in score.figures.values.items():
-            made = METRICS[figure]
-            interval = made.interval(score.figures.intervals.get(figure))
-            rows.append((f"{name} {made.label}", made.shown(each), interval, f"{score.n:,}", "", "", ""))
     figures = [
         _figure(
             plots.confusion(*_matrix(score), name),
@@ -244,11 +219,27 @@ def _scores(summary: Summary, details: Details) -> str:
         if score.confusion
     ]
     if details.calibration is not None:
-        found = details.calibration
-        caption = f"{found.n:,} answers; expected calibration error {found.ece:.3f}, Brier score {found.brier:.3f}"
-        figures.append(_figure(plots.calibration(found), caption, "square"))
-    columns = ("score", "value", "95 % CI", "n", "unparsed", "truncated", "majority")
-    return section("Scores", table(columns, rows, range(1, 7)) + f"<div class=plots>{''.join(figures)}</div>")
+        name, found = details.calibration
+        n, ece, brier = sum(each["n"] for each in found.bins), found.values["ece"], found.values["brier"]
+        caption = f"{n:,.0f} answers; expected calibration error {ece:.3f}, Brier score {brier:.3f}"
+        figures.append(_figure(plots.calibration(name, found.bins), caption, "square"))
+    return section("Scores", _laid_out(tables.scores(summary)) + f"<div class=plots>{''.join(figures)}</div>")
+
+
+def _laid_out(made: tables.Table, *columns: str) -> str:
+    """A table; ``columns``: other names for its first ones."""
+    names = (*columns, *made.columns[len(columns) :])
+    return table(names, made.rows, range(made.numbers, len(names)))
+
+
+def _errors(summary: Summary) -> str:
+    made = tables.errors(summary)
+    return section("Errors", table(("class", "rows", "first example"), made.rows, (1,)))
+
+
+def _checks(summary: Summary) -> str:
+    rows = [(mark, law, detail) for law, mark, detail in tables.checks(summary).rows]
+    return section("Checks", table(("", "law", ""), rows))
 
 
 def _matrix(score: Score) -> tuple[list[str], list[list[int]]]:
@@ -256,17 +247,6 @@ def _matrix(score: Score) -> tuple[list[str], list[list[int]]]:
     given = {label for row in score.confusion.values() for label in row}
     labels = [*score.confusion, *sorted(given - score.confusion.keys())]
     return labels, [[score.confusion.get(one, {}).get(other, 0) for other in labels] for one in labels]
-
-
-def _errors(summary: Summary) -> str:
-    examples = {each.error_class: each for each in summary.error_examples}
-    rows = []
-    for name, count in summary.errors_by_class.items():
-        example = examples.get(name)
-        rows.append(
-            (name, f"{count:,}", f"row {example.row}: {example.message[:MESSAGE_CHARACTERS]}" if example else "")
-        )
-    return section("Errors", table(("class", "rows", "first example"), rows, (1,)))
 
 
 def _slow(details: Details) -> str:
@@ -292,13 +272,6 @@ def _workers(summary: Summary, details: Details) -> str:
     who = table(("worker", "device got", "slots", "ok", "errors", "model load s", "restarts"), rows, range(2, 7))
     columns = ("worker", "phase", "samples", "most memory MiB", "most device MiB", "mean CPU cores", "mean device %")
     return section("Workers", who) + section("Resources by phase", table(columns, used, range(2, 7)))
-
-
-def _checks(summary: Summary) -> str:
-    marks = {True: "✓", False: "✗", None: "·"}
-    return section(
-        "Checks", table(("", "law", ""), [(marks[each.ok], each.name, each.detail) for each in summary.checks])
-    )
 
 
 def _config(details: Details) -> str:

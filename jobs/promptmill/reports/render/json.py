@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from rich.console import Console
 
@@ -11,7 +12,12 @@ from promptmill.reports.figures.summary import Summary
 
 def text(summary: Summary) -> str:
     """The object. What was not measured is null."""
-    return json.dumps(summary.to_json(), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    return dumped(summary.to_json(), allow_nan=False)
+
+
+def dumped(value: Any, allow_nan: bool = True) -> str:
+    """``value`` as the text of a file."""
+    return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=allow_nan) + "\n"
 
 
 def render(summary: Summary, console: Console) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from promptmill.reports.figures.figures import DISTRIBUTIONS, singles
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, Better, digits
+from promptmill.reports.figures.figures import singles
+from promptmill.reports.figures.metrics import Better
 from promptmill.reports.figures.summary import Summary
+from promptmill.reports.render import tables
 
 
 def text(summary: Summary) -> str:
@@ -15,17 +16,14 @@ def text(summary: Summary) -> str:
         f"## Job {escaped(summary.name or summary.job_id)}: {escaped(summary.verdict)}",
         _identity(summary),
         table(("figure", "value", "unit"), _figures(summary)),
-        table(("time", *PERCENTILES, "mean", "n"), _times(summary)),
+        laid_out(tables.times(summary)),
     ]
     if summary.errors_by_class:
-        parts.append(table(("error", "rows", "example"), _errors(summary)))
+        parts.append(laid_out(tables.errors(summary)))
     if summary.scores:
-        parts.append(table(("score", "value", "95 % CI", "n", "unparsed"), _scores(summary)))
-    parts.append(table(("check", "", "detail"), [(each.name, _MARKS[each.ok], each.detail) for each in summary.checks]))
+        parts.append(laid_out(tables.scores(summary).first(5)))
+    parts.append(laid_out(tables.checks(summary)))
     return "\n\n".join(parts) + "\n"
-
-
-_MARKS = {True: "✓", False: "✗", None: "·"}
 
 
 def escaped(value: object) -> str:
@@ -41,6 +39,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def laid_out(made: tables.Table) -> str:
+    return table(made.columns, made.rows)
 
 
 def _identity(summary: Summary) -> str:
@@ -60,45 +62,4 @@ def _figures(summary: Summary) -> list[tuple[str, str, str]]:
     for metric, value in singles(summary):
         if metric.better is not Better.NEITHER or value:
             rows.append((metric.name, metric.text(value), metric.shown_unit))
-    return rows
-
-
-def _times(summary: Summary) -> list[tuple[str, ...]]:
-    rows = []
-    for name in DISTRIBUTIONS:
-        values = getattr(summary, name)
-        cells = [_percentile(values, point) for point in PERCENTILES]
-        mean = "–" if values.mean is None else digits(values.mean)
-        rows.append((f"{METRICS[name].label} s", *cells, mean, f"{values.n:,}"))
-    return rows
-
-
-def _percentile(values: object, point: str) -> str:
-    value = getattr(values, point)
-    if value is None:
-        return "–"
-    return digits(value) if values.supports(point) else f"{digits(value)} (n<{PERCENTILES[point][1]})"  # type: ignore[attr-defined]
-
-
-def _errors(summary: Summary) -> list[tuple[str, str, str]]:
-    examples = {each.error_class: each for each in summary.error_examples}
-    rows = []
-    for name, count in summary.errors_by_class.items():
-        example = examples.get(name)
-        rows.append((name, f"{count:,}", f"row {example.row}: {example.message[:160]}" if example else ""))
-    return rows
-
-
-def _scores(summary: Summary) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for name, score in summary.scores.items():
-        metric = METRICS[score.metric]
-        value = metric.shown(score.value)
-        rows.append(
-            (f"{name} {metric.label}", value, metric.interval(score.ci95), f"{score.n:,}", f"{score.unparsed:,}")
-        )
-        for figure, each in score.figures.values.items():
-            made = METRICS[figure]
-            interval = made.interval(score.figures.intervals.get(figure))
-            rows.append((f"{name} {made.label}", made.shown(each), interval, f"{score.n:,}", ""))
     return rows

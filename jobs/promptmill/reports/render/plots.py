@@ -14,7 +14,7 @@ import numpy as np
 from promptmill.reports.figures.aggregate import Plots
 from promptmill.reports.figures.columns import Floats
 from promptmill.reports.figures.timeline import merged
-from promptmill.reports.render.details import Calibration, Details
+from promptmill.reports.render.details import Details
 
 #: Stands for the colour of the text in what matplotlib draws; replaced afterwards.
 INK = "#010203"
@@ -161,15 +161,15 @@ def occupancy(active: Mapping[str, Floats], slots: Mapping[str, int], slice_s: f
     return draw(paint, "Active sequences against slots of each worker", (6.4, 1.0 + 0.45 * len(workers)))
 
 
-def calibration(found: Calibration) -> str:
-    """How often answers are right against how sure the model was, in groups of equally many answers."""
+def calibration(name: str, bins: Sequence[Mapping[str, float]]) -> str:
+    """How often answers are right against how sure the model was, in bins of equally many answers."""
 
     def paint(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
-        axes.plot(found.confidence, found.accuracy, color=BLUE, marker="o")
+        axes.plot([each["confidence"] for each in bins], [each["share"] for each in bins], color=BLUE, marker="o")
         axes.set(xlabel="probability of the answer", ylabel="share that is right", xlim=(0, 1.02), ylim=(0, 1.02))
 
-    return draw(paint, f"Calibration of {found.name}", (3.6, 3.2))
+    return draw(paint, f"Calibration of {name}", (3.6, 3.2))
 
 
 def short(label: str) -> str:

@@ -11,11 +11,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from promptmill.database.figure_sql import PERCENTILES
 from promptmill.reports.figures.checks import Check
 from promptmill.reports.figures.distributions import Curve
-from promptmill.reports.figures.metrics import METRICS, PERCENTILES, digits
+from promptmill.reports.figures.measured import WorkerShare
+from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, digits
 from promptmill.reports.figures.percentiles import Distribution
-from promptmill.reports.figures.summary import Summary, WorkerShare
+from promptmill.reports.figures.summary import Summary
+from promptmill.reports.render.tables import MARKS, counted, excerpt, further, with_unit
 from promptmill.scoring.scorers.tally import Score
 from promptmill.types import JobState
 
@@ -31,13 +34,8 @@ LONG_S = 120
 #: Hexadecimal digits of a SHA-256 that are shown: enough to tell files apart.
 SHA_DIGITS = 12
 
-#: Most of an error's message that is shown.
-MESSAGE_CHARACTERS = 160
-
 #: Heights of a curve, from nothing to its maximum.
 BLOCKS = " ▁▂▃▄▅▆▇█"
-
-DISTRIBUTIONS = ("latency_s", "ttft_s", "tpot_s", "queue_s")
 
 _STATE_STYLE = {
     JobState.COMPLETED: "green",
@@ -107,7 +105,7 @@ def _identity(summary: Summary) -> Padding:
     if summary.tags:
         grid.add_row("tags", Text(", ".join(summary.tags)))
     if summary.note:
-        grid.add_row("note", Text(_excerpt(summary.note)))
+        grid.add_row("note", Text(excerpt(summary.note)))
     if summary.stop_reason:
         grid.add_row("stopped", Text(summary.stop_reason))
     return _indented(grid)
@@ -158,54 +156,48 @@ def _counts(summary: Summary) -> Text:
 
 
 def _success(summary: Summary) -> Text:
-    text = Text(_with_unit("success_rate", summary.success_rate))
+    text = Text(with_unit("success_rate", summary.success_rate))
     return text.append(f"  95 % CI {_interval(summary.success_ci95)}", style="dim") if summary.success_ci95 else text
 
 
 def _rates(summary: Summary) -> list[tuple[str, Text]]:
     """Label and value of each figure of the job as a whole."""
     active = f"{METRICS['mean_active'].text(summary.mean_active)} of {_number(summary.slots)} slots"
-    prompt = _with_unit("prompt_tokens", summary.prompt_tokens)
+    prompt = with_unit("prompt_tokens", summary.prompt_tokens)
     if summary.prompt_tokens:
-        prompt += f", {_with_unit('cached_share', summary.cached_share)} cached"
-    output = _with_unit("output_tokens", summary.output_tokens)
+        prompt += f", {with_unit('cached_share', summary.cached_share)} cached"
+    output = with_unit("output_tokens", summary.output_tokens)
     if summary.ok:
         output += f", {METRICS['mean_output_tokens'].text(summary.mean_output_tokens)} an answer"
     cut = f"{summary.cut_off:,} at max_tokens"
     if summary.copied:
         cut += f", {summary.copied:,} copied"
-    items = _with_unit("items_per_s", summary.items_per_s)
+    items = with_unit("items_per_s", summary.items_per_s)
     if summary.valid_per_s is not None:
         items += f", {METRICS['valid_per_s'].text(summary.valid_per_s)} valid"
     return [
         ("wall", Text(_wall(summary.wall_s))),
         ("throughput", Text(items)),
-        ("output", Text(_with_unit("output_tps", summary.output_tps))),
-        ("prefill", Text(_with_unit("prefill_tps", summary.prefill_tps))),
+        ("output", Text(with_unit("output_tps", summary.output_tps))),
+        ("prefill", Text(with_unit("prefill_tps", summary.prefill_tps))),
         ("prompt tokens", Text(prompt)),
         ("output tokens", Text(output)),
         ("cut off", Text(cut)),
-        ("wasted", Text(_with_unit("wasted_tokens", summary.wasted_tokens))),
+        ("wasted", Text(with_unit("wasted_tokens", summary.wasted_tokens))),
         ("mean active", Text(active)),
-        ("starved", Text(_with_unit("starved_share", summary.starved_share))),
-        ("batch efficiency", Text(_with_unit("batch_efficiency", summary.batch_efficiency))),
+        ("starved", Text(with_unit("starved_share", summary.starved_share))),
+        ("batch efficiency", Text(with_unit("batch_efficiency", summary.batch_efficiency))),
     ]
 
 
 def _wall(seconds: float | None) -> str:
     """Seconds, and from two minutes on also in hours and minutes."""
-    text = _with_unit("wall_s", seconds)
+    text = with_unit("wall_s", seconds)
     if seconds is None or seconds < LONG_S:
         return text
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{text} ({f'{hours} h ' if hours else ''}{minutes} min{'' if hours else f' {rest} s'})"
-
-
-def _with_unit(name: str, value: float | None) -> str:
-    metric = METRICS[name]
-    text = metric.text(value)
-    return "not measured" if value is None else f"{text} {metric.shown_unit}"
 
 
 def _number(value: int | None) -> str:
@@ -268,14 +260,8 @@ def _errors(summary: Summary) -> Table:
     grid.add_column(style="dim", overflow="fold")
     for name, count in summary.errors_by_class.items():
         example = examples.get(name)
-        grid.add_row(f"{count:,}", name, Text(f"row {example.row}: {_excerpt(example.message)}" if example else ""))
+        grid.add_row(f"{count:,}", name, Text(f"row {example.row}: {excerpt(example.message)}" if example else ""))
     return grid
-
-
-def _excerpt(message: str) -> str:
-    """The beginning of a message, on one line."""
-    line = " ".join(message.split())
-    return line if len(line) <= MESSAGE_CHARACTERS else line[: MESSAGE_CHARACTERS - 1] + "…"
 
 
 def _scores(scores: Mapping[str, Score]) -> Table:
@@ -284,14 +270,14 @@ def _scores(scores: Mapping[str, Score]) -> Table:
     grid.add_column(overflow="fold")
     for name, score in scores.items():
         metric = METRICS[score.metric]
-        value = Text(f"{metric.label} {_with_unit(score.metric, score.value)}", style="bold")
+        value = Text(f"{metric.label} {with_unit(score.metric, score.value)}", style="bold")
         if score.ci95:
             value.append(f"  95 % CI {metric.interval(score.ci95)}", style="not bold dim")
         grid.add_row(name, value)
-        figures = _figures(score)
+        figures = further(score)
         if figures:
             grid.add_row("", Text(figures))
-        grid.add_row("", Text(_counted(score), style="dim"))
+        grid.add_row("", Text(counted(score), style="dim"))
     return grid
 
 
@@ -324,40 +310,6 @@ def _label(label: str) -> str:
     return escape(label.strip('"')) if label else "(unread)"
 
 
-def _figures(score: Score) -> str:
-    """The further figures of a score, with the interval of each that has one."""
-    parts = []
-    for name, value in score.figures.values.items():
-        metric, interval = METRICS[name], score.figures.intervals.get(name)
-        parts.append(f"{metric.label} {metric.shown(value)}" + (f" {metric.interval(interval)}" if interval else ""))
-    return ", ".join(parts)
-
-
-def _counted(score: Score) -> str:
-    """What a score's value rests on."""
-    is_rate = score.metric == "accuracy"
-    parts = [
-        f"{score.correct:,} of {score.n:,} right" if is_rate else f"mean of {score.n:,}",
-        f"{score.unparsed:,} unparsed",
-        f"{score.truncated:,} truncated",
-    ]
-    if score.abstain:
-        parts.append(f"{score.abstain:,} abstained")
-    if score.infra_error:
-        parts.append(f"{score.infra_error:,} without an answer")
-    if score.unlabelled:
-        parts.append(f"{score.unlabelled:,} unlabelled")
-    if score.left_out:
-        parts.append(f"{score.left_out:,} left out")
-    if score.scorer_errors:
-        parts.append(f"{score.scorer_errors:,} the scorer failed on ({score.scorer_error})")
-    if score.note:
-        parts.append(score.note)
-    if score.n and is_rate and score.majority is not None:
-        parts.append(f"majority {_with_unit('majority_baseline', score.majority_baseline)}")
-    return ", ".join(parts)
-
-
 def _interval(bounds: tuple[float, float]) -> str:
     low, high = bounds
     return f"[{100 * low:.1f}, {100 * high:.1f}]"
@@ -388,12 +340,15 @@ def _checks(checks: Iterable[Check]) -> Table:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for check in checks:
-        mark, style = _MARKS[check.ok]
-        grid.add_row(Text(mark, style=style), check.name, Text(check.detail, style="dim" if check.ok is None else ""))
+        grid.add_row(
+            Text(MARKS[check.ok], style=_CHECK_STYLE[check.ok]),
+            check.name,
+            Text(check.detail, style="dim" if check.ok is None else ""),
+        )
     return grid
 
 
-_MARKS: dict[bool | None, tuple[str, str]] = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
+_CHECK_STYLE: dict[bool | None, str] = {True: "green", False: "red", None: "dim"}
 
 
 def _verdict(summary: Summary) -> Text:

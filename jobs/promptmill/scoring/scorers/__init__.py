@@ -1,35 +1,22 @@
 """Scorers: whether an answer is right. They run where the report is made, never on a worker, and only read rows.
 
-A scorer is built once per entry of a task's ``scores`` from the field it looks at, and is then called for each row.
+A scorer is one class (``scorer.Scorer``): built once per entry of a task's ``scores``, then called for each row.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from promptmill.types import JsonValue
 
 #: A JSON object.
 JsonObject = Mapping[str, JsonValue]
 
-#: Name in a task file -> what makes the scorer of its field and options.
-SCORERS = {
-    "exact": "promptmill.scoring.scorers.exact:Exact",
-    "json_match": "promptmill.scoring.scorers.exact:JsonMatch",
-    "closeness": "promptmill.scoring.scorers.closeness:Closeness",
-    "within": "promptmill.scoring.scorers.closeness:Within",
-    "abs_error": "promptmill.scoring.scorers.closeness:AbsError",
-    "numeric": "promptmill.scoring.scorers.closeness:Numeric",
-    "binary": "promptmill.scoring.scorers.binary:Binary",
-    "choice_probability": "promptmill.scoring.scorers.binary:ChoiceProbability",
-    "contains": "promptmill.scoring.scorers.texts:Contains",
-    "regex": "promptmill.scoring.scorers.texts:Regex",
-    "set_f1": "promptmill.scoring.scorers.texts:SetF1",
-    "python": "promptmill.scoring.scorers.python_scorer:PythonScorer",
-}
+#: A value as the JSON that stands for it as a label. One encoder: making one takes longer than using it.
+as_label = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
 class ScoreOutcome(StrEnum):
@@ -78,19 +65,3 @@ class ScoreVerdict:
 
 class Unreadable(Exception):
     """A scorer finds nothing in the answer that it could judge: the answer is unparsed."""
-
-
-class Scorer(Protocol):
-    """Deterministic and pure. Says whether ``output`` is right, or how right it is; None abstains."""
-
-    @property
-    def metric(self) -> str:
-        """The figure of ``promptmill.reports.figures.metrics`` that the verdicts of all rows add up to."""
-        ...
-
-    @property
-    def field(self) -> str | None:
-        """The field of the answer that is looked at; None for one that looks at the answer as a whole."""
-        ...
-
-    def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | bool | float | None: ...

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Self
 
-from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict
+from pydantic import Field, model_validator
+
+from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict, as_label
 from promptmill.scoring.scorers.closeness import number
 from promptmill.scoring.scorers.exact import same
+from promptmill.scoring.scorers.scorer import BINARY, FieldScorer
 from promptmill.types import JsonValue
 
 
-@dataclass(frozen=True, slots=True)
-class Binary:
+class Binary(FieldScorer):
     """``{binary: FIELD, threshold: T}``: yes when the number is at least T; ``positive: LABEL``: when it is the label.
 
     The probability of yes is the sum over the request's choices that mean yes. Without choices the number itself
     ranks the answers, which is enough for AUC and average precision.
     """
 
-    field: str
-    threshold: float | None = None
-    positive: str | float | None = None
+    figures = BINARY
+    labels = "binary"
 
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    threshold: float | None = Field(None, description="a number")
+    positive: str | int | float | None = Field(None, description="a text or a number")
 
-    @property
-    def is_binary(self) -> bool:
-        return True
+    @model_validator(mode="after")
+    def _says_what_is_yes(self) -> Self:
+        if self.threshold is None and self.positive is None:
+            raise ValueError("binary needs 'threshold' or 'positive'")
+        if self.threshold is not None and self.positive is not None:
+            raise ValueError("give 'threshold' or 'positive', not both")
+        return self
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
         wanted = self._means_yes(expected[self.field])
@@ -43,9 +47,9 @@ class Binary:
         confidence, is_probability = self._confidence(output[self.field], item.choice_probs)
         return ScoreVerdict(given is wanted, given, wanted, confidence, is_probability)
 
-    def truth(self, expected: JsonObject) -> bool | None:
-        """Whether yes was expected, for answers that cannot be read."""
-        return self._means_yes(expected[self.field])
+    def expected_label(self, expected: JsonObject) -> str | None:
+        wanted = self._means_yes(expected[self.field])
+        return None if wanted is None else as_label(wanted)
 
     def _means_yes(self, value: JsonValue) -> bool | None:
         if self.positive is not None:
@@ -66,15 +70,11 @@ class Binary:
         return given, is_share
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceProbability:
+class ChoiceProbability(FieldScorer):
     """``{choice_probability: FIELD}``: the probability that the model gave to the expected one of its choices."""
 
-    field: str
-
-    @property
-    def metric(self) -> str:
-        return "choice_probability"
+    figures = ("choice_probability", "brier", "ece")
+    labels = "choices"
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
         if not item.choice_probs:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from promptmill.scoring.scorers import Item, JsonObject, Unreadable
+from promptmill.scoring.scorers.scorer import FieldScorer, NotNegative, Positive
 from promptmill.types import JsonValue
 
 
-@dataclass(frozen=True, slots=True)
-class Closeness:
+class Closeness(FieldScorer):
     """``{closeness: FIELD, span: S}``: 1 - |answer - expected| / S, not below 0. An answer that is no number gets 0."""
 
-    field: str
-    span: float
+    span: Positive
 
-    @property
-    def metric(self) -> str:
-        return "closeness"
+    figures = ("closeness",)
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> float | None:
         off = distance(output[self.field], expected[self.field])
@@ -26,16 +25,10 @@ class Closeness:
         return max(0.0, 1.0 - off / self.span)
 
 
-@dataclass(frozen=True, slots=True)
-class Within:
+class Within(FieldScorer):
     """``{within: FIELD, tolerance: T}``: right when |answer - expected| <= T."""
 
-    field: str
-    tolerance: float
-
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    tolerance: Positive
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool | None:
         off = distance(output[self.field], expected[self.field])
@@ -44,17 +37,17 @@ class Within:
         return off <= self.tolerance
 
 
-@dataclass(frozen=True, slots=True)
-class Numeric:
+class Numeric(FieldScorer):
     """``{numeric: FIELD, tolerance: T, relative: R}``: right when |answer - expected| <= max(T, R * |expected|)."""
 
-    field: str
-    tolerance: float = 0.0
-    relative: float = 0.0
+    tolerance: NotNegative = 0.0
+    relative: NotNegative = 0.0
 
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Self:
+        if not self.model_fields_set & {"tolerance", "relative"}:
+            raise ValueError("numeric needs 'tolerance' or 'relative'")
+        return self
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool | None:
         wanted = number(expected[self.field])
@@ -64,20 +57,17 @@ class Numeric:
         return off is not None and off <= max(self.tolerance, self.relative * abs(wanted))
 
 
-@dataclass(frozen=True, slots=True)
-class AbsError:
+class AbsError(FieldScorer):
     """``{abs_error: FIELD, worst: W}``: |answer - expected|, in the field's unit.
 
     An answer without a number has no error that could be measured: it counts as ``worst``, and where no worst error
     is named, its row is left out and shown as such.
     """
 
-    field: str
-    worst: float | None = None
+    worst: float | None = Field(None, gt=0, description="a number above 0")
 
-    @property
-    def metric(self) -> str:
-        return "abs_error"
+    figures = ("abs_error",)
+    bounds = (0.0, float("inf"))
 
     @property
     def unread(self) -> float | None:

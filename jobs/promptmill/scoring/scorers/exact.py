@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from promptmill.scoring.scorers import Item, JsonObject
+from promptmill.scoring.scorers.scorer import CLASSES, FieldScorer
 from promptmill.types import JsonValue
 
 
-@dataclass(frozen=True, slots=True)
-class Exact:
+class Exact(FieldScorer):
     """``{exact: FIELD}``: the answer's field equals the expected one, as JSON values."""
 
-    field: str
-
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    figures = CLASSES
+    labels = "classes"
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool:
         return same(output[self.field], expected[self.field])
 
 
-@dataclass(frozen=True, slots=True)
-class JsonMatch:
+class JsonMatch(FieldScorer):
     """``{json_match: FIELD}``: all that is expected of an object is in the answer's; it may hold more."""
-
-    field: str
-
-    @property
-    def metric(self) -> str:
-        return "accuracy"
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool:
         return holds(output[self.field], expected[self.field])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from statistics import NormalDist
 
 
-def mean_interval(total: float, squares: float, n: int, most: float | None = 1.0) -> tuple[float, float] | None:
-    """The 95 % interval of Student's t of a mean of values from 0 to ``most``; None of fewer than two, or equal ones.
+def mean_interval(
+    total: float, squares: float, n: int, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float] | None:
+    """The 95 % interval of Student's t of a mean of values within ``bounds``; None of fewer than two, or equal ones.
 
-    ``total`` and ``squares`` are the sums of the ``n`` values and of their squares; ``most`` None: of any values.
+    ``total`` and ``squares`` are the sums of the ``n`` values and of their squares.
     """
     if n < 2:
         return None
@@ -20,9 +22,7 @@ def mean_interval(total: float, squares: float, n: int, most: float | None = 1.0
     if deviation <= 1e-9 * abs(mean):
         return None
     half = float(stdtrit(n - 1, 0.975)) * deviation / n**0.5
-    if most is None:
-        return mean - half, mean + half
-    return max(0.0, mean - half), min(most, mean + half)
+    return max(bounds[0], mean - half), min(bounds[1], mean + half)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float] | None:

@@ -3,53 +3,84 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, PrivateAttr, field_validator
+
 from promptmill.errors import TaskFileError
 from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict
+from promptmill.scoring.scorers.scorer import BINARY, CLASSES, Scorer
 
 #: What a function may return beside a truth value, a number and None.
 VERDICT_KEYS = {"value", "predicted", "expected", "confidence"}
 
 
-@dataclass(frozen=True, slots=True)
-class PythonScorer:
+class PythonScorer(Scorer):
     """``score(output, expected, item)`` returns true or false, a number, a label, None, or a dict of a verdict.
 
     A label is compared with the expected value of ``field``, or with the only expected value there is. ``item`` is a
     dict with ``id``, ``row``, ``input``, ``meta``, ``text`` and ``choice_probs``.
     """
 
-    function: Callable[..., Any]
-    #: SHA-256 of the file or the name and version of the package it comes from.
-    sha256: str
-    field: str | None = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Of the values: truth values and labels make an accuracy, numbers a mean.
+    figures = ("mean", *dict.fromkeys((*CLASSES, *BINARY)))
+    labels = "any"
+    bounds = (-math.inf, math.inf)
+    needs_item = True
+    target = "function"
+
+    #: ``file.py:function``, or the name under which a package offers it.
+    function: str
+    field: str | None = Field(None, min_length=1, description="a field of the answer")
+    _call: Callable[..., Any] = PrivateAttr()
+    #: SHA-256 of the file, or the name and version of the package, that the function comes from.
+    _sha256: str = PrivateAttr()
+    _options: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("function")
+    @classmethod
+    def _names_both(cls, function: str) -> str:
+        if ":" not in function:
+            raise ValueError("python needs a file and a function, such as scorers.py:has_contact")
+        return function
+
+    def ready(self, folder: str | None) -> PythonScorer:
+        call, sha256 = load(self.function, folder)
+        return self._of(call, sha256, {})
+
+    @classmethod
+    def offered(cls, entry: EntryPoint, target: Any, options: Mapping[str, Any]) -> PythonScorer:
+        """A function that an installed package offers; ``target`` is the field it is given, or true for none."""
+        try:
+            function = entry.load()
+        except Exception as problem:
+            raise TaskFileError(
+                f"the scorer '{entry.name}' cannot be loaded: {type(problem).__name__}: {problem}"
+            ) from None
+        version = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.name
+        named = cls(function=f":{entry.name}", field=target if isinstance(target, str) else None)
+        return named._of(function, version, options)
+
+    def _of(self, call: Callable[..., Any], sha256: str, options: Mapping[str, Any]) -> PythonScorer:
+        self._call, self._sha256, self._options = call, sha256, options
+        return self
 
     @property
-    def metric(self) -> str:
-        """That of the values: truth values and labels make an accuracy, numbers a mean."""
-        return "mean"
-
-    @property
-    def needs_item(self) -> bool:
-        return True
-
-    @property
-    def needs_label(self) -> bool:
-        return self.field is not None
+    def sha256(self) -> str:
+        return self._sha256
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | bool | float | None:
         # What it prints must not stand in the middle of a command's own output.
         with contextlib.redirect_stdout(sys.stderr):
-            found = self.function(dict(output), dict(expected), asdict(item), **self.options)
+            found = self._call(dict(output), dict(expected), asdict(item), **self._options)
         if type(found).__module__ == "numpy" and hasattr(found, "item"):
             found = found.item()
         if found is None or isinstance(found, bool | int | float):
@@ -72,8 +103,8 @@ class PythonScorer:
         return next(iter(expected.values()))
 
 
-def load(target: str, folder: str | None) -> PythonScorer:
-    """The function that ``file.py:function`` names; the path is relative to ``folder``, the task file's.
+def load(target: str, folder: str | None) -> tuple[Callable[..., Any], str]:
+    """The function that ``file.py:function`` names, and its file's SHA-256; the path is relative to ``folder``.
 
     Raises :class:`TaskFileError` for a file that is missing or fails to import, for a name it does not have, and for a
     task that came from no file of this machine: who sends one over a network must not choose what is run here.
@@ -92,7 +123,7 @@ def load(target: str, folder: str | None) -> PythonScorer:
     function = getattr(_imported(path, digest), attribute, None)
     if not callable(function):
         raise TaskFileError(f"the scorer file {path} has no function '{attribute}'")
-    return PythonScorer(function, digest)
+    return function, digest
 
 
 def _imported(path: Path, digest: str) -> Any:

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from promptmill.core.registry import resolve
 from promptmill.database.tables import requests, results
-from promptmill.errors import TaskFileError
-from promptmill.scoring.scorers import SCORERS, Item, JsonObject, ScoreOutcome, Scorer
+from promptmill.scoring.scorers import Item, JsonObject, ScoreOutcome
 from promptmill.scoring.scorers.extraction import Extractor
 from promptmill.scoring.scorers.tally import Judgement, Score, Tally, judge
-from promptmill.tasks.scores import KINDS, entry_kind, names_of, offered
+from promptmill.tasks.scores import SCORERS, entry_kind, made, names_of, offered
 
 if TYPE_CHECKING:
+    from promptmill.scoring.scorers.scorer import Scorer
     from promptmill.tasks.task_file import Task
 
 #: Rows fetched and counted at a time.
@@ -55,12 +54,12 @@ class Judge:
         self._task = task
         self._expected: dict[str | None, JsonObject] = {}
         #: Whether a scorer looks at more of a row than its answer and what it expects.
-        self.needs_item = any(getattr(scorer, "needs_item", False) for scorer in self.scorers.values())
+        self.needs_item = any(scorer.needs_item for scorer in self.scorers.values())
 
     @property
     def sha256(self) -> str | None:
         """Of the code of scorers that are not part of promptmill."""
-        found = sorted(each for scorer in self.scorers.values() if (each := getattr(scorer, "sha256", None)))
+        found = sorted(each for scorer in self.scorers.values() if (each := scorer.sha256))
         return ",".join(found)[:64] or None
 
     def __call__(self, answer: Answer) -> tuple[Judgement | None, ...]:
@@ -105,31 +104,13 @@ def build(entries: Sequence[Mapping[str, Any]], folder: str | None = None) -> di
 
 def _make(entry: Mapping[str, Any], folder: str | None) -> Scorer:
     kind = entry_kind(entry)
-    target, options = entry[kind], {key: value for key, value in entry.items() if key not in (kind, "as")}
-    if kind not in KINDS:
-        return _offered(kind, target, options)
-    if kind == "python":
-        from dataclasses import replace
-
-        from promptmill.scoring.scorers.python_scorer import load
-
-        return replace(load(target, folder), field=options.get("field"))
-    scorer: Scorer = resolve("scorer", kind, SCORERS)(target, **options)
-    return scorer
-
-
-def _offered(kind: str, target: Any, options: Mapping[str, Any]) -> Scorer:
-    """A function that an installed package offers; ``target`` is the field it is given, or true for none."""
+    if kind in SCORERS:
+        scorer: Scorer = made(entry).ready(folder)
+        return scorer
     from promptmill.scoring.scorers.python_scorer import PythonScorer
 
-    entry = offered()[kind]
-    try:
-        function = entry.load()
-    except Exception as problem:
-        raise TaskFileError(f"the scorer '{kind}' cannot be loaded: {type(problem).__name__}: {problem}") from None
-    version = f"{entry.dist.name} {entry.dist.version}" if entry.dist else kind
-    field = target if isinstance(target, str) else None
-    return PythonScorer(function, version, field, options)
+    options = {key: value for key, value in entry.items() if key not in (kind, "as")}
+    return PythonScorer.offered(offered()[kind], entry[kind], options)
 
 
 def score_rows(answers: Iterable[Answer], judge_: Judge) -> dict[str, Score]:

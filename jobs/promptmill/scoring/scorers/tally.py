@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from promptmill.scoring.scorers import Item, JsonObject, ScoreOutcome, Scorer, ScoreVerdict, Unreadable
+from promptmill.scoring.scorers import Item, JsonObject, ScoreOutcome, ScoreVerdict, Unreadable, as_label
 from promptmill.scoring.scorers.aggregates import (
     MOST_CLASSES,
     Figures,
@@ -20,6 +19,9 @@ from promptmill.scoring.scorers.aggregates import (
     of_yes_or_no,
 )
 from promptmill.scoring.scorers.intervals import mean_interval, wilson
+
+if TYPE_CHECKING:
+    from promptmill.scoring.scorers.scorer import Scorer
 
 #: Outcomes in the denominator: an answer that cannot be read is a wrong answer.
 COUNTED = (ScoreOutcome.SCORED, ScoreOutcome.UNPARSED, ScoreOutcome.TRUNCATED, ScoreOutcome.SCORER_ERROR)
@@ -53,20 +55,20 @@ def judge(
     An error that the scorer raises is the row's outcome, and counts as a wrong answer.
     """
     name = scorer.field
-    if getattr(scorer, "needs_label", name is not None) and name not in expected:
+    if scorer.needs_label and name not in expected:
         return None
-    wanted = _expected_label(scorer, expected, name)
+    wanted = scorer.expected_label(expected)
     if outcome is ScoreOutcome.SCORED and name is not None and name not in output:
         outcome = ScoreOutcome.UNPARSED
     if outcome is not ScoreOutcome.SCORED:
-        unread = None if outcome is ScoreOutcome.INFRA_ERROR else getattr(scorer, "unread", 0.0)
+        unread = None if outcome is ScoreOutcome.INFRA_ERROR else scorer.unread
         return Judgement(unread, None, wanted, outcome)
     try:
         found = scorer(output, expected, item)
         verdict = found if isinstance(found, ScoreVerdict) else ScoreVerdict(found)
         value = _number(verdict.value)
     except Unreadable:
-        return Judgement(getattr(scorer, "unread", 0.0), None, wanted, ScoreOutcome.UNPARSED)
+        return Judgement(scorer.unread, None, wanted, ScoreOutcome.UNPARSED)
     except (Exception, SystemExit) as problem:
         # The user's own code may raise anything, and may ask to exit; the other rows are scored all the same.
         return Judgement(0.0, None, wanted, ScoreOutcome.SCORER_ERROR, error=_said(problem))
@@ -96,24 +98,13 @@ def _said(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {text}"[:LONGEST_ERROR]
 
 
-def _expected_label(scorer: Scorer, expected: JsonObject, name: str | None) -> str | None:
-    truth = getattr(scorer, "truth", None)
-    if truth is not None:
-        wanted = truth(expected)
-        return None if wanted is None else as_label(wanted)
-    return as_label(expected[name]) if name is not None and name in expected else None
-
-
-#: A value as the JSON that stands for it as a label. One encoder: making one takes longer than using it.
-as_label = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
-
-
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One figure of quality. ``n`` = all counted outcomes; ``value`` = points / n, None of nothing."""
+    """One figure of quality. ``n`` = all counted outcomes; ``value``: what the rows are worth / n, None of nothing."""
 
     name: str
     metric: str
+    value: float | None
     n: int
     correct: int
     unparsed: int
@@ -132,17 +123,11 @@ class Score:
     #: Rows of ``n`` with the commonest expected label; None where right is not to give the expected label.
     majority: int | None
     ci95: tuple[float, float] | None
-    #: Sum of what the rows were worth: ``correct`` where an answer is right or wrong.
-    points: float = 0.0
     #: Expected label, as JSON -> predicted label -> rows; an answer that could not be read was predicted ''.
     confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     figures: Figures = field(default_factory=Figures)
     #: Why figures of classes are missing.
     note: str | None = None
-
-    @property
-    def value(self) -> float | None:
-        return self.points / self.n if self.n else None
 
     @property
     def readable(self) -> int | None:
@@ -235,7 +220,7 @@ class Tally:
         pair = (expected, judgement.predicted or "")
         if len(self.pairs) <= MOST_CLASSES**2 or pair in self.pairs:
             self.pairs[pair] += times
-        truth = judgement.predicted == expected if self.scorer.metric == "choice_probability" else expected == "true"
+        truth = judgement.predicted == expected if self.scorer.labels == "choices" else expected == "true"
         if judgement.confidence is None:
             self.unsure[truth] += times
             return
@@ -257,6 +242,7 @@ class Tally:
         return Score(
             name=name,
             metric=metric,
+            value=self.points / n if n else None,
             n=n,
             correct=self.correct,
             unparsed=self.outcomes[ScoreOutcome.UNPARSED],
@@ -269,17 +255,13 @@ class Tally:
             left_out=self.left_out,
             classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
             majority=max(self.labels.values(), default=0) if few and self._kind() in ("classes", "binary") else None,
-            ci95=wilson(self.correct, n) if is_rate else self._interval(metric),
-            points=self.points,
+            ci95=wilson(self.correct, n)
+            if is_rate
+            else mean_interval(self.points, self.squares, n, self.scorer.bounds),
             confusion=self._confusion() if is_rate and few else {},
             figures=self._figures(is_rate and few),
             note=None if few or not is_rate else f"more than {MOST_CLASSES} different labels: no figures of classes",
         )
-
-    def _interval(self, metric: str) -> tuple[float, float] | None:
-        found = mean_interval(self.points, self.squares, self.counted, None if metric in ("abs_error", "mean") else 1.0)
-        # No distance is below 0.
-        return (max(0.0, found[0]), found[1]) if found and metric == "abs_error" else found
 
     def _figures(self, of_labels: bool) -> Figures:
         found = Figures()
@@ -295,16 +277,12 @@ class Tally:
         return found
 
     def _kind(self) -> str | None:
-        """``exact`` compares classes, ``binary`` yes with no; others have no classes. The user's may have either."""
-        if self.scorer.metric == "choice_probability":
-            return "choices"
-        if getattr(self.scorer, "is_binary", False):
-            return "binary"
-        if type(self.scorer).__name__ == "Exact":
-            return "classes"
-        if self.scorer.metric == "mean" and any(given for _, given in self.pairs):
-            return "binary" if self.labels.keys() <= {"true", "false"} and self.confidences else "classes"
-        return None
+        """What the labels are. Those of a function of the user's are what they look like, where there are any."""
+        if self.scorer.labels != "any":
+            return self.scorer.labels
+        if not any(given for _, given in self.pairs):
+            return None
+        return "binary" if self.labels.keys() <= {"true", "false"} and self.confidences else "classes"
 
     def _add_confidence(self, found: Figures, kind: str) -> None:
         """What could not be read counts as being as sure as can be of the wrong thing."""

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+import re
+
+from pydantic import Field, PrivateAttr, field_validator
 
 from promptmill.scoring.scorers import Item, JsonObject
+from promptmill.scoring.scorers.scorer import FieldScorer, Truth
 from promptmill.tasks.patterns import SearchTime, compiled
 from promptmill.types import JsonValue
 
 
-@dataclass(frozen=True, slots=True)
-class Contains:
+class Contains(FieldScorer):
     """``{contains: FIELD}``: the expected text is part of the answer's; of a list, each of its texts is."""
 
-    field: str
-    ignore_case: bool = False
-
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    ignore_case: Truth = False
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool | None:
         wanted = expected[self.field]
@@ -33,38 +29,35 @@ class Contains:
         return text.casefold() if self.ignore_case else text
 
 
-@dataclass(frozen=True, slots=True)
-class Regex:
+class Regex(FieldScorer):
     """``{regex: FIELD, pattern: P}``: P is found in the answer's field. Without a pattern the expected text is one."""
 
-    field: str
-    pattern: str | None = None
-    searches: SearchTime = dataclasses.field(default_factory=SearchTime, repr=False, compare=False)
+    pattern: str | None = Field(None, description="a regular expression of Python")
+    _searches: SearchTime = PrivateAttr(default_factory=SearchTime)
 
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except (re.error, RecursionError, OverflowError) as problem:
+            raise ValueError(str(problem)) from None
+        return pattern
 
     @property
     def needs_label(self) -> bool:
-        """Whether a row must expect something to be counted."""
         return self.pattern is None
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> bool:
         pattern = self.pattern if self.pattern is not None else as_text(expected[self.field])
         # Raises TimeoutError, which is the row's outcome: some expressions take for ever on some texts.
-        return self.searches.search(compiled(pattern), as_text(output[self.field])) is not None
+        return self._searches.search(compiled(pattern), as_text(output[self.field])) is not None
 
 
-@dataclass(frozen=True, slots=True)
-class SetF1:
+class SetF1(FieldScorer):
     """``{set_f1: FIELD}``: F1 of two lists as sets: 2 |both| / (|answer| + |expected|); of two empty ones it is 1."""
 
-    field: str
-
-    @property
-    def metric(self) -> str:
-        return "set_f1"
+    figures = ("set_f1",)
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> float:
         given, wanted = _members(output[self.field]), _members(expected[self.field])
