@@ -13,7 +13,7 @@ BIN := .venv/bin
 # A file's tests stay in one process: they share its server.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test setup lint types unit integration faults benchmark build clean
+.PHONY: demo test setup lint types unit integration slow faults benchmark build clean
 
 demo: setup
 	$(BIN)/promptmill run datasets/ad_comments.jsonl --task datasets/ad_comments.task.yaml --model demo
@@ -41,6 +41,10 @@ unit: setup
 
 integration: setup
 	$(PYTEST) tests/integration tests/api tests/faults
+
+# Where the time of a test run goes.
+slow: setup
+	$(PYTEST) --durations=50 tests
 
 # Every fault of tests/faults/README.md once, then a soak of 10 minutes; SEEDS=10 for ten of each.
 SEEDS := 1

@@ -124,7 +124,7 @@ def test_one_chunk_claimed_by_many_at_once_has_one_holder(database: sa.Engine) -
     assert len(held) == 1
 
 
-def _scalar(database: sa.Engine, query: sa.Select[Any]) -> Any:
+def _scalar(database: sa.Engine, query: sa.Executable) -> Any:
     with database.connect() as connection:
         return connection.execute(query).scalar()
 

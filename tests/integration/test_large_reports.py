@@ -19,7 +19,7 @@ from promptmill.database.tables import jobs, results
 from promptmill.errors import DatabaseError
 from promptmill.reports.figures import percentiles, row_sources
 from promptmill.reports.figures.figures import DISTRIBUTIONS, SINGLE
-from promptmill.reports.figures.metrics import METRICS
+from promptmill.reports.figures.metrics import METRICS, PERCENTILES
 from promptmill.reports.figures.summary import summarise
 from promptmill.reports.render.html import text as page
 from promptmill.store import parquet
@@ -85,9 +85,7 @@ def recomputed(path: Path) -> dict[str, Any]:
         "peak_active": changes.change.cumsum().max(),
     }  # fmt: skip
     for name, values in columns.items():
-        found |= {
-            f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in percentiles.PERCENTILES.items()
-        }
+        found |= {f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in PERCENTILES.items()}
         found[f"{name}.mean"] = values.mean()
     return found
 

@@ -107,7 +107,7 @@ def as_bytes(value: object) -> bytes:
 
 def send_malformed(redis: Redis, worker_id: str) -> None:
     asked = LiveRequest("1", "server", "echo", {}, [("user", SECRET)])
-    live = [
+    live: list[str | bytes] = [
         f"not json {SECRET}", "[]", "7", asked.encode().replace(b"[[", b"[5, ["),
         b'["1", "server", "echo", {}, null, "hi", false, ""]', asked.encode()[:-2],
         LiveRequest("1", "server", "echo", {SECRET: SECRET}, [("user", SECRET)]).encode(),

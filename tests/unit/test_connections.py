@@ -44,9 +44,7 @@ async def endless(scope: Scope, receive: Receive, send: Send) -> None:
 @contextlib.asynccontextmanager
 async def listening(served: Callable[..., Awaitable[None]]) -> AsyncIterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as found:
-        server = uvicorn.Server(
-            uvicorn.Config(served, http=connections.Connection, lifespan="off", log_config=None)  # type: ignore[arg-type]
-        )
+        server = uvicorn.Server(uvicorn.Config(served, http=connections.Connection, lifespan="off", log_config=None))
         serving = asyncio.create_task(server.serve([found]))
         while not server.started:
             await asyncio.sleep(0.01)
