@@ -345,8 +345,8 @@ def test_the_books_balance(load: Callable[..., MlxEngine]) -> None:
 
     counters = engine.counters
     ended = [event for event in events.values() if isinstance(event, Finished)]
-    told = sum(event.usage.output_tokens for event in ended if event.usage)
-    assert counters.decode_tokens == told
+    used = [event.usage for event in ended if event.usage]
+    assert counters.decode_tokens == sum(usage.output_tokens for usage in used)
     assert counters.wasted_tokens == sum(
         e.usage.output_tokens for e in events.values() if isinstance(e, Rejected) and e.usage
     )
