@@ -13,7 +13,7 @@ BIN := .venv/bin
 # A file's tests stay in one process: they share its server.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
-.PHONY: demo test setup lint types docs unit coverage integration faults benchmark build release matrix clean
+.PHONY: demo test setup lint types docs unit coverage integration slow faults benchmark build release matrix clean
 
 demo: setup
 	$(BIN)/promptmill run datasets/ad_comments.jsonl --task datasets/ad_comments.task.yaml --model demo
@@ -49,6 +49,10 @@ coverage: setup
 
 integration: setup
 	$(PYTEST) tests/integration tests/api tests/faults
+
+# Where the time of a test run goes.
+slow: setup
+	$(PYTEST) --durations=50 tests
 
 # Every fault of tests/faults/README.md once, then a soak of 10 minutes; SEEDS=10 for ten of each.
 SEEDS := 1

@@ -284,7 +284,10 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) 
 
 @dataclass
 class Command:
-    """The installed command, run as a user runs it: in a process of its own, in a folder of its own."""
+    """The command as a user runs it, in a folder of its own: in this process, which takes no second to start.
+
+    A process of its own is for what only a process shows: signals, pipes, terminals, how long it takes to begin.
+    """
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -298,11 +301,17 @@ class Command:
     def path() -> str:
         return str(Path(sys.executable).with_name("promptmill"))
 
-    def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 240) -> Completed:
-        """Run to the end."""
+    def __call__(self, *arguments: str, stdin: str | None = None) -> Completed:
+        """Run to the end, in this process."""
+        from tests.in_process import run_in_process
+
+        return Completed(*run_in_process([self.path(), *arguments], self.folder, self._env, stdin))
+
+    def in_process_of_its_own(self, *arguments: str) -> Completed:
+        """Run the installed command to the end."""
         done = subprocess.run(
-            [self.path(), *arguments], cwd=self.folder, env=self._env, input=stdin, capture_output=True, text=True,
-            timeout=timeout, check=False,
+            [self.path(), *arguments], cwd=self.folder, env=self._env, capture_output=True, text=True, timeout=240,
+            check=False,
         )  # fmt: skip
         return Completed(done.returncode, done.stdout, done.stderr)
 

@@ -159,6 +159,12 @@ def batch_lines(count: int, model: str = ECHO, **changes: Any) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
+def answered(client: openai.OpenAI, batch_id: str) -> int:
+    """How many requests of the batch have their answer."""
+    counts = client.batches.retrieve(batch_id).request_counts
+    return counts.completed if counts else 0
+
+
 def finished(client: openai.OpenAI, batch_id: str, seconds: float = 60) -> Any:
     """The batch at its end."""
     states = ("completed", "failed", "expired", "cancelled")

@@ -13,7 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, finished
+from tests.api.conftest import ECHO, SLOW, Server, Starter, answered, batch_lines, finished
 from tests.conftest import wait_until
 
 
@@ -96,7 +96,9 @@ def test_several_answers_and_their_tokens(client: openai.OpenAI) -> None:
 def test_texts_are_completed(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=ECHO, prompt=["one", "two words"], max_tokens=5, logprobs=1)
     assert [each.text for each in answer.choices] == ["one", "two words"]
+    assert answer.choices[1].logprobs is not None
     assert answer.choices[1].logprobs.tokens == ["two", " words"]
+    assert answer.usage is not None
     assert answer.usage.completion_tokens == 3
     streamed = client.completions.create(model=ECHO, prompt="one two", stream=True)
     assert "".join(each.choices[0].text for each in streamed) == "one two"
@@ -239,7 +241,7 @@ def test_structured_output_and_real_tokens_from_a_real_model(start: Starter) -> 
         is_ad: bool
         score: int
 
-    messages = [{"role": "user", "content": "Comment: buy now at cheap.example"}]
+    messages: list[Any] = [{"role": "user", "content": "Comment: buy now at cheap.example"}]
     parsed = client.chat.completions.parse(model="demo", messages=messages, response_format=Verdict, max_tokens=60)
     assert isinstance(parsed.choices[0].message.parsed, Verdict)
     streamed = list(client.chat.completions.create(model="demo", messages=messages, max_tokens=12, stream=True))
@@ -262,7 +264,7 @@ def test_who_waits_goes_first_while_a_batch_runs_on(start: Starter) -> None:
     client = server.client()
     file = client.files.create(file=("b.jsonl", _long(40)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
-    wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 0, "the batch runs", 90)
+    wait_until(lambda: answered(client, batch.id) > 0, "the batch runs", 90)
     began = time.monotonic()
     assert chat(client, "hello there", SLOW).choices[0].message.content == "hello there"
     # Its own two tokens take 0.02 s; a slot of the batch would be free after seconds.

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from promptmill.api.batches import batches
 from promptmill.database.engine import connect, writing
 from promptmill.database.tables import files, jobs
-from tests.api.conftest import ECHO, SLOW, Server, Starter, batch_lines, finished
+from tests.api.conftest import ECHO, SLOW, Server, Starter, answered, batch_lines, finished
 from tests.conftest import wait_until
 
 
@@ -338,7 +338,7 @@ def test_a_cancelled_batch_keeps_what_was_answered(start: Starter) -> None:
     client = start.server().client()
     file = upload(client, batch_lines(300, SLOW))
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
-    wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 5, "some rows are answered", 60)
+    wait_until(lambda: answered(client, batch.id) > 5, "some rows are answered", 60)
     assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
     ended = finished(client, batch.id)
     assert ended.status == "cancelled"
@@ -356,7 +356,8 @@ def test_a_batch_expires_and_a_killed_keeper_is_replaced(start: Starter) -> None
     server = start.server()
     client = server.client()
     file = upload(client, batch_lines(4000, SLOW))
-    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="1m")
+    window: Any = "1m"
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window=window)
     (keeper,) = [each for each in psutil.Process(server.process.pid).children() if "keeper" in " ".join(each.cmdline())]
     keeper.kill()
     wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress", "the batch runs", 100)

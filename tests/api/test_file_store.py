@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import sqlalchemy as sa
@@ -30,6 +30,7 @@ from promptmill.database.engine import connect, reading, writing
 from promptmill.database.revision import upgrade
 from promptmill.database.tables import files, installation, jobs
 from promptmill.errors import SettingsError
+from promptmill.service.job_options import JobOptions
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_what_cannot_be_removed_stops_no_sweep(
     with caplog.at_level("WARNING", "promptmill.api.openai.files"):
         store.sweep()
     assert files_in(tmp_path) == []
-    assert [record.args[0] for record in caplog.records if record.args] == [stuck, part.name]
+    assert [record.args[0] for record in caplog.records if isinstance(record.args, tuple)] == [stuck, part.name]
     # It is tried again, and goes once it can.
     store.path(stuck).rmdir()
     store.sweep()
@@ -138,14 +139,14 @@ def test_lines_of_a_client_lie_in_the_folder_that_is_swept_and_nowhere_else(
 ) -> None:
     found: list[tuple[list[Path], bytes]] = []
 
-    async def create(parts: object, principal: keys.Principal, wanted: dict[str, Any]) -> str:
-        found.append((files_in(tmp_path), Path(wanted["path"]).read_bytes()))
+    async def create(parts: object, principal: keys.Principal, options: JobOptions, path: str) -> str:
+        found.append((files_in(tmp_path), Path(path).read_bytes()))
         return "job"
 
     monkeypatch.setattr(creation, "create", create)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     parts = cast(Services, SimpleNamespace(store=store))
-    assert asyncio.run(_from_lines(parts, keys.LOCAL, {"lines": ["a secret", {"prompt": "b"}]}, {})) == "job"
+    assert asyncio.run(_from_lines(parts, keys.LOCAL, {"lines": ["a secret", {"prompt": "b"}]}, JobOptions())) == "job"
     [(there, text)] = found
     assert [path.parent.name for path in there] == ["parts"]
     assert text == b'{"prompt":"a secret"}\n{"prompt":"b"}\n'
@@ -158,12 +159,8 @@ def test_a_job_is_made_of_a_file_that_is_called_otherwise_than_it_lies(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     path = tmp_path / "file-01"
     path.write_bytes(gzip.compress(b"id,prompt\na,one\nb,two\n"))
-    wanted = dict.fromkeys(
-        ("task", "template", "system", "format", "name", "max_errors", "skip_invalid", "api_key_id", "key_limit",
-         "deadline_at")
-    )  # fmt: skip
-    wanted |= {"path": str(path), "name_of_file": "people.csv.gz", "model": "echo", "priority": 5, "sampling": {}}
-    creation.create_here(Settings(database_url=migrated_url, redis_url=redis_url), wanted)
+    options = JobOptions(dataset="people.csv.gz", model="echo")
+    creation.create_here(Settings(database_url=migrated_url, redis_url=redis_url), options, str(path), (None, None))
     with reading(database) as connection:
         job = connection.execute(sa.select(jobs.c.dataset_name, jobs.c.dataset_format, jobs.c.rows)).one()
     assert tuple(job) == ("people.csv.gz", "csv", 2)

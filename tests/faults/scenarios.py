@@ -753,7 +753,11 @@ def wrong_model(arena: Arena, rng: random.Random) -> None:
         arena.start_workers(1, wait=False, runtime="elsewhere")
     else:
         rng.choice(arena.hosts()).kill()
-    until(lambda: arena.rows(f"SELECT 1 FROM workers WHERE model_fingerprint <> '{right}'"), "the other is loaded", 60)
+    until(
+        lambda: bool(arena.rows(f"SELECT 1 FROM workers WHERE model_fingerprint <> '{right}'")),
+        "the other is loaded",
+        60,
+    )
     if arena.state in ENDED:
         raise Missed("missed: the job had ended before another model was loaded")
     arena.wait_for_end(UNDISTURBED_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,16 +19,15 @@ def ok(done: Completed, code: int = 0) -> Completed:
     return done
 
 
-def read(done: Completed) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ok(done).out)
-    return found
+def read(done: Completed) -> Any:
+    return json.loads(ok(done).out)
 
 
 def answers_of(command: Command, job: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in ok(command("results", job)).out.splitlines()]
 
 
-def lines(path: Path, *records: dict[str, object]) -> str:
+def lines(path: Path, *records: Mapping[str, object]) -> str:
     path.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records), encoding="utf-8")
     return str(path)
 

@@ -110,7 +110,7 @@ def test_who_stops_early_leaves_no_connection(db: sa.Engine) -> None:
     with reading(db) as connection:
         found = arrow_tables.tables(connection, [f"SELECT {number} AS n" for number in range(50)])
         next(found)
-        found.close()
+        found.close()  # type: ignore[attr-defined]
     with reading(db) as connection:
         others = sa.text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
         assert connection.execute(others).scalar() == 1

@@ -133,7 +133,9 @@ def test_a_job_whose_every_row_failed_ends_with_code_1(command: Command, tmp_pat
 def test_a_plainly_wrong_job_is_stopped(command: Command, tmp_path: Path) -> None:
     done = command("run", prompts(tmp_path, 3000), "--model", "echo:error_on=prompt", "--json")
     assert done.code == 1
-    assert json.loads(done.out)["errors"] < 3000 or "INCOMPLETE" in done.out
+    report = json.loads(done.out)
+    assert report["state"] == "failed"
+    assert 50 <= report["errors"] < 1000, "the first 50 that all fail are enough"
     assert count(command, "results") < 1000
 
 
@@ -318,11 +320,11 @@ def test_every_command_has_help_with_an_example(command: Command) -> None:
 
 def test_help_answers_within_three_tenths_of_a_second(command: Command) -> None:
     """The bar for a user's fingers: median of 5, files in the cache."""
-    command("--help")
+    command.in_process_of_its_own("--help")
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        command("--help")
+        command.in_process_of_its_own("--help")
         times.append(time.perf_counter() - start)
     # Twice the bar here, because tests share their machine; `tests/benchmarks` measures the bar itself.
     assert statistics.median(times) < 0.6

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from promptmill.database.engine import connect, copy_rows, writing
 from promptmill.database.revision import upgrade
 from promptmill.database.tables import attempts, chunks, jobs, requests, results
-from promptmill.reports.compare.compare import Comparison, compare
+from promptmill.reports.compare.compare import compare
+from promptmill.reports.compare.comparison import Comparison
 from tests.unit.test_reports import START, answer, store
 
 ROWS, SLOTS, CHUNK, PAIRS = 512, 16, 64, 200

@@ -149,7 +149,7 @@ def test_the_first_claims_of_a_job_start_it_once(database: sa.Engine) -> None:
     assert all(started_at == leased_at for started_at, leased_at in began)
 
 
-def _scalar(database: sa.Engine, query: sa.Select[Any]) -> Any:
+def _scalar(database: sa.Engine, query: sa.Executable) -> Any:
     with database.connect() as connection:
         return connection.execute(query).scalar()
 

@@ -24,9 +24,7 @@ def judge(command: Command, comments: Path, model: str) -> tuple[dict[str, Any],
     """
     command.environment["JOBS_THREADS"] = "1"
     out = f"{model.replace(':', '-')}.jsonl"
-    done = command(
-        "run", str(comments), "--task", str(TASK), "--model", model, "--slots", "8", "-o", out, "--json", timeout=280
-    )
+    done = command("run", str(comments), "--task", str(TASK), "--model", model, "--slots", "8", "-o", out, "--json")
     assert done.code == 0, done.err
     lines = (command.folder / out).read_text(encoding="utf-8").split("\n")
     return json.loads(done.out), {line["id"]: line for line in map(json.loads, filter(None, lines))}

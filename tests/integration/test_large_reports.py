@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from promptmill.core import processes
 from promptmill.database import arrow_tables
 from promptmill.database.engine import reading, writing
-from promptmill.database.figure_sql import FIGURE_SQL
+from promptmill.database.figure_sql import FIGURE_SQL, PERCENTILES
 from promptmill.database.tables import jobs, results
 from promptmill.errors import DatabaseError
 from promptmill.reports.figures import percentiles, row_sources
@@ -84,9 +84,7 @@ def recomputed(path: Path) -> dict[str, Any]:
         "peak_active": changes.change.cumsum().max(),
     }  # fmt: skip
     for name, values in columns.items():
-        found |= {
-            f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in percentiles.PERCENTILES.items()
-        }
+        found |= {f"{name}.{point}": values.quantile(share / 100) for point, (share, _) in PERCENTILES.items()}
         found[f"{name}.mean"] = values.mean()
     return found
 

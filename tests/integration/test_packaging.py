@@ -10,6 +10,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -129,7 +130,8 @@ def test_any_password_of_the_compose_file_reaches_postgresql(
     monkeypatch.setenv("PGPASSWORD", "a%41@b/c")
     engine = connect(migrated_postgres_url)
     with engine.connect() as connection:
-        assert connection.connection.driver_connection.pgconn.password == b"a%41@b/c"
+        driver: Any = connection.connection.driver_connection
+        assert driver.pgconn.password == b"a%41@b/c"
     engine.dispose()
 
 

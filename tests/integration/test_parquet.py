@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -38,7 +39,7 @@ def test_the_figures_of_a_report_are_those_of_its_export(database: sa.Engine, tm
     assert read["expected"][3] == '{"is_ad": true}'
 
 
-def _columns(path: Path) -> tuple[list[str], list[object]]:
+def _columns(path: Path) -> tuple[list[str], list[Any]]:
     table = pq.read_table(path)
     return table.column_names, table.columns
 

@@ -159,7 +159,7 @@ def test_a_poisonous_request_ends_alone(queue: Command, workers: Any, tmp_path: 
 
 def test_a_second_worker_is_kept_off_a_device(queue: Command, workers: Any) -> None:
     workers("--device", "sim:1", "--model", "echo", count=1)
-    second = queue("worker", "--device", "sim:1", "--model", "echo", timeout=60)
+    second = queue("worker", "--device", "sim:1", "--model", "echo")
     assert second.code == 2
     assert "already has a worker" in second.err
 
@@ -306,7 +306,7 @@ def test_a_worker_of_two_models_does_not_change_them_for_every_chunk(queue: Comm
     for model in (first, second):
         assert queue("submit", data, "--model", model).code == 0
 
-    assert queue("watch", "@last", timeout=200).code == 0
+    assert queue("watch", "@last").code == 0
 
     wait_until(lambda: len(json.loads(queue("list", "--json").out)) == 2, "both jobs are listed")
     jobs = json.loads(queue("list", "--json").out)

@@ -17,7 +17,7 @@ meta: {group: group}
 scores: [{exact: label}]
 """
 
-LINES = [
+LINES: list[dict[str, Any]] = [
     {"id": "a", "answer": '{"label": "ad"}', "label": "ad", "group": "paid"},
     {"id": "b", "answer": '{"label": "ad"}', "label": "normal", "group": "paid"},
     {"id": "c", "answer": "no idea", "label": "normal", "group": "free"},

@@ -10,10 +10,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import kombu.transport
 import psutil
 import pytest
 from celery import Celery
+from kombu.transport import _transport_cache as TRANSPORTS_SEEN
 from redis import Redis
 
 from promptmill.queue.broker import KEY_PREFIX, TASK_NAME, chunk_of, make_app, queue_name
@@ -104,7 +107,7 @@ def as_bytes(value: object) -> bytes:
 
 def send_malformed(redis: Redis, worker_id: str) -> None:
     asked = LiveRequest("1", "server", "echo", {}, [("user", SECRET)])
-    live = [
+    live: list[str | bytes] = [
         f"not json {SECRET}", "[]", "7", asked.encode().replace(b"[[", b"[5, ["),
         b'["1", "server", "echo", {}, null, "hi", false, ""]', asked.encode()[:-2],
         LiveRequest("1", "server", "echo", {SECRET: SECRET}, [("user", SECRET)]).encode(),
@@ -155,10 +158,11 @@ def test_no_message_ends_a_worker_and_none_is_shown(command: Command, worker: ps
 
 @pytest.fixture
 def channel(redis_url: str) -> Iterator[Any]:
-    """Of a worker's connection to its queue."""
-    queue_gate.install()
-    with make_app(redis_url).connection_for_read() as connection:
-        yield connection.channel()
+    """Of a worker's connection to its queue, in a process that was none so far and is none afterwards."""
+    with mock.patch.dict(kombu.transport.TRANSPORT_ALIASES), mock.patch.dict(TRANSPORTS_SEEN, clear=True):
+        queue_gate.install()
+        with make_app(redis_url).connection_for_read() as connection:
+            yield connection.channel()
 
 
 def test_messages_that_nobody_acknowledged_come_back_and_malformed_ones_go(

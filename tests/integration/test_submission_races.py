@@ -74,7 +74,7 @@ def test_a_job_is_stored_whatever_becomes_of_the_statistics(
     migrated_postgres_url: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = connect(migrated_postgres_url)
-    seen = []
+    seen: list[Any] = []
 
     def refused(connection: sa.Connection, *tables: sa.Table) -> None:
         # Others see the job by now: its locks are gone.

@@ -6,7 +6,7 @@ import ast
 import operator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -14,6 +14,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from promptmill.api import prometheus
+from promptmill.api.dependencies import Services
 from promptmill.core.settings import Settings
 from promptmill.database.engine import database_now, writing
 from promptmill.database.tables import worker_samples, workers
@@ -78,7 +79,8 @@ class PromQL:
             return left if self.value(node.operand) else {}
         right = self.value(node)
         if isinstance(operation, ast.Or):
-            return right | left
+            both: Vector = right | left
+            return both
         return {labels: each for labels, each in left.items() if labels in right}
 
 
@@ -90,7 +92,8 @@ def applied(operation: Any, left: Any, right: Any) -> Any:
             return {labels: operation(each, right) for labels, each in left.items()}
         case _, dict():
             return {labels: operation(left, each) for labels, each in right.items()}
-    return operation(left, right)
+    result: Vector = operation(left, right)
+    return result
 
 
 def kept(operation: Any, left: Vector, right: Any) -> Vector:
@@ -102,7 +105,10 @@ def kept(operation: Any, left: Vector, right: Any) -> Vector:
 
 def firing(db: sa.Engine, redis_url: str) -> set[tuple[str, str]]:
     """Name and worker of each alert that a scrape at this moment speaks for, among the rules without a range."""
-    text = "\n".join(prometheus._from_rows(SimpleNamespace(db=db, settings=Settings(redis_url=redis_url)))) + "\n"
+    text = (
+        "\n".join(prometheus._from_rows(cast(Services, SimpleNamespace(db=db, settings=Settings(redis_url=redis_url)))))
+        + "\n"
+    )
     series: dict[str, Vector] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -74,7 +74,6 @@ def test_the_ways_are_counted_rightly_and_stay_short() -> None:
             counts.append(tuple(map(int, COUNTS.findall(section)[0])))
     assert len(ways) == 2
     for way, told in zip(ways, counts, strict=True):
-        steps = enumerate(pairwise(way), start=1)
-        returns = sum(file != before and file in way[:at] for at, (before, file) in steps)
+        returns = sum(file != before and file in way[:at] for at, (before, file) in enumerate(pairwise(way), start=1))
         assert told == (len(way), len(set(way)), returns)
     assert all(count <= most for count, most in zip(counts[0], MOST, strict=True))

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from promptmill.tasks.templates import Template, TemplateMistake
 SHORT = ChildLimits(1.0, 512)
 
 #: Python's own functions do what any would: each with its argument.
-BEYOND = {
+BEYOND: dict[str, tuple[Any, Any]] = {
     "an endless loop": (exec, "while True: pass"),
     "one large text": (eval, "'a' * 4_000_000_000"),
     "many small ones": (exec, "kept = []\nwhile True: kept.append('a' * 1_000_000)"),

@@ -186,7 +186,7 @@ Connect = Callable[..., Awaitable[list[asyncio.StreamReader]]]
 @contextlib.asynccontextmanager
 async def crowded(served: Callable[..., Awaitable[None]], most: int) -> AsyncIterator[Connect]:
     """Connects clients to a server that has so many connections."""
-    writers = []
+    writers: list[asyncio.StreamWriter] = []
 
     async def connect(address: str, sent: bytes, count: int = 1) -> list[asyncio.StreamReader]:
         """So many connections from one address of this machine, on each of which this is sent, in turn."""

@@ -20,8 +20,8 @@ def nvml(processes: list[SimpleNamespace], asked: list[object]) -> SimpleNamespa
     return SimpleNamespace(
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: asked.append(index) or "handle",
-        nvmlDeviceGetHandleByUUID=lambda name: asked.append(name) or "handle",
+        nvmlDeviceGetHandleByIndex=lambda index: asked.append(index) or "handle",  # type: ignore[func-returns-value]
+        nvmlDeviceGetHandleByUUID=lambda name: asked.append(name) or "handle",  # type: ignore[func-returns-value]
         nvmlDeviceGetComputeRunningProcesses=lambda handle: processes,
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=5000),
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=40),

@@ -152,8 +152,8 @@ def test_a_row_that_was_given_away_before_a_split_is_run_again_by_hand(
         ledger.fail(lease, ErrorClass.ENGINE_CRASH, "crash")
         clock.advance(60)
         lease = ledger.claim(ChunkId(JOB, 0), "a") or lease
-    while (lease := ledger.claim_next(JOB, "b")) is not None:
-        ledger.finish(lease, last=[broken(row) if row == 5 else ok(row) for row in rows_of(ledger, lease)])
+    while (other := ledger.claim_next(JOB, "b")) is not None:
+        ledger.finish(other, last=[broken(row) if row == 5 else ok(row) for row in rows_of(ledger, other)])
     for _ in range(2):
         assert ledger.retry(JOB) == 1
         again = claim(ledger)

@@ -29,7 +29,7 @@ def problem_of(tmp_path: Path, template: str) -> PromptmillError:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n' * 50)
     with pytest.raises(PromptmillError) as caught:
-        dry_run(JobOptions(dataset=str(rows), model=str(file)), Settings(_env_file=None), "embedded")  # type: ignore[call-arg]
+        dry_run(JobOptions(dataset=str(rows), model=str(file)), Settings(_env_file=None), "embedded")
     return caught.value
 
 
@@ -56,7 +56,7 @@ def test_a_good_template_counts_as_before(tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "m.gguf")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n' * 5)
-    found = dry_run(JobOptions(dataset=str(rows), model=str(file)), Settings(_env_file=None), "embedded")  # type: ignore[call-arg]
+    found = dry_run(JobOptions(dataset=str(rows), model=str(file)), Settings(_env_file=None), "embedded")
     assert found is not None
     assert (found.rows, found.context_tokens) == (5, 512)
     assert found.tokens_min == found.tokens_max > 1

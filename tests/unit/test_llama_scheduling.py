@@ -65,7 +65,8 @@ def texts(events: dict[int, Event]) -> dict[int, str]:
 
 def occupy(engine: Scheduler[LlamaSequence], cells: int) -> None:
     """Fill KV cells that the engine believes free: there is no honest way to make its book-keeping wrong."""
-    context, sequence = engine.backend._context, engine.info.slots  # the last one that a prefix would take
+    backend: Any = engine.backend
+    context, sequence = backend._context, engine.info.slots  # the last one that a prefix would take
     for start in range(0, cells, 64):
         context.batch.clear()
         context.batch.put(sequence, start, np.full(min(64, cells - start), 5, dtype=np.int32), wanted=0)

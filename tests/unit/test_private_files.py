@@ -23,7 +23,7 @@ def open_umask() -> Iterator[None]:
 def test_nobody_knows_the_name_under_which_a_file_is_written(tmp_path: Path) -> None:
     names = []
     for _ in range(2):
-        with appearing(tmp_path / "out.txt") as partial:
+        with appearing(str(tmp_path / "out.txt")) as partial:
             # It is there, and ours, before anything is written.
             assert partial.is_file()
             assert str(os.getpid()) != partial.name.rpartition("-")[2]
@@ -36,7 +36,7 @@ def test_nobody_knows_the_name_under_which_a_file_is_written(tmp_path: Path) -> 
 def test_a_file_that_appears_has_the_mode_that_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with appearing(tmp_path / "out.txt") as partial:
+        with appearing(str(tmp_path / "out.txt")) as partial:
             partial.write_text("whole")
     finally:
         os.umask(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from promptmill.cli import progress
 from promptmill.cli.progress import ProgressView
 from promptmill.ledger import Progress
 from promptmill.types import JobState
@@ -14,7 +13,7 @@ from tests.conftest import Clock
 def test_each_run_of_a_sweep_has_rates_of_its_own(
     clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress.time, "monotonic", clock)
+    monkeypatch.setattr("promptmill.cli.progress.time.monotonic", clock)
     with ProgressView() as view:
         for _ in range(2):
             for done in (0, 30):

@@ -65,7 +65,7 @@ def error(write: Write, record: Mapping[str, Any], **how: Any) -> str:
 
 
 def batch_line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
-    question = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in url else {}
+    question: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in url else {}
     question = {"prompt": "hi"} if "completions" in url and not question else question
     return {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "m", **question, **body}}
 
@@ -524,7 +524,7 @@ def test_a_flat_record_with_a_body_of_text_is_no_batch_line(write: Write) -> Non
 
 
 def test_parameters_are_those_of_their_own_line(write: Write) -> None:
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"max_tokens": 1},
         {"max_tokens": True},
         {"max_tokens": 1},

@@ -112,6 +112,7 @@ def test_every_figure_of_the_page_has_the_query_that_gives_it(db: sa.Engine) -> 
         assert float(found[name][1]) == value
         with db.connect() as connection:
             given = connection.execute(sa.text(unescape(found[name][4]))).scalar()
+        assert given is not None
         assert given * (2**-20 if "memory" in name else 100) == pytest.approx(value)
     assert {"is_ad.macro_f1", "is_ad.kappa"} <= found.keys()
 

@@ -322,8 +322,9 @@ def test_what_a_function_prints_is_not_on_stdout(tmp_path: Path, capsys: pytest.
 
 def test_an_expression_that_takes_for_ever_ends(tmp_path: Path) -> None:
     text = "a" * 40 + "!"
-    found = scored({"regex": "x", "pattern": "^(a+)+$"}, [answer(text, "-")])
-    assert found.scorer_error is None or found.scorer_error.startswith("TimeoutError")
+    found = scored({"regex": "x", "pattern": "^(a|aa)+$"}, [answer(text, "-")])
+    assert (found.n, found.correct, found.scorer_errors) == (1, 0, 1)
+    assert str(found.scorer_error).startswith("TimeoutError")
     judge = judge_of([{"exact": "x"}], output={"extract": {"x": {"regex": "^(a|aa)+$"}}})
     (judgement,) = judge(Answer("ok", text, "stop", '{"x": "ad"}'))
     assert judgement is not None

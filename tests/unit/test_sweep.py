@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from tests.unit.test_reports import START, answer, db, store
 __all__ = ["db"]
 
 
-def job(db: sa.Engine, job_id: str, seconds: float, **values: object) -> None:
+def job(db: sa.Engine, job_id: str, seconds: float, **values: Any) -> None:
     rows = [answer(row, finished_at=START + 1.5 + seconds * (row + 1) / 20) for row in range(20)]
     store(db, rows, job_id=job_id, name=job_id, **values)
 
