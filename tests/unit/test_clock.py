@@ -69,8 +69,10 @@ def claimed(ledger: Ledger, job_id: str) -> Lease:
 
 def answer_now(row: int, seconds: float = 0.001) -> tuple[Ok, int]:
     """As an engine host tells it: by the clock of its machine."""
+    start = time.monotonic()
+    time.sleep(seconds)
     end = time.monotonic()
-    return Ok(row, "answer", FinishReason.STOP, Usage(5, 0, 3), Timing(end - seconds, end - seconds, end, end)), 16
+    return Ok(row, "answer", FinishReason.STOP, Usage(5, 0, 3), Timing(start, start, end, end)), 16
 
 
 # --- reading it ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,18 @@ from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineOptions
 from promptmill_workers.host import socket_folder
 from promptmill_workers.host.client import EngineHost, HostConfig
-from promptmill_workers.host.socket_folder import FOLDER_PREFIX, LOCK_NAME, SocketFolder, remove_leftovers
+from promptmill_workers.host.socket_folder import FOLDER_PREFIX, LOCK_NAME, SHORT_FOLDER, SocketFolder, remove_leftovers
 
 #: Larger than any process id here: one that no process of this namespace has.
 NOBODY = 4_999_999
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder with a short path: that of ``tmp_path`` may leave no room for a socket's address."""
+    with tempfile.TemporaryDirectory(prefix="p-", dir=SHORT_FOLDER) as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def test_the_folder_of_a_parent_in_another_pid_namespace_stays(temporary: Path) -> None:
