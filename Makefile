@@ -25,7 +25,7 @@ setup: .venv/.ready
 # llama-cpp-python is compiled: about 3 minutes on 2 cores the first time, then it comes from uv's cache.
 .venv/.ready: pyproject.toml uv.lock
 	@command -v $(UV) >/dev/null || { python3 -m venv .uv && .uv/bin/pip install --quiet uv; }
-	$(UV) sync --frozen --extra mlx --extra api --group docs
+	$(UV) sync --frozen --extra mlx --extra api --group docs --group models
 	@touch $@
 
 lint: setup
