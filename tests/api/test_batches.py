@@ -358,7 +358,9 @@ def test_a_batch_expires_and_a_killed_keeper_is_replaced(start: Starter) -> None
     file = upload(client, batch_lines(4000, SLOW))
     window: Any = "1m"
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window=window)
-    (keeper,) = [each for each in psutil.Process(server.process.pid).children() if "keeper" in " ".join(each.cmdline())]
+    (keeper,) = [
+        each for each in psutil.Process(server.process.pid).children() if "batches.worker" in " ".join(each.cmdline())
+    ]
     keeper.kill()
     wait_until(lambda: client.batches.retrieve(batch.id).status == "in_progress", "the batch runs", 100)
     # The end of its window, moved here.

@@ -24,7 +24,7 @@ from promptmill.api.batches.leases import AT_ONCE, BatchLeases
 from promptmill.api.batches.passing import PASSING
 from promptmill.api.batches.records import move
 from promptmill.api.batches.scoring import ScoreKeeper
-from promptmill.api.batches.validation import Findings, validate
+from promptmill.api.batches.validation import validate
 from promptmill.api.http.evaluation import for_report
 from promptmill.api.jobs.creation import limits_for
 from promptmill.api.keys import LOCAL
@@ -164,19 +164,17 @@ class BatchWorker:
             findings = child_processes.call(
                 limits_for(file.bytes), validate, str(self.store.path(file.id)), batch.endpoint, self.models.names()
             )
-        except child_processes.OverLimit as problem:
-            findings = Findings()
-            findings.note("invalid_request", f"The file was not read: {problem.message}.")
-        if findings.errors:
-            self._fail(batch, findings.errors)
-            return
-        assert findings.model is not None
-        try:
+            if findings.errors:
+                self._fail(batch, findings.errors)
+                return
+            assert findings.model is not None
             job_id = self._job_of(batch) or self._submit(batch, file, findings.model)
         except (BrokerError, DatabaseError):
             raise
         except PromptmillError as problem:
-            error = {"code": "invalid_request", "line": None, "message": problem.message[:1000], "param": None}
+            over_limit = isinstance(problem, child_processes.OverLimit)
+            message = f"The file was not read: {problem.message}." if over_limit else problem.message
+            error = {"code": "invalid_request", "line": None, "message": message[:1000], "param": None}
             self._fail(batch, [error])
             return
         with writing(self.db) as connection:

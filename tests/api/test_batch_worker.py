@@ -1,4 +1,4 @@
-"""The keeper of batches: what it cannot get on with holds nobody else up, and comes to an end."""
+"""The worker of batches: what it cannot get on with holds nobody else up, and comes to an end."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_batch_that_waits_for_a_disk_is_tried_again_ever_later(
         raise OSError(28, "No space left on device")
 
     waits = []
-    monkeypatch.setattr("promptmill.api.batches.worker.children.call", full)
+    monkeypatch.setattr("promptmill.api.batches.worker.child_processes.call", full)
     for _ in range(6):
         assert keep(keeper) == [batch_id]
         assert keep(keeper) == []

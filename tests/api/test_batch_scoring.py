@@ -57,7 +57,7 @@ def test_a_keys_large_jobs_hold_up_nobody_elses_scores(
         if "LARGE" in job_id:
             assert may_end.wait(30)
 
-    monkeypatch.setattr(f"{scoring.__name__}.children.call", call)
+    monkeypatch.setattr(f"{scoring.__name__}.child_processes.call", call)
     for _ in range(3):
         # None of these waits for a scorer.
         scores.step()
