@@ -15,10 +15,9 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg import InternalError, OperationalError, errors
 
-from promptmill.core.resources import resource_dir
 from promptmill.database.engine import connect, copy_rows, writing
 from promptmill.database.refusals import connecting
-from promptmill.database.revision import current_revision, head_revision, open_database, upgrade
+from promptmill.database.revision import current_revision, head_revision, migrations_folder, open_database, upgrade
 from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results
 from promptmill.database.timeouts import end_silent_connections
 from promptmill.errors import DatabaseError
@@ -36,7 +35,7 @@ def test_migrations_make_the_tables_of_the_code(database: sa.Engine) -> None:
 
 
 def test_the_newest_migration_is_alembic_s_head() -> None:
-    assert ScriptDirectory(str(resource_dir("migrations"))).get_current_head() == head_revision()
+    assert ScriptDirectory(str(migrations_folder())).get_current_head() == head_revision()
 
 
 def test_upgrading_twice_changes_nothing(database: sa.Engine) -> None:

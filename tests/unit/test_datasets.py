@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from promptmill.cli import main
-from promptmill.core.resources import resource_dir
 from promptmill.errors import BadLines, DatasetError, TaskFileError
 from promptmill.readers import checked, open_dataset
 from promptmill.service.lint import validate_dataset
 from promptmill.tasks.task_file import parse_task
 from promptmill.types import DatasetLine
+from tests.conftest import ROOT
 
 TASK = """\
 task: t
@@ -103,7 +103,7 @@ def test_validation_tells_duplicates_and_contradictions(tmp_path: Path) -> None:
 def test_f9_labels_that_the_prompt_or_the_schema_does_not_know_are_problems(shared: Path, tmp_path: Path) -> None:
     """The original wording asked for other labels than the dataset holds: no answer could ever be right."""
     data = shared / "data" / "manga_comment_ad_detection.json"
-    bundled = resource_dir("datasets") / "manga_ads.yaml"
+    bundled = ROOT / "datasets" / "manga_ads.yaml"
     good = validate_dataset(str(data), str(bundled), None)
     assert (good["rows"], good["problems"], good["duplicate_ids"]["ids"]) == (52, [], ["manga_000#2"])
     text = bundled.read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def test_errors_have_a_json_form(
 
 
 def test_any_first_rows_of_the_bundled_dataset_hold_both_classes() -> None:
-    lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "datasets" / "ad_comments.jsonl").read_text(encoding="utf-8").splitlines()
     assert 8 <= sum(json.loads(line)["is_ad"] for line in lines[:20]) <= 12
     assert len({json.loads(line)["id"] for line in lines}) == 260
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from tools.demo_model.float32 import write_float32
 
-from promptmill.core.resources import resource_dir
 from promptmill.errors import DeviceError, ModelError
 from promptmill.readers import open_dataset
 from promptmill.tasks.sampling import resolve_sampling
@@ -25,6 +24,7 @@ from promptmill_workers.engines.llama.backend import LlamaBackend
 from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import LlamaAnswerText
 from promptmill_workers.engines.scheduler import Scheduler
+from tests.conftest import ROOT
 from tests.unit.tiny_models import write_tiny_gguf
 
 ODD = "加V：abc123 😂 好听 naïve žluťoučký 👨‍👩‍👧‍👦 ░▒▓"
@@ -61,13 +61,13 @@ def task() -> Template:
     """The template of the bundled task."""
     from promptmill.tasks.task_file import load_task
 
-    prompt = load_task(resource_dir("datasets") / "ad_comments.task.yaml").model.prompt
+    prompt = load_task(ROOT / "datasets" / "ad_comments.task.yaml").model.prompt
     assert prompt is not None
     return Template(prompt.user, prompt.system)
 
 
 def comments() -> list[str]:
-    text = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8")
+    text = (ROOT / "datasets" / "ad_comments.jsonl").read_text(encoding="utf-8")
     return [json.loads(line)["comment"] for line in text.split("\n") if line]
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from promptmill.core.resources import resource_dir
 from promptmill.errors import DeviceError, ModelError, RequestError
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
 from promptmill_workers.host.fan_out import Desk
+from tests.conftest import ROOT
 from tests.unit.tiny_mlx import write_tiny_mlx
 
 pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptmill[mlx]'")
@@ -501,7 +501,7 @@ def test_tokens_are_counted_without_mlx(folder: Path) -> None:
 
 def test_the_bundled_model_says_the_same_with_both_engines() -> None:
     llamacpp = pytest.importorskip("promptmill_workers.engines.llama.backend")
-    lines = (resource_dir("datasets") / "ad_comments.jsonl").read_text(encoding="utf-8").strip().split("\n")[::9]
+    lines = (ROOT / "datasets" / "ad_comments.jsonl").read_text(encoding="utf-8").strip().split("\n")[::9]
     rules = "You are a moderator of comments. Decide whether the comment is an advertisement. Answer with JSON."
     requests = [
         chat(key, system=rules, text=f"Comment: {json.loads(line)['comment']}", max_tokens=32)

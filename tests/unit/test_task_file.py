@@ -189,6 +189,6 @@ def test_a_task_file_that_cannot_be_read_is_one_clear_error(tmp_path: Path, cont
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_task_to_begin_with_can_be_used(kind: str) -> None:
-    path = Path(init.__file__).parents[2] / "tasks" / "examples" / f"{kind}.yaml"
+    path = Path(init.__file__).with_name("task_templates") / f"{kind}.yaml"
     task = parse_task(path.read_text(encoding="utf-8"), path.name)
     assert task.name == kind

@@ -10,7 +10,6 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from promptmill.core.resources import resource_dir
 from promptmill.database.engine import connect, lock_name, reading, writing
 from promptmill.errors import DatabaseError
 
@@ -75,11 +74,14 @@ def head_revision() -> str:
 
 def _revisions() -> list[str]:
     """By the names of the migration files (``0001_initial.py``), which sort by time."""
-    return sorted(path.stem.split("_")[0] for path in _migrations().glob("versions/[0-9]*.py"))
+    return sorted(path.stem.split("_")[0] for path in migrations_folder().glob("versions/[0-9]*.py"))
 
 
-def _migrations() -> Path:
-    return resource_dir("migrations")
+def migrations_folder() -> Path:
+    """In the wheel beside the code, in a checkout at its root."""
+    here = Path(__file__).parents[1]
+    packaged = here / "_migrations"
+    return packaged if packaged.is_dir() else here.parents[1] / "migrations"
 
 
 def upgrade(engine: Engine) -> None:
@@ -91,7 +93,7 @@ def upgrade(engine: Engine) -> None:
     from alembic.config import Config
 
     config = Config(stdout=io.StringIO())
-    config.set_main_option("script_location", str(_migrations()).replace("%", "%%"))
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
     with writing(engine) as connection:
         # Two programs that start together must not both migrate.
         lock_name(connection, "promptmill.migrations")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from promptmill.core.registry import suggestion
 from promptmill.core.text_files import read_text
+from promptmill.core.yaml_tree import place_in, place_of, refuse_many_values, refuse_repeated_keys
 from promptmill.errors import TaskFileError
 from promptmill.tasks import json_schemas, scores
 from promptmill.tasks.sampling import BadParameter, check_parameter
@@ -142,9 +143,6 @@ def load_task(path: str | Path) -> Task:
     return parse_task(f"{text.rstrip()}\n{BEHIND}\n{behind}", str(path), folder)
 
 
-#: Most values of a task file: a thousand few-shot examples of a hundred fields.
-MOST_VALUES = 100_000
-
 #: Between a task as it was written and the examples that were read from its file.
 BEHIND = "---"
 
@@ -185,18 +183,18 @@ def parse_task(text: str, name: str, folder: str | None = None) -> Task:
         model = TaskModel.model_validate(content)
     except ValidationError as problem:
         raise TaskFileError("\n".join(_message(name, tree, each) for each in problem.errors())) from None
-    problems = [f"{_at(name, tree, place)}: {what}" for place, what in _mistakes(model)]
+    problems = [f"{place_in(name, tree, place)}: {what}" for place, what in _mistakes(model)]
     if problems:
         raise TaskFileError("\n".join(problems))
     prompt = model.prompt
     if isinstance(prompt.examples, str) and folder is None:
-        place = _at(name, tree, ("prompt", "examples"))
+        place = place_in(name, tree, ("prompt", "examples"))
         raise TaskFileError(f"{place}: examples can only be read by a task file on this machine; write them as a list")
     examples = [] if isinstance(prompt.examples, str) else [(each.input, each.output) for each in prompt.examples]
     try:
         return Task(text, model, Template(prompt.user, prompt.system, examples, prompt.form == "plain"), folder)
     except TemplateMistake as problem:
-        place = _at(name, tree, ("prompt", problem.part), inside=problem.line)
+        place = place_in(name, tree, ("prompt", problem.part), inside=problem.line)
         raise TaskFileError(f"{place}: {problem.message}", hint=problem.hint) from None
 
 
@@ -313,22 +311,18 @@ def _loaded(text: str, name: str) -> tuple[yaml.Node, Any]:
                 f"{name}: a task file has keys: task, prompt, ...", hint="See datasets/ad_comments.task.yaml."
             )
         for each in trees:
-            _refuse_many_values(each, name)
-        _refuse_repeated_keys(tree, name)
+            refuse_many_values(each, name)
+        refuse_repeated_keys(tree, name)
         content, *behind = yaml.safe_load_all(text)
         if behind:
-            _put_examples(content, behind, _place(name, trees[1].start_mark))
+            _put_examples(content, behind, place_of(name, trees[1].start_mark))
         return tree, content
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        place = place_of(name, mark) if mark else name
         raise TaskFileError(f"{place}: not YAML: {problem.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as problem:
         raise TaskFileError(f"{name}: not YAML: {str(problem)[:200]}") from None
-
-
-def _place(name: str, mark: yaml.Mark) -> str:
-    return f"{name}:{mark.line + 1}:{mark.column + 1}"
 
 
 def _put_examples(content: dict[str, Any], behind: list[Any], place: str) -> None:
@@ -348,53 +342,9 @@ def _put_examples(content: dict[str, Any], behind: list[Any], place: str) -> Non
     content["prompt"] = prompt | behind[0]
 
 
-def _refuse_many_values(tree: yaml.Node, name: str) -> None:
-    """Aliases within aliases are few bytes and may be any number of values: they are counted, and not written out."""
-    sizes: dict[int, int] = {}
-    waiting = [tree]
-    while waiting:
-        node = waiting[-1]
-        below = _below(node)
-        if id(node) not in sizes:
-            # Begun: an alias to it from within is a circle, which PyYAML takes and nothing else does.
-            sizes[id(node)] = 0
-            waiting += [each for each in below if id(each) not in sizes]
-            continue
-        waiting.pop()
-        sizes[id(node)] = 1 + sum(sizes[id(each)] for each in below)
-        if sizes[id(node)] > MOST_VALUES:
-            raise TaskFileError(
-                f"{_place(name, node.start_mark)}: more than {MOST_VALUES:,} values, with aliases written out",
-                hint="Use fewer aliases (*name), or write examples into a file.",
-            )
-
-
-def _refuse_repeated_keys(tree: yaml.Node, name: str) -> None:
-    """PyYAML takes the last of them and says nothing. An alias's node is looked at once, however often it is used."""
-    waiting, known = [tree], {id(tree)}
-    while waiting:
-        node = waiting.pop()
-        seen: set[str] = set()
-        for key in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key[0], yaml.ScalarNode) and key[0].value in seen:
-                mark = key[0].start_mark
-                place = f"{name}:{mark.line + 1}:{mark.column + 1}"
-                raise TaskFileError(f"{place}: the key '{key[0].value}' is there twice")
-            seen.add(str(key[0].value))
-        below = [part for part in _below(node) if id(part) not in known]
-        known.update(map(id, below))
-        waiting += below
-
-
-def _below(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return [value for _, value in node.value]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
 def _message(name: str, tree: yaml.Node, problem: Any) -> str:
     place = tuple(problem["loc"])
-    where = _at(name, tree, place)
+    where = place_in(name, tree, place)
     key = ".".join(str(part) for part in place)
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'. {suggestion(str(place[-1]), _siblings(place))}"
@@ -415,23 +365,3 @@ def _siblings(place: tuple[Any, ...]) -> list[str]:
     parts: dict[str, type[BaseModel]] = {"prompt": PromptPart, "output": OutputPart}
     model = parts.get(str(place[0]), TaskModel) if len(place) > 1 else TaskModel
     return [each.alias or name for name, each in model.model_fields.items()]
-
-
-def _at(name: str, tree: yaml.Node, place: tuple[Any, ...], inside: int = 1) -> str:
-    """``name:line:column`` of the deepest part of ``place`` that is in the file, counted from 1.
-
-    ``inside``: the line within that part's text, for a text that is written line by line behind a ``|``.
-    """
-    node, mark = tree, tree.start_mark
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-            if not found:
-                break
-            mark, node = found[0][0].start_mark, found[0][1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            mark = node.start_mark
-    if isinstance(node, yaml.ScalarNode) and node.style == "|":
-        return f"{name}:{node.start_mark.line + 1 + inside}"
-    return f"{name}:{mark.line + 1}:{mark.column + 1}"

@@ -19,7 +19,7 @@ KINDS = ("ad-detection", "classification", "extraction", "multiple-choice", "fre
 @force_option
 def init(kind: str, output: str | None, force: bool) -> None:
     """Write a commented task file of KIND: change its fields and labels to those of your dataset."""
-    text = (Path(__file__).parents[2] / "tasks" / "examples" / f"{kind}.yaml").read_text(encoding="utf-8")
+    text = (Path(__file__).with_name("task_templates") / f"{kind}.yaml").read_text(encoding="utf-8")
     target = output or f"{kind}.task.yaml"
     check_outputs(force, target)
     with writing(target) as stream:
