@@ -20,7 +20,7 @@ def heartbeat_key(worker_id: str) -> str:
     return f"{KEY_PREFIX}live.worker.{worker_id}"
 
 
-class Heartbeat(TypedDict):
+class HeartbeatMessage(TypedDict):
     """A worker's heartbeat in Redis. ``commits``: as ``database.CommitTimes.cumulative`` has them."""
 
     state: str
@@ -31,10 +31,10 @@ class Heartbeat(TypedDict):
     commits: list[float]
 
 
-_HEARTBEAT = TypeAdapter(Heartbeat)
+_HEARTBEAT = TypeAdapter(HeartbeatMessage)
 
 
-def heartbeat_of(data: bytes | None) -> Heartbeat | None:
+def heartbeat_of(data: bytes | None) -> HeartbeatMessage | None:
     """A heartbeat as it was found; None where there is none, or something else."""
     try:
         return _HEARTBEAT.validate_json(data) if data else None

@@ -116,7 +116,7 @@ FIELDS = tuple(each.name for each in fields(LiveRequest))
 _REQUEST = TypeAdapter(LiveRequest)
 
 
-class Answer(TypedDict):
+class AnswerMessage(TypedDict):
     """An answer as it travels. ``finished_at``: by the database's clock, which its server knows too."""
 
     text: str
@@ -132,7 +132,7 @@ class Answer(TypedDict):
 _REPLIES: dict[str, TypeAdapter[Any]] = {
     TAKEN: TypeAdapter(tuple[()]),
     TEXT: TypeAdapter(tuple[str, list[dict[str, Any]] | None, NonNegativeInt, str]),
-    DONE: TypeAdapter(tuple[Answer]),
+    DONE: TypeAdapter(tuple[AnswerMessage]),
     FAILED: TypeAdapter(tuple[str, str]),
     AGAIN: TypeAdapter(tuple[str, str]),
 }
@@ -162,7 +162,7 @@ def reply_of(data: bytes) -> tuple[str, str, int, str, list[Any]]:
 
 
 def answer_of(result: Ok, finished_at: float | None, backend: str) -> dict[str, Any]:
-    """An answer as it travels: an :class:`Answer`."""
+    """An answer as it travels: an :class:`AnswerMessage`."""
     return {
         "text": result.text, "finish_reason": result.finish_reason.value, "usage": asdict(result.usage),
         "finished_at": finished_at, "backend": backend,

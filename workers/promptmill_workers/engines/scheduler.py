@@ -44,7 +44,7 @@ TOKENISED_PER_STEP = 64
 LOOKED_AT_PER_SLOT = 4
 
 
-class Answer(Protocol):
+class BegunAnswer(Protocol):
     """What is generated for a sequence."""
 
     @property
@@ -94,7 +94,7 @@ class EngineSequence:
     #: Prompt tokens that were not computed for this request.
     cached: int = field(default=0, init=False)
     #: Set by ``Backend.admit``.
-    answer: Answer = field(init=False)
+    answer: BegunAnswer = field(init=False)
     admitted_at: float = field(default=0.0, init=False)
     #: When it happened; the scheduler's clock says it where the backend does not.
     first_token_at: float | None = field(default=None, init=False)

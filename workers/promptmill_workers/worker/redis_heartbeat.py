@@ -14,7 +14,7 @@ from promptmill.core.redis_client import redis_client
 from promptmill.database.engine import COMMITS
 from promptmill.errors import first_line
 from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
-from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, Heartbeat, heartbeat_key
+from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, HeartbeatMessage, heartbeat_key
 from promptmill_workers.host.model_hosts import ModelHosts
 
 log = logging.getLogger("promptmill.worker")
@@ -54,7 +54,7 @@ class RedisHeartbeat:
             if self._ended.wait(HEARTBEAT_S):
                 return
 
-    def _state(self) -> Heartbeat:
+    def _state(self) -> HeartbeatMessage:
         active, waiting = self._hosts.load()
         return {
             "state": self._worker_state(), "active": active, "waiting": waiting, "slots": self._hosts.slots,

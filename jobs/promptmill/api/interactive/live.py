@@ -18,7 +18,7 @@ from promptmill.api.http.ids import new_id
 from promptmill.api.interactive.pending_request import PendingRequest, failure
 from promptmill.core.redis_client import redis_client
 from promptmill.errors import first_line
-from promptmill.queue.heartbeats import HEARTBEAT_S, Absences, Heartbeat, heartbeat_key, heartbeat_of
+from promptmill.queue.heartbeats import HEARTBEAT_S, Absences, HeartbeatMessage, heartbeat_key, heartbeat_of
 from promptmill.queue.interactive_wire import (
     AGAIN,
     CANCEL,
@@ -99,7 +99,7 @@ class Live:
         """Tell a worker to load or unload a model."""
         self._push(control_list(worker), orjson.dumps([what, model]))
 
-    async def beats(self, workers: list[str]) -> dict[str, Heartbeat]:
+    async def beats(self, workers: list[str]) -> dict[str, HeartbeatMessage]:
         """The signs of life of those workers that have one; none while Redis is away."""
         with contextlib.suppress(RedisError, OSError):
             found = await self._redis.mget([heartbeat_key(each) for each in workers]) if workers else []

@@ -18,7 +18,7 @@ from promptmill.database.tables import jobs
 from promptmill.errors import JobError, PromptmillError
 from promptmill.reports.compare.comparison import ONE_RUN, TOO_FEW, WITHIN_RUN, Comparison, Flips, Line, is_rounding
 from promptmill.reports.compare.environments import environment_of
-from promptmill.reports.compare.pairs import Pairing, Rows, ids_of, pair, read_rows
+from promptmill.reports.compare.pairs import PairedRows, Pairing, ids_of, pair, read_rows
 from promptmill.reports.compare.statistics import (
     ALPHA,
     LEAST_RUNS,
@@ -80,7 +80,7 @@ class _FlipPlaces:
     lost_places: Ints
     won_places: Ints
 
-    def named(self, db: Connection, job_id: str, own: Rows, common: Pairing) -> Flips:
+    def named(self, db: Connection, job_id: str, own: PairedRows, common: Pairing) -> Flips:
         found = [ids_of(db, job_id, own.row[common.before[each]]) for each in (self.lost_places, self.won_places)]
         return Flips(self.name, self.lost, self.won, self.p, *found)
 
@@ -118,7 +118,7 @@ def compare_all(
 
 
 def _compared(
-    db: Connection, sides: tuple[list[Side], list[Side]], own: Rows, known: Mapping[str, Summary], force: bool
+    db: Connection, sides: tuple[list[Side], list[Side]], own: PairedRows, known: Mapping[str, Summary], force: bool
 ) -> Comparison:
     """The comparison before its p-values are corrected."""
     before, after = (runs[0] for runs in sides)
@@ -152,7 +152,7 @@ def _compared(
     )
 
 
-def _time_lines(runs: Runs, own: Rows, other: Rows, common: Pairing, reasons: dict[str, str]) -> list[Line]:
+def _time_lines(runs: Runs, own: PairedRows, other: PairedRows, common: Pairing, reasons: dict[str, str]) -> list[Line]:
     if max(map(len, runs)) > 1:
         return [_repeated_line(name, runs, reasons) for name in ("latency_s.mean", *RUN_FIGURES)]
     return [*_service_lines(own, other, common, reasons), *_run_lines(runs, own, other, reasons)]
@@ -237,7 +237,7 @@ def _other_lines(differences: tuple[tuple[str, Any, Any], ...]) -> str:
     return "" if all(name != "dataset_sha256" for name, _, _ in differences) else "over the common rows"
 
 
-def _service_lines(own: Rows, other: Rows, common: Pairing, reasons: dict[str, str]) -> list[Line]:
+def _service_lines(own: PairedRows, other: PairedRows, common: Pairing, reasons: dict[str, str]) -> list[Line]:
     """Means of times of requests, over common rows that both jobs answered."""
     lines = []
     for name in SERVICE:
@@ -264,7 +264,7 @@ def _filled(line: Line, change: Change) -> Line:
     return replace(line, change=value, ci95=change.ci95, p=change.p)
 
 
-def _run_lines(runs: Runs, own: Rows, other: Rows, reasons: dict[str, str]) -> list[Line]:
+def _run_lines(runs: Runs, own: PairedRows, other: PairedRows, reasons: dict[str, str]) -> list[Line]:
     """Figures that a run has one of. One run of either tells nothing of the noise between runs: there is no test."""
     lines = []
     for name in RUN_FIGURES:
@@ -279,14 +279,14 @@ def _run_lines(runs: Runs, own: Rows, other: Rows, reasons: dict[str, str]) -> l
     return lines
 
 
-def _rate_change(own: Rows, other: Rows, value: float) -> Change:
+def _rate_change(own: PairedRows, other: PairedRows, value: float) -> Change:
     """The interval of a rate's change, by blocks of time of either run."""
     one, two = _slices(own), _slices(other)
     found = unpaired_ratio(one, np.arange(len(one)), two, np.arange(len(two)))
     return Change(value, found.ci95, found.p)
 
 
-def _slices(rows: Rows) -> Floats:
+def _slices(rows: PairedRows) -> Floats:
     """Output tokens in equal slices of the run, by when they were finished; the drained tail belongs to the run."""
     ok = np.isfinite(rows.output_tokens) & np.isfinite(rows.finished_at) & np.isfinite(rows.admitted_at)
     if not ok.any():
@@ -298,7 +298,7 @@ def _slices(rows: Rows) -> Floats:
 
 
 def _rate_lines(
-    own: Rows, other: Rows, common: Pairing, note: str, summary: Summary
+    own: PairedRows, other: PairedRows, common: Pairing, note: str, summary: Summary
 ) -> tuple[list[Line], list[_FlipPlaces]]:
     """Success, and each score that both jobs have."""
     answered = own.ok[common.before].astype(float), other.ok[common.after].astype(float)
@@ -340,7 +340,7 @@ def _mean_line(name: str, before: Floats, after: Floats, note: str) -> Line:
     return _filled(line, paired_ratio(before, after, np.arange(len(before))))
 
 
-def _unpaired_lines(own: Rows, other: Rows) -> list[Line]:
+def _unpaired_lines(own: PairedRows, other: PairedRows) -> list[Line]:
     """The same of jobs that have no row in common."""
     known: dict[str, tuple[Floats, Floats]] = {"success_rate": (own.ok.astype(float), other.ok.astype(float))}
     right, also = own.right, other.right
@@ -365,7 +365,7 @@ def _mixed(db: Connection, runs: Runs) -> list[str]:
     return found
 
 
-def _warnings(own: Rows, other: Rows, common: Pairing, runs: Runs) -> tuple[str, ...]:
+def _warnings(own: PairedRows, other: PairedRows, common: Pairing, runs: Runs) -> tuple[str, ...]:
     found = []
     for summary in (*runs[0], *runs[1]):
         if not summary.complete:

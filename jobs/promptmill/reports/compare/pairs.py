@@ -32,7 +32,7 @@ AGAIN = 0x9E3779B97F4A7C15
 
 
 @dataclass(slots=True)
-class Rows:
+class PairedRows:
     """Columns of a job's results, of one length. Seconds are NaN for rows that had no slot."""
 
     row: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -58,7 +58,7 @@ class Rows:
         return {name: np.where(np.isnan(worth), np.nan, worth == 1.0) for name, worth in self.worth.items()}
 
 
-def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> Rows:
+def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> PairedRows:
     """A job's results with what scores say of each row: its task's, or those of a stored score run."""
     each = results.c
     query = (
@@ -75,12 +75,12 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> Rows
     for page in db.execute(query, execution_options={"yield_per": FETCH_ROWS}).partitions():
         parts.append(_columns(list(zip(*page, strict=True)), origins))
     if not parts:
-        return Rows()
+        return PairedRows()
     row, key, chunk, ok, admitted, first, finished, tokens = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     gaps = np.where(ok & (tokens >= 2), tokens - 1, np.nan)
-    return Rows(
+    return PairedRows(
         row=row,
         key=_told_apart(key),
         ok=ok,
@@ -178,7 +178,7 @@ class Pairing:
     aligned: bool
 
 
-def pair(before: Rows, after: Rows) -> Pairing:
+def pair(before: PairedRows, after: PairedRows) -> Pairing:
     """The rows that both jobs have, in the order of the first one."""
     _, own, other = np.intersect1d(before.key, after.key, assume_unique=True, return_indices=True)
     order = np.argsort(own)
