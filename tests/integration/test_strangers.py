@@ -188,6 +188,22 @@ def test_messages_that_nobody_acknowledged_come_back_and_malformed_ones_go(
     assert caplog.text.count("is dropped") == len(strange)
 
 
+def test_a_message_whose_end_redis_is_not_told_keeps_no_other_away(
+    channel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel.basic_qos(0, 1, False)
+    channel.qos.append(mock.Mock(delivery_info={"exchange": "", "routing_key": QUEUE}, _raw={}), "tag")
+    assert not channel.qos.can_consume()
+
+    def away(*given: Any) -> Any:
+        raise ConnectionError
+
+    monkeypatch.setattr(channel.qos, "_remove_from_indices", away)
+    with pytest.raises(ConnectionError):
+        channel.qos.ack("tag")
+    assert channel.qos.can_consume()
+
+
 def test_no_message_that_comes_back_ends_a_worker(command: Command, redis_url: str) -> None:
     with Redis.from_url(redis_url) as redis:
         for each in ["no json", [SECRET, "", QUEUE], [message(body=SECRET), "", QUEUE]]:

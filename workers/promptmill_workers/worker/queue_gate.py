@@ -74,6 +74,17 @@ def _message(chunk: ChunkId, key: str) -> bytes:
 
 
 class QoS(kombu_redis.QoS):  # type: ignore[misc]
+    def ack(self, delivery_tag: Any) -> None:
+        """Raises where Redis cannot be told. The message is no longer held here all the same.
+
+        With kombu's own, a worker whose chunks all end while Redis is away reads no message any more, and so never
+        finds its connection lost. Redis gives the message out again, and its chunk is found done.
+        """
+        try:
+            self._remove_from_indices(delivery_tag).execute()
+        finally:
+            super(kombu_redis.QoS, self).ack(delivery_tag)
+
     def restore_by_tag(self, tag: Any, client: Any = None, leftmost: bool = False) -> None:
         """Put a message back into its queue that was not acknowledged; what is none of ours goes."""
 
