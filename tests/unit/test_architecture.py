@@ -1,4 +1,4 @@
-"""docs/architecture.md names files and functions that exist, and counts them rightly."""
+"""docs/architecture.md and CONTRIBUTING.md name files and functions that exist, and count them rightly."""
 
 from __future__ import annotations
 
@@ -77,3 +77,23 @@ def test_the_ways_are_counted_rightly_and_stay_short() -> None:
         returns = sum(file != before and file in way[:at] for at, (before, file) in enumerate(pairwise(way), start=1))
         assert told == (len(way), len(set(way)), returns)
     assert all(count <= most for count, most in zip(counts[0], MOST, strict=True))
+
+
+#: Files and folders of the tree, as CONTRIBUTING.md writes them.
+PATHS = re.compile(r"`((?:jobs|workers|migrations|tests|tools|docs)/[\w./]+)`")
+
+#: A name, and the file that it stands in.
+NAMES_IN = re.compile(r"`([A-Z_]+)` (?:in|of)\s+`([\w/]+\.py)`")
+
+
+def test_a_file_that_a_recipe_names_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = {path for path in PATHS.findall(text) if "NAME" not in path}
+    assert len(named) > 15
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_a_name_that_a_recipe_gives_is_in_its_file() -> None:
+    pairs = NAMES_IN.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(pairs) > 5
+    assert [(name, path) for name, path in pairs if f"\n{name}" not in (ROOT / path).read_text(encoding="utf-8")] == []
