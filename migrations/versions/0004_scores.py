@@ -13,6 +13,15 @@ JOIN score_runs u ON u.id = s.score_run_id
 JOIN requests q ON q.job_id = u.job_id AND q."row" = s."row"
 """
 
+#: ``v_scores`` as it was from 0004 to 0012.
+V_SCORES = """
+SELECT s.score_run_id, u.job_id, u.created_at, s."row", q.custom_id AS id, s.metric, s.value, s.predicted, s.expected,
+    s.outcome, u.number AS score_run, s.confidence, s.error
+FROM scores s
+JOIN score_runs u ON u.id = s.score_run_id AND u.figures IS NOT NULL
+JOIN requests q ON q.job_id = u.job_id AND q."row" = s."row"
+"""
+
 revision = "0004"
 down_revision = "0003"
 branch_labels = None
@@ -39,8 +48,8 @@ def upgrade() -> None:
         "UPDATE score_runs SET figures = '{}', number = "
         "(SELECT COUNT(*) FROM score_runs b WHERE b.job_id = score_runs.job_id AND b.id <= score_runs.id)"
     )
-    for name in ("v_scores", "v_confusion"):
-        op.execute(f"CREATE VIEW {name} AS {VIEWS[name]}")
+    op.execute(f"CREATE VIEW v_scores AS {V_SCORES}")
+    op.execute(f"CREATE VIEW v_confusion AS {VIEWS['v_confusion']}")
 
 
 def downgrade() -> None:

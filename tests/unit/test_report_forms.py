@@ -19,6 +19,7 @@ from promptmill.reports.render import csv as csv_report
 from promptmill.reports.render import html, markdown
 from promptmill.reports.render import json as json_report
 from promptmill.scoring.scorers.aggregates import of_calibration
+from promptmill.scoring.statistics.clusters import Clusters
 from promptmill.service.service import keep_scores
 from promptmill.tasks.task_file import parse_task
 from tests.unit.test_reports import JOB, START, TASK, WORKER, answer, counters, db, failure, store, store_worker
@@ -120,7 +121,7 @@ def test_every_figure_of_the_page_has_the_query_that_gives_it(db: sa.Engine) -> 
 def test_calibration_takes_groups_of_equal_mass() -> None:
     sure = np.linspace(0.5, 1.0, 1000)
     right = np.arange(1000) % 10 < 7
-    found = of_calibration(sure, right, np.ones(1000))
+    found = of_calibration(sure, right, Clusters.alone(1000))
     assert [each["n"] for each in found.bins] == [100] * 10
     assert [each["share"] for each in found.bins] == pytest.approx([0.7] * 10)
     confidence = np.array([each["confidence"] for each in found.bins])

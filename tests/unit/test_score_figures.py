@@ -18,6 +18,7 @@ from promptmill.errors import TaskFileError
 from promptmill.scoring.scorers.aggregates import class_figures
 from promptmill.scoring.scorers.scoring import Answer, Judge, score_rows
 from promptmill.scoring.scorers.tally import Score
+from promptmill.scoring.statistics.clusters import Clusters
 from promptmill.tasks.task_file import load_task, parse_task
 
 
@@ -168,7 +169,7 @@ def test_intervals_of_auc_cover_the_truth_as_often_as_they_say() -> None:
     for _ in range(500):
         truth = np.repeat([True, False], 60)
         confidence = rng.normal(truth.astype(float))
-        low, high = of_ranking(confidence, truth, np.ones(120)).intervals["auc"]
+        low, high = of_ranking(confidence, truth, Clusters.alone(120)).intervals["auc"]
         covered += low <= 0.76025 <= high
     assert 0.92 <= covered / 500 <= 0.98
 

@@ -11,10 +11,10 @@ from promptmill.errors import TaskFileError
 from promptmill.scoring.scorers import ScoreOutcome
 from promptmill.scoring.scorers.exact import Exact, same
 from promptmill.scoring.scorers.extraction import Extractor, extract, without_thinking
-from promptmill.scoring.scorers.intervals import wilson
 from promptmill.scoring.scorers.scorer import FieldScorer, Scorer
 from promptmill.scoring.scorers.scoring import Answer, Judge, build, required_keys, score_rows
 from promptmill.scoring.scorers.tally import Score
+from promptmill.scoring.statistics.means import wilson
 from promptmill.tasks.scores import SCORERS, class_of
 from promptmill.tasks.task_file import parse_task
 
@@ -151,7 +151,7 @@ def test_an_answer_without_the_scored_field_is_unparsed() -> None:
 
 def test_too_many_different_labels_are_not_listed_as_classes() -> None:
     result = score(*(row(YES, f"label {number}") for number in range(300)))
-    assert (result.classes, result.confusion, result.macro_f1) == ({}, {}, None)
+    assert (result.classes, result.confusion, result.figures.values.get("macro_f1")) == ({}, {}, None)
     assert result.n == 300
     assert "more than 200 different labels" in str(result.note)
 
@@ -159,7 +159,7 @@ def test_too_many_different_labels_are_not_listed_as_classes() -> None:
 def test_labels_that_are_too_many_for_a_table_still_have_their_figures() -> None:
     result = score(*(row(YES, f"label {number}") for number in range(30)))
     assert result.confusion == {}
-    assert (result.macro_f1, len(result.classes)) == (0.0, 30)
+    assert (result.figures.values.get("macro_f1"), len(result.classes)) == (0.0, 30)
 
 
 def test_a_score_of_no_row_is_no_number() -> None:

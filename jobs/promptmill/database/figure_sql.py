@@ -78,7 +78,7 @@ FIGURE_SQL = {
     "ttft_s": _times("ttft_s"),
     "tpot_s": _times("tpot_s"),
     "queue_s": _times("queue_s"),
-    "accuracy": f"SELECT AVG(CASE WHEN value = 1 THEN 1.0 ELSE 0.0 END) {_RUN} AND {_SCORED}",
+    "accuracy": f"SELECT AVG(CASE WHEN is_right THEN 1.0 ELSE 0.0 END) {_RUN} AND {_SCORED}",
     "closeness": f"SELECT AVG(value) {_RUN} AND {_SCORED}",
     "majority_baseline": (
         f"SELECT 1.0 * MAX(n) / SUM(n) FROM (SELECT COUNT(*) AS n {_RUN} AND {_SCORED} GROUP BY expected) AS labels"

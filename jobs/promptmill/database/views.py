@@ -68,7 +68,7 @@ JOIN results r ON r.job_id = e.job_id AND r."row" = e.first_row
 
 _SCORES = """
 SELECT s.score_run_id, u.job_id, u.created_at, s."row", q.custom_id AS id, s.metric, s.value, s.predicted, s.expected,
-    s.outcome, u.number AS score_run, s.confidence, s.error
+    s.outcome, u.number AS score_run, s.confidence, s.error, s.is_right
 FROM scores s
 JOIN score_runs u ON u.id = s.score_run_id AND u.figures IS NOT NULL
 JOIN requests q ON q.job_id = u.job_id AND q."row" = s."row"
@@ -139,7 +139,7 @@ QUERIES = {
         'SELECT job_id, "row", id, latency_s, output_tokens FROM v_results WHERE latency_s IS NOT NULL '
         "ORDER BY latency_s DESC LIMIT 20",
     ),
-    "scores": NamedQuery("Rows scored wrong (v_scores).", "SELECT * FROM v_scores WHERE value = 0 LIMIT 50"),
+    "scores": NamedQuery("Rows scored wrong (v_scores).", "SELECT * FROM v_scores WHERE NOT is_right LIMIT 50"),
     "confusion": NamedQuery(
         "Expected against predicted labels (v_confusion).",
         'SELECT * FROM v_confusion ORDER BY score_run_id DESC, metric, expected, "rows" DESC LIMIT 200',

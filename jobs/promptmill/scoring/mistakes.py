@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
@@ -15,8 +14,7 @@ from promptmill.database.engine import reading
 from promptmill.database.tables import requests, results, scores
 from promptmill.errors import JobError, UnknownName
 from promptmill.scoring.scorers import ScoreOutcome
-from promptmill.scoring.scorers.pairs import flips
-from promptmill.scoring.scorers.scoring import Answer, answers_query, judge_of
+from promptmill.scoring.scorers.scoring import INPUT_KEY, Answer, answers_query, judge_of
 from promptmill.scoring.stored_scores import figures_of, run_of
 from promptmill.store import catalog
 
@@ -40,6 +38,10 @@ class JudgedRow:
     outcome: str
     text: str | None
     error: str | None = None
+    #: None where nothing is right or wrong by the score.
+    is_right: bool | None = None
+    #: Equal for rows of one input.
+    input_key: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Flip:
     @property
     def is_loss(self) -> bool:
         """Whether the second one is the wrong one."""
-        return self.before.value == 1.0
+        return self.before.is_right is True
 
 
 def judged_rows(db: Engine, reference: str, score: str | None = None) -> Iterator[JudgedRow]:
@@ -78,16 +80,16 @@ def _of_task(db: Engine, job: sa.Row[Any], score: str | None) -> Iterator[Judged
     if judge is None:
         raise JobError(f"job {job.id} has no scores", hint="Score it by a task: promptmill score JOB --task FILE.")
     _check_score(score, list(judge.scorers))
-    query = answers_query(job.id, whole=True).order_by(results.c.row)
+    query = answers_query(job.id, whole=True).add_columns(INPUT_KEY).order_by(results.c.row)
     with reading(db) as connection:
-        for found in connection.execution_options(yield_per=FETCH_ROWS).execute(query):
+        for *found, key in connection.execution_options(yield_per=FETCH_ROWS).execute(query):
             answer = Answer(*found)
             for name, judged in zip(judge.scorers, judge(answer), strict=True):
                 if judged is not None and score in (None, name):
                     assert answer.row is not None
                     yield JudgedRow(
                         answer.row, str(answer.id), name, judged.value, judged.predicted, judged.expected,
-                        judged.outcome.value, answer.text, judged.error,
+                        judged.outcome.value, answer.text, judged.error, judged.is_right, key,
                     )  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def _of_run(db: Engine, job_id: str, run_id: str, score: str | None) -> Iterator
     query = (
         sa.select(
             each.row, requests.c.custom_id, each.metric, each.value, each.predicted, each.expected, each.outcome,
-            results.c.text, each.error,
+            results.c.text, each.error, each.is_right, INPUT_KEY,
         )
         .join_from(scores, requests, sa.and_(requests.c.job_id == job_id, requests.c.row == each.row))
         .join(results, sa.and_(results.c.job_id == job_id, results.c.row == each.row))
@@ -119,25 +121,40 @@ def _check_score(score: str | None, known: list[str]) -> None:
 
 
 def wrong_rows(db: Engine, reference: str, score: str | None, unread_only: bool) -> Iterator[JudgedRow]:
-    """Rows that count and are not right; ``unread_only``: of these, the ones whose answer could not be read."""
+    """Rows that are wrong, as their score has it; ``unread_only``: those whose answer could not be read.
+
+    Raises :class:`JobError` where nothing is right or wrong by the scores that were asked for.
+    """
+    asked, told = 0, False
     for each in judged_rows(db, reference, score):
-        unread = each.outcome in UNREAD
-        if unread if unread_only else (each.value is not None and each.value < 1.0):
+        asked, told = asked + 1, told or each.is_right is not None
+        if each.outcome in UNREAD if unread_only else each.is_right is False:
             yield each
+    if asked and not told and not unread_only:
+        raise _without_right(reference, score)
+
+
+def _without_right(reference: str, score: str | None) -> JobError:
+    what = f"the score '{score}'" if score else "no score"
+    return JobError(
+        f"by {what} of {reference} nothing is right or wrong: it says how much" if score
+        else f"by {what} of {reference} anything is right or wrong: they say how much",
+        hint="Runs that an older version stored are scored anew by: promptmill score JOB --task FILE.",
+    )  # fmt: skip
 
 
 def flipped_rows(db: Engine, before: str, after: str, score: str | None) -> list[Flip]:
     """Rows, by their ids, that one of two jobs or score runs has right and the other wrong.
 
-    Raises :class:`JobError` where the two have no row and score in common.
+    Raises :class:`JobError` where the two have no row and score in common, and where nothing is right or wrong by the
+    scores that were asked for.
     """
-    first = {(each.id, each.score): each for each in judged_rows(db, before, score)}
-    second = judged_rows(db, after, score)
+    first = {(each.id, each.score): each for each in judged_rows(db, before, score) if each.value is not None}
+    second = (each for each in judged_rows(db, after, score) if each.value is not None)
     pairs = [(other, each) for each in second if (other := first.get((each.id, each.score))) is not None]
-    values = np.array([(one.value, other.value) for one, other in pairs], dtype=np.float64).reshape(-1, 2)
-    found = flips(values[:, 0], values[:, 1])
-    common = np.isfinite(values).all(axis=1).any()
-    if not common:
+    if not pairs:
         raise JobError(f"{before} and {after} have no scored row in common", hint="Rows are compared by their ids.")
-    rows = sorted(np.concatenate(found).tolist())
-    return [Flip(pairs[row][1].id, pairs[row][1].score, pairs[row][1].expected, *pairs[row]) for row in rows]
+    told = [(one, two) for one, two in pairs if None not in (one.is_right, two.is_right)]
+    if not told:
+        raise _without_right(f"{before} and {after}", score)
+    return [Flip(two.id, two.score, two.expected, one, two) for one, two in told if one.is_right is not two.is_right]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -17,13 +17,15 @@ from promptmill.core.processes import begin_process, processes
 from promptmill.database.engine import copy_rows, epoch, id_at, now_of, reading, writing
 from promptmill.database.tables import jobs, results, score_runs, scores
 from promptmill.errors import JobError
-from promptmill.scoring.scorers.scoring import Answer, Judge, answers_query, judge_of
+from promptmill.scoring.scorers.scoring import INPUT_KEY, Answer, Judge, answers_query, judge_of
 from promptmill.scoring.scorers.tally import Judgement, Score, Tally
 from promptmill.scoring.stored_scores import SINCE_END, own_runs
 from promptmill.tasks.task_file import Task, parse_task
 from promptmill.types import WITHOUT_TEXTS, JobState
 
-COLUMNS = ("score_run_id", "row", "metric", "value", "predicted", "expected", "outcome", "confidence", "error")
+COLUMNS = (
+    "score_run_id", "row", "metric", "value", "predicted", "expected", "outcome", "confidence", "error", "is_right",
+)  # fmt: skip
 
 #: Rows read, judged and stored at a time.
 PAGE_ROWS = 20_000
@@ -46,8 +48,8 @@ Judged = tuple[Judgement | None, ...]
 #: The values of one :class:`Answer`, as the database's driver gives them.
 Columns = tuple[Any, ...]
 
-#: Numbers of rows, and the answers in them.
-Page = tuple[list[int], list[Columns]]
+#: Of each of some rows: its number, the key of its input, and its answer.
+Page = tuple[list[int], list[int], list[Columns]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +151,14 @@ def _filled(
     groups: dict[str, dict[str, Tally]] = {}
     done = 0
     pages = _pages(db, job.id, whole=judge.needs_item or by is not None)
-    for rows, answers, judged in _judged(pages, task, judge, job.rows):
+    for (rows, keys, answers), judged in _judged(pages, task, judge, job.rows):
         # A page is stored by itself: the database is not locked while a slow scorer thinks about the next.
         with writing(db) as connection:
             copy_rows(connection, scores, COLUMNS, _stored(run_id, rows, judged, list(judge.scorers)))
-        _count(tallies, judged)
-        if group_of is not None:
-            for answer, each in zip(answers, judged, strict=True):
-                _count(groups.setdefault(group_of(Answer(*answer)), _tallies(judge)), [each])
+        for answer, key, each in zip(answers, keys, judged, strict=True):
+            _count(tallies, each, key)
+            if group_of is not None:
+                _count(groups.setdefault(group_of(Answer(*answer)), _tallies(judge)), each, key)
         done += len(rows)
         on_rows(done, job.rows)
     if done and all(tally.unlabelled == done for tally in tallies.values()):
@@ -181,15 +183,9 @@ def _scored(tallies: dict[str, Tally]) -> dict[str, Score]:
     return {name: tally.score(name) for name, tally in tallies.items()}
 
 
-def _count(tallies: dict[str, Tally], judged: Iterable[Judged]) -> None:
-    """Equal judgements are the same object where they come from one process: counted once, with their number."""
-    times: dict[int, list[Any]] = {}
-    for each in judged:
-        seen = times.setdefault(id(each), [each, 0])
-        seen[1] += 1
-    for each, count in times.values():
-        for tally, judgement in zip(tallies.values(), each, strict=True):
-            tally.add(judgement, count)
+def _count(tallies: dict[str, Tally], judged: Judged, key: int) -> None:
+    for tally, judgement in zip(tallies.values(), judged, strict=True):
+        tally.add(judgement, key)
 
 
 def _stored(run_id: str, rows: list[int], judged: list[Judged], names: list[str]) -> list[tuple[Any, ...]]:
@@ -208,8 +204,8 @@ def _stored(run_id: str, rows: list[int], judged: list[Judged], names: list[str]
 
 
 def _tail(name: str, found: Judgement) -> tuple[Any, ...]:
-    value, predicted, expected, outcome, confidence, error, *_ = found
-    return name, value, predicted, expected, outcome.value, confidence, error
+    value, predicted, expected, outcome, confidence, error, *_, right = found
+    return name, value, predicted, expected, outcome.value, confidence, error, right
 
 
 def _grouping(by: str | None) -> Callable[[Answer], str] | None:
@@ -236,7 +232,7 @@ def _grouping(by: str | None) -> Callable[[Answer], str] | None:
 
 def _pages(db: Engine, job_id: str, whole: bool) -> Iterator[Page]:
     """The job's answers in the order of their rows, PAGE_ROWS at a time; no cursor stays open between two."""
-    query = answers_query(job_id, whole=whole).add_columns(results.c.row.label("place"))
+    query = answers_query(job_id, whole=whole).add_columns(INPUT_KEY, results.c.row.label("place"))
     query = query.order_by(results.c.row).limit(PAGE_ROWS)
     last = -1
     while True:
@@ -246,19 +242,17 @@ def _pages(db: Engine, job_id: str, whole: bool) -> Iterator[Page]:
             found = cursor.fetchall() if cursor is not None else []
         if not found:
             return
-        yield [each[-1] for each in found], [each[:-1] for each in found]
+        yield [each[-1] for each in found], [each[-2] for each in found], [each[:-2] for each in found]
         last = found[-1][-1]
 
 
-def _judged(
-    pages: Iterator[Page], task: Task, judge: Judge, rows: int
-) -> Iterator[tuple[list[int], list[Columns], list[Judged]]]:
+def _judged(pages: Iterator[Page], task: Task, judge: Judge, rows: int) -> Iterator[tuple[Page, list[Judged]]]:
     if judge.needs_item and rows >= POOL_ROWS and processes() > 1:
         yield from _judged_by_many(pages, task)
         return
     known: dict[Columns, Judged] = {}
-    for places, answers in pages:
-        yield places, answers, _judged_page(judge, answers, known)
+    for page in pages:
+        yield page, _judged_page(judge, page[-1], known)
 
 
 def _judged_page(judge: Judge, answers: list[Columns], known: dict[Columns, Judged]) -> list[Judged]:
@@ -284,21 +278,21 @@ def _judge_elsewhere(answers: list[Columns]) -> list[Judged]:
     return _judged_page(_judge_here, answers, {})
 
 
-def _judged_by_many(pages: Iterator[Page], task: Task) -> Iterator[tuple[list[int], list[Columns], list[Judged]]]:
+def _judged_by_many(pages: Iterator[Page], task: Task) -> Iterator[tuple[Page, list[Judged]]]:
     """In the order of the pages, a few of which are in memory at a time."""
     count = processes()
-    waiting: deque[tuple[list[int], list[Columns], Future[list[Judged]]]] = deque()
+    waiting: deque[tuple[Page, Future[list[Judged]]]] = deque()
     # Started afresh: a fork of a process that holds connections and threads could hang.
     begin = (task.text, task.name, task.folder)
     with ProcessPoolExecutor(count, get_context("spawn"), _begin_process, begin) as pool:
-        for places, answers in pages:
-            waiting.append((places, answers, pool.submit(_judge_elsewhere, answers)))
+        for page in pages:
+            waiting.append((page, pool.submit(_judge_elsewhere, page[-1])))
             if len(waiting) >= count * PAGES_AHEAD:
-                first = waiting.popleft()
-                yield first[0], first[1], first[2].result()
+                first, judged = waiting.popleft()
+                yield first, judged.result()
         while waiting:
-            first = waiting.popleft()
-            yield first[0], first[1], first[2].result()
+            first, judged = waiting.popleft()
+            yield first, judged.result()
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------

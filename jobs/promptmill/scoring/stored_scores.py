@@ -16,8 +16,8 @@ from promptmill.types import WITHOUT_TEXTS, JobState
 
 #: Counts that a score and its JSON share.
 COUNTS = (
-    "metric", "value", "n", "correct", "unparsed", "truncated", "abstain", "infra_error", "scorer_errors",
-    "scorer_error", "unlabelled", "left_out", "classes", "confusion", "note",
+    "metric", "value", "n", "n_effective", "correct", "unparsed", "truncated", "abstain", "infra_error",
+    "scorer_errors", "scorer_error", "unlabelled", "left_out", "classes", "confusion", "note",
 )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def _score(name: str, values: dict[str, Any]) -> Score:
     figures = Figures(
         values={each: value for each, value in values["figures"].items() if each != values["metric"]},
         intervals={each: (low, high) for each, (low, high) in values["figure_ci95"].items()},
+        reasons=values["no_interval"],
         classes=values["per_class"],
         bins=values["calibration"],
     )

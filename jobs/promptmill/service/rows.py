@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ LARGEST_COST = 2**32 - 1
 
 #: ``json.dumps`` with an option makes an encoder for each call; a million lines share this one.
 _encode = json.JSONEncoder(ensure_ascii=False).encode
+_sorted = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class PreparedRow:
     meta: str | None
     sampling: str | None
     cost: int
+    input_digest: int | None = None
     error: tuple[ErrorClass, str] | None = None
 
 
@@ -56,6 +60,8 @@ class Rows:
         self.bad_total = 0
         #: Expected tokens of each row.
         self.costs = array("I")
+        #: What each valid row asks, as ``input_digest``.
+        self._inputs = array("q")
         #: Rows of bad lines that are kept as errors.
         self.invalid: list[int] = []
         #: Expected fields named by hand that no line has had yet: who names one does not mean none.
@@ -90,7 +96,7 @@ class Rows:
         self.invalid.append(len(self.costs))
         custom_id = line.custom_id or f"row-{len(self.costs)}"
         failure = (error_class, problem)
-        return PreparedRow(custom_id, None, _json(line.expected), _json(line.meta), None, 0, failure)
+        return PreparedRow(custom_id, None, _json(line.expected), _json(line.meta), None, 0, error=failure)
 
     def _valid(self, line: DatasetLine) -> PreparedRow:
         asked, sampling = self._sampling_of(line)
@@ -105,7 +111,9 @@ class Rows:
                 gauge(request)
         text = _encode(body)
         cost = len(text) // BYTES_PER_TOKEN + sampling.max_tokens
-        return PreparedRow(custom_id, text, _json(line.expected), _json(line.meta), asked, cost)
+        digest = input_digest(body)
+        self._inputs.append(digest)
+        return PreparedRow(custom_id, text, _json(line.expected), _json(line.meta), asked, cost, digest)
 
     def _sampling_of(self, line: DatasetLine) -> tuple[str | None, SamplingParams]:
         """The line's parameters as they are stored, and resolved, with the seed of its repetition.
@@ -138,6 +146,12 @@ class Rows:
         if len(self._fields) < MOST_NAMES:
             self._fields |= dict.fromkeys([*(line.fields or {}), *(line.meta or {}), *answers])
 
+    @property
+    def effective(self) -> float:
+        """As many rows, none a copy of another, would tell as much (Kish 1965)."""
+        sizes = Counter(self._inputs).values()
+        return len(self._inputs) ** 2 / max(1, sum(size * size for size in sizes))
+
     def refuse_bad(self, submitting: bool = True) -> None:
         """Raise for bad lines that were not to be skipped, and for a dataset in which nothing is left.
 
@@ -155,6 +169,12 @@ class Rows:
                 f"fields: {here}",
                 hint="A field that is not named is a field of the prompt: the answer would be shown to the model.",
             )
+
+
+def input_digest(body: Mapping[str, Any]) -> int:
+    """64 bits, as a signed number, of what a row asks, whatever the order of its fields."""
+    text = _sorted(body)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _json(value: Any) -> str | None:

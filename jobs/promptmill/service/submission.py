@@ -45,7 +45,7 @@ LAST_CHUNK_ROWS = 16
 #: A chunk takes at most this part of the rows that are left, so that dozens of devices end within two rounds.
 TAPER = 24
 
-REQUEST_COLUMNS = ("job_id", "row", "custom_id", "input", "expected", "meta", "sampling")
+REQUEST_COLUMNS = ("job_id", "row", "custom_id", "input", "expected", "meta", "sampling", "input_digest")
 CHUNK_COLUMNS = (
     "job_id", "number", "first_row", "rows", "state", "attempt", "published_at", "ok", "errors", "output_tokens",
 )  # fmt: skip
@@ -81,6 +81,7 @@ def submit(db: Engine, prepared: Prepared) -> str:
             .where(jobs.c.id == job_id)
             .values(
                 rows=len(rows.costs),
+                effective_rows=rows.effective,
                 key_sha256=key,
                 skipped=len(rows.invalid),
                 context_tokens=gauge.context_needed if gauge else None,
@@ -202,7 +203,7 @@ def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], no
     stored = 0
     while batch := list(islice(rows, BATCH_ROWS)):
         values = [
-            (job_id, stored + index, row.custom_id, row.input, row.expected, row.meta, row.sampling)
+            (job_id, stored + index, row.custom_id, row.input, row.expected, row.meta, row.sampling, row.input_digest)
             for index, row in enumerate(batch)
         ]
         copy_rows(db, requests, REQUEST_COLUMNS, values)

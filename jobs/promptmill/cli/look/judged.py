@@ -51,16 +51,11 @@ def _text(text: str | None) -> str:
 def show_flipped(before: str, after: str, score: str | None, limit: int, as_json: bool) -> None:
     """Print rows that one has right and the other wrong, how many go each way, and how likely that is by chance."""
     from promptmill.scoring.mistakes import flipped_rows
-    from promptmill.scoring.scorers.pairs import mcnemar
 
     _, db = open_all()
     flips = flipped_rows(db, before, after, score)
     names = sorted({each.score for each in flips})
-    counts = {name: _counts([each for each in flips if each.score == name]) for name in names}
-    tests: dict[str, Any] = {
-        name: {"losses": losses, "gains": gains, "mcnemar_p": mcnemar(losses, gains)}
-        for name, (losses, gains) in counts.items()
-    }
+    tests = {name: _test([each for each in flips if each.score == name]) for name in names}
     if as_json:
         print_json({"scores": tests, "rows": [asdict(each) for each in flips[:limit]]})
         return
@@ -81,6 +76,14 @@ def show_flipped(before: str, after: str, score: str | None, limit: int, as_json
         say(f"... and {len(flips) - limit:,} more; see them with --limit {len(flips)}")
 
 
-def _counts(flips: list[Flip]) -> tuple[int, int]:
-    losses = sum(each.is_loss for each in flips)
-    return losses, len(flips) - losses
+def _test(flips: list[Flip]) -> dict[str, Any]:
+    """How many go each way, and McNemar's exact test, to which copies of a row are one."""
+    import numpy as np
+
+    from promptmill.scoring.statistics.clusters import Clusters
+    from promptmill.scoring.statistics.paired import signs
+
+    changes = np.array([-1.0 if each.is_loss else 1.0 for each in flips])
+    clusters = Clusters.of(np.array([each.after.input_key for each in flips]))
+    losses = int((changes < 0).sum())
+    return {"losses": losses, "gains": len(flips) - losses, "mcnemar_p": signs(clusters.sums(changes))}

@@ -62,6 +62,8 @@ jobs = Table(
     Column("paused_at", Double),
     # SHA-256 over dataset, model, task and parameters: two jobs with one key ask the same.
     Column("key_sha256", String(64)),
+    # As many rows, none a copy of another, would tell as much. NULL for jobs of older versions.
+    Column("effective_rows", Double),
     # JSON of promptmill.service.selection.Selection; NULL: every line of the dataset once, in its order.
     Column("selection", Text),
     # Answers are looked up in the cache of all jobs, and kept there.
@@ -111,6 +113,8 @@ requests = Table(
     Column("meta", Text),
     # JSON: the sampling parameters that this line sets for itself.
     Column("sampling", Text),
+    # 64 bits of the input: equal for rows that ask the same. NULL for rows of older versions.
+    Column("input_digest", BigInteger),
     PrimaryKeyConstraint("job_id", "row"),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Double, ForeignKey, Index, Integer, PrimaryKeyConstraint, String, Table, Text
+from sqlalchemy import Boolean, Column, Double, ForeignKey, Index, Integer, PrimaryKeyConstraint, String, Table, Text
 
 from promptmill.database.tables.schema import JobId, metadata
 
@@ -37,6 +37,8 @@ scores = Table(
     Column("outcome", String(16), nullable=False),
     # How sure the answer is of yes, or of the choice it made.
     Column("confidence", Double),
+    # NULL where nothing is right or wrong by the score, and in runs of older versions.
+    Column("is_right", Boolean),
     # What the scorer raised.
     Column("error", Text),
     PrimaryKeyConstraint("score_run_id", "row", "metric"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from promptmill.reports.figures.metrics import Metric, Unit
+from promptmill.reports.figures.metrics import Better, Metric, Unit
 from promptmill.reports.figures.summary import Summary
+from promptmill.scoring.statistics.families import Verdict
+from promptmill.scoring.statistics.paired import Change
 
-#: Note of a figure that a run has one of.
-ONE_RUN = "one run of each: no test"
+#: Note of a figure that a run has one of: a machine's mood is no error of sampling.
+ONE_RUN = "one run each: not tested"
 
-#: Note of a figure whose interval tells the noise of one run only.
-WITHIN_RUN = "interval within the run; one run of each: no test"
+#: Note of a figure over rows that are not the same.
+UNPAIRED = "not the same rows: not paired"
 
 #: Note of a figure that too few rows are behind.
 TOO_FEW = "too few rows to tell"
@@ -25,16 +27,57 @@ ROUNDING_S = 1e-6
 NAMED = 3
 
 
+def not_comparable(why: str) -> str:
+    return f"not comparable ({why})"
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """One figure of two jobs before its family is corrected. ``change`` is in the unit of :class:`Line`."""
+
+    name: str
+    metric: Metric
+    before: float | None
+    after: float | None
+    change: Change
+    note: str = ""
+
+    @property
+    def is_comparable(self) -> bool:
+        return not self.note.startswith("not comparable")
+
+    def judged(self, verdict: Verdict) -> Line:
+        """The line with the word that its family leaves it."""
+        value = None if self.change.value != self.change.value else self.change.value
+        line = Line(self.name, self.metric, self.before, self.after, value, note=self.note)
+        if not self.is_comparable or value is None:
+            return line
+        if verdict.p is None:
+            if value == 0 and verdict.ci == (0.0, 0.0):
+                return replace(line, ci=verdict.ci, word="=", note=self.note or "the same in every row")
+            return replace(line, note=self.note or TOO_FEW)
+        line = replace(line, ci=verdict.ci, level=verdict.level, p=verdict.p, word="≈")
+        if not verdict.is_change or value == 0 or is_rounding(self.metric, self.before, self.after):
+            return line
+        return replace(line, word="better" if (value > 0) == (self.metric.better is Better.HIGHER) else "worse")
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure of two jobs. Shares change by points, all else relatively; ``ci95`` and ``p`` None: cannot be told."""
+    """One figure of two jobs. Shares change by points, indices by themselves, all else relatively.
+
+    ``ci`` and ``p`` None: cannot be told.
+    """
 
     name: str
     metric: Metric
     before: float | None
     after: float | None
     change: float | None = None
-    ci95: tuple[float, float] | None = None
+    #: The interval of the change at ``level``, at which the family's correction tested it: without zero exactly where
+    #: the word is 'better' or 'worse'.
+    ci: tuple[float, float] | None = None
+    level: float = 0.95
     #: Corrected for the family of all lines that are tested (Holm).
     p: float | None = None
     #: 'better', 'worse', '≈' (no detectable difference), '=' (equal row by row), '' where nothing was tested.
@@ -46,14 +89,14 @@ class Line:
         return self.after / self.before if self.before and self.after is not None else None
 
     @property
-    def in_points(self) -> bool:
-        return self.metric.unit == "%"
+    def change_unit(self) -> str:
+        return {Unit.SHARE: "points", Unit.INDEX: "index"}.get(self.metric.unit, "share")
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name, "unit": str(self.metric.unit), "before": self.before, "after": self.after,
-            "change": self.change, "ratio": self._ratio, "change_unit": "points" if self.in_points else "share",
-            "ci95": self.ci95,
+            "change": self.change, "ratio": self._ratio, "change_unit": self.change_unit,
+            "ci": self.ci, "ci_level": self.level if self.ci else None,
             "p_holm": self.p, "word": self.word, "note": self.note,
         }  # fmt: skip
 
@@ -101,7 +144,7 @@ class Comparison:
         equal = ", ".join(line.name for line in self.lines if line.word == "=")
         untested = self._untested()
         if not parts and tested:
-            known = [f"{line.name} within {shown_interval(line)}" for line in tested if line.ci95]
+            known = [f"{line.name} within {shown_interval(line)}" for line in tested if line.ci]
             parts = ["no detectable difference" + (f" ({', '.join(known[:3])})" if known else "")]
         elif not parts and equal and not untested:
             return f"no difference: the same in every row: {equal}"
@@ -142,9 +185,7 @@ def is_rounding(metric: Metric, before: float | None, after: float | None) -> bo
 
 def _reason(line: Line) -> str:
     """Why nothing was tested, in the words of a verdict."""
-    if line.note in (ONE_RUN, WITHIN_RUN):
-        return "one run of each, not tested"
-    told = line.note == TOO_FEW or line.note.startswith("not comparable")
+    told = line.note in (TOO_FEW, ONE_RUN) or line.note.startswith("not comparable")
     return line.note if told else f"not tested ({line.note})"
 
 
@@ -154,13 +195,18 @@ def _named(line: Line) -> str:
 
 
 def shown_change(line: Line) -> str:
-    """The signed change: ``+3.1 %`` of the value, or ``+3.1 pp`` of a share."""
-    return "–" if line.change is None else f"{100 * line.change:+.1f} {'pp' if line.in_points else '%'}"
+    """The signed change: ``+3.1 %`` of the value, ``+3.1 pp`` of a share, ``+0.031`` of an index."""
+    return "–" if line.change is None else f"{_signed(line, line.change)}{_unit(line)}"
 
 
 def shown_interval(line: Line) -> str:
-    """The 95 % interval of the change, with its unit."""
-    if line.ci95 is None:
-        return "–"
-    low, high = (100 * each for each in line.ci95)
-    return f"[{low:+.1f}, {high:+.1f}] {'pp' if line.in_points else '%'}"
+    """The interval of the change, with its unit."""
+    return "–" if line.ci is None else f"[{_signed(line, line.ci[0])}, {_signed(line, line.ci[1])}]{_unit(line)}"
+
+
+def _signed(line: Line, change: float) -> str:
+    return f"{change:+.3f}" if line.change_unit == "index" else f"{100 * change:+.1f}"
+
+
+def _unit(line: Line) -> str:
+    return {"points": " pp", "index": "", "share": " %"}[line.change_unit]

@@ -1,7 +1,8 @@
-"""The rows of two jobs, paired by ``custom_id``: what a comparison computes from, as columns of numbers."""
+"""The rows of two jobs, paired by id and input: what a comparison computes from, as columns of numbers."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,100 +11,108 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.engine import Connection
 
-from promptmill.database.tables import jobs, requests, results, scores
+from promptmill.database.tables import jobs, requests, results, score_runs, scores
 from promptmill.reports.figures.columns import Floats, Ints, Truths
 from promptmill.scoring.scorers import ScoreOutcome
-from promptmill.scoring.scorers.scoring import Answer, answers_query, judge_of
-from promptmill.scoring.stored_scores import figures_of, run_of
+from promptmill.scoring.scorers.scoring import INPUT_KEY, Answer, answers_query, judge_of
+from promptmill.scoring.scorers.tally import Judgement
+from promptmill.scoring.stored_scores import run_of
 from promptmill.types import WITHOUT_TEXTS
 
 #: Rows fetched at a time.
 FETCH_ROWS = 20_000
 
-#: Chunks from which on they are the clusters; of fewer, the rows in the order of their admission make so many blocks.
-#: Smaller blocks would share a load of the machine with their neighbours, and promise more than they know.
-ENOUGH_CHUNKS = 20
-
-#: Fewest rows of a block.
-LEAST_BLOCK = 8
-
 #: An odd number with bits everywhere (2^64 by the golden ratio): tells the second of two equal ids from the first.
 AGAIN = 0x9E3779B97F4A7C15
 
+#: Outcomes of rows that no score counts.
+UNCOUNTED = (ScoreOutcome.ABSTAIN, ScoreOutcome.INFRA_ERROR)
+
 
 @dataclass(slots=True)
-class PairedRows:
+class ScoredRows:
+    """One score of a job's rows, as columns of their length. Labels are places in ``labels``, -1 for none."""
+
+    #: What the score is: kind, field and parameters, as JSON. Equal for scores that mean the same.
+    definition: str
+    #: What the labels are, and the figure that the score adds up to, as its scorer has them.
+    kind: str | None
+    metric: str
+    #: What the row is worth (1 right, 0 wrong, or between, or a distance); NaN: not counted.
+    worth: Floats
+    #: 1 right, 0 wrong, NaN: not counted, or neither.
+    right: Floats
+    wanted: Ints
+    given: Ints
+    #: NaN: none was given.
+    confidence: Floats
+    labels: dict[str, int]
+
+
+@dataclass(slots=True)
+class JobRows:
     """Columns of a job's results, of one length. Seconds are NaN for rows that had no slot."""
 
     row: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     #: 64 bits of each id: texts of a million rows would take hundreds of megabytes.
     key: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    #: 64 bits of each input, where ``known``; else the number of the row.
+    input: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    known: Truths = field(default_factory=lambda: np.empty(0, dtype=bool))
     ok: Truths = field(default_factory=lambda: np.empty(0, dtype=bool))
-    admitted_at: Floats = field(default_factory=lambda: np.empty(0))
     latency_s: Floats = field(default_factory=lambda: np.empty(0))
     ttft_s: Floats = field(default_factory=lambda: np.empty(0))
     tpot_s: Floats = field(default_factory=lambda: np.empty(0))
-    finished_at: Floats = field(default_factory=lambda: np.empty(0))
-    output_tokens: Floats = field(default_factory=lambda: np.empty(0))
-    batches: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    #: Score -> what the row is worth by it (1 right, 0 wrong, or between, or a distance), NaN not counted.
-    worth: dict[str, Floats] = field(default_factory=dict)
+    scores: dict[str, ScoredRows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.key)
 
-    @property
-    def right(self) -> dict[str, Floats]:
-        """Score -> 1 wholly right, 0 not, NaN not counted."""
-        return {name: np.where(np.isnan(worth), np.nan, worth == 1.0) for name, worth in self.worth.items()}
 
-
-def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> PairedRows:
+def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> JobRows:
     """A job's results with what scores say of each row: its task's, or those of a stored score run."""
     each = results.c
     query = (
         sa.select(
-            each.row, requests.c.custom_id, each.state, each.chunk, each.worker_id, each.admitted_at,
-            each.first_token_at, each.finished_at, each.output_tokens,
+            each.row, requests.c.custom_id, INPUT_KEY, requests.c.input_digest.is_not(None), each.state,
+            each.admitted_at, each.first_token_at, each.finished_at, each.output_tokens,
         )
         .join(requests, sa.and_(requests.c.job_id == each.job_id, requests.c.row == each.row))
         .where(each.job_id == job_id)
         .order_by(each.row)
     )  # fmt: skip
-    origins: dict[tuple[Any, Any], int] = {}
-    parts: list[list[NDArray[Any]]] = []
-    for page in db.execute(query, execution_options={"yield_per": FETCH_ROWS}).partitions():
-        parts.append(_columns(list(zip(*page, strict=True)), origins))
+    parts = [
+        _columns(list(zip(*page, strict=True)))
+        for page in db.execute(query, execution_options={"yield_per": FETCH_ROWS}).partitions()
+    ]
     if not parts:
-        return PairedRows()
-    row, key, chunk, ok, admitted, first, finished, tokens = (
+        return JobRows()
+    row, key, asked, known, ok, admitted, first, finished, tokens = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     gaps = np.where(ok & (tokens >= 2), tokens - 1, np.nan)
-    return PairedRows(
+    return JobRows(
         row=row,
         key=_told_apart(key),
+        input=asked,
+        known=known,
         ok=ok,
-        admitted_at=admitted,
         latency_s=np.where(ok, finished - admitted, np.nan),
         ttft_s=np.where(ok, first - admitted, np.nan),
         tpot_s=(finished - first) / gaps,
-        finished_at=finished,
-        output_tokens=np.where(ok, tokens, np.nan),
-        batches=_batches(chunk, len(origins), admitted),
-        worth=_worth(db, job_id, row) if score_run is None else _stored(db, score_run, row),
+        scores=read_scores(db, job_id, score_run, row),
     )
 
 
-def _columns(page: list[tuple[Any, ...]], origins: dict[tuple[Any, Any], int]) -> list[NDArray[Any]]:
-    """Some rows as numbers. ``origins``: (worker, chunk) -> its number, which grows."""
-    rows, names, states, chunks, workers, *stamps = page
-    origin = [origins.setdefault(each, len(origins)) for each in zip(workers, chunks, strict=True)]
+def _columns(page: list[tuple[Any, ...]]) -> list[NDArray[Any]]:
+    """Some rows as numbers."""
+    rows, names, asked, known, states, *stamps = page
     return [
         np.array(rows, dtype=np.int64),
         # Python's hash of a text has 64 bits and is the same all through this process.
         np.fromiter(map(hash, names), np.int64, len(names)),
-        np.array(origin, dtype=np.int64),
+        np.array(asked, dtype=np.int64),
+        np.array(known, dtype=bool),
         np.array([state == "ok" for state in states]),
         *(np.array(column, dtype=np.float64) for column in stamps),
     ]
@@ -120,47 +129,102 @@ def _told_apart(key: Ints) -> Ints:
     return (key.view(np.uint64) ^ (before * np.uint64(AGAIN))).view(np.int64)
 
 
-def _batches(chunk: Ints, chunks: int, admitted: Floats) -> Ints:
-    """Clusters of rows that share their fate: chunks, or blocks of consecutive admissions where chunks are few."""
-    if chunks >= ENOUGH_CHUNKS:
-        return chunk
-    place = np.argsort(np.argsort(admitted, kind="stable"), kind="stable")
-    return (place * min(ENOUGH_CHUNKS, max(1, len(admitted) // LEAST_BLOCK)) // len(admitted)).astype(np.int64)
+# --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _worth(db: Connection, job_id: str, places: Ints) -> dict[str, Floats]:
-    """What each row is worth by each score of the job's task; NaN for rows that are not counted."""
+def read_scores(db: Connection, job_id: str, score_run: str | None, rows: Ints) -> dict[str, ScoredRows]:
+    """The scores of ``rows``: of a run, else of the run that speaks for the job, else of its task, judged now."""
     job = db.execute(sa.select(jobs).where(jobs.c.id == job_id)).one()
-    run_id = run_of(db, job)
+    run_id = score_run or run_of(db, job)
     if run_id is not None:
-        stored = _stored(db, run_id, places)
-        return {name: stored[name] for name in figures_of(db, run_id) if name in stored}
+        return _stored(db, job, run_id, rows)
     judge = None if job.store in WITHOUT_TEXTS else judge_of(job)
     if judge is None:
         return {}
+    definitions = _definitions(job.task_text, job.task_name)
+    makers = {name: _Maker(definitions[name], rows) for name in judge.scorers}
     query = answers_query(job_id, whole=judge.needs_item).order_by(results.c.row)
-    known: dict[Any, list[float]] = {}
-    verdicts = []
-    for row in db.execute(query, execution_options={"yield_per": FETCH_ROWS}):
+    known: dict[Answer, tuple[Judgement | None, ...]] = {}
+    for place, row in enumerate(db.execute(query, execution_options={"yield_per": FETCH_ROWS})):
         answer = Answer(*row)
         if answer not in known:
-            worth = [each.value if each is not None else None for each in judge(answer)]
-            known[answer] = [np.nan if value is None else float(value) for value in worth]
-        verdicts.append(known[answer])
-    block = np.array(verdicts, dtype=np.float64).reshape(-1, len(judge.scorers))
-    return {name: block[:, index] for index, name in enumerate(judge.scorers)}
+            known[answer] = judge(answer)
+        for maker, found in zip(makers.values(), known[answer], strict=True):
+            if found is not None:
+                maker.put(place, found.value, found.is_right, found.expected, found.predicted, found.confidence,
+                          found.outcome)  # fmt: skip
+    return {name: maker.made for name, maker in makers.items()}
 
 
-def _stored(db: Connection, score_run: str, row: Ints) -> dict[str, Floats]:
-    """What a score run holds of the rows."""
-    place = {int(each): index for index, each in enumerate(row)}
-    found: dict[str, Floats] = {}
-    query = sa.select(scores.c.row, scores.c.metric, scores.c.value, scores.c.outcome)
-    for number, name, value, outcome in db.execute(query.where(scores.c.score_run_id == score_run)):
-        column = found.setdefault(name, np.full(len(row), np.nan))
-        if number in place and value is not None and outcome not in (ScoreOutcome.ABSTAIN, ScoreOutcome.INFRA_ERROR):
-            column[place[number]] = float(value)
+def _stored(db: Connection, job: sa.Row[Any], run_id: str, rows: Ints) -> dict[str, ScoredRows]:
+    """What a score run holds of the rows, in the order of its scores."""
+    run = db.execute(sa.select(score_runs).where(score_runs.c.id == run_id)).one()
+    definitions = _definitions(run.task_text or job.task_text, job.task_name, run.scorer_sha256)
+    # Runs of early versions have no figures.
+    makers = {name: _Maker(definitions.get(name), rows) for name in json.loads(run.figures or "{}")}
+    places = {int(row): place for place, row in enumerate(rows)}
+    each = scores.c
+    query = sa.select(
+        each.row, each.metric, each.value, each.is_right, each.expected, each.predicted, each.confidence, each.outcome
+    ).where(each.score_run_id == run_id)
+    for row, name, *found in db.execute(query, execution_options={"yield_per": FETCH_ROWS}):
+        if row in places:
+            if name not in makers:
+                makers[name] = _Maker(definitions.get(name), rows)
+            makers[name].put(places[row], *found)
+    return {name: maker.made for name, maker in makers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Definition:
+    text: str
+    kind: str | None
+    metric: str
+
+
+def _definitions(task_text: str | None, task_name: str | None, code: str | None = None) -> dict[str, _Definition]:
+    """Score -> what it is. ``code``: SHA-256 of the files of scorers that are the user's own."""
+    if task_text is None:
+        return {}
+    from promptmill.tasks.scores import class_of, entry_kind, names_of
+    from promptmill.tasks.task_file import parse_task
+
+    entries = parse_task(task_text, task_name or "task").scores
+    found = {}
+    for name, entry in zip(names_of(entries), entries, strict=True):
+        scorer = class_of(entry_kind(entry))
+        own = {key: value for key, value in entry.items() if key != "as"}
+        if scorer.needs_item:
+            own["sha256"] = code
+        found[name] = _Definition(json.dumps(own, sort_keys=True, ensure_ascii=False), scorer.labels, scorer.figures[0])
     return found
+
+
+class _Maker:
+    """Fills the columns of one score."""
+
+    def __init__(self, definition: _Definition | None, rows: Ints) -> None:
+        nothing, none = np.full(len(rows), np.nan), np.full(len(rows), -1, dtype=np.int64)
+        known = definition or _Definition("", None, "accuracy")
+        self.made = ScoredRows(
+            known.text, known.kind, known.metric, nothing, nothing.copy(), none, none.copy(), nothing.copy(), {"": 0}
+        )
+
+    def put(
+        self, place: int, value: float | None, is_right: bool | None, expected: str | None, predicted: str | None,
+        confidence: float | None, outcome: str,
+    ) -> None:  # fmt: skip
+        if value is None or outcome in UNCOUNTED:
+            return
+        made, labels = self.made, self.made.labels
+        made.worth[place] = value
+        if is_right is not None:
+            made.right[place] = is_right
+        if confidence is not None:
+            made.confidence[place] = confidence
+        if expected is not None:
+            made.wanted[place] = labels.setdefault(expected, len(labels))
+            made.given[place] = labels.setdefault(predicted or "", len(labels))
 
 
 def ids_of(db: Connection, job_id: str, rows: Ints) -> tuple[str, ...]:
@@ -169,23 +233,23 @@ def ids_of(db: Connection, job_id: str, rows: Ints) -> tuple[str, ...]:
     return tuple(db.execute(query.order_by(requests.c.row)).scalars())
 
 
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """Places of the common rows in the one and in the other; ``aligned``: their batches hold the same rows."""
+    """Places of the common rows in the one and in the other; ``others``: rows of one id and different inputs."""
 
     before: Ints
     after: Ints
-    aligned: bool
+    others: int
 
 
-def pair(before: PairedRows, after: PairedRows) -> Pairing:
-    """The rows that both jobs have, in the order of the first one."""
+def pair(before: JobRows, after: JobRows) -> Pairing:
+    """The rows that both jobs have, by id and input, in the order of the first one."""
     _, own, other = np.intersect1d(before.key, after.key, assume_unique=True, return_indices=True)
     order = np.argsort(own)
     own, other = own[order], other[order]
-    if not len(own):
-        return Pairing(own, other, False)
-    of_before, of_after = before.batches[own], after.batches[other]
-    of_pairs = len(np.unique(of_before * (int(of_after.max()) + 1) + of_after))
-    aligned = of_pairs == len(np.unique(of_before)) == len(np.unique(of_after))
-    return Pairing(own, other, aligned)
+    # What an older version stored has no digest: there the id alone tells.
+    same = (before.input[own] == after.input[other]) | ~before.known[own] | ~after.known[other]
+    return Pairing(own[same], other[same], int((~same).sum()))

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from promptmill.reports.compare.compare import SAME_WORK
-from promptmill.reports.compare.statistics import Change, repeated_ratio
 from promptmill.reports.figures.figures import metric_of, score_name, value_of
 from promptmill.reports.figures.summary import Summary
 from promptmill.reports.render import markdown, plots
 from promptmill.reports.render.csv import lines
 from promptmill.reports.render.html import document, safe, section, table
 from promptmill.reports.render.json import dumped
+from promptmill.scoring.statistics import unpaired
+from promptmill.scoring.statistics.paired import Change
 from promptmill.store.spreadsheets import inert
 
 #: Share of the best output rate from which on a smaller setting is as good.
@@ -112,7 +113,7 @@ class Sweep:
         if best is None or best is setting or not setting.runs:
             return None
         rates = [[run.output_tps or 0.0 for run in each.runs] for each in (best, setting)]
-        return repeated_ratio(*rates)
+        return unpaired.runs(*rates)
 
     def score_names(self) -> list[str]:
         return list(dict.fromkeys(name for each in self.settings for name in each.scores()))
@@ -187,9 +188,10 @@ def _shown(setting: Setting, name: str) -> str:
 def _against(change: Change | None) -> str:
     if change is None or math.isnan(change.value):
         return ""
-    if change.ci95 is None:
+    interval = change.interval()
+    if interval is None:
         return f"{100 * change.value:+.0f} %"
-    return f"{100 * change.value:+.0f} % [{100 * change.ci95[0]:+.0f}, {100 * change.ci95[1]:+.0f}]"
+    return f"{100 * change.value:+.0f} % [{100 * interval[0]:+.0f}, {100 * interval[1]:+.0f}]"
 
 
 def verdict(found: Sweep) -> str:

@@ -325,7 +325,13 @@ _ALL = (
         better=Better.LOWER,
     ),
     _quality(
-        "ece", "calibration error", "mean distance of confidence from outcome over 10 bins of equal mass",
+        "ece", "calibration error",
+        "mean distance of confidence from outcome over 10 bins of equal mass; chance alone makes it larger than 0",
+        better=Better.LOWER,
+    ),
+    _quality(
+        "ece_debiased", "calibration error beyond chance",
+        "the root of ece^2 less the square of what calibrated confidences would show in these bins by chance",
         better=Better.LOWER,
     ),
     Metric(

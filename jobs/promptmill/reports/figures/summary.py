@@ -19,8 +19,8 @@ from promptmill.reports.figures.distributions import Curve
 from promptmill.reports.figures.inputs import ErrorExample, Facts, consistent, read_facts
 from promptmill.reports.figures.measured import Measured, WorkerShare
 from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, SINGLE
-from promptmill.scoring.scorers.intervals import wilson
 from promptmill.scoring.scorers.tally import Score
+from promptmill.scoring.statistics.means import wilson
 from promptmill.scoring.stored_scores import scores_of
 from promptmill.types import JobState
 
@@ -171,7 +171,9 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
         began_at=facts.folded.began_at,
         ended_at=facts.folded.ended_at,
         figures={metric.name: metric.of(measured) for metric in METRICS.values() if metric.of},
-        success_ci95=wilson(measured.ok, measured.ok + measured.errors),
+        success_ci95=_success_interval(
+            measured.ok, measured.errors, (job.effective_rows or job.rows) / max(1, job.rows)
+        ),
         curve=facts.folded.curve,
         errors_by_class=measured.by_class,
         error_examples=facts.examples,
@@ -180,6 +182,11 @@ def _summary(facts: Facts, scores: Mapping[str, Score]) -> Summary:
         workers=measured.workers,
         **{name: getattr(job, name) for name in JOB_FIELDS},
     )
+
+
+def _success_interval(ok: int, errors: int, share: float) -> tuple[float, float] | None:
+    """Wilson's, of as many rows as there would be without copies: a row and its copies fail together."""
+    return wilson(ok * share, (ok + errors) * share)
 
 
 def _config_sha256(job: sa.Row[Any]) -> str:

@@ -42,20 +42,23 @@ def _one(found: Comparison, number: int) -> str:
 
 
 def _forest(lines: Sequence[Line], number: int) -> str:
-    """Changes with their 95 % intervals, as points and bars about zero."""
-    shown = [line for line in lines if line.ci95 is not None and line.change is not None][::-1]
+    """Changes with their intervals, as points and bars about zero."""
+    shown = [line for line in lines if line.ci is not None and line.change is not None][::-1]
     if not shown:
         return ""
 
     def paint(axes: Any) -> None:
         for place, line in enumerate(shown):
-            low, high = (100 * each for each in line.ci95 or (0.0, 0.0))
+            low, high = (100 * each for each in line.ci or (0.0, 0.0))
             colour = {"better": plots.GREEN, "worse": plots.RED}.get(line.word, plots.BLUE)
             axes.plot([low, high], [place, place], color=colour, linewidth=2)
             axes.plot([100 * (line.change or 0.0)], [place], marker="o", color=colour)
         axes.axvline(0, color=plots.INK, linewidth=0.8)
         axes.set_yticks(range(len(shown)), [line.name for line in shown])
-        axes.set(xlabel="change, % or percentage points, with its 95 % interval", ylim=(-0.6, len(shown) - 0.4))
+        axes.set(
+            xlabel="change with its interval: %, percentage points, or hundredths of an index",
+            ylim=(-0.6, len(shown) - 0.4),
+        )
 
     svg = plots.draw(paint, f"Changes with intervals {number}", (6.4, 1.1 + 0.28 * len(shown)))
     return f"<figure>{svg}</figure>"

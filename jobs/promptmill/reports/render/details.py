@@ -14,7 +14,9 @@ from promptmill.database.tables import attempts, job_tags, jobs, requests, resul
 from promptmill.reports.compare.pairs import read_rows
 from promptmill.reports.figures.columns import Floats
 from promptmill.reports.figures.timeline import Phase, read_phases
-from promptmill.scoring.scorers.aggregates import BINS, Figures, of_calibration
+from promptmill.scoring.scorers.aggregates import Figures, of_calibration
+from promptmill.scoring.statistics.calibration import BINS
+from promptmill.scoring.statistics.clusters import Clusters
 from promptmill.scoring.stored_scores import own_runs
 
 #: Slowest rows that are listed.
@@ -154,11 +156,12 @@ def _calibration(db: Connection, job_id: str) -> tuple[str, Figures] | None:
     if len(sure) < BINS:
         return None
     rows = read_rows(db, job_id)
-    for name, right in rows.right.items():
-        pairs = [(sure[int(row)], value) for row, value in zip(rows.row, right, strict=True) if int(row) in sure]
-        block = np.array([pair for pair in pairs if np.isfinite(pair[1])]).reshape(-1, 2)
-        if len(block) >= BINS:
-            return name, of_calibration(block[:, 0], block[:, 1] == 1, np.ones(len(block)))
+    confidence = np.array([sure.get(int(row), np.nan) for row in rows.row])
+    for name, score in rows.scores.items():
+        known = np.isfinite(confidence) & np.isfinite(score.right)
+        if known.sum() >= BINS:
+            clusters = Clusters.of(rows.input).at(known)
+            return name, of_calibration(confidence[known], score.right[known] == 1, clusters)
     return None
 
 

@@ -212,7 +212,7 @@ def _scores(summary: Summary, details: Details) -> str:
     figures = [
         _figure(
             plots.confusion(*_matrix(score), name),
-            f"macro F1 {'–' if score.macro_f1 is None else f'{score.macro_f1:.3f}'}",
+            f"macro F1 {METRICS['macro_f1'].text(score.figures.values.get('macro_f1'))}",
             "square",
         )
         for name, score in summary.scores.items()
@@ -220,8 +220,8 @@ def _scores(summary: Summary, details: Details) -> str:
     ]
     if details.calibration is not None:
         name, found = details.calibration
-        n, ece, brier = sum(each["n"] for each in found.bins), found.values["ece"], found.values["brier"]
-        caption = f"{n:,.0f} answers; expected calibration error {ece:.3f}, Brier score {brier:.3f}"
+        n, made = sum(each["n"] for each in found.bins), tables.figures_text(found)
+        caption = f"{n:,.0f} answers; {made}"
         figures.append(_figure(plots.calibration(name, found.bins), caption, "square"))
     return section("Scores", _laid_out(tables.scores(summary)) + f"<div class=plots>{''.join(figures)}</div>")
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from promptmill.database.figure_sql import PERCENTILES
-from promptmill.reports.compare.comparison import Comparison, Flips, Line, shown_change
+from promptmill.reports.compare.comparison import Comparison, Flips, Line, shown_change, shown_interval
 from promptmill.reports.figures.metrics import DISTRIBUTIONS, METRICS, digits
 from promptmill.reports.figures.percentiles import Distribution
 from promptmill.reports.figures.summary import Summary
+from promptmill.scoring.scorers.aggregates import Figures
 from promptmill.scoring.scorers.tally import Score
 
 #: Most of an error's message that is shown.
@@ -71,14 +72,19 @@ def scores(summary: Summary) -> Table:
     for name, score in summary.scores.items():
         metric = METRICS[score.metric]
         rows.append((
-            f"{name} {metric.label}", metric.shown(score.value), metric.interval(score.ci95), f"{score.n:,}",
+            f"{name} {metric.label}", metric.shown(score.value), metric.interval(score.ci95), _rows(score),
             f"{score.unparsed:,}", f"{score.truncated:,}", METRICS["majority_baseline"].shown(score.majority_baseline),
         ))  # fmt: skip
         for figure, each in score.figures.values.items():
             made = METRICS[figure]
             interval = made.interval(score.figures.intervals.get(figure))
-            rows.append((f"{name} {made.label}", made.shown(each), interval, f"{score.n:,}", "", "", ""))
+            rows.append((f"{name} {made.label}", made.shown(each), interval, _rows(score), "", "", ""))
     return Table(("score", "value", "95 % CI", "n", "unparsed", "truncated", "majority"), rows)
+
+
+def _rows(score: Score) -> str:
+    """How many rows there are, and as how many different ones they tell where some are copies."""
+    return f"{score.n:,} (as {score.n_effective:,.0f})" if score.has_copies else f"{score.n:,}"
 
 
 def checks(summary: Summary) -> Table:
@@ -98,10 +104,15 @@ def excerpt(message: str) -> str:
 
 
 def further(score: Score) -> str:
-    """The further figures of a score, with the interval of each that has one."""
+    """The further figures of a score."""
+    return figures_text(score.figures)
+
+
+def figures_text(figures: Figures) -> str:
+    """Figures in a line, with the interval of each that has one."""
     parts = []
-    for name, value in score.figures.values.items():
-        metric, interval = METRICS[name], score.figures.intervals.get(name)
+    for name, value in figures.values.items():
+        metric, interval = METRICS[name], figures.intervals.get(name)
         parts.append(f"{metric.label} {metric.shown(value)}" + (f" {metric.interval(interval)}" if interval else ""))
     return ", ".join(parts)
 
@@ -111,6 +122,7 @@ def counted(score: Score) -> str:
     is_rate = score.metric == "accuracy"
     parts = [
         f"{score.correct:,} of {score.n:,} right" if is_rate else f"mean of {score.n:,}",
+        *([f"which tell as much as {score.n_effective:,.0f} different ones"] if score.has_copies else []),
         f"{score.unparsed:,} unparsed",
         f"{score.truncated:,} truncated",
     ]
@@ -136,16 +148,15 @@ def counted(score: Score) -> str:
 
 def changes(found: Comparison) -> Table:
     """A row for each figure of both jobs."""
-    return Table(("figure", "A", "B", "change", "95 % CI", ""), [_change(line) for line in found.lines])
+    return Table(("figure", "A", "B", "change", "interval", ""), [_change(line) for line in found.lines])
 
 
 def _change(line: Line) -> tuple[str, ...]:
     unit = f" {line.metric.shown_unit}"
     one, two = (f"{line.metric.text(each)}{unit if each is not None else ''}" for each in (line.before, line.after))
-    interval = "–" if line.ci95 is None else "[{:+.1f}, {:+.1f}]".format(*(100 * each for each in line.ci95))
     words = ", ".join(each for each in (line.word, line.note) if each)
     shown = "–" if line.note.startswith("not comparable") else shown_change(line)
-    return line.name, one, two, shown, interval, words
+    return line.name, one, two, shown, shown_interval(line), words
 
 
 def differences(found: Comparison) -> Table:

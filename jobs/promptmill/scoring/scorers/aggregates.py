@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from promptmill.scoring.scorers.intervals import mean_interval, wilson
+from promptmill.scoring.statistics import bootstrap, calibration, ranking
+from promptmill.scoring.statistics.clusters import Clusters, Floats, Interval, Ints, Truths
+from promptmill.scoring.statistics.means import share_interval, wilson
 
-Floats = NDArray[np.float64]
-Interval = tuple[float, float]
-
-#: Rows by (expected label, predicted label), each as JSON; an answer that could not be read was predicted ''.
-Pairs = Mapping[tuple[str, str], int]
+#: An expected and a predicted label, each as JSON; an answer that could not be read was predicted ''.
+Pair = tuple[str, str]
 
 #: Most classes whose figures are computed: with more, the field is a text or a number.
 MOST_CLASSES = 200
@@ -24,12 +23,10 @@ MOST_CLASSES = 200
 #: Largest distance between two labels that are whole numbers on one scale.
 LONGEST_SCALE = 100
 
-#: Draws of a bootstrap, and the quantiles of its 95 % interval.
-DRAWS = 1000
-QUANTILES = (2.5, 97.5)
-
-#: Bins of the calibration error, of equal mass (Nixon et al. 2019, "Measuring Calibration in Deep Learning").
-BINS = 10
+#: Why a figure has no interval.
+FEW_OF_A_CLASS = "fewer than two independent rows of a class"
+ONE_ROW = "fewer than two independent rows"
+BIASED = "chance alone raises it: see ece_debiased"
 
 
 @dataclass(slots=True)
@@ -38,149 +35,155 @@ class Figures:
 
     values: dict[str, float | None] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
+    #: Why a figure has no interval, for each without one.
+    reasons: dict[str, str] = field(default_factory=dict)
     #: Label -> precision, recall, f1 and n.
     classes: dict[str, dict[str, float]] = field(default_factory=dict)
     #: Mean confidence, share of yes, and rows of each bin.
     bins: list[dict[str, float]] = field(default_factory=list)
 
+    def add(self, name: str, value: float | None, interval: Interval | None = None, reason: str = ONE_ROW) -> None:
+        """One figure; ``reason``: why it has no interval, where it has none."""
+        self.values[name] = value
+        if value is not None and interval is not None:
+            self.intervals[name] = interval
+        elif value is not None:
+            self.reasons[name] = reason
+
     def update(self, other: Figures) -> None:
         self.values |= other.values
         self.intervals |= other.intervals
+        self.reasons |= other.reasons
         self.classes |= other.classes
         self.bins += other.bins
 
 
-def of_classes(pairs: Pairs) -> Figures:
-    """Macro and weighted F1, precision and recall, kappa; on a scale of whole numbers also quadratic kappa."""
-    from sklearn.metrics import cohen_kappa_score, f1_score, precision_recall_fscore_support
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Rows by what was expected and predicted: ``cell`` is the place of each row's pair among ``pairs``."""
 
-    labels = _labels(pairs)
+    pairs: Sequence[Pair]
+    cell: Ints
+    clusters: Clusters
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], cell: Ints, clusters: Clusters) -> Labelled:
+        """Sorted, so that the order of the rows changes nothing."""
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        rank = np.empty(len(pairs), dtype=np.int64)
+        rank[order] = np.arange(len(pairs))
+        return cls([pairs[place] for place in order], rank[cell], clusters)
+
+    @property
+    def counts(self) -> dict[Pair, int]:
+        return dict(zip(self.pairs, np.bincount(self.cell, minlength=len(self.pairs)).tolist(), strict=True))
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({label for pair in self.pairs for label in pair if label})
+
+
+def of_classes(rows: Labelled) -> Figures:
+    """Macro and weighted F1, precision and recall, kappa; on a scale of whole numbers also quadratic kappa."""
+    from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
+
+    labels, counts = rows.labels, rows.counts
     if not labels or len(labels) > MOST_CLASSES:
         return Figures()
-    wanted, given, weight = _columns(pairs)
+    wanted, given, weight = _columns(counts)
     said: dict[str, Any] = {"labels": labels, "sample_weight": weight, "zero_division": 0}
-    precision, recall, f1, _ = precision_recall_fscore_support(wanted, given, **said)
-    counts = {label: sum(times for (want, _), times in pairs.items() if want == label) for label in labels}
-    found = Figures(
-        values={
-            "macro_f1": float(np.mean(f1)),
-            "weighted_f1": float(f1_score(wanted, given, average="weighted", **said)),
-            "macro_precision": float(np.mean(precision)),
-            "macro_recall": float(np.mean(recall)),
-            # Of one class there is no agreement beyond chance, and no kappa.
-            "kappa": _finite(cohen_kappa_score(wanted, given, labels=[*labels, ""], sample_weight=weight))
-            if len({*wanted, *given}) > 1
-            else None,
-        },
-        classes={
-            label: {"precision": float(p), "recall": float(r), "f1": float(f), "n": counts[label]}
-            for label, p, r, f in zip(labels, precision, recall, f1, strict=True)
-        },
-    )
-    scale = _scale(labels)
+    precision, recall, f1, share = precision_recall_fscore_support(wanted, given, **said)
+    values = {
+        "macro_f1": float(np.mean(f1)),
+        "weighted_f1": float(np.average(f1, weights=share)),
+        "macro_precision": float(np.mean(precision)),
+        "macro_recall": float(np.mean(recall)),
+        # Of one class there is no agreement beyond chance, and no kappa.
+        "kappa": _finite(cohen_kappa_score(wanted, given, labels=[*labels, ""], sample_weight=weight))
+        if len({*wanted, *given}) > 1
+        else None,
+    }
+    scale = scale_of(labels)
     if scale is not None:
-        found.values["quadratic_kappa"] = _quadratic_kappa(pairs, scale)
-    found.intervals = _bootstrapped(pairs, labels, scale)
+        values["quadratic_kappa"] = _quadratic_kappa(counts, scale)
+    found = Figures(
+        classes={
+            label: {"precision": float(p), "recall": float(r), "f1": float(f), "n": float(n)}
+            for label, p, r, f, n in zip(labels, precision, recall, f1, share, strict=True)
+        }
+    )
+    intervals = _class_intervals(rows, labels, scale)
+    for name, value in values.items():
+        found.add(name, value, intervals.get(name))
     return found
 
 
-def of_yes_or_no(pairs: Pairs) -> Figures:
+def of_yes_or_no(rows: Labelled) -> Figures:
     """Precision, recall and F1 of yes. What could not be read is a no where yes was expected, and a yes otherwise."""
-    right = pairs.get(("true", "true"), 0)
-    missed = sum(times for (want, given), times in pairs.items() if want == "true" and given != "true")
-    false = sum(times for (want, given), times in pairs.items() if want != "true" and given != "false")
-    found = Figures()
-    for name, total in (("precision", right + false), ("recall", right + missed)):
-        found.values[name] = right / total if total else None
-        interval = wilson(right, total)
-        if interval:
-            found.intervals[name] = interval
-    total = 2 * right + false + missed
-    found.values["f1"] = 2 * right / total if total else None
-    counts = np.array([right, false, missed, sum(pairs.values()) - right - false - missed], dtype=np.float64)
-    span = _quantiles(counts, lambda drawn: _ratio(2 * drawn[:, 0], 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2]))
-    if span:
-        found.intervals["f1"] = span
+    # Right, missed, false, and rightly no.
+    kind = np.array([kind_of(*pair) for pair in rows.pairs], dtype=np.int64)[rows.cell]
+    found, right = Figures(), kind == 0
+    for name, chosen in (("precision", right | (kind == 2)), ("recall", right | (kind == 1))):
+        share = right[chosen].astype(np.float64)
+        found.add(name, _mean(share), share_interval(share, rows.clusters.at(chosen)))
+    counts = np.bincount(kind, minlength=4).astype(np.float64)
+    spans = bootstrap.intervals(kind, 4, rows.clusters, binary_figures)
+    total = 2 * counts[0] + counts[1] + counts[2]
+    found.add("f1", float(2 * counts[0] / total) if total else None, spans.get("f1"))
     return found
 
 
-def of_ranking(confidence: Floats, truth: NDArray[np.bool_], weight: Floats) -> Figures:
+def kind_of(wanted: str, given: str) -> int:
+    if wanted == "true":
+        return 0 if given == "true" else 1
+    return 3 if given == "false" else 2
+
+
+def binary_figures(counts: Floats) -> dict[str, Floats]:
+    """F1, precision and recall of counts of shape (drawings, 4): right, missed, false, and rightly no."""
+    right, missed, false = counts[:, 0], counts[:, 1], counts[:, 2]
+    return {
+        "f1": _ratio(2 * right, 2 * right + missed + false),
+        "precision": _ratio(right, right + false),
+        "recall": _ratio(right, right + missed),
+    }
+
+
+def of_ranking(confidence: Floats, truth: Truths, clusters: Clusters) -> Figures:
     """AUC and average precision. Both need a yes and a no among what was expected."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
+    from sklearn.metrics import average_precision_score
 
     if truth.all() or not truth.any():
         return Figures(values={"auc": None, "average_precision": None})
-    found = Figures(
-        values={
-            "auc": float(roc_auc_score(truth, confidence, sample_weight=weight)),
-            "average_precision": float(average_precision_score(truth, confidence, sample_weight=weight)),
-        }
-    )
-    interval = _delong(np.repeat(confidence, weight.astype(int)), np.repeat(truth, weight.astype(int)))
-    if interval:
-        found.intervals["auc"] = interval
+    found = Figures()
+    found.add("auc", ranking.auc(confidence, truth), ranking.auc_interval(confidence, truth, clusters), FEW_OF_A_CLASS)
+    precision, yes = float(average_precision_score(truth, confidence)), clusters.at(truth).effective
+    # The binomial interval of Boyd, Eng and Page (2013).
+    found.add("average_precision", precision, wilson(precision * yes, yes))
     return found
 
 
-def of_calibration(confidence: Floats, truth: NDArray[np.bool_], weight: Floats) -> Figures:
-    """Brier score, and the expected calibration error with bins of equal mass."""
-    squares = (confidence - truth) ** 2
-    n = float(weight.sum())
-    found = Figures(values={"brier": float((squares * weight).sum() / n)})
-    span = mean_interval(float((squares * weight).sum()), float((squares**2 * weight).sum()), int(n))
-    if span:
-        found.intervals["brier"] = span
-    found.bins = _bins(confidence, truth, weight)
-    found.values["ece"] = sum(abs(each["confidence"] - each["share"]) * each["n"] for each in found.bins) / n
+def of_calibration(confidence: Floats, truth: Truths, clusters: Clusters) -> Figures:
+    """Brier score, and the expected calibration error with bins of equal mass: as it is, and without its bias."""
+    found, squares = Figures(), (confidence - truth) ** 2
+    found.add("brier", _mean(squares), share_interval(squares, clusters))
+    binned = calibration.bins(confidence, truth, clusters)
+    found.bins = binned.to_json()
+    found.add("ece", calibration.raw_error(binned), None, BIASED)
+    found.add("ece_debiased", calibration.error(binned), calibration.error_interval(binned))
     return found
 
 
-def _bins(confidence: Floats, truth: NDArray[np.bool_], weight: Floats) -> list[dict[str, float]]:
-    """Rows of one confidence are never divided, so that their order cannot matter."""
-    order = np.argsort(confidence, kind="stable")
-    levels, first = np.unique(confidence[order], return_index=True)
-    rows, yes = np.add.reduceat(weight[order], first), np.add.reduceat((weight * truth)[order], first)
-    place = np.minimum(((np.cumsum(rows) - rows / 2) / rows.sum() * BINS).astype(int), BINS - 1)
-    return [
-        {
-            "confidence": float((levels * rows)[inside].sum() / rows[inside].sum()),
-            "share": float(yes[inside].sum() / rows[inside].sum()),
-            "n": float(rows[inside].sum()),
-        }
-        for bin_ in np.unique(place)
-        for inside in [place == bin_]
-    ]
+def _mean(values: Floats) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
-def _delong(confidence: Floats, truth: NDArray[np.bool_]) -> Interval | None:
-    """The 95 % interval of an AUC (DeLong et al. 1988, with the ranks of Sun and Xu 2014), on the logit scale."""
-    from scipy.special import expit, logit
-    from scipy.stats import norm, rankdata
-
-    yes, no = confidence[truth], confidence[~truth]
-    if len(yes) < 2 or len(no) < 2:
-        return None
-    ranks = rankdata(np.concatenate([yes, no]))
-    above = (ranks[: len(yes)] - rankdata(yes)) / len(no)
-    below = 1 - (ranks[len(yes) :] - rankdata(no)) / len(yes)
-    auc = float(above.mean())
-    variance = float(above.var(ddof=1) / len(yes) + below.var(ddof=1) / len(no))
-    if not 0.0 < auc < 1.0 or variance == 0.0:
-        return None
-    half = float(norm.ppf(0.975)) * variance**0.5 / (auc * (1 - auc))
-    return float(expit(logit(auc) - half)), float(expit(logit(auc) + half))
+def _columns(counts: Mapping[Pair, int]) -> tuple[list[str], list[str], list[int]]:
+    wanted, given = zip(*counts, strict=True)
+    return list(wanted), list(given), list(counts.values())
 
 
-def _labels(pairs: Pairs) -> list[str]:
-    return sorted({label for pair in pairs for label in pair if label})
-
-
-def _columns(pairs: Pairs) -> tuple[list[str], list[str], list[int]]:
-    wanted, given = zip(*pairs, strict=True)
-    return list(wanted), list(given), list(pairs.values())
-
-
-def _scale(labels: Sequence[str]) -> range | None:
+def scale_of(labels: Sequence[str]) -> range | None:
     """The scale on which all labels lie, if they are whole numbers near each other."""
     values = [json.loads(label) for label in labels]
     if any(isinstance(value, bool) or not isinstance(value, int) for value in values) or len(values) < 2:
@@ -189,22 +192,20 @@ def _scale(labels: Sequence[str]) -> range | None:
     return range(low, high + 1) if high - low <= LONGEST_SCALE else None
 
 
-def _on_scale(pairs: Pairs, scale: range) -> list[tuple[int, int, int]]:
+def _on_scale(pair: Pair, scale: range) -> tuple[int, int]:
     """Places on the scale; an answer that could not be read is put as far from the expected value as can be."""
     low, high = scale[0], scale[-1]
-    found = []
-    for (wanted, given), times in pairs.items():
-        want = json.loads(wanted)
-        farthest = low if want - low > high - want else high
-        found.append((want - low, (json.loads(given) if given else farthest) - low, times))
-    return found
+    want = json.loads(pair[0])
+    farthest = low if want - low > high - want else high
+    return want - low, (json.loads(pair[1]) if pair[1] else farthest) - low
 
 
-def _quadratic_kappa(pairs: Pairs, scale: range) -> float | None:
+def _quadratic_kappa(counts: Mapping[Pair, int], scale: range) -> float | None:
     from sklearn.metrics import cohen_kappa_score
 
-    wanted, given, weight = zip(*_on_scale(pairs, scale), strict=True)
+    wanted, given = zip(*(_on_scale(pair, scale) for pair in counts), strict=True)
     places = list(range(len(scale)))
+    weight = list(counts.values())
     return _finite(cohen_kappa_score(wanted, given, labels=places, weights="quadratic", sample_weight=weight))
 
 
@@ -212,26 +213,30 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _bootstrapped(pairs: Pairs, labels: Sequence[str], scale: range | None) -> dict[str, Interval]:
-    """Percentile intervals over drawings of the rows with replacement.
+def _class_intervals(rows: Labelled, labels: Sequence[str], scale: range | None) -> dict[str, Interval]:
+    # Beside the pairs that were seen, a mistake for each class: of a perfect run it is what might have been seen.
+    pairs = list(dict.fromkeys([*rows.pairs, *_a_mistake_each(labels)]))
+    return bootstrap.intervals(rows.cell, len(pairs), rows.clusters, figures_of(pairs, labels, scale))
 
-    What a drawing has of each pair is multinomial, so the rows themselves need not be drawn.
-    """
-    counts = np.array(list(pairs.values()), dtype=np.float64)
+
+def _a_mistake_each(labels: Sequence[str]) -> list[Pair]:
+    return [(label, labels[place - 1] if len(labels) > 1 else "") for place, label in enumerate(labels)]
+
+
+def figures_of(pairs: Sequence[Pair], labels: Sequence[str], scale: range | None) -> Any:
+    """What gives the figures of :func:`of_classes` for counts of shape (drawings, pairs)."""
     places = {label: place for place, label in enumerate([*labels, ""])}
-    rows = np.array([places[want] for want, _ in pairs])
-    columns = np.array([places[given] for _, given in pairs])
+    wanted, given = (np.array([places[pair[side]] for pair in pairs]) for side in (0, 1))
+    on_scale = None if scale is None else np.array([_on_scale(pair, scale) for pair in pairs])
 
     def figures(drawn: Floats) -> dict[str, Floats]:
-        return class_figures(drawn, rows, columns, len(labels))
+        found = class_figures(drawn, wanted, given, len(labels))
+        if on_scale is not None:
+            off = (on_scale[:, 0] - on_scale[:, 1]) ** 2.0
+            found["quadratic_kappa"] = weighted_kappa(drawn, on_scale[:, 0], on_scale[:, 1], off)
+        return found
 
-    found = _named_quantiles(counts, figures)
-    if scale is not None:
-        on_scale = np.array(_on_scale(pairs, scale))
-        off = (on_scale[:, 0] - on_scale[:, 1]) ** 2.0
-        span = _quantiles(counts, lambda drawn: weighted_kappa(drawn, on_scale[:, 0], on_scale[:, 1], off))
-        found |= {"quadratic_kappa": span} if span else {}
-    return found
+    return figures
 
 
 def class_figures(drawn: Floats, rows: NDArray[Any], columns: NDArray[Any], classes: int) -> dict[str, Floats]:
@@ -278,25 +283,3 @@ def _ratio(above: Floats, below: Floats) -> Floats:
 
 def _mean_where(values: Floats, there: NDArray[np.bool_]) -> Floats:
     return _ratio(np.where(there, values, 0.0).sum(axis=1), there.sum(axis=1).astype(np.float64))
-
-
-def _drawn(counts: Floats) -> Floats:
-    # Seeded: the same rows have the same interval.
-    rng = np.random.default_rng(0)
-    return rng.multinomial(int(counts.sum()), counts / counts.sum(), size=DRAWS).astype(np.float64)
-
-
-def _quantiles(counts: Floats, figure: Callable[[Floats], Floats]) -> Interval | None:
-    return _named_quantiles(counts, lambda drawn: {"it": figure(drawn)}).get("it")
-
-
-def _named_quantiles(counts: Floats, figures: Callable[[Floats], Mapping[str, Floats]]) -> dict[str, Interval]:
-    """None of fewer than two rows, and of figures that no drawing changes."""
-    if counts.sum() < 2:
-        return {}
-    found = {}
-    for name, values in figures(_drawn(counts)).items():
-        low, high = np.percentile(values, QUANTILES)
-        if low < high:
-            found[name] = (float(low), float(high))
-    return found

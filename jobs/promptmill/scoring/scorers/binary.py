@@ -73,8 +73,9 @@ class Binary(FieldScorer):
 class ChoiceProbability(FieldScorer):
     """``{choice_probability: FIELD}``: the probability that the model gave to the expected one of its choices."""
 
-    figures = ("choice_probability", "brier", "ece")
+    figures = ("choice_probability", "brier", "ece", "ece_debiased")
     labels = "choices"
+    right = None
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
         if not item.choice_probs:

@@ -68,6 +68,7 @@ class AbsError(FieldScorer):
 
     figures = ("abs_error",)
     bounds = (0.0, float("inf"))
+    right = 0.0
 
     @property
     def unread(self) -> float | None:

@@ -34,6 +34,7 @@ class PythonScorer(Scorer):
     figures = ("mean", *dict.fromkeys((*CLASSES, *BINARY)))
     labels = "any"
     bounds = (-math.inf, math.inf)
+    right = None
     needs_item = True
     target = "function"
 

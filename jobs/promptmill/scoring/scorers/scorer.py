@@ -14,7 +14,7 @@ CLASSES = (
 )  # fmt: skip
 
 #: Figures of yes or no.
-BINARY = ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "brier", "ece")
+BINARY = ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "brier", "ece", "ece_debiased")
 
 #: What an option must be: the description is part of the error message.
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
@@ -37,6 +37,8 @@ class Scorer(BaseModel):
     labels: ClassVar[Literal["classes", "binary", "choices", "any"] | None] = None
     #: Least and largest value of a verdict.
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    #: The value of a verdict that is right; None: a number is neither right nor wrong.
+    right: ClassVar[float | None] = 1.0
     #: Whether it looks at more of a row than its answer and what it expects.
     needs_item: ClassVar[bool] = False
     #: The option that stands behind the scorer's name.

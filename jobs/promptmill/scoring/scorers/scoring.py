@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
     from promptmill.scoring.scorers.scorer import Scorer
     from promptmill.tasks.task_file import Task
 
-#: Rows fetched and counted at a time.
+#: Rows fetched at a time.
 BATCH_ROWS = 10_000
 
-#: Different expected objects that are remembered.
+#: Different expected objects, and different answers, that are remembered.
 REMEMBERED = 4096
 
 
@@ -114,20 +113,21 @@ def _make(entry: Mapping[str, Any], folder: str | None) -> Scorer:
 
 
 def score_rows(answers: Iterable[Answer], judge_: Judge) -> dict[str, Score]:
-    """Scores of ``answers``, whatever their order."""
+    """Scores of ``answers`` whose inputs all differ, whatever their order."""
+    return score_keyed(zip(answers, count(), strict=False), judge_)
+
+
+def score_keyed(answers: Iterable[tuple[Answer, int]], judge_: Judge) -> dict[str, Score]:
+    """The same of answers with the keys of their inputs: rows of one key are copies of each other."""
     tallies = {name: Tally(scorer) for name, scorer in judge_.scorers.items()}
-    for judged, times in judged_rows(answers, judge_):
+    known: dict[Answer, tuple[Judgement | None, ...]] = {}
+    for answer, key in answers:
+        if len(known) > REMEMBERED:
+            known.clear()
+        judged = known[answer] if answer in known else known.setdefault(answer, judge_(answer))
         for tally, judgement in zip(tallies.values(), judged, strict=True):
-            tally.add(judgement, times)
+            tally.add(judgement, key)
     return {name: tally.score(name) for name, tally in tallies.items()}
-
-
-def judged_rows(answers: Iterable[Answer], judge_: Judge) -> Iterator[tuple[tuple[Judgement | None, ...], int]]:
-    """Judgements with how many rows they are of: classifiers have few answers, so equal neighbours are one."""
-    source = iter(answers)
-    while batch := Counter(islice(source, BATCH_ROWS)):
-        for answer, times in batch.items():
-            yield judge_(answer), times
 
 
 def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]]) -> JsonObject:
@@ -150,6 +150,10 @@ def required_keys(task: Task, scorers: Mapping[str, Scorer]) -> tuple[str, ...]:
     """What an object must have to be the answer: the schema's required keys, else the fields that are scored."""
     by_schema = (task.output.schema_ or {}).get("required", ())
     return tuple(by_schema) or tuple(sorted({scorer.field for scorer in scorers.values() if scorer.field}))
+
+
+#: Equal for rows of one input. Rows that were stored before inputs had digests are each of its own.
+INPUT_KEY = sa.func.coalesce(requests.c.input_digest, results.c.row)
 
 
 def answers_query(job_id: str, *, whole: bool) -> sa.Select[Any]:
@@ -181,5 +185,6 @@ def score_job(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
     judge_ = judge_of(job)
     if judge_ is None:
         return {}
-    streamed = db.execute(answers_query(job.id, whole=judge_.needs_item), execution_options={"yield_per": BATCH_ROWS})
-    return score_rows((Answer(*row) for row in streamed), judge_)
+    query = answers_query(job.id, whole=judge_.needs_item).add_columns(INPUT_KEY)
+    streamed = db.execute(query, execution_options={"yield_per": BATCH_ROWS})
+    return score_keyed(((Answer(*row[:-1]), row[-1]) for row in streamed), judge_)

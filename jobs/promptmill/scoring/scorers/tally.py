@@ -9,16 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from promptmill.scoring.scorers import Item, JsonObject, ScoreOutcome, ScoreVerdict, Unreadable, as_label
 from promptmill.scoring.scorers.aggregates import (
     MOST_CLASSES,
     Figures,
+    Labelled,
+    Pair,
     of_calibration,
     of_classes,
     of_ranking,
     of_yes_or_no,
 )
-from promptmill.scoring.scorers.intervals import mean_interval, wilson
+from promptmill.scoring.statistics.clusters import Clusters, Floats
+from promptmill.scoring.statistics.means import effective_rows, mean_interval
 
 if TYPE_CHECKING:
     from promptmill.scoring.scorers.scorer import Scorer
@@ -45,6 +50,8 @@ class Judgement(NamedTuple):
     #: Of the value, before it became a number; decides between a rate and a mean.
     is_truth: bool = False
     is_probability: bool = False
+    #: None where nothing is right or wrong by this score.
+    is_right: bool | None = None
 
 
 def judge(
@@ -62,16 +69,17 @@ def judge(
         outcome = ScoreOutcome.UNPARSED
     if outcome is not ScoreOutcome.SCORED:
         unread = None if outcome is ScoreOutcome.INFRA_ERROR else scorer.unread
-        return Judgement(unread, None, wanted, outcome)
+        return Judgement(unread, None, wanted, outcome, is_right=None if unread is None else False)
     try:
         found = scorer(output, expected, item)
         verdict = found if isinstance(found, ScoreVerdict) else ScoreVerdict(found)
         value = _number(verdict.value)
     except Unreadable:
-        return Judgement(scorer.unread, None, wanted, ScoreOutcome.UNPARSED)
+        right = None if scorer.unread is None else False
+        return Judgement(scorer.unread, None, wanted, ScoreOutcome.UNPARSED, is_right=right)
     except (Exception, SystemExit) as problem:
         # The user's own code may raise anything, and may ask to exit; the other rows are scored all the same.
-        return Judgement(0.0, None, wanted, ScoreOutcome.SCORER_ERROR, error=_said(problem))
+        return Judgement(0.0, None, wanted, ScoreOutcome.SCORER_ERROR, error=_said(problem), is_right=False)
     if verdict is found and (verdict.expected is not None or verdict.predicted is not None):
         given: str | None = as_label(verdict.predicted)
         wanted = as_label(verdict.expected)
@@ -79,7 +87,12 @@ def judge(
         given = as_label(output[name]) if name is not None else None
     outcome = ScoreOutcome.ABSTAIN if value is None else outcome
     is_truth = isinstance(verdict.value, bool)
-    return Judgement(value, given, wanted, outcome, verdict.confidence, None, is_truth, verdict.is_probability)
+    right = verdict.value if isinstance(verdict.value, bool) else _is_right(scorer, value)
+    return Judgement(value, given, wanted, outcome, verdict.confidence, None, is_truth, verdict.is_probability, right)
+
+
+def _is_right(scorer: Scorer, value: float | None) -> bool | None:
+    return None if value is None or scorer.right is None else value == scorer.right
 
 
 def _number(value: bool | float | None) -> float | None:
@@ -106,7 +119,10 @@ class Score:
     metric: str
     value: float | None
     n: int
-    correct: int
+    #: As many rows that are no copies of each other would tell as much.
+    n_effective: float
+    #: Rows that are right; None where nothing is right or wrong by this score.
+    correct: int | None
     unparsed: int
     truncated: int
     abstain: int
@@ -141,8 +157,9 @@ class Score:
         return self.metric == "accuracy"
 
     @property
-    def macro_f1(self) -> float | None:
-        return self.figures.values.get("macro_f1")
+    def has_copies(self) -> bool:
+        """Whether the rows tell less than their number says."""
+        return self.n_effective < self.n - 0.5
 
     @property
     def majority_baseline(self) -> float | None:
@@ -154,80 +171,78 @@ class Score:
         """The value under its metric's name, and every other figure under its own."""
         return {self.metric: self.value, **self.figures.values}
 
+    def interval(self, figure: str) -> tuple[float, float] | None:
+        """The 95 % interval of one of ``all_figures``."""
+        return self.ci95 if figure == self.metric else self.figures.intervals.get(figure)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "metric": self.metric, "value": self.value, "ci95": list(self.ci95) if self.ci95 else None, "n": self.n,
+            "n_effective": round(self.n_effective, 3),
             "correct": self.correct, "unparsed": self.unparsed, "truncated": self.truncated, "abstain": self.abstain,
             "infra_error": self.infra_error, "scorer_errors": self.scorer_errors, "scorer_error": self.scorer_error,
             "unlabelled": self.unlabelled, "left_out": self.left_out,
             "majority_baseline": self.majority_baseline, "classes": dict(self.classes),
-            "macro_f1": self.macro_f1, "confusion": {label: dict(row) for label, row in self.confusion.items()},
+            "confusion": {label: dict(row) for label, row in self.confusion.items()},
             "figures": self.all_figures, "figure_ci95": {n: list(v) for n, v in self.figures.intervals.items()},
+            "no_interval": self.figures.reasons,
             "per_class": self.figures.classes, "calibration": self.figures.bins, "note": self.note,
         }  # fmt: skip
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of one scorer over the rows so far. Memory grows only by 16 bytes for each row with a confidence."""
+    """One scorer's verdicts over the rows so far: of each row that is counted, some 30 bytes."""
 
     scorer: Scorer
     outcomes: Counter[ScoreOutcome] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
-    pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
-    correct: int = 0
-    points: float = 0.0
-    squares: float = 0.0
-    counted: int = 0
     unlabelled: int = 0
     left_out: int = 0
+    right: int = 0
     error: str | None = None
     #: Of the scored rows with a value: whether all were true or false, and all confidences probabilities.
     all_truths: bool = True
     all_probabilities: bool = True
+    #: Of each counted row: its worth, the key of its input, the place of its pair of labels (-1: it has none), and its
+    #: confidence (NaN: it has none).
+    worth: array[float] = field(default_factory=lambda: array("d"))
+    keys: array[int] = field(default_factory=lambda: array("q"))
+    cells: array[int] = field(default_factory=lambda: array("i"))
     confidences: array[float] = field(default_factory=lambda: array("d"))
-    truths: array[int] = field(default_factory=lambda: array("b"))
-    weights: array[int] = field(default_factory=lambda: array("l"))
-    #: Counted rows without a confidence: expected yes, and expected no.
-    unsure: Counter[bool] = field(default_factory=Counter)
+    #: Pairs of labels by their places, until there are too many to be classes.
+    pairs: dict[Pair, int] = field(default_factory=dict)
 
-    def add(self, judgement: Judgement | None, times: int) -> None:
-        """Count ``times`` equal rows."""
+    def add(self, judgement: Judgement | None, key: int) -> None:
+        """Count one row. ``key``: equal for rows of one input, which are copies of each other."""
         if judgement is None:
-            self.unlabelled += times
+            self.unlabelled += 1
             return
-        self.outcomes[judgement.outcome] += times
-        self.error = self.error or judgement.error
-        if judgement.outcome not in COUNTED:
+        value, predicted, expected, outcome, confidence, error, is_truth, is_probability, is_right = judgement
+        self.outcomes[outcome] += 1
+        self.error = self.error or error
+        if outcome not in COUNTED:
             return
-        value = judgement.value
         if value is None:
-            self.left_out += times
+            self.left_out += 1
             return
-        self.counted += times
-        self.correct += times * (value == 1.0)
-        self.points += times * value
-        self.squares += times * value * value
-        if judgement.outcome is ScoreOutcome.SCORED:
-            self.all_truths = self.all_truths and judgement.is_truth
-        if judgement.expected is not None:
-            self._count_labels(judgement, judgement.expected, times)
+        self.right += is_right is True
+        if outcome is ScoreOutcome.SCORED:
+            self.all_truths = self.all_truths and is_truth
+        if confidence is not None:
+            self.all_probabilities = self.all_probabilities and is_probability
+        self.worth.append(value)
+        self.keys.append(key)
+        self.confidences.append(math.nan if confidence is None else confidence)
+        self.cells.append(-1 if expected is None else self._cell(expected, predicted or ""))
 
-    def _count_labels(self, judgement: Judgement, expected: str, times: int) -> None:
+    def _cell(self, expected: str, predicted: str) -> int:
         # Past the limit the labels are counted no further than to know that they are too many.
         if len(self.labels) <= MOST_CLASSES or expected in self.labels:
-            self.labels[expected] += times
-        pair = (expected, judgement.predicted or "")
-        if len(self.pairs) <= MOST_CLASSES**2 or pair in self.pairs:
-            self.pairs[pair] += times
-        truth = judgement.predicted == expected if self.scorer.labels == "choices" else expected == "true"
-        if judgement.confidence is None:
-            self.unsure[truth] += times
-            return
-        self.confidences.append(judgement.confidence)
-        self.truths.append(truth)
-        self.weights.append(times)
-        self.all_probabilities = self.all_probabilities and judgement.is_probability
+            self.labels[expected] += 1
+        if len(self.pairs) <= MOST_CLASSES**2:
+            return self.pairs.setdefault((expected, predicted), len(self.pairs))
+        return self.pairs.get((expected, predicted), -1)
 
     @property
     def metric(self) -> str:
@@ -236,15 +251,21 @@ class Tally:
         return "accuracy" if made == "mean" and self.outcomes[ScoreOutcome.SCORED] and self.all_truths else made
 
     def score(self, name: str) -> Score:
-        n, metric = self.counted, self.metric
-        is_rate = metric == "accuracy"
+        worth, clusters = np.array(self.worth), Clusters.of(np.array(self.keys, dtype=np.int64))
+        n, is_rate = len(worth), self.metric == "accuracy"
+        bounds = (0.0, 1.0) if is_rate else self.scorer.bounds
         few = len(self.labels) <= MOST_CLASSES and len(self.pairs) <= MOST_CLASSES**2
+        figures = self._figures(is_rate and few, clusters)
+        interval = mean_interval(worth, clusters, bounds)
+        if n and interval is None:
+            figures.reasons[self.metric] = "equal values" if clusters.count > 1 else "fewer than two independent rows"
         return Score(
             name=name,
-            metric=metric,
-            value=self.points / n if n else None,
+            metric=self.metric,
+            value=float(worth.sum()) / n if n else None,
             n=n,
-            correct=self.correct,
+            n_effective=_effective(worth, clusters, bounds),
+            correct=self.right if self._has_right() else None,
             unparsed=self.outcomes[ScoreOutcome.UNPARSED],
             truncated=self.outcomes[ScoreOutcome.TRUNCATED],
             abstain=self.outcomes[ScoreOutcome.ABSTAIN],
@@ -255,26 +276,29 @@ class Tally:
             left_out=self.left_out,
             classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
             majority=max(self.labels.values(), default=0) if few and self._kind() in ("classes", "binary") else None,
-            ci95=wilson(self.correct, n)
-            if is_rate
-            else mean_interval(self.points, self.squares, n, self.scorer.bounds),
+            ci95=interval,
             confusion=self._confusion() if is_rate and few else {},
-            figures=self._figures(is_rate and few),
+            figures=figures,
             note=None if few or not is_rate else f"more than {MOST_CLASSES} different labels: no figures of classes",
         )
 
-    def _figures(self, of_labels: bool) -> Figures:
-        found = Figures()
-        kind = self._kind()
-        # Sorted, so that the order of the rows changes nothing.
-        pairs = dict(sorted(self.pairs.items()))
-        if of_labels and pairs and kind == "classes":
-            found.update(of_classes(pairs))
-        if of_labels and pairs and kind == "binary":
-            found.update(of_yes_or_no(pairs))
-        if self.confidences and kind in ("binary", "choices"):
-            self._add_confidence(found, kind)
+    def _figures(self, of_labels: bool, clusters: Clusters) -> Figures:
+        found, kind = Figures(), self._kind()
+        cell = np.array(self.cells, dtype=np.int64)
+        labelled = cell >= 0
+        if not labelled.any():
+            return found
+        if of_labels and kind in ("classes", "binary"):
+            rows = Labelled.of(list(self.pairs), cell[labelled], clusters.at(labelled))
+            found.update(of_classes(rows) if kind == "classes" else of_yes_or_no(rows))
+        if kind in ("binary", "choices") and not np.isnan(np.array(self.confidences)).all():
+            truth = np.array([self._is_yes(pair, kind) for pair in self.pairs], dtype=bool)[cell[labelled]]
+            self._add_confidence(found, kind, truth, np.array(self.confidences)[labelled], clusters.at(labelled))
         return found
+
+    def _has_right(self) -> bool:
+        """Whether a row is right or wrong. Functions of the user's say so by what they return, where they return."""
+        return self.scorer.right is not None or self.metric == "accuracy" or not self.outcomes[ScoreOutcome.SCORED]
 
     def _kind(self) -> str | None:
         """What the labels are. Those of a function of the user's are what they look like, where there are any."""
@@ -282,27 +306,38 @@ class Tally:
             return self.scorer.labels
         if not any(given for _, given in self.pairs):
             return None
-        return "binary" if self.labels.keys() <= {"true", "false"} and self.confidences else "classes"
+        is_sure = any(each == each for each in self.confidences)
+        return "binary" if self.labels.keys() <= {"true", "false"} and is_sure else "classes"
 
-    def _add_confidence(self, found: Figures, kind: str) -> None:
+    def _is_yes(self, pair: Pair, kind: str) -> bool:
+        """Whether what the confidence is about was the case: yes was expected, or the choice made was right."""
+        return pair[0] == pair[1] if kind == "choices" else pair[0] == "true"
+
+    def _add_confidence(self, found: Figures, kind: str, truth: Any, confidence: Floats, clusters: Clusters) -> None:
         """What could not be read counts as being as sure as can be of the wrong thing."""
-        import numpy as np
-
-        low, high = (0.0, 1.0) if self.all_probabilities else (min(self.confidences) - 1, max(self.confidences) + 1)
-        unsure = [(low if truth else high, truth, times) for truth, times in self.unsure.items() if times]
-        confidence = np.array([*self.confidences, *(each[0] for each in unsure)])
-        truth = np.array([*self.truths, *(each[1] for each in unsure)], dtype=bool)
-        weight = np.array([*self.weights, *(each[2] for each in unsure)], dtype=np.float64)
+        known = ~np.isnan(confidence)
+        low, high = (0.0, 1.0) if self.all_probabilities else (confidence[known].min() - 1, confidence[known].max() + 1)
+        confidence = np.where(known, confidence, np.where(truth, low, high))
         if kind == "binary":
-            found.update(of_ranking(confidence, truth, weight))
+            found.update(of_ranking(confidence, truth, clusters))
         if self.all_probabilities:
-            found.update(of_calibration(confidence, truth, weight))
+            found.update(of_calibration(confidence, truth, clusters))
 
     def _confusion(self) -> dict[str, dict[str, int]]:
         """Empty where the classes are too many for a table."""
         if not 0 < len(self.labels) <= MOST_SHOWN or len({given for _, given in self.pairs}) > MOST_SHOWN + 1:
             return {}
+        counts = Counter(self.cells)
         found: dict[str, dict[str, int]] = {label: {} for label in sorted(self.labels)}
-        for (label, given), times in sorted(self.pairs.items()):
-            found[label][given] = times
+        for (label, given), place in sorted(self.pairs.items()):
+            found[label][given] = counts[place]
         return found
+
+
+def _effective(worth: Floats, clusters: Clusters, bounds: tuple[float, float]) -> float:
+    if clusters.count == len(worth):
+        return float(len(worth))
+    low, high = bounds
+    if not math.isfinite(high - low):
+        return clusters.effective
+    return min(float(len(worth)), effective_rows((worth - low) / (high - low), clusters))

@@ -1,0 +1,1 @@
+"""Intervals and tests. Copies of a row are one observation: every function takes clusters of rows."""
