@@ -29,6 +29,10 @@ AGAIN = 0x9E3779B97F4A7C15
 UNCOUNTED = (ScoreOutcome.ABSTAIN, ScoreOutcome.INFRA_ERROR)
 
 
+#: Rows whose input is known by its digest: not those of older versions, and not those of jobs without their prompts.
+DIGESTED = sa.and_(requests.c.input_digest.is_not(None), sa.not_(requests.c.input_digest.between(-(2**31), -1)))
+
+
 @dataclass(slots=True)
 class ScoredRows:
     """One score of a job's rows, as columns of their length. Labels are places in ``labels``, -1 for none."""
@@ -74,7 +78,7 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> JobR
     each = results.c
     query = (
         sa.select(
-            each.row, requests.c.custom_id, INPUT_KEY, requests.c.input_digest.is_not(None), each.state,
+            each.row, requests.c.custom_id, INPUT_KEY, DIGESTED, each.state,
             each.admitted_at, each.first_token_at, each.finished_at, each.output_tokens,
         )
         .join(requests, sa.and_(requests.c.job_id == each.job_id, requests.c.row == each.row))

@@ -183,6 +183,7 @@ class Score:
             "infra_error": self.infra_error, "scorer_errors": self.scorer_errors, "scorer_error": self.scorer_error,
             "unlabelled": self.unlabelled, "left_out": self.left_out,
             "majority_baseline": self.majority_baseline, "classes": dict(self.classes),
+            "macro_f1": self.figures.values.get("macro_f1"),
             "confusion": {label: dict(row) for label, row in self.confusion.items()},
             "figures": self.all_figures, "figure_ci95": {n: list(v) for n, v in self.figures.intervals.items()},
             "no_interval": self.figures.reasons,

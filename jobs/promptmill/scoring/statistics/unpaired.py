@@ -57,7 +57,7 @@ def means(before: Floats, after: Floats, of_before: Clusters, of_after: Clusters
 
 def _error(values: Floats, clusters: Clusters) -> float:
     off = clusters.sums(values) - float(values.mean()) * clusters.sizes
-    return float((off**2).sum() * clusters.count / (clusters.count - 1)) ** 0.5 / len(values)
+    return math.sqrt(float((off**2).sum()) * clusters.count / (clusters.count - 1)) / len(values)
 
 
 def runs(before: Sequence[float], after: Sequence[float]) -> Change:
@@ -85,5 +85,6 @@ def runs(before: Sequence[float], after: Sequence[float]) -> Change:
 
 def _welch(variances: Sequence[float], freedom: Sequence[float]) -> float:
     """Degrees of freedom of a sum of variances (Welch 1947)."""
-    below = sum(each * each / max(of, 1.0) for each, of in zip(variances, freedom, strict=True))
-    return math.fsum(variances) * math.fsum(variances) / below if below else 1.0
+    total = math.fsum(variances)
+    below = math.fsum(each * each / max(of, 1.0) for each, of in zip(variances, freedom, strict=True))
+    return total * total / below if below else 1.0
