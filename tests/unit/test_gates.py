@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from promptmill.errors import TaskFileError
+from promptmill.scoring.gates import judge
 from promptmill.scoring.scorers.scoring import Answer, Judge, build
 from promptmill.scoring.scorers.scoring import score_rows as score_answers
 from promptmill.scoring.scorers.tally import Score
-from promptmill.tasks.gates import judge
+from promptmill.tasks.schema import GateDemand
 from promptmill.tasks.task_file import parse_task
 
 
@@ -72,11 +73,15 @@ def test_two_kinds_of_score_may_look_at_one_field() -> None:
     assert list(build([{"exact": "x"}, {"closeness": "x", "span": 5}])) == ["x", "x.closeness"]
 
 
+#: What a report says of a job whose every row was answered.
+ANSWERED = {"success_rate": 1.0, "success_ci95": [0.9, 1.0], "ok": 40, "errors": 0}
+
+
 def summary() -> dict[str, Any]:
     rows = [row(5, 5), row(4, 5), row(None, 5)]
     scores = score_rows(rows, [{"exact": "x"}, {"closeness": "x", "span": 5}])
-    latency = {"p50": 0.5, "p95": 2.0}
-    return {"scores": {name: each.to_json() for name, each in scores.items()}, "latency_s": latency}
+    latency = {"p50": 0.5, "p95": 2.0, "n": 3}
+    return ANSWERED | {"scores": {name: each.to_json() for name, each in scores.items()}, "latency_s": latency}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def summary() -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_gate_is_judged_by_its_figure(name: str, demand: str, passed: bool) -> None:
-    (verdict,) = judge({name: demand}, summary())
+    verdict = judge({name: demand}, summary())[0]
     assert verdict.passed is passed
 
 
@@ -120,9 +125,58 @@ def test_two_rows_do_not_pass_a_gate_by_luck() -> None:
     scores = {"x": score_rows([row("a", "a")] * 2, [{"exact": "x"}])["x"].to_json()}
     many = {"x": score_rows([row("a", "a")] * 200, [{"exact": "x"}])["x"].to_json()}
 
-    [few_verdict] = judge(task.model.gates, {"scores": scores})
-    [many_verdict] = judge(task.model.gates, {"scores": many})
+    few_verdict, _ = judge(task.model.gates, ANSWERED | {"scores": scores})
+    many_verdict, _ = judge(task.model.gates, ANSWERED | {"scores": many})
 
     assert not few_verdict.passed
-    assert few_verdict.value == pytest.approx(0.3424, abs=1e-4)
+    assert few_verdict.judged == pytest.approx(0.3424, abs=1e-4)
+    assert str(few_verdict) == ("gate x.accuracy >=0.85: 1, 95 % CI [0.3424, 1], n 2, judged by 0.3424, FAILED")
     assert many_verdict.passed
+
+
+@pytest.mark.parametrize(
+    ("name", "demand", "entry"),
+    [("x.macro_f1", ">=0.9", {"exact": "x"}), ("x.kappa", ">=0.8", {"exact": "x"}),
+     ("x.f1", ">=0.9", {"binary": "x", "positive": "a"}), ("x.closeness", ">=0.9", {"closeness": "x", "span": 5})],
+)  # fmt: skip
+def test_a_perfect_run_has_an_interval_for_every_gate(name: str, demand: str, entry: dict[str, Any]) -> None:
+    pairs = [(5, 5), (3, 3)] if "closeness" in entry else [("a", "a"), ("b", "b")]
+    scores = score_rows([row(*each) for each in pairs] * 150, [entry])["x"].to_json()
+    verdict = judge({name: GateDemand(demand=demand, ci=True)}, ANSWERED | {"scores": {"x": scores}})[0]
+    assert verdict.passed
+    assert verdict.figure.value == 1.0
+    assert verdict.judged is not None
+    assert 0.9 < verdict.judged < 1.0
+
+
+def test_the_interval_is_judged_at_its_unfavourable_end() -> None:
+    """Errors of 0 to 3: the mean may be above the demand, and the lower end would let it pass."""
+    scores = score_rows([row(5 + off, 5) for off in (0, 0, 1, 3) * 2], [{"abs_error": "x"}])["x"].to_json()
+    summary = ANSWERED | {"scores": {"x": scores}}
+    verdict = judge({"x.abs_error": GateDemand(demand="<=1.2", ci=True)}, summary)[0]
+    assert verdict.figure.value == 1.0
+    assert not verdict.passed
+    assert verdict.figure.interval is not None
+    assert verdict.judged == verdict.figure.interval[1]
+
+
+def test_rows_without_an_answer_fail_a_job_with_gates() -> None:
+    scores = {"x": score_rows([row("a", "a")] * 100, [{"exact": "x"}])["x"].to_json()}
+    half = {"success_rate": 0.5, "success_ci95": [0.43, 0.57], "ok": 100, "errors": 100, "scores": scores}
+    right, answered = judge({"x.accuracy": ">=0.9"}, half)
+    assert (right.passed, answered.passed) == (True, False)
+    assert str(answered) == "gate success_rate >=0.99: 0.5, 95 % CI [0.43, 0.57], n 200, FAILED"
+    assert all(each.passed for each in judge({"x.accuracy": ">=0.9", "success_rate": ">=0.4"}, half))
+
+
+@pytest.mark.parametrize(
+    ("gate", "problem"),
+    [
+        ("x.accuracy: {demand: '<=0.5', ci: lower}", "the lower end favours '<=0.5'; write ci: true"),
+        ("latency.p95: {demand: '<=2', ci: true}", "'latency.p95' has no interval to judge it by"),
+    ],
+)
+def test_an_interval_that_would_favour_its_gate_is_refused(gate: str, problem: str) -> None:
+    with pytest.raises(TaskFileError) as caught:
+        parse_task(f"task: a\nprompt: {{user: hi}}\nscores: [{{exact: x}}]\ngates: {{{gate}}}\n", "a.yaml")
+    assert problem in str(caught.value)

@@ -226,8 +226,8 @@ def test_f3_a_job_whose_figures_disagree_never_says_passed(db: sa.Engine) -> Non
 
 def test_f3_only_a_complete_job_without_error_has_passed(db: sa.Engine) -> None:
     store(db, [answer(0), answer(1)])
-    assert summarise(db, JOB).verdict == "passed"
-    assert page(summarise(db, JOB)).rstrip().endswith("passed")
+    assert summarise(db, JOB).verdict == "completed"
+    assert page(summarise(db, JOB)).rstrip().endswith("completed")
 
 
 def test_f4_every_report_says_which_job_data_and_configuration_it_is_of(db: sa.Engine) -> None:
@@ -457,7 +457,7 @@ def test_a_lost_workers_last_counters_are_not_made_up(db: sa.Engine) -> None:
     store(db, [answer(row) for row in range(20)], tried=[counters(attempt=1, **lost), counters(attempt=2)])
     found = summarise(db, JOB)
     assert check(found, "tokens").ok is None
-    assert found.verdict == "passed"
+    assert found.verdict == "completed"
 
 
 def test_engines_that_ran_another_job_meanwhile_say_nothing_of_this_one(db: sa.Engine) -> None:

@@ -61,6 +61,12 @@ def holds_something(output: str) -> bool:
     return not is_stdout(output) and os.path.exists(output) and not _is_written_through(output)
 
 
+def discard(output: str | None) -> None:
+    """Remove the file of an earlier run, which must not pass for that of this one if it fails."""
+    if output is not None and holds_something(output):
+        os.unlink(output)
+
+
 @contextmanager
 def writing(output: str) -> Iterator[IO[str]]:
     """A stream to ``output``, UTF-8. A file appears when the block ends well; else what was there stays."""

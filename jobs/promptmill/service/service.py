@@ -54,8 +54,8 @@ def score_again(
 ) -> dict[str, Any]:
     """Append a score run to a job, by its own task or by another one, and judge that task's gates."""
     from promptmill.reports.figures.summary import summarise
+    from promptmill.scoring.gates import judge
     from promptmill.scoring.runs import append_score_run
-    from promptmill.tasks.gates import judge
 
     job = catalog.find_job(db, reference)
     if task_path is None and job.task_text is None:

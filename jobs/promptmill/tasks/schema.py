@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 #: What a gate may demand of a score, of the answers that could be read, and of the latency.
 GATE = re.compile(r"\s*(>=|<=|>|<)\s*(\d+(?:\.\d+)?)\s*")
-OTHER_FIGURES = ("parsed", "latency.p50", "latency.p95", "latency.p99")
+OTHER_FIGURES = ("success_rate", "parsed", "latency.p50", "latency.p95", "latency.p99")
 
 
 #: A step of an extraction: its name, or its name and its argument.
@@ -66,10 +66,19 @@ class OutputPart(_Part):
 
 
 class GateDemand(_Part):
-    """A gate that is judged by the lower end of the figure's 95 % interval: few rows must not pass by luck."""
+    """A gate that is judged by the figure's 95 % interval: few rows must not pass by luck.
+
+    The end that counts is the unfavourable one: the lower one of ``>=``, the upper one of ``<=``.
+    """
 
     demand: str
-    ci: Literal["lower"]
+    #: ``true``; or the name of the end that counts, which must be the unfavourable one.
+    ci: Literal[True, "lower", "upper"]
+
+    @property
+    def end(self) -> str:
+        """The end that the demand makes the unfavourable one."""
+        return "upper" if "<" in self.demand else "lower"
 
 
 class TaskModel(_Part):

@@ -28,6 +28,7 @@ from promptmill.tasks.schema import (
     STEPS,
     Example,
     ExtractStep,
+    GateDemand,
     OutputPart,
     PromptPart,
     TaskModel,
@@ -277,6 +278,15 @@ def _gate_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
             yield ("gates", name), f"'{demand[:40]}' is no demand; write >=0.85, or <, <=, > and a number"
         elif not name.startswith("latency.") and not name.endswith(NO_SHARES) and float(_bound(demand)) > 1:
             yield ("gates", name), f"'{demand}' can never be judged: the figure goes from 0 to 1"
+        elif not isinstance(asked, str):
+            yield from _interval_mistakes(name, asked)
+
+
+def _interval_mistakes(name: str, asked: GateDemand) -> Iterator[tuple[tuple[Any, ...], str]]:
+    if name.startswith("latency."):
+        yield ("gates", name), f"'{name}' has no interval to judge it by: one run does not tell the noise between runs"
+    elif asked.ci is not True and asked.ci != asked.end:
+        yield ("gates", name), f"the {asked.ci} end favours '{asked.demand}'; write ci: true for the {asked.end} one"
 
 
 #: Figures that are not from 0 to 1.

@@ -13,8 +13,8 @@ from promptmill.errors import EXIT_FAILED, EXIT_GATE, EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
+    from promptmill.scoring.gates import GateVerdict
     from promptmill.service.local_run import RunOutcome
-    from promptmill.tasks.gates import GateVerdict
 
 
 def end(
@@ -52,7 +52,7 @@ def _judge_gates(job_id: str, verdicts: list[GateVerdict], junit: str | None) ->
     if junit is not None:
         from promptmill.scoring.junit import write
 
-        write(junit, job_id, verdicts)
+        write(junit, job_id, [verdict.to_json() for verdict in verdicts])
     for verdict in verdicts:
         stderr_console().print(str(verdict), soft_wrap=True, markup=False)
     if not all(verdict.passed for verdict in verdicts):

@@ -191,7 +191,7 @@ def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values:
     """
     from promptmill.cli.look.results import write_results
     from promptmill.cli.progress import ProgressView
-    from promptmill.core.outputs import is_stdout
+    from promptmill.core.outputs import discard, is_stdout
     from promptmill.service import local_run
 
     options = options_of(values)
@@ -199,6 +199,7 @@ def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values:
         report_dry_run(options, "embedded", as_json)
         return
     check_outputs(force, output, values["junit"], inputs=job_inputs(values))
+    discard(values["junit"])
     settings, db = open_all()
     with ProgressView() as view:
         outcome = local_run.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)

@@ -37,7 +37,7 @@ def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: 
     from promptmill.cli.job.messages import report_dry_run, show_preflight, show_warning
     from promptmill.cli.job.watch import follow
     from promptmill.cli.look.results import write_results
-    from promptmill.core.outputs import is_stdout
+    from promptmill.core.outputs import discard, is_stdout
     from promptmill.service import service
 
     if output and not wait:
@@ -47,6 +47,7 @@ def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: 
         report_dry_run(options, "queue", as_json)
         return
     check_outputs(force, output, values["junit"], inputs=job_inputs(values))
+    discard(values["junit"])
     settings, db = open_all()
 
     def send(options: JobOptions) -> str:

@@ -40,10 +40,8 @@ def score(job: str, task: str | None, by: str | None, junit: str | None, as_json
             say(f"  {gate['text']}")
     if junit is not None:
         from promptmill.scoring.junit import write
-        from promptmill.tasks.gates import GateVerdict
 
-        verdicts = [GateVerdict(gate["name"], gate["demand"], gate["value"], gate["passed"]) for gate in found["gates"]]
-        write(junit, found["job_id"], verdicts)
+        write(junit, found["job_id"], found["gates"])
     if not all(gate["passed"] for gate in found["gates"]):
         raise click.exceptions.Exit(EXIT_GATE)
 

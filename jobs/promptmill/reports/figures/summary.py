@@ -25,7 +25,7 @@ from promptmill.scoring.stored_scores import scores_of
 from promptmill.types import JobState
 
 if TYPE_CHECKING:
-    from promptmill.tasks.gates import GateVerdict
+    from promptmill.scoring.gates import GateVerdict
 
 #: Of the JSON report: goes up when a key leaves or changes its meaning.
 SCHEMA_VERSION = 1
@@ -93,7 +93,7 @@ class Summary:
 
     @property
     def verdict(self) -> str:
-        """The job in a few words, computed from its counts: only one without any error or doubt has passed."""
+        """The job in a few words, computed from its counts: one whose gates all hold, and without a doubt, passed."""
         if self.attempted and not self.ok:
             return "failed: no request was answered"
         if not self.state.is_final:
@@ -102,7 +102,12 @@ class Summary:
             return f"{self.state}, {self.completeness}"
         if not self.complete:
             return self.completeness
-        return self._doubt() or ("passed" if self.ok else "empty")
+        return self._doubt() or ("empty" if not self.ok else "passed" if self.gates else "completed")
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every row was answered, without a doubt, and every gate holds."""
+        return self.verdict in ("passed", "completed")
 
     def _doubt(self) -> str | None:
         broken = [check.name for check in self.checks if check.ok is False]
@@ -154,7 +159,7 @@ def _gates(job: Row[Any], summary: Summary) -> tuple[GateVerdict, ...]:
     """A verdict on each gate of the job's task; none before the job has ended."""
     if job.task_text is None or "gates" not in job.task_text or not summary.state.is_final:
         return ()
-    from promptmill.tasks.gates import judge
+    from promptmill.scoring.gates import judge
     from promptmill.tasks.task_file import parse_task
 
     asked = parse_task(job.task_text, job.task_name or "task", job.task_folder).model.gates

@@ -79,7 +79,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Ite
 
 
 def _head(summary: Summary, details: Details) -> str:
-    good = "good" if summary.verdict == "passed" else "bad" if summary.state.is_final else ""
+    good = "good" if summary.is_good else "bad" if summary.state.is_final else ""
     began = (
         "not yet"
         if summary.started_at is None

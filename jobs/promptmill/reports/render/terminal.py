@@ -352,7 +352,7 @@ _CHECK_STYLE: dict[bool | None, str] = {True: "green", False: "red", None: "dim"
 
 
 def _verdict(summary: Summary) -> Text:
-    good = summary.verdict == "passed"
+    good = summary.is_good
     return Text(summary.verdict, style=f"bold {'green' if good else _verdict_style(summary)}")
 
 
