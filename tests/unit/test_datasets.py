@@ -108,7 +108,7 @@ def test_f9_labels_that_the_prompt_or_the_schema_does_not_know_are_problems(shar
     assert (good["rows"], good["problems"], good["duplicate_ids"]["ids"]) == (52, [], ["manga_000#2"])
     text = bundled.read_text(encoding="utf-8")
     worded = text.replace("QQ/微信联系广告", "联系方式").replace("诈骗类广告", "诈骗广告")
-    for wording, problem in ((worded, "schema does not allow"), (worded.partition("output:")[0], "prompt never names")):
+    for wording, problem in ((worded, "no answer can be"), (worded.partition("output:")[0], "prompt never names")):
         task = tmp_path / "t.yaml"
         task.write_text(wording, encoding="utf-8")
         (found,) = [each for each in validate_dataset(str(data), str(task), None)["problems"] if problem in each]
@@ -183,4 +183,4 @@ def test_labels_that_are_not_among_the_choices_are_problems(tmp_path: Path) -> N
         "generate: {choices: [ad, fine]}\nscores: [{exact: a}]\n"
     )
     found = validated(tmp_path, '{"q": "x", "a": "ad"}\n{"q": "y", "a": "not"}\n', task, "a.jsonl")
-    assert found["problems"] == ["a: expected labels that are not among the choices: not"]
+    assert found["problems"] == ["a: expected labels that no answer can be: not; answers are ad, fine"]

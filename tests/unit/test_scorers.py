@@ -206,7 +206,7 @@ def test_a_task_file_may_ask_for_every_scorer_and_for_no_other() -> None:
         ("{numeric: is_ad}", "t:3:11: numeric needs 'tolerance' or 'relative'"),
         ("{binary: is_ad}", "t:3:11: binary needs 'threshold' or 'positive'"),
         ("{binary: is_ad, threshold: 1, positive: a}", "t:3:11: give 'threshold' or 'positive', not both"),
-        ("{binary: is_ad, positive: [a]}", "t:3:26: 'positive' must be a text or a number"),
+        ("{binary: is_ad, positive: [a]}", "t:3:26: 'positive' must be a text, a number, true or false"),
         ("{regex: is_ad, pattern: '('}", "t:3:25: 'pattern' must be a regular expression of Python"),
         ("{contains: is_ad, ignore_case: 1}", "t:3:28: 'ignore_case' must be true or false"),
         ("{python: scorers.py}", "t:3:11: python needs a file and a function, such as scorers.py:has_contact"),

@@ -12,9 +12,9 @@ from typing import Any
 
 from promptmill.core.settings import Settings, load_settings
 from promptmill.service.job_options import JobOptions
+from promptmill.service.labels import Labels, properties
 from promptmill.service.prepare import Prepared, check_scorers, find_model, open_with
 from promptmill.service.rows import Rows
-from promptmill.tasks import json_schemas
 from promptmill.tasks.sampling import resolve_sampling
 from promptmill.tasks.task_file import Task, load_task
 
@@ -90,6 +90,7 @@ class Lint:
         self._inputs: dict[bytes, bytes] = {}
         self._histograms: dict[str, Counter[str]] = {name: Counter() for name in (task.expected if task else ())}
         self._labelled = 0
+        self._labels = Labels(task) if task is not None else None
         self._duplicate_ids, self._duplicates, self._contradictions = Finding(), Finding(), Finding()
         self._missing = {name: Finding() for name in self._histograms}
 
@@ -104,6 +105,8 @@ class Lint:
         self._look_for_mentions(custom_id, body or "", values)
         if not isinstance(values, dict):
             return
+        if self._labels is not None:
+            self._labels.add(values)
         for name in self._missing.keys() - values.keys():
             self._missing[name].add(custom_id)
         for name, value in values.items():
@@ -150,31 +153,24 @@ class Lint:
         }  # fmt: skip
 
     def _label_problems(self) -> list[str]:
-        if self._task is None:
+        if self._task is None or self._labels is None:
             return []
-        problems = []
+        problems = self._labels.problems()
         for name, counts in self._histograms.items():
-            problems += self._uncovered(name, counts)
+            if not any(each.startswith(f"{name}: ") for each in problems):
+                problems += self._unnamed(name, counts)
         return problems
 
-    def _uncovered(self, name: str, counts: Mapping[str, int]) -> list[str]:
-        """Expected labels that no answer could equal, and labels that the prompt never names."""
+    def _unnamed(self, name: str, counts: Mapping[str, int]) -> list[str]:
+        """Expected labels that the prompt never names, of fields whose answers are not listed anywhere."""
         assert self._task is not None
         model = self._task.model
-        rules = _properties(model.output.schema_).get(name)
-        values = [json.loads(text) for text in counts]
-        meant = [(value, self._task.meant(name, value)) for value in values]
-        bad = [str(value) for value, label in meant if rules is not None and not _allows(rules, label)]
-        if bad:
-            return [f"{name}: expected labels that the schema does not allow: {', '.join(bad)[:300]}"]
-        choices = model.generate.get("choices")
-        if choices and rules is None and self._is_compared(name):
-            bad = [str(label) for _, label in meant if str(label) not in {str(each) for each in choices}]
-            return [f"{name}: expected labels that are not among the choices: {', '.join(bad)[:300]}"] if bad else []
-        if (rules and "enum" in rules) or not self._are_classes(name, counts):
+        rules = properties(model.output.schema_).get(name, {})
+        if "enum" in rules or model.generate.get("choices") or not self._are_classes(name, counts):
             return []
         prompt = f"{model.prompt.system or ''}\n{model.prompt.user}"
-        bad = [label for _, label in meant if isinstance(label, str) and label not in prompt]
+        meant = (self._task.meant(name, json.loads(text)) for text in counts)
+        bad = [label for label in meant if isinstance(label, str) and label not in prompt]
         return [f"{name}: expected labels that the prompt never names: {', '.join(bad)[:300]}"] if bad else []
 
     def _is_compared(self, name: str) -> bool:
@@ -187,16 +183,6 @@ class Lint:
         """Whether the field holds one of a few labels, and no open answer, which no prompt could name."""
         few = len(counts) <= MOST_LABELS and sum(counts.values()) >= ROWS_PER_LABEL * len(counts)
         return few and self._is_compared(name)
-
-
-def _allows(rules: Mapping[str, Any], value: Any) -> bool:
-    """Whether the schema of a field allows the value; of a schema that is none, validation says so elsewhere."""
-    return json_schemas.is_valid(rules, value)
-
-
-def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    found = (schema or {}).get("properties", {})
-    return found if isinstance(found, dict) else {}
 
 
 def _label(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from promptmill.errors import BadLines, DatasetError, RequestError
 from promptmill.readers.fields import storable
+from promptmill.service.labels import Labels
 from promptmill.service.prepare import Prepared
 from promptmill.tasks.sampling import refuse_repeats, repeated, resolve_sampling
 from promptmill.tasks.templates import payload, to_request
@@ -51,6 +52,7 @@ class Rows:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self._template = prepared.task.template if prepared.task else None
+        self._labels = Labels(prepared.task) if prepared.task and prepared.task.scores else None
         self._sampling = prepared.sampling
         self._defaults = resolve_sampling(self._sampling, {})
         #: Of the last line that had some: its parameters, the same as text, and resolved.
@@ -111,6 +113,8 @@ class Rows:
                 gauge(request)
         text = _encode(body)
         cost = len(text) // BYTES_PER_TOKEN + sampling.max_tokens
+        if self._labels is not None:
+            self._labels.add(line.expected)
         digest = input_digest(body)
         self._inputs.append(digest)
         return PreparedRow(custom_id, text, _json(line.expected), _json(line.meta), asked, cost, digest)
@@ -162,6 +166,12 @@ class Rows:
             raise BadLines(dataset.name, self.bad, self.bad_total, submitting=submitting, place=dataset.place)
         if not self.costs:
             raise DatasetError(f"{dataset.name} holds no rows", hint="Check --limit, --where and the file.")
+        if submitting and self._labels is not None and (problems := self._labels.problems()):
+            raise DatasetError(
+                f"{dataset.name}: {'; '.join(problems)}",
+                hint="Such rows are wrong whatever the model answers. Mend the labels, or map them with "
+                "'aliases' or 'normalise' of the task file.",
+            )
         if self._unmet:
             here = ", ".join(self._fields)[:200] or "none"
             raise DatasetError(

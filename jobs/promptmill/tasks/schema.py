@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from promptmill.tasks.normalising import Step
+
 #: What a gate may demand of a score, of the answers that could be read, and of the latency.
 GATE = re.compile(r"\s*(>=|<=|>|<)\s*(\d+(?:\.\d+)?)\s*")
 OTHER_FIGURES = ("success_rate", "parsed", "latency.p50", "latency.p95", "latency.p99")
@@ -58,6 +60,8 @@ class OutputPart(_Part):
     extract: dict[str, ExtractStep | list[ExtractStep]] = Field(default_factory=dict)
     #: Field -> {label as the dataset or an answer writes it: label of the schema}.
     aliases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    #: Field -> steps that make texts of the dataset and of answers one before they are compared.
+    normalise: dict[str, list[Step]] = Field(default_factory=dict)
 
     @property
     def pipelines(self) -> dict[str, list[ExtractStep]]:

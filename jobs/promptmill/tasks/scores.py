@@ -54,8 +54,10 @@ def entry_kind(entry: Mapping[str, Any]) -> str:
 
 
 def figures_of(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    figures: tuple[str, ...] = class_of(entry_kind(entry)).figures
-    return figures
+    scorer = class_of(entry_kind(entry))
+    figures: tuple[str, ...] = scorer.figures_by(str(entry.get("repeats", "mean")))
+    # Beside an accuracy, that of the answers that were not cut off.
+    return (*figures, "accuracy_uncut") if figures[0] == "accuracy" else figures
 
 
 def names_of(entries: Collection[Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,7 @@ from promptmill.core.text_files import read_text
 from promptmill.core.yaml_tree import place_in, place_of, refuse_many_values, refuse_repeated_keys
 from promptmill.errors import TaskFileError
 from promptmill.tasks import json_schemas, scores
+from promptmill.tasks.normalising import normalised
 from promptmill.tasks.sampling import BadParameter, check_parameter
 from promptmill.tasks.schema import (
     GATE,
@@ -90,11 +91,23 @@ class Task:
 
         Tables hold texts only; where the schema says that the field is a number, its text means that number.
         """
-        if not isinstance(value, str):
-            return value
-        label = self.model.output.aliases.get(name, {}).get(value, value)
+        label = self.said(name, value)
         kind = _properties(self.model.output.schema_).get(name, {}).get("type")
         return _typed(label, kind) if isinstance(label, str) else label
+
+    def said(self, name: str, value: Any) -> Any:
+        """A value as an answer has it: another label for an alias, a text normalised as the task says."""
+        if not isinstance(value, str):
+            return value
+        output = self.model.output
+        label = output.aliases.get(name, {}).get(value, value)
+        if not isinstance(label, str) or name not in output.normalise:
+            return label
+        steps = output.normalise[name]
+        known = {normalised(alias, steps): meant for alias, meant in output.aliases.get(name, {}).items()}
+        found = normalised(label, steps)
+        meant = known.get(found, found)
+        return normalised(meant, steps) if isinstance(meant, str) else meant
 
     @classmethod
     def from_template(cls, template: str, system: str | None = None, expected: Sequence[str] = ()) -> Task:
@@ -109,9 +122,13 @@ class Task:
         return parse_task(yaml.safe_dump(said, allow_unicode=True, default_style='"', width=2**30), "--template")
 
 
+#: Truth values as texts spell them.
+TRUTHS = {"true": True, "false": False}
+
+
 def _typed(text: str, kind: Any) -> Any:
     if kind == "boolean":
-        return {"true": True, "false": False}.get(text.strip().lower(), text)
+        return TRUTHS.get(text.strip().casefold(), text)
     if kind in ("integer", "number"):
         try:
             found = float(text)
@@ -301,9 +318,10 @@ def _bound(demand: str) -> str:
 
 def _alias_mistakes(model: TaskModel) -> Iterator[tuple[tuple[Any, ...], str]]:
     known = {*model.expected, *_properties(model.output.schema_), *model.output.extract}
-    for name in model.output.aliases:
-        if known and name not in known:
-            yield ("output", "aliases", name), f"'{name}' is no field of the answer. {suggestion(name, known)}"
+    for part in ("aliases", "normalise"):
+        for name in getattr(model.output, part):
+            if known and name not in known:
+                yield ("output", part, name), f"'{name}' is no field of the answer. {suggestion(name, known)}"
 
 
 def _properties(schema: Mapping[str, Any] | None) -> Mapping[str, Any]:

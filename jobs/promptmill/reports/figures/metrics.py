@@ -286,6 +286,22 @@ _ALL = (
         "right answers / (scored + unparsed + truncated); requests without an answer count in success_rate instead",
     ),
     Metric(
+        "accuracy_uncut", "accuracy of answers that were not cut off", Unit.SHARE, Kind.QUALITY, _HIGHER,
+        "right answers / rows of the accuracy whose answer did not end at max_tokens before it could be read",
+    ),
+    Metric(
+        "majority_vote", "majority vote", Unit.SHARE, Kind.QUALITY, _HIGHER,
+        "inputs whose repetitions are right more often than not / inputs; one half for as often",
+    ),
+    Metric(
+        "pass_at_k", "pass@k", Unit.SHARE, Kind.QUALITY, _HIGHER,
+        "mean over inputs of 1 - C(n - c, k) / C(n, k): n repetitions, c of them right",
+    ),
+    Metric(
+        "pass_all_k", "pass^k", Unit.SHARE, Kind.QUALITY, _HIGHER,
+        "mean over inputs of C(c, k) / C(n, k): n repetitions, c of them right",
+    ),
+    Metric(
         "closeness", "closeness", Unit.SHARE, Kind.QUALITY, _HIGHER,
         "mean of max(0, 1 - |answer - expected| / span) over scored + unparsed + truncated; the last two count as 0",
     ),

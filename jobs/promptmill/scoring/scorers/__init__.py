@@ -43,6 +43,8 @@ class Item:
     text: str
     #: Probability of each of the request's choices.
     choice_probs: Mapping[str, float] | None = None
+    #: What each of the choices says, read as an answer is, with its probability; for scorers that ask for it.
+    choices: tuple[tuple[JsonObject, float], ...] = ()
     id: str | None = None
     row: int | None = None
     input: JsonValue = None

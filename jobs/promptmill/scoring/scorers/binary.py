@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict, as_label
 from promptmill.scoring.scorers.closeness import number
-from promptmill.scoring.scorers.exact import same
 from promptmill.scoring.scorers.scorer import BINARY, FieldScorer
 from promptmill.types import JsonValue
+
+#: What each of the request's choices says, with its probability.
+Choices = tuple[tuple[JsonObject, float], ...]
 
 
 class Binary(FieldScorer):
@@ -24,9 +25,10 @@ class Binary(FieldScorer):
 
     figures = BINARY
     labels = "binary"
+    needs_choices = True
 
     threshold: float | None = Field(None, description="a number")
-    positive: str | int | float | None = Field(None, description="a text or a number")
+    positive: str | bool | int | float | None = Field(None, description="a text, a number, true or false")
 
     @model_validator(mode="after")
     def _says_what_is_yes(self) -> Self:
@@ -37,33 +39,33 @@ class Binary(FieldScorer):
         return self
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
-        wanted = self._means_yes(expected[self.field])
+        wanted = self.means_yes(expected[self.field])
         if wanted is None:
             return None
-        given = self._means_yes(output[self.field])
+        given = self.means_yes(output[self.field])
         if given is None:
             # An answer that is no number says neither yes nor no: wrong, whatever was expected.
             return ScoreVerdict(False, predicted=None, expected=wanted)
-        confidence, is_probability = self._confidence(output[self.field], item.choice_probs)
+        confidence, is_probability = self._confidence(output[self.field], item.choices)
         return ScoreVerdict(given is wanted, given, wanted, confidence, is_probability)
 
     def expected_label(self, expected: JsonObject) -> str | None:
-        wanted = self._means_yes(expected[self.field])
+        wanted = self.means_yes(expected[self.field])
         return None if wanted is None else as_label(wanted)
 
-    def _means_yes(self, value: JsonValue) -> bool | None:
+    def means_yes(self, value: JsonValue) -> bool | None:
+        """What a label or a number comes to; None for neither. Truth values are 1 and 0 to a threshold."""
         if self.positive is not None:
-            return same(value, self.positive) or str(value) == str(self.positive)
-        found = number(value)
+            return None if value is None else label_text(value) == label_text(self.positive)
+        found = float(value) if isinstance(value, bool) else number(value)
         assert self.threshold is not None
         return None if found is None else found >= self.threshold
 
-    def _confidence(self, value: JsonValue, probs: Mapping[str, float] | None) -> tuple[float | None, bool]:
+    def _confidence(self, value: JsonValue, choices: Choices) -> tuple[float | None, bool]:
         """How sure the answer is of yes, and whether that is a probability."""
-        if probs:
-            meant = [(self._means_yes(_field_of(choice, self.field)), share) for choice, share in probs.items()]
-            if all(yes is not None for yes, _ in meant):
-                return min(1.0, sum(share for yes, share in meant if yes)), True
+        meant = [(self.means_yes(said.get(self.field)), share) for said, share in choices]
+        if meant and all(yes is not None for yes, _ in meant):
+            return min(1.0, sum(share for yes, share in meant if yes)), True
         given = number(value) if self.positive is None else None
         # A number between 0 and 1 that is judged by a threshold between them is meant as a probability.
         is_share = given is not None and 0.0 <= given <= 1.0 and self.threshold is not None and 0 < self.threshold < 1
@@ -75,30 +77,21 @@ class ChoiceProbability(FieldScorer):
 
     figures = ("choice_probability", "brier", "ece", "ece_debiased")
     labels = "choices"
+    needs_choices = True
     right = None
 
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | None:
-        if not item.choice_probs:
+        if not item.choices:
             return None
         wanted = expected[self.field]
-        shares = {choice: _field_of(choice, self.field) for choice in item.choice_probs}
-        found = [item.choice_probs[choice] for choice, meant in shares.items() if _equal(meant, wanted)]
-        likeliest = max(item.choice_probs, key=item.choice_probs.__getitem__)
-        return ScoreVerdict(
-            float(sum(found)), shares[likeliest], wanted, item.choice_probs[likeliest], is_probability=True
-        )
+        shares = [(said.get(self.field), share) for said, share in item.choices]
+        found = sum(share for meant, share in shares if label_text(meant) == label_text(wanted))
+        likeliest, confidence = max(shares, key=lambda each: each[1])
+        return ScoreVerdict(found, likeliest, wanted, confidence, is_probability=True)
 
 
-def _equal(one: JsonValue, other: JsonValue) -> bool:
-    return same(one, other) or str(one) == str(other)
-
-
-def _field_of(choice: str, field: str) -> JsonValue:
-    """What a choice means: the field of the object it is, else the choice itself."""
-    if choice.startswith("{"):
-        try:
-            value = json.loads(choice)
-        except ValueError:
-            return choice
-        return value.get(field, choice)
-    return choice
+def label_text(value: JsonValue) -> str:
+    """A label as a text, by which labels are compared: true is ``true``, however it is written."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    folded = text.strip().casefold()
+    return folded if folded in ("true", "false") else text

@@ -81,7 +81,7 @@ class PythonScorer(Scorer):
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> ScoreVerdict | bool | float | None:
         # What it prints must not stand in the middle of a command's own output.
         with contextlib.redirect_stdout(sys.stderr):
-            found = self._call(dict(output), dict(expected), asdict(item), **self._options)
+            found = self._call(dict(output), dict(expected), _told(item), **self._options)
         if type(found).__module__ == "numpy" and hasattr(found, "item"):
             found = found.item()
         if found is None or isinstance(found, bool | int | float):
@@ -102,6 +102,11 @@ class PythonScorer(Scorer):
         if len(expected) != 1:
             raise ValueError("the row expects more than one value: name the one to compare with, as 'field'")
         return next(iter(expected.values()))
+
+
+def _told(item: Item) -> dict[str, Any]:
+    """The row as the function is told of it."""
+    return {name: value for name, value in asdict(item).items() if name != "choices"}
 
 
 def load(target: str, folder: str | None) -> tuple[Callable[..., Any], str]:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict, as_label
+from promptmill.scoring.scorers.repeats import FORM, REDUCERS, reducer_of
 
 #: Figures of labels: one of a few classes was expected and one was given.
 CLASSES = (
@@ -19,6 +20,7 @@ BINARY = ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "
 #: What an option must be: the description is part of the error message.
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
 NotNegative = Annotated[float, Field(ge=0, description="a number from 0")]
+Repeats = Annotated[str, Field(pattern=FORM, description="mean, majority, pass@K or pass^K")]
 Truth = Annotated[bool, Field(description="true or false")]
 
 
@@ -41,8 +43,15 @@ class Scorer(BaseModel):
     right: ClassVar[float | None] = 1.0
     #: Whether it looks at more of a row than its answer and what it expects.
     needs_item: ClassVar[bool] = False
+    #: Whether it looks at the probabilities of the request's choices.
+    needs_choices: ClassVar[bool] = False
     #: The option that stands behind the scorer's name.
     target: ClassVar[str] = "field"
+
+    #: What repetitions of a row come to: each counts (``mean``), a vote, or a chance of one or of all of k.
+    repeats: Repeats = "mean"
+    #: Whether a row without an answer is left to the success rate, or is wrong.
+    unanswered: Literal["left_out", "wrong"] = Field("left_out", description="left_out or wrong")
 
     #: The field of the answer that is looked at; None for a scorer that looks at the answer as a whole.
     field: str | None
@@ -59,6 +68,12 @@ class Scorer(BaseModel):
     def metric(self) -> str:
         return self.figures[0]
 
+    @classmethod
+    def figures_by(cls, repeats: str) -> tuple[str, ...]:
+        """Figures that gates can name, of repetitions that come to one value in this way."""
+        reducer = reducer_of(repeats)
+        return (REDUCERS[reducer][0],) if reducer else cls.figures
+
     @property
     def needs_label(self) -> bool:
         """Whether a row must expect a value of the field to be counted."""
@@ -68,6 +83,16 @@ class Scorer(BaseModel):
     def unread(self) -> float | None:
         """What an answer that cannot be read counts as; None leaves its row out."""
         return 0.0
+
+    @property
+    def unanswered_worth(self) -> float | None:
+        """What a row without an answer counts as; None leaves it out."""
+        return self.unread if self.unanswered == "wrong" else None
+
+    @property
+    def reducer(self) -> str | None:
+        """The key of ``REDUCERS`` by which repetitions become one value; None: each counts."""
+        return reducer_of(self.repeats)
 
     @property
     def sha256(self) -> str | None:

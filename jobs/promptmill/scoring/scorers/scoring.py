@@ -16,6 +16,8 @@ from promptmill.scoring.scorers import Item, JsonObject, ScoreOutcome
 from promptmill.scoring.scorers.extraction import Extractor
 from promptmill.scoring.scorers.tally import Judgement, Score, Tally, judge
 from promptmill.tasks.scores import SCORERS, entry_kind, made, names_of, offered
+from promptmill.tasks.task_file import TRUTHS
+from promptmill.types import JsonValue
 
 if TYPE_CHECKING:
     from promptmill.scoring.scorers.scorer import Scorer
@@ -49,10 +51,10 @@ class Judge:
         """Raises :class:`TaskFileError` for scores that cannot be built."""
         self.scorers = dict(scorers if scorers is not None else build(task.scores, task.folder))
         self._extract = Extractor.of(task.output, required_keys(task, self.scorers), task.generate)
-        self._aliases = task.output.aliases
         self._task = task
         self._expected: dict[str | None, JsonObject] = {}
         #: Whether a scorer looks at more of a row than its answer and what it expects.
+        self._needs_choices = any(scorer.needs_choices for scorer in self.scorers.values())
         self.needs_item = any(scorer.needs_item for scorer in self.scorers.values())
 
     @property
@@ -64,7 +66,7 @@ class Judge:
     def __call__(self, answer: Answer) -> tuple[Judgement | None, ...]:
         """A judgement by each scorer."""
         outcome, output, expected = self.read(answer)
-        item = self._item(answer)
+        item = self._item(answer, expected)
         return tuple(judge(scorer, outcome, output, expected, item) for scorer in self.scorers.values())
 
     def read(self, answer: Answer) -> tuple[ScoreOutcome, JsonObject, JsonObject]:
@@ -73,7 +75,14 @@ class Judge:
         if answer.state != "ok":
             return ScoreOutcome.INFRA_ERROR, {}, wanted
         outcome, output = self._extract(answer.text, answer.finish_reason)
-        return outcome, _meant(output, self._aliases), wanted
+        return outcome, self._meant(output, wanted), wanted
+
+    def said(self, text: str, wanted: JsonObject) -> JsonObject:
+        """The object that an answer ``text`` holds, in the labels that are meant; empty where it cannot be read."""
+        return self._meant(self._extract(text, "stop")[1], wanted)
+
+    def _meant(self, found: JsonObject, wanted: JsonObject) -> JsonObject:
+        return {name: like(self._task.said(name, value), wanted.get(name)) for name, value in found.items()}
 
     def _wanted(self, text: str | None) -> JsonObject:
         """The expected object as the task means it; few different ones are many rows."""
@@ -85,12 +94,15 @@ class Judge:
             self._expected[text] = found
         return found
 
-    def _item(self, answer: Answer) -> Item:
+    def _item(self, answer: Answer, wanted: JsonObject) -> Item:
         probs = _object(answer.choice_probs) if answer.choice_probs else None
+        choices: tuple[tuple[JsonObject, float], ...] = ()
+        if probs and self._needs_choices:
+            choices = tuple((self.said(choice, wanted), share) for choice, share in probs.items())
         if not self.needs_item:
-            return Item(answer.text or "", probs)
+            return Item(answer.text or "", probs, choices)
         parts = (json.loads(each) if each else None for each in (answer.input, answer.meta))
-        return Item(answer.text or "", probs, answer.id, answer.row, *parts)
+        return Item(answer.text or "", probs, choices, answer.id, answer.row, *parts)
 
 
 def build(entries: Sequence[Mapping[str, Any]], folder: str | None = None) -> dict[str, Scorer]:
@@ -130,13 +142,11 @@ def score_keyed(answers: Iterable[tuple[Answer, int]], judge_: Judge) -> dict[st
     return {name: tally.score(name) for name, tally in tallies.items()}
 
 
-def _meant(found: JsonObject, aliases: Mapping[str, Mapping[str, Any]]) -> JsonObject:
-    if not aliases or not found:
-        return found
-    return {
-        name: aliases.get(name, {}).get(value, value) if isinstance(value, str) else value
-        for name, value in found.items()
-    }
+def like(value: JsonValue, wanted: JsonValue) -> JsonValue:
+    """A truth value that an answer spells out, where one is expected."""
+    if isinstance(wanted, bool) and isinstance(value, str):
+        return TRUTHS.get(value.strip().casefold(), value)
+    return value
 
 
 @lru_cache(maxsize=REMEMBERED)

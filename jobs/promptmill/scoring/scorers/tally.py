@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections import Counter
@@ -22,8 +23,10 @@ from promptmill.scoring.scorers.aggregates import (
     of_ranking,
     of_yes_or_no,
 )
+from promptmill.scoring.scorers.repeats import REDUCERS, reduced
 from promptmill.scoring.statistics.clusters import Clusters, Floats
-from promptmill.scoring.statistics.means import effective_rows, mean_interval
+from promptmill.scoring.statistics.means import effective_rows, mean_interval, share_interval
+from promptmill.tasks.normalising import STEPS, normalised
 
 if TYPE_CHECKING:
     from promptmill.scoring.scorers.scorer import Scorer
@@ -33,6 +36,9 @@ COUNTED = (ScoreOutcome.SCORED, ScoreOutcome.UNPARSED, ScoreOutcome.TRUNCATED, S
 
 #: Most classes whose confusion matrix is shown.
 MOST_SHOWN = 20
+
+#: Share of answers that were cut off from which on it is told.
+MOST_CUT = 0.02
 
 #: Characters of a scorer's error that are kept.
 LONGEST_ERROR = 200
@@ -68,7 +74,7 @@ def judge(
     if outcome is ScoreOutcome.SCORED and name is not None and name not in output:
         outcome = ScoreOutcome.UNPARSED
     if outcome is not ScoreOutcome.SCORED:
-        unread = None if outcome is ScoreOutcome.INFRA_ERROR else scorer.unread
+        unread = scorer.unanswered_worth if outcome is ScoreOutcome.INFRA_ERROR else scorer.unread
         return Judgement(unread, None, wanted, outcome, is_right=None if unread is None else False)
     try:
         found = scorer(output, expected, item)
@@ -211,6 +217,8 @@ class Tally:
     keys: array[int] = field(default_factory=lambda: array("q"))
     cells: array[int] = field(default_factory=lambda: array("i"))
     confidences: array[float] = field(default_factory=lambda: array("d"))
+    #: Whether its answer was cut off before it could be read.
+    cut: array[int] = field(default_factory=lambda: array("b"))
     #: Pairs of labels by their places, until there are too many to be classes.
     pairs: dict[Pair, int] = field(default_factory=dict)
 
@@ -222,10 +230,8 @@ class Tally:
         value, predicted, expected, outcome, confidence, error, is_truth, is_probability, is_right = judgement
         self.outcomes[outcome] += 1
         self.error = self.error or error
-        if outcome not in COUNTED:
-            return
         if value is None:
-            self.left_out += 1
+            self.left_out += outcome in COUNTED
             return
         self.right += is_right is True
         if outcome is ScoreOutcome.SCORED:
@@ -234,6 +240,7 @@ class Tally:
             self.all_probabilities = self.all_probabilities and is_probability
         self.worth.append(value)
         self.keys.append(key)
+        self.cut.append(outcome is ScoreOutcome.TRUNCATED)
         self.confidences.append(math.nan if confidence is None else confidence)
         self.cells.append(-1 if expected is None else self._cell(expected, predicted or ""))
 
@@ -249,15 +256,24 @@ class Tally:
     def metric(self) -> str:
         """That of the scorer; a function of the user's that says right or wrong makes an accuracy."""
         made = self.scorer.metric
+        if self.scorer.reducer:
+            return REDUCERS[self.scorer.reducer][0]
         return "accuracy" if made == "mean" and self.outcomes[ScoreOutcome.SCORED] and self.all_truths else made
 
     def score(self, name: str) -> Score:
         worth, clusters = np.array(self.worth), Clusters.of(np.array(self.keys, dtype=np.int64))
+        left_out = self.left_out
+        if self.scorer.reducer:
+            worth, few_repeats = reduced(self.scorer.repeats, worth, clusters)
+            clusters, left_out = Clusters.alone(len(worth)), left_out + few_repeats
         n, is_rate = len(worth), self.metric == "accuracy"
-        bounds = (0.0, 1.0) if is_rate else self.scorer.bounds
+        bounds = (0.0, 1.0) if is_rate or self.scorer.reducer else self.scorer.bounds
         few = len(self.labels) <= MOST_CLASSES and len(self.pairs) <= MOST_CLASSES**2
-        figures = self._figures(is_rate and few, clusters)
+        figures = Figures() if self.scorer.reducer else self._figures(is_rate and few, clusters)
         interval = mean_interval(worth, clusters, bounds)
+        cut = np.array(self.cut, dtype=bool)
+        if is_rate and cut.any() and not cut.all():
+            figures.add("accuracy_uncut", float(worth[~cut].mean()), share_interval(worth[~cut], clusters.at(~cut)))
         if n and interval is None:
             figures.reasons[self.metric] = "equal values" if clusters.count > 1 else "fewer than two independent rows"
         return Score(
@@ -266,7 +282,7 @@ class Tally:
             value=float(worth.sum()) / n if n else None,
             n=n,
             n_effective=_effective(worth, clusters, bounds),
-            correct=self.right if self._has_right() else None,
+            correct=self.right if self._has_right() and not self.scorer.reducer else None,
             unparsed=self.outcomes[ScoreOutcome.UNPARSED],
             truncated=self.outcomes[ScoreOutcome.TRUNCATED],
             abstain=self.outcomes[ScoreOutcome.ABSTAIN],
@@ -274,14 +290,28 @@ class Tally:
             scorer_errors=self.outcomes[ScoreOutcome.SCORER_ERROR],
             scorer_error=self.error,
             unlabelled=self.unlabelled,
-            left_out=self.left_out,
+            left_out=left_out,
             classes=dict(sorted(self.labels.items())) if len(self.labels) <= MOST_CLASSES else {},
             majority=max(self.labels.values(), default=0) if few and self._kind() in ("classes", "binary") else None,
             ci95=interval,
             confusion=self._confusion() if is_rate and few else {},
             figures=figures,
-            note=None if few or not is_rate else f"more than {MOST_CLASSES} different labels: no figures of classes",
+            note=self._note(is_rate, few),
         )
+
+    def _note(self, is_rate: bool, few: bool) -> str | None:
+        """What readers of the figures must know, in a line."""
+        notes, cut = [], sum(self.cut)
+        if cut > MOST_CUT * len(self.cut):
+            notes.append(f"{cut:,} of {len(self.cut):,} answers were cut off at max_tokens: raise it")
+        if is_rate and not few:
+            notes.append(f"more than {MOST_CLASSES} different labels: no figures of classes")
+        elif is_rate and self._kind() == "classes":
+            counts = Counter(self.cells)
+            alike = sum(counts[place] for pair, place in self.pairs.items() if _differ_in_spelling(*pair))
+            if alike:
+                notes.append(f"{alike:,} wrong answers would be right with normalise: [{', '.join(STEPS)}]")
+        return "; ".join(notes) or None
 
     def _figures(self, of_labels: bool, clusters: Clusters) -> Figures:
         found, kind = Figures(), self._kind()
@@ -333,6 +363,14 @@ class Tally:
         for (label, given), place in sorted(self.pairs.items()):
             found[label][given] = counts[place]
         return found
+
+
+def _differ_in_spelling(expected: str, predicted: str) -> bool:
+    """Of two labels as JSON, whether they are different texts and would be one in another spelling."""
+    if expected == predicted or not (expected.startswith('"') and predicted.startswith('"')):
+        return False
+    one, two = (normalised(json.loads(label), tuple(STEPS)) for label in (expected, predicted))
+    return one == two
 
 
 def _effective(worth: Floats, clusters: Clusters, bounds: tuple[float, float]) -> float:

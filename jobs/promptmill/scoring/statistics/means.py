@@ -44,11 +44,14 @@ def effective_rows(values: Floats, clusters: Clusters) -> float:
 def share_interval(values: Floats, clusters: Clusters, level: float = 0.95) -> Interval | None:
     """The interval of a mean of values from 0 to 1; of truths that are no copies it is Wilson's. None of no rows.
 
-    Wilson's interval of :func:`effective_rows`. With copies, Student's quantile takes the place of the normal one
-    (Korn and Graubard 1998), with as many degrees of freedom as there are effective clusters.
+    Wilson's interval of :func:`effective_rows`. Where every row has as many copies, their means are the rows. Else
+    Student's quantile takes the place of the normal one (Korn and Graubard 1998), with as many degrees of freedom as
+    there are effective clusters.
     """
     if not len(values):
         return None
+    if clusters.sizes.min() == clusters.sizes.max():
+        values, clusters = clusters.sums(values) / clusters.sizes, Clusters.alone(clusters.count)
     n = effective_rows(values, clusters)
     if clusters.count < len(values):
         n *= _normal_by_student(clusters.effective - 1, level)
