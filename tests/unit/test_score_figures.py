@@ -139,6 +139,27 @@ def test_an_answer_that_cannot_be_read_counts_as_sure_of_the_wrong_thing() -> No
     assert found.all_figures["auc"] == pytest.approx(sk.roc_auc_score([1, 0, 1], [5, 1, 0]))
 
 
+@pytest.mark.parametrize(("cost", "figure"), [(None, "f1"), ({"false_yes": 1, "missed": 9}, "cost")])
+def test_the_best_threshold_is_measured_where_it_was_not_chosen(cost: dict[str, int] | None, figure: str) -> None:
+    """Probabilities that are too low by half: yes is best from about 0.25 on, and earlier where a miss is dear."""
+    rng = np.random.default_rng(4)
+    chances = rng.random(600)
+    rows = [
+        Answer("ok", "ad" if chance / 2 >= 0.5 else "no", "stop", json.dumps({"x": "ad" if truth else "no"}),
+               json.dumps({"ad": chance / 2, "no": 1 - chance / 2}))
+        for chance, truth in zip(chances, rng.random(600) < chances, strict=True)
+    ]  # fmt: skip
+    entry = {"binary": "x", "positive": "ad"} | ({"cost": cost} if cost else {})
+    found = scored(entry, rows, generate={"choices": ["ad", "no"]}).all_figures
+    assert found["f1"] == 0.0
+    threshold = found["best_threshold"]
+    assert threshold is not None
+    assert (0.02 < threshold < 0.15) if cost else (0.12 < threshold < 0.3)
+    reached = found[f"best_threshold_{figure}"]
+    assert reached is not None
+    assert reached < 0.7 if cost else reached > 0.6
+
+
 # --- coverage --------------------------------------------------------------------------------------------------------
 
 

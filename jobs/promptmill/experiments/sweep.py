@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -18,6 +14,7 @@ from sqlalchemy.engine import Engine, Row
 from promptmill.core.registry import suggestion
 from promptmill.core.settings import Settings
 from promptmill.errors import PromptmillError, UnknownName
+from promptmill.readers.stdin import readable_again
 from promptmill.reports.compare.sweep import ENGINE, Setting, Sweep
 from promptmill.reports.figures.summary import Summary, summarise
 from promptmill.service.job_options import JobOptions
@@ -47,7 +44,7 @@ class Plan:
 
     options: JobOptions
     axes: Mapping[str, Sequence[Any]]
-    repeat: int
+    repeat_runs: int
     tag: str
 
     def combinations(self) -> list[dict[str, Any]]:
@@ -56,7 +53,7 @@ class Plan:
     def order(self) -> Iterator[tuple[int, int]]:
         """(run, place of the combination): there and back again, so that no setting is always the first."""
         places = list(range(len(self.combinations())))
-        for turn in range(self.repeat):
+        for turn in range(self.repeat_runs):
             yield from ((turn, place) for place in (places if turn % 2 == 0 else places[::-1]))
 
 
@@ -94,9 +91,9 @@ def sweep(
     Raises PromptmillError before anything is run for what cannot be run at all, and for a tag of other work.
     """
     combinations = plan.combinations()
-    if len(combinations) * plan.repeat > MOST_RUNS:
+    if len(combinations) * plan.repeat_runs > MOST_RUNS:
         raise PromptmillError(
-            f"{len(combinations)} settings times {plan.repeat} are more than {MOST_RUNS:,} runs",
+            f"{len(combinations)} settings times {plan.repeat_runs} are more than {MOST_RUNS:,} runs",
             hint="Give fewer values, or sweep one setting after the other.",
         )
     checked(plan.tag)
@@ -105,14 +102,14 @@ def sweep(
     done: list[list[str]] = [[job.id for job in jobs] for jobs in known]
     failures: list[list[str]] = [[] for _ in combinations]
     finished = True
-    with _readable_again(plan.options.dataset) as dataset:
+    with readable_again(plan.options.dataset) as dataset:
         chosen = [(options.changed(dataset=dataset, name=None), own) for options, own in chosen]
         _refuse_other_work(plan, chosen, known)
         for number, (turn, place) in enumerate(plan.order(), 1):
             if len(done[place]) > turn:
                 continue
             label = Setting(combinations[place], ()).label
-            on_run(number, len(combinations) * plan.repeat, label)
+            on_run(number, len(combinations) * plan.repeat_runs, label)
             options, own = chosen[place]
             try:
                 outcome = run(options, own, db, on_progress)
@@ -192,15 +189,3 @@ def _work(job: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The columns WORK of a job; of its sampling what is not swept."""
     sampling = {name: value for name, value in json.loads(job["sampling"]).items() if name not in plan.axes}
     return {name: job[name] for name in WORK} | {"sampling": sampling}
-
-
-@contextmanager
-def _readable_again(dataset: str | None) -> Iterator[str | None]:
-    """Standard input can be read once: it is kept in a file for all runs."""
-    if dataset != "-":
-        yield dataset
-        return
-    with tempfile.TemporaryDirectory(prefix="promptmill-") as folder:
-        path = Path(folder) / "stdin.jsonl"
-        path.write_bytes(sys.stdin.buffer.read())
-        yield str(path)

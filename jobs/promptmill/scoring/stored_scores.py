@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -66,8 +67,31 @@ def scores_of(db: Connection, job: sa.Row[Any]) -> dict[str, Score]:
     stored = {} if run_id is None else figures_of(db, run_id)
     # Runs of early versions have fewer counts.
     if job.store in WITHOUT_TEXTS or (stored and all(values.keys() >= set(COUNTS) for values in stored.values())):
-        return {name: _score(name, values) for name, values in stored.items()}
+        found = {name: _score(name, values) for name, values in stored.items()}
+        return found if run_id is None else _with_changes_told(db, job, run_id, found)
     return score_job(db, job)
+
+
+def _with_changes_told(db: Connection, job: sa.Row[Any], run_id: str, found: dict[str, Score]) -> dict[str, Score]:
+    """The stored scores speak; where a file of a scorer is another one by now, its score says so."""
+    before = db.execute(sa.select(score_runs.c.scorer_sha256).where(score_runs.c.id == run_id)).scalar()
+    if before is None or job.task_folder is None:
+        return found
+    from promptmill.scoring.scorers.python_scorer import changed_since
+    from promptmill.tasks.scores import entry_kind, names_of
+    from promptmill.tasks.task_file import parse_task
+
+    entries = parse_task(job.task_text, job.task_name or "task", job.task_folder).scores
+    own = [name for name, entry in zip(names_of(entries), entries, strict=True) if entry_kind(entry) == "python"]
+    files = [str(entry["python"]) for entry in entries if entry_kind(entry) == "python"]
+    what = changed_since(before, files, job.task_folder)
+    if what is None:
+        return found
+    told = f"{what} since; a new run: promptmill score {job.id}"
+    return found | {
+        name: replace(score, note="; ".join(filter(None, (score.note, told))))
+        for name, score in found.items() if name in own
+    }  # fmt: skip
 
 
 def _score(name: str, values: dict[str, Any]) -> Score:

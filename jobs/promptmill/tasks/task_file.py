@@ -307,7 +307,7 @@ def _interval_mistakes(name: str, asked: GateDemand) -> Iterator[tuple[tuple[Any
 
 
 #: Figures that are not from 0 to 1.
-NO_SHARES = (".abs_error", ".mean")
+NO_SHARES = (".abs_error", ".mean", ".best_threshold_cost")
 
 
 def _bound(demand: str) -> str:

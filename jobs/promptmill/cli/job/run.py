@@ -6,7 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,12 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--selection-seed", type=int, default=0, help="Seed of --sample and --shuffle.  [default: 0]"),
         click.option("--limit", type=click.IntRange(1), help="Take the first N lines only."),
         click.option("--repeat", type=click.IntRange(1), default=1, help="Ask each line N times.  [default: 1]"),
+        click.option(
+            "--repeat-runs",
+            type=click.IntRange(1, 100),
+            default=1,
+            help="Run the whole job N times: 'compare' needs three to judge a speed.  [default: 1]",
+        ),
         click.option("--slots", type=click.IntRange(1), help="Sequences decoded together.  [env: JOBS_SLOTS]"),
         click.option("--name", help="A name for the job."),
         click.option("--max-errors", help="Stop when more rows fail: N or x%.  [default: the first 50 all fail]"),
@@ -114,6 +121,23 @@ def options_of(values: dict[str, Any]) -> JobOptions:
         repeat=values["repeat"], seed=values["selection_seed"],
     )  # fmt: skip
     return JobOptions.of(given | {"sampling": _sampling(values), "selection": selection})
+
+
+@contextmanager
+def repeated_runs(options: JobOptions, count: int) -> Iterator[list[JobOptions]]:
+    """The options of each of ``count`` runs of one job. Raises BadOption where they would be no runs."""
+    from promptmill.errors import BadOption
+    from promptmill.readers.stdin import readable_again
+
+    if count == 1:
+        yield [options]
+        return
+    if options.if_exists in ("attach", "fail"):
+        raise BadOption("--repeat-runs makes jobs that ask the same: leave out --if-exists", option="if_exists")
+    if options.use_cache:
+        raise BadOption("--repeat-runs measures an engine: leave out --cache", option="use_cache")
+    with readable_again(options.dataset) as dataset:
+        yield [options.changed(dataset=dataset, if_exists="new")] * count
 
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +217,7 @@ def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values:
     from promptmill.cli.progress import ProgressView
     from promptmill.core.outputs import discard, is_stdout
     from promptmill.service import local_run
+    from promptmill.types import JobState
 
     options = options_of(values)
     if dry_run:
@@ -201,8 +226,11 @@ def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values:
     check_outputs(force, output, values["junit"], inputs=job_inputs(values))
     discard(values["junit"])
     settings, db = open_all()
-    with ProgressView() as view:
-        outcome = local_run.run(options, settings, db, view.update, show_preflight, show_job, show_job_engine)
+    with repeated_runs(options, values["repeat_runs"]) as runs, ProgressView() as view:
+        for each in runs:
+            outcome = local_run.run(each, settings, db, view.update, show_preflight, show_job, show_job_engine)
+            if not outcome.finished or outcome.state is not JobState.COMPLETED:
+                break
     show_numbered(outcome.job_id, db)
     if output:
         write_results(db, outcome.job_id, output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from promptmill.cli.common import OptionsCommand, check_outputs, open_all, print_json
-from promptmill.cli.job.run import job_inputs, job_options, options_of
+from promptmill.cli.job.run import job_inputs, job_options, options_of, repeated_runs
 from promptmill.core.terminal import say
 
 if TYPE_CHECKING:
@@ -53,12 +53,15 @@ def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: 
     def send(options: JobOptions) -> str:
         return service.submit(options, settings, db, show_preflight, show_warning)
 
-    asks = values["if_exists"] is None and sys.stdin.isatty() and sys.stderr.isatty()
-    job_id = _ask_and_send(options, send) if asks else send(options)
+    asks = values["if_exists"] is None and sys.stdin.isatty() and sys.stderr.isatty() and values["repeat_runs"] == 1
+    with repeated_runs(options, values["repeat_runs"]) as runs:
+        ids = [_ask_and_send(each, send) if asks else send(each) for each in runs]
     if not wait:
-        _say_submitted(db, job_id, as_json)
+        for job_id in ids:
+            _say_submitted(db, job_id, as_json)
         return
-    outcome = follow(settings, db, job_id)
+    for job_id in ids:
+        outcome = follow(settings, db, job_id)
     if output:
         write_results(db, job_id, output)
     quiet = as_json or (output is not None and is_stdout(output))

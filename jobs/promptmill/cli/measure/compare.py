@@ -25,7 +25,8 @@ Examples:
 
 Jobs of --by are runs of a setting; JOB@s2 is a job as its second score run judged it.
 
-Exit code 3: a condition of --fail-if is met.
+Exit code 3: a condition of --fail-if is met. It is judged by the figures themselves; the message says whether the
+change was tested.
 """
 )
 @click.argument("jobs", nargs=-1, required=True)
@@ -97,7 +98,8 @@ def _write(found: list[Comparison], format_: str, output: str) -> None:
 def _judge(found: list[Comparison], gates: list[Condition]) -> None:
     met = [(gate, each) for each in found for gate in gates if _met(gate, each)]
     for gate, each in met:
-        stderr_console().print(f"failed: {gate.text} holds for {each.after.job_id}", soft_wrap=True, markup=False)
+        said = f"failed: {gate.text} holds for {each.after.job_id} ({gate.basis(each)})"
+        stderr_console().print(said, soft_wrap=True, markup=False)
     if met:
         raise click.exceptions.Exit(EXIT_GATE)
 

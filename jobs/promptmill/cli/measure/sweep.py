@@ -25,7 +25,7 @@ from promptmill.errors import EXIT_INTERRUPTED, PromptmillError
     cls=OptionsCommand,
     epilog="""\b
 Examples:
-  promptmill sweep prompts.jsonl --model demo --slots 1,2,4,8 --repeat 3
+  promptmill sweep prompts.jsonl --model demo --slots 1,2,4,8 --repeat-runs 3
   promptmill sweep comments.jsonl --task ads.task.yaml --model q8.gguf,q4.gguf -o sweep.html
   promptmill sweep prompts.jsonl --model demo --set n_batch=256,512 --tag batch --limit 200
 
@@ -36,7 +36,7 @@ The same --tag goes on with a sweep that was stopped. Its jobs stay: 'promptmill
 @click.option("-m", "--model", help="Models, by commas.  [env: JOBS_MODEL]")
 @click.option("--slots", help="Sequences decoded together, by commas: 1,2,4,8.")
 @click.option("--set", "axes", multiple=True, help="NAME=V1,V2: a setting of the engine or of sampling; repeatable.")
-@click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each setting.")
+@click.option("--repeat-runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each setting.")
 @click.option("--task", type=click.Path(), help="Task file (YAML): its scores stand beside the speeds.")
 @click.option("--template", help="Jinja2 template of the user's message, or @FILE.")
 @click.option("--format", help="Format of the dataset where its name does not tell.")
@@ -112,7 +112,7 @@ def _plan(dataset: str, values: dict[str, Any]) -> Any:
         format=values["format"], device=values["device"], selection=Selection(limit=values["limit"]),
     )  # fmt: skip
     tag = values["tag"] or f"sweep-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    return Plan(options, axes, values["repeat"], tag)
+    return Plan(options, axes, values["repeat_runs"], tag)
 
 
 def _parts(text: str) -> list[str]:

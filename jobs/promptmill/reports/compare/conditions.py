@@ -62,6 +62,17 @@ class Condition:
             after = 100 * (after / before - 1)
         return _COMPARE[self.sign](round(after, 9), self.bound)
 
+    def basis(self, found: Comparison) -> str:
+        """Whether the change behind the condition was tested, or is a point that may be chance."""
+        line = next((each for each in found.lines if each.name == self.name), None)
+        if line is None or not line.word:
+            return "a point, not tested" + (f": {line.note}" if line is not None and line.note else "")
+        if line.p is None:
+            return line.note
+        return (
+            f"tested: p = {line.p:.3g}, {'more than chance' if line.word in ('better', 'worse') else 'may be chance'}"
+        )
+
     def _value(self, found: Comparison, before: bool) -> float | None:
         for line in found.lines:
             if line.name == self.name:

@@ -351,6 +351,15 @@ _ALL = (
         better=Better.LOWER,
     ),
     Metric(
+        "best_threshold", "best threshold", Unit.INDEX, Kind.QUALITY, _NEITHER,
+        "confidence from which on yes is best, by F1 or by the task's costs, on one half of the inputs",
+    ),
+    _quality("best_threshold_f1", "F1 at it", "F1 at the best threshold, on the other half of the inputs"),
+    Metric(
+        "best_threshold_cost", "cost at it", Unit.OWN, Kind.QUALITY, _LOWER,
+        "mean cost of a row at the best threshold, on the other half of the inputs",
+    ),
+    Metric(
         "majority_baseline", "majority", Unit.SHARE, Kind.QUALITY, _NEITHER,
         "share of the commonest expected label: the accuracy of always giving it",
     ),

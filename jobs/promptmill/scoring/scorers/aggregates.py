@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from promptmill.scoring.statistics import bootstrap, calibration, ranking
 from promptmill.scoring.statistics.clusters import Clusters, Floats, Interval, Ints, Truths
-from promptmill.scoring.statistics.means import share_interval, wilson
+from promptmill.scoring.statistics.means import mean_interval, share_interval, wilson
+from promptmill.scoring.statistics.thresholds import best_threshold
 
 #: An expected and a predicted label, each as JSON; an answer that could not be read was predicted ''.
 Pair = tuple[str, str]
@@ -171,6 +172,23 @@ def of_calibration(confidence: Floats, truth: Truths, clusters: Clusters) -> Fig
     found.bins = binned.to_json()
     found.add("ece", calibration.raw_error(binned), None, BIASED)
     found.add("ece_debiased", calibration.error(binned), calibration.error_interval(binned))
+    return found
+
+
+def of_threshold(confidence: Floats, truth: Truths, clusters: Clusters, costs: tuple[float, float] | None) -> Figures:
+    """The best threshold of a probability, and what it reaches on the half of the rows on which it was not chosen."""
+    found = Figures()
+    best = best_threshold(confidence, truth, clusters, costs)
+    if best is None:
+        return found
+    found.add("best_threshold", best.value, None, "chosen, not measured: see the figure beside it")
+    if costs is not None:
+        spent = np.choose(best.kinds, [0.0, costs[1], costs[0], 0.0])
+        found.add("best_threshold_cost", _mean(spent), mean_interval(spent, best.clusters, (0.0, max(costs))))
+        return found
+    reached = binary_figures(np.bincount(best.kinds, minlength=4).astype(np.float64)[None])["f1"][0]
+    spans = bootstrap.intervals(best.kinds, 4, best.clusters, lambda drawn: {"f1": binary_figures(drawn)["f1"]})
+    found.add("best_threshold_f1", float(reached), spans.get("f1"))
     return found
 
 

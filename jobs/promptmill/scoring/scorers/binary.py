@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from promptmill.scoring.scorers import Item, JsonObject, ScoreVerdict, as_label
 from promptmill.scoring.scorers.closeness import number
@@ -14,6 +14,15 @@ from promptmill.types import JsonValue
 
 #: What each of the request's choices says, with its probability.
 Choices = tuple[tuple[JsonObject, float], ...]
+
+
+class Cost(BaseModel):
+    """What mistakes cost, in any unit: the best threshold has the least of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    false_yes: float = Field(ge=0)
+    missed: float = Field(ge=0)
 
 
 class Binary(FieldScorer):
@@ -29,6 +38,12 @@ class Binary(FieldScorer):
 
     threshold: float | None = Field(None, description="a number")
     positive: str | bool | int | float | None = Field(None, description="a text, a number, true or false")
+
+    cost: Cost | None = Field(None, description="{false_yes: N, missed: N}, each a number from 0")
+
+    @property
+    def costs(self) -> tuple[float, float] | None:
+        return None if self.cost is None else (self.cost.false_yes, self.cost.missed)
 
     @model_validator(mode="after")
     def _says_what_is_yes(self) -> Self:

@@ -75,6 +75,10 @@ class AbsError(FieldScorer):
         """What an answer that cannot be read counts as."""
         return self.worst
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        return (0.0, float("inf") if self.worst is None else self.worst)
+
     def __call__(self, output: JsonObject, expected: JsonObject, item: Item) -> float | None:
         if number(expected[self.field]) is None:
             return None

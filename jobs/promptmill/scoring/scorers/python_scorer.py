@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -130,6 +130,23 @@ def load(target: str, folder: str | None) -> tuple[Callable[..., Any], str]:
     if not callable(function):
         raise TaskFileError(f"the scorer file {path} has no function '{attribute}'")
     return function, digest
+
+
+def changed_since(before: str, targets: Sequence[str], folder: str) -> str | None:
+    """Whether the files of ``file.py:function`` targets differ from those of the digest ``before``, in words."""
+    digests = []
+    for target in targets:
+        path = Path(folder) / target.rpartition(":")[0]
+        try:
+            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        except OSError:
+            return f"the scorer file {path.name} is gone"
+    return None if not digests or joined(digests) == before else "the scorer's file has changed"
+
+
+def joined(digests: Iterable[str]) -> str:
+    """One name of the code of several scorers."""
+    return ",".join(sorted(digests))[:64]
 
 
 def _imported(path: Path, digest: str) -> Any:

@@ -15,7 +15,10 @@ CLASSES = (
 )  # fmt: skip
 
 #: Figures of yes or no.
-BINARY = ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "brier", "ece", "ece_debiased")
+BINARY = (
+    "accuracy", "precision", "recall", "f1", "auc", "average_precision", "brier", "ece", "ece_debiased",
+    "best_threshold", "best_threshold_f1", "best_threshold_cost",
+)  # fmt: skip
 
 #: What an option must be: the description is part of the error message.
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
@@ -73,6 +76,16 @@ class Scorer(BaseModel):
         """Figures that gates can name, of repetitions that come to one value in this way."""
         reducer = reducer_of(repeats)
         return (REDUCERS[reducer][0],) if reducer else cls.figures
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Least and largest value of a verdict, as its options have it."""
+        return self.bounds
+
+    @property
+    def costs(self) -> tuple[float, float] | None:
+        """What a false yes and a missed one cost; None: the best threshold is that of the best F1."""
+        return None
 
     @property
     def needs_label(self) -> bool:

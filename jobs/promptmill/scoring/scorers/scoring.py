@@ -60,8 +60,9 @@ class Judge:
     @property
     def sha256(self) -> str | None:
         """Of the code of scorers that are not part of promptmill."""
-        found = sorted(each for scorer in self.scorers.values() if (each := scorer.sha256))
-        return ",".join(found)[:64] or None
+        from promptmill.scoring.scorers.python_scorer import joined
+
+        return joined(each for scorer in self.scorers.values() if (each := scorer.sha256)) or None
 
     def __call__(self, answer: Answer) -> tuple[Judgement | None, ...]:
         """A judgement by each scorer."""

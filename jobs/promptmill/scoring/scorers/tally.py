@@ -21,6 +21,7 @@ from promptmill.scoring.scorers.aggregates import (
     of_calibration,
     of_classes,
     of_ranking,
+    of_threshold,
     of_yes_or_no,
 )
 from promptmill.scoring.scorers.repeats import REDUCERS, reduced
@@ -267,7 +268,7 @@ class Tally:
             worth, few_repeats = reduced(self.scorer.repeats, worth, clusters)
             clusters, left_out = Clusters.alone(len(worth)), left_out + few_repeats
         n, is_rate = len(worth), self.metric == "accuracy"
-        bounds = (0.0, 1.0) if is_rate or self.scorer.reducer else self.scorer.bounds
+        bounds = (0.0, 1.0) if is_rate or self.scorer.reducer else self._bounds(worth)
         few = len(self.labels) <= MOST_CLASSES and len(self.pairs) <= MOST_CLASSES**2
         figures = Figures() if self.scorer.reducer else self._figures(is_rate and few, clusters)
         interval = mean_interval(worth, clusters, bounds)
@@ -298,6 +299,11 @@ class Tally:
             figures=figures,
             note=self._note(is_rate, few),
         )
+
+    def _bounds(self, worth: Floats) -> tuple[float, float]:
+        """Those of the scorer, where its values keep to them."""
+        low, high = self.scorer.limits
+        return (low, high if not len(worth) or worth.max() <= high else math.inf)
 
     def _note(self, is_rate: bool, few: bool) -> str | None:
         """What readers of the figures must know, in a line."""
@@ -351,8 +357,11 @@ class Tally:
         confidence = np.where(known, confidence, np.where(truth, low, high))
         if kind == "binary":
             found.update(of_ranking(confidence, truth, clusters))
-        if self.all_probabilities:
-            found.update(of_calibration(confidence, truth, clusters))
+        if not self.all_probabilities:
+            return
+        found.update(of_calibration(confidence, truth, clusters))
+        if kind == "binary":
+            found.update(of_threshold(confidence, truth, clusters, self.scorer.costs))
 
     def _confusion(self) -> dict[str, dict[str, int]]:
         """Empty where the classes are too many for a table."""
