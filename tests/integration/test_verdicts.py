@@ -84,7 +84,7 @@ def test_scores_of_one_name_and_two_kinds_are_not_compared(command: Command, tmp
 
 
 def test_repeated_runs_tell_a_slower_setting_from_a_mood(command: Command, tmp_path: Path) -> None:
-    data = rows(tmp_path, "a.jsonl", [{"id": f"r{row}", "prompt": "some words to say"} for row in range(24)])
+    data = rows(tmp_path, "a.jsonl", [{"id": f"r{row}", "prompt": f"some words to say {row}"} for row in range(24)])
     for name, token_s in (("fast", 0.002), ("slow", 0.006)):
         done = command("run", data, "--model", f"echo:token_s={token_s}", "--slots", "4", "--name", name,
                        "--repeat-runs", "3", "--json")  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from promptmill.scoring.statistics.clusters import Clusters, Floats, Interval, Truths
 
 #: Rows of the rarer class whose worth the assumed variance has. With 15, intervals cover at 6 yes of 300 as at 100 of
-#: 300 (tests/benchmarks/statistics.py).
+#: 300 (tests/benchmarks/simulations.py).
 ASSUMED = 15.0
 
 #: Points of the line from 0 to 1 at which the interval is tried.

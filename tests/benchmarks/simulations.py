@@ -1,6 +1,6 @@
 """How often intervals cover and tests are wrong, by simulation: the table of docs/metrics.md, "Coverage".
 
-python tests/benchmarks/statistics.py [--draws 2000] [--write]
+python tests/benchmarks/simulations.py [--draws 2000] [--write]
 
 With ``--write`` the table in docs/metrics.md is replaced. Nothing is timed.
 """
@@ -187,7 +187,7 @@ def main() -> None:
     if arguments.write:
         text = PAGE.read_text(encoding="utf-8")
         head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-        command = f"`python tests/benchmarks/statistics.py --draws {arguments.draws} --write`"
+        command = f"`python tests/benchmarks/simulations.py --draws {arguments.draws} --write`"
         body = "\n".join(["", f"{arguments.draws:,} draws each, by {command}:", "", *lines, ""])
         PAGE.write_text(f"{head}{BEGIN}{body}{END}{tail}", encoding="utf-8")
 
