@@ -1,5 +1,7 @@
 """Writes docs/metrics.md from the registry of figures; --check says whether it is current."""
 
+# ruff: noqa: E501 - rows of tables cannot be broken
+
 from __future__ import annotations
 
 import sys
@@ -41,25 +43,50 @@ Every report checks itself; `✗` means that two figures disagree and the job ha
 | curve | output tok/s over time adds up to the output tokens |
 | model | every attempt that answered rows names the model of the job |
 
+## Copies
+
+Rows of one input are one observation, whatever their ids: the repetitions that `--repeat` makes, and lines that ask the
+same. Every interval, every test and every gate takes such rows together. A report says `n 320 (as 40)`: 320 rows that
+tell as much as 40 different ones.
+
+## Intervals
+
+All are of 95 %. [How often they cover](coverage.md) was simulated.
+
+| figure | interval |
+|---|---|
+| rates, and means of values from 0 to 1 (accuracy, precision, recall, closeness, set F1, Brier score) | Wilson's (1927), of as many truths as would have the variance of the rows' mean between inputs; where nearly all rows lie at one end, of as many as there are inputs |
+| means of other values (absolute errors, numbers of a scorer) | Student's t, between inputs; of equal values there is none |
+| F1, macro and weighted figures, kappa | percentiles of 2,000 drawings of inputs; where no drawing changes a figure, as in a perfect run, one mistake more is assumed |
+| AUC | Newcombe's method 5 (2006), scaled to DeLong's variance (1988) between inputs (Obuchowski 1997) the more, the more rows the rarer class has |
+| average precision | Wilson's, of the rows of yes (Boyd, Eng and Page 2013) |
+| calibration error beyond chance | multiples of the distances found under which the error would be no surprise; the plain error has none, because chance alone raises it |
+| success rate | Wilson's, of as many rows as tell something of their own |
+
 ## Comparisons
 
-Rows of two jobs are paired by id. A change of a mean time comes with a 95 % interval that draws whole batches, because
-requests of one batch share their fate: chunks where there are 20 or more, else 20 blocks of rows by admission; where
-the batches of the two runs hold different rows, variance is clustered both ways (Cameron, Gelbach and Miller 2011).
-Rates are tested by McNemar's exact test with Bonett and Price's interval, and change in percentage points. Jobs without
-a row in common are compared with `--force`, by their rates only, with Newcombe's interval and Fisher's exact test.
-Scores that are means of parts (closeness, set F1) are compared by the t interval of the rows' differences, distances by
-the ratio of their means. P-values of all lines are corrected together (Holm). Throughput and wall time are one
-observation a run: with one run of each there is no test, and the interval of `output_tps` is of the noise within the
-run. `--by SETTING` takes jobs that share a setting for runs of it; from three runs of each on, t intervals of the log
-ratio hold the noise between runs. Other prompts, sampling or datasets make figures of work "not comparable". A change
-of a time of less than 1 µs is none: doubles of seconds since 1970 are 0.24 µs apart. Figures that both jobs have and no
-test was made of are named in the verdict.
+Rows of two jobs are pairs where their ids and their inputs are the same. Rows of one id and different inputs are left
+out with a warning; jobs without a common row are compared unpaired: rates by Newcombe's interval (1998) and Fisher's
+exact test, means by Welch's t. A score is compared with a score of the same kind, field and options; another one of the
+same name is "not comparable".
 
-`tests/integration/test_compare_simulated.py` holds the promise: of 200 pairs of identical jobs (512 rows, 16 slots, 5 %
-noise of rows and 4 % of the machine's load) at least 95 % end in "no detectable difference", and of 200 jobs that are 5
-% slower at least 95 % are called worse. With 5 % of load noise 186 of the 200 slowdowns were found on the same seeds:
-the promise holds for machines as steady as that.
+| what | test | interval |
+|---|---|---|
+| rates | whether each input's change could as well have had the other sign: McNemar's exact test where no row has copies | Bonett and Price's (2012) |
+| means | Student's t of the inputs' differences | the same |
+| F1, precision, recall, macro F1, kappa | bootstrap of inputs that both jobs share | the same |
+| AUC | DeLong's covariance, between inputs | the same |
+| times and rates of work | Welch's t of the logs of at least three runs each | the same |
+
+P-values of all lines are corrected together (Holm 1979). The interval of a line has the level at which its test was
+decided, so it holds zero exactly where the verdict is `≈`.
+
+A machine's mood changes all times of a run together, so the rows of one run tell nothing of the next one. With one or
+two runs of each, changes of times are shown with the words "one run each: not tested". `run`, `submit` and `sweep` take
+`--repeat-runs N`; `compare` also counts earlier jobs that asked the same (dataset, model, task, parameters, slots) on
+the same device, the newest eight of each. `--by SETTING` takes jobs that share a setting for runs of it. Other prompts,
+sampling or datasets make figures of work "not comparable". A change of a time of less than 1 µs is none: doubles of
+seconds since 1970 are 0.24 µs apart. Figures that both jobs have and no test was made of are named in the verdict.
 
 ## Trends
 

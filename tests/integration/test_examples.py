@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,19 @@ def test_two_prompts_are_compared(ran: tuple[Path, str]) -> None:
 def test_answers_through_the_api_keep_to_the_schema(ran: tuple[Path, str]) -> None:
     _, out = ran
     assert out.count("{'is_ad': ") == 2
+
+
+@pytest.mark.parametrize(("folder", "said"), [("score_ads", "score run @s2"), ("compare_prompts", "is_ad.accuracy")])
+def test_a_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, folder: str, said: str) -> None:
+    copy = tmp_path / folder
+    shutil.copytree(EXAMPLES / folder, copy)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JOBS_")}
+    done = subprocess.run(
+        [sys.executable, "notebook.py"], cwd=copy, capture_output=True, text=True, timeout=240, check=False,
+        env=kept | {"JOBS_DATABASE_URL": f"sqlite:///{tmp_path}/jobs.sqlite", "JOBS_RUNTIME_DIR": str(tmp_path / "run")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
 
 
 def test_each_folder_is_listed_and_run() -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from promptmill.ledger import Progress
+    from promptmill.reports.compare.comparison import Comparison
     from promptmill.scoring.runs import ScoreRun
     from promptmill.scoring.scorers.tally import Score
 
@@ -131,6 +132,15 @@ class Job:
         from promptmill.reports.figures.summary import summarise
 
         return summarise(self._db, self.id).to_json()
+
+    def compare(self, before: Job | str, force: bool = False) -> Comparison:
+        """This job against an earlier one: changes with intervals and tests, and the rows that flipped.
+
+        ``force``: figures of different work are compared too. Raises :class:`promptmill.PromptmillError`.
+        """
+        from promptmill.reports.compare.compare import compare
+
+        return compare(self._db, catalog.find_job(self._db, str(getattr(before, "id", before))).id, self.id, force)
 
     def cancel(self) -> bool:
         """End the job; False when it had ended already."""
