@@ -62,7 +62,9 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path, folder:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JOBS_")}
     done = subprocess.run(
         [sys.executable, "notebook.py"], cwd=copy, capture_output=True, text=True, timeout=240, check=False,
-        env=kept | {"JOBS_DATABASE_URL": f"sqlite:///{tmp_path}/jobs.sqlite", "JOBS_RUNTIME_DIR": str(tmp_path / "run")},
+        env=kept | {
+            "JOBS_DATABASE_URL": f"sqlite:///{tmp_path}/jobs.sqlite", "JOBS_RUNTIME_DIR": str(tmp_path / "run"),
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
