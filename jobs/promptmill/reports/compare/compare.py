@@ -155,11 +155,8 @@ def _repeated_line(name: str, runs: Runs, reasons: dict[str, str]) -> Tested:
     """A figure of several runs of either: its interval holds the noise between runs."""
     values = [[value for each in own if (value := value_of(each, name))] for own in runs]
     one, two = (math.exp(sum(map(math.log, own)) / len(own)) if own else None for own in values)
-    note = f"{len(runs[0])} and {len(runs[1])} runs"
-    if min(map(len, values)) < LEAST_RUNS:
-        note = _few_runs(runs)
-    note = reasons.get(name.removesuffix(".mean"), note)
-    return Tested(name, metric_of(name), one, two, unpaired.runs(*values), note)
+    note = reasons.get(name.removesuffix(".mean"), f"{len(runs[0])} and {len(runs[1])} runs")
+    return Tested(name, metric_of(name), one, two, unpaired.runs(*values), note, "not measured in each run")
 
 
 def config_of(job: sa.Row[Any]) -> dict[str, Any]:
@@ -225,7 +222,7 @@ def _service_lines(own: JobRows, other: JobRows, common: Pairing, reasons: dict[
         both = np.isfinite(one) & np.isfinite(two)
         if both.any():
             means = float(one[both].mean()), float(two[both].mean())
-            lines.append(_untested(f"{name}.mean", METRICS[name], *means, reasons.get(name, note)))
+            lines.append(_untested(f"{name}.mean", METRICS[name], *means, reasons.get(name, ""), note))
     return lines
 
 
@@ -234,13 +231,13 @@ def _run_lines(runs: Runs, reasons: dict[str, str], note: str) -> list[Tested]:
     lines = []
     for name in RUN_FIGURES:
         one, two = (value_of(each[0], name) for each in runs)
-        lines.append(_untested(name, metric_of(name), one, two, reasons.get(name, note)))
+        lines.append(_untested(name, metric_of(name), one, two, reasons.get(name, ""), note))
     return lines
 
 
-def _untested(name: str, metric: Metric, one: float | None, two: float | None, note: str) -> Tested:
+def _untested(name: str, metric: Metric, one: float | None, two: float | None, note: str, why: str) -> Tested:
     change = two / one - 1 if one and two is not None else math.nan
-    return Tested(name, metric, one, two, Change(change), note)
+    return Tested(name, metric, one, two, Change(change), note, why)
 
 
 def _mixed(db: Connection, runs: Runs) -> list[str]:

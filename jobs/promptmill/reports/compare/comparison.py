@@ -41,6 +41,8 @@ class Tested:
     after: float | None
     change: Change
     note: str = ""
+    #: Why there is no test, where not for too few rows.
+    why: str = ""
 
     @property
     def is_comparable(self) -> bool:
@@ -55,7 +57,7 @@ class Tested:
         if verdict.p is None:
             if value == 0 and verdict.ci == (0.0, 0.0):
                 return replace(line, ci=verdict.ci, word="=", note=self.note or "the same in every row")
-            return replace(line, note=self.note or TOO_FEW)
+            return replace(line, note="; ".join(filter(None, (self.note, self.why or TOO_FEW))))
         line = replace(line, ci=verdict.ci, level=verdict.level, p=verdict.p, word="≈")
         if not verdict.is_change or value == 0 or is_rounding(self.metric, self.before, self.after):
             return line
@@ -185,8 +187,9 @@ def is_rounding(metric: Metric, before: float | None, after: float | None) -> bo
 
 def _reason(line: Line) -> str:
     """Why nothing was tested, in the words of a verdict."""
-    told = line.note in (TOO_FEW, ONE_RUN) or line.note.startswith("not comparable")
-    return line.note if told else f"not tested ({line.note})"
+    why = line.note.rpartition("; ")[2]
+    told = why in (TOO_FEW, ONE_RUN) or line.note.startswith("not comparable")
+    return why if why in (TOO_FEW, ONE_RUN) else line.note if told else f"not tested ({line.note})"
 
 
 def _named(line: Line) -> str:
