@@ -14,7 +14,7 @@ import pytest
 
 from promptmill.types import ErrorClass, Extras, FinishReason, SamplingParams, Sharing
 from promptmill_workers.engines.contract import Engine, EngineRequest, Event, Finished, Rejected, TokenEvent
-from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.host.process import wrapped
 from tests.unit.test_engine_contract import Case, Load, case, chat, checkpoint, load, raw
 
 __all__ = ["case", "checkpoint", "load"]
@@ -24,10 +24,10 @@ END = 2
 
 
 @pytest.fixture
-def desk(load: Load) -> Callable[..., Desk]:
-    def make(**options: Any) -> Desk:
+def desk(load: Load) -> Callable[..., Engine]:
+    def make(**options: Any) -> Engine:
         deduplicate = options.pop("deduplicate", True)
-        return Desk(load(**options), deduplicate=deduplicate)
+        return wrapped(load(**options), deduplicate=deduplicate)
 
     return make
 
@@ -73,7 +73,7 @@ SCHEMAS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_every_finished_answer_keeps_to_its_schema(desk: Callable[..., Desk], case: Case) -> None:
+def test_every_finished_answer_keeps_to_its_schema(desk: Callable[..., Engine], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo cannot be bound")
     requests = [
@@ -95,7 +95,7 @@ def test_every_finished_answer_keeps_to_its_schema(desk: Callable[..., Desk], ca
         jsonschema.validate(json.loads(found[key].text), SCHEMAS[key % len(SCHEMAS)])
 
 
-def test_a_dead_end_of_a_grammar_is_an_error_and_no_answer(desk: Callable[..., Desk], case: Case) -> None:
+def test_a_dead_end_of_a_grammar_is_an_error_and_no_answer(desk: Callable[..., Engine], case: Case) -> None:
     """Of these two rules for one key llguidance lets a comma follow the number, and then nothing."""
     schema = {
         "type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"],
@@ -118,7 +118,7 @@ def test_a_dead_end_of_a_grammar_is_an_error_and_no_answer(desk: Callable[..., D
         jsonschema.validate(json.loads(each.text), schema)
 
 
-def test_neighbours_change_no_bound_answer(desk: Callable[..., Desk], case: Case) -> None:
+def test_neighbours_change_no_bound_answer(desk: Callable[..., Engine], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo cannot be bound")
     requests = [
@@ -133,7 +133,7 @@ def test_neighbours_change_no_bound_answer(desk: Callable[..., Desk], case: Case
 
 
 @pytest.mark.parametrize("pattern", ["[0-9]{3}-[a-f]{2}", "(?:ad|not ad): [1-5]", "广告|正常"])
-def test_an_answer_matches_its_expression(desk: Callable[..., Desk], case: Case, pattern: str) -> None:
+def test_an_answer_matches_its_expression(desk: Callable[..., Engine], case: Case, pattern: str) -> None:
     if not case.samples:
         pytest.skip("an echo cannot be bound")
 
@@ -142,7 +142,7 @@ def test_an_answer_matches_its_expression(desk: Callable[..., Desk], case: Case,
     assert all(re.fullmatch(pattern, each.text) for each in found.values())
 
 
-def test_a_choice_has_the_probability_of_each(desk: Callable[..., Desk]) -> None:
+def test_a_choice_has_the_probability_of_each(desk: Callable[..., Engine]) -> None:
     labels = ("not an ad", "an ad", "an advertisement")
     requests = [chat(key, choices=labels, text="is it an ad ?") for key in range(3)]
 
@@ -158,7 +158,7 @@ def test_a_choice_has_the_probability_of_each(desk: Callable[..., Desk]) -> None
     assert len({each.text for each in found.values()}) == 1
 
 
-def test_choices_are_as_likely_as_their_continuations(desk: Callable[..., Desk], case: Case) -> None:
+def test_choices_are_as_likely_as_their_continuations(desk: Callable[..., Engine], case: Case) -> None:
     labels = ("yes", "no", "perhaps")
 
     found = answers(desk(slots=4), [chat(0, choices=labels), chat(1, text="yes ", continuations=labels)])
@@ -176,7 +176,7 @@ def test_choices_are_as_likely_as_their_continuations(desk: Callable[..., Desk],
         assert math.isclose(chances[each["text"]], math.exp(each["logprob"]) / total, rel_tol=1e-3)
 
 
-def test_a_greedy_continuation_is_what_the_model_would_say(desk: Callable[..., Desk], case: Case) -> None:
+def test_a_greedy_continuation_is_what_the_model_would_say(desk: Callable[..., Engine], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo is not a model")
     said = answers(desk(slots=1), [raw(0, "free phone for all of you", logprobs=True, max_tokens=6, ignore_eos=True)])[
@@ -196,7 +196,7 @@ def test_a_greedy_continuation_is_what_the_model_would_say(desk: Callable[..., D
     assert other["logprob"] < 0
 
 
-def test_long_continuations_are_scored_in_pieces(desk: Callable[..., Desk], case: Case) -> None:
+def test_long_continuations_are_scored_in_pieces(desk: Callable[..., Engine], case: Case) -> None:
     texts = ("one two three " * 12, "seven eight " * 15)
     request = raw(0, "count with me: ", continuations=texts)
 
@@ -208,7 +208,7 @@ def test_long_continuations_are_scored_in_pieces(desk: Callable[..., Desk], case
         assert math.isclose(a["logprob"], b["logprob"], rel_tol=1e-3)
 
 
-def test_logprobs_come_with_alternatives(desk: Callable[..., Desk], case: Case) -> None:
+def test_logprobs_come_with_alternatives(desk: Callable[..., Engine], case: Case) -> None:
     found = answers(desk(slots=2), [chat(0, logprobs=True, top_logprobs=3, max_tokens=8), chat(1, max_tokens=8)])
 
     entries = extras(found[0]).logprobs
@@ -220,7 +220,7 @@ def test_logprobs_come_with_alternatives(desk: Callable[..., Desk], case: Case) 
         assert len(each["top_logprobs"]) == (3 if case.samples else 1)
 
 
-def test_a_bias_forces_and_forbids_tokens(desk: Callable[..., Desk], case: Case) -> None:
+def test_a_bias_forces_and_forbids_tokens(desk: Callable[..., Engine], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo draws nothing")
     forced = answers(desk(slots=2), [chat(0, logit_bias=((70, 100.0),), max_tokens=5, ignore_eos=True)])[0]
@@ -233,7 +233,7 @@ def test_a_bias_forces_and_forbids_tokens(desk: Callable[..., Desk], case: Case)
     assert forced.text == entries[0]["token"] * 5
 
 
-def test_penalties_keep_a_model_from_repeating_itself(desk: Callable[..., Desk], case: Case) -> None:
+def test_penalties_keep_a_model_from_repeating_itself(desk: Callable[..., Engine], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo draws nothing")
     # Two tokens far above the others, one a little above the other.
@@ -251,7 +251,7 @@ def test_penalties_keep_a_model_from_repeating_itself(desk: Callable[..., Desk],
 
 
 @pytest.mark.parametrize("how", [{"typical_p": 0.5}, {"top_k": 4, "logprobs": True}, {"min_p": 0.1, "logprobs": True}])
-def test_seeds_repeat_on_the_host_too(desk: Callable[..., Desk], how: dict[str, Any]) -> None:
+def test_seeds_repeat_on_the_host_too(desk: Callable[..., Engine], how: dict[str, Any]) -> None:
     requests = [chat(key, temperature=1.3, seed=key, max_tokens=10, **how) for key in range(4)]
 
     together = answers(desk(slots=4), requests)
@@ -263,7 +263,7 @@ def test_seeds_repeat_on_the_host_too(desk: Callable[..., Desk], how: dict[str, 
 @pytest.mark.parametrize(
     "how", [{}, {"top_k": 10}, {"top_p": 0.8}, {"min_p": 0.02}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}], ids=str
 )
-def test_looking_at_log_probabilities_changes_no_draw(desk: Callable[..., Desk], how: dict[str, Any]) -> None:
+def test_looking_at_log_probabilities_changes_no_draw(desk: Callable[..., Engine], how: dict[str, Any]) -> None:
     plain = [chat(key, temperature=1.5, seed=key, max_tokens=16, **how) for key in range(8)]
     watched = [
         replace(each, key=each.key + 100, sampling=replace(each.sampling, logprobs=True, top_logprobs=2))
@@ -276,7 +276,7 @@ def test_looking_at_log_probabilities_changes_no_draw(desk: Callable[..., Desk],
     assert all(extras(found[100 + key]).logprobs for key in range(8))
 
 
-def test_several_answers_share_one_prompt(desk: Callable[..., Desk], case: Case) -> None:
+def test_several_answers_share_one_prompt(desk: Callable[..., Engine], case: Case) -> None:
     warm: dict[str, Any] = {"temperature": 1.5, "max_tokens": 12, "ignore_eos": True, "text": "say something new"}
     engine = desk(slots=4)
 
@@ -291,7 +291,7 @@ def test_several_answers_share_one_prompt(desk: Callable[..., Desk], case: Case)
         assert engine.counters.prefill_tokens < 2 * whole.usage.prompt_tokens
 
 
-def test_streamed_pieces_make_the_text(desk: Callable[..., Desk], case: Case) -> None:
+def test_streamed_pieces_make_the_text(desk: Callable[..., Engine], case: Case) -> None:
     engine = desk(slots=3, model_options=case.slowly)
     requests = [replace(chat(key, stop=("zq",), max_tokens=14), stream=key != 1) for key in range(3)]
 
@@ -308,7 +308,7 @@ def test_streamed_pieces_make_the_text(desk: Callable[..., Desk], case: Case) ->
     assert not [each for each in events if isinstance(each, TokenEvent) and each.key == 1]
 
 
-def test_reasoning_ends_within_its_budget_and_binds_nothing(desk: Callable[..., Desk], case: Case) -> None:
+def test_reasoning_ends_within_its_budget_and_binds_nothing(desk: Callable[..., Engine], case: Case) -> None:
     if not case.samples:
         pytest.skip("an echo does not think")
     request = chat(0, thinking="6", regex="(?:yes|no)", max_tokens=60, ignore_eos=False, logit_bias=())
@@ -324,7 +324,7 @@ def test_reasoning_ends_within_its_budget_and_binds_nothing(desk: Callable[..., 
 @pytest.mark.parametrize("budget", [0, 1, 4])
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.2, "seed": 3}, {"logprobs": True}], ids=str)
 def test_a_budget_of_reasoning_needs_nothing_else(
-    desk: Callable[..., Desk], case: Case, budget: int, how: dict[str, Any]
+    desk: Callable[..., Engine], case: Case, budget: int, how: dict[str, Any]
 ) -> None:
     if not case.samples:
         pytest.skip("an echo does not think")
@@ -343,7 +343,7 @@ def test_a_budget_of_reasoning_needs_nothing_else(
     "bound", [{"regex": "yes|no"}, {"choices": ("yes", "no")}, {"json_schema": '{"enum": ["yes", "no"]}'}], ids=str
 )
 def test_a_bound_answer_comes_when_the_model_ends_within_its_reasoning(
-    desk: Callable[..., Desk], case: Case, bound: dict[str, Any]
+    desk: Callable[..., Engine], case: Case, bound: dict[str, Any]
 ) -> None:
     if not case.samples:
         pytest.skip("an echo does not think")
@@ -355,7 +355,7 @@ def test_a_bound_answer_comes_when_the_model_ends_within_its_reasoning(
     assert found.usage.reasoning_tokens == 0
 
 
-def test_a_vector_has_length_one_and_depends_on_its_text_alone(desk: Callable[..., Desk]) -> None:
+def test_a_vector_has_length_one_and_depends_on_its_text_alone(desk: Callable[..., Engine]) -> None:
     texts = ["a free phone", "加我微信", "a free phone", "what a voice, what a song"]
     requests = [raw(key, text, embedding=True) for key, text in enumerate(texts)]
 
@@ -369,7 +369,7 @@ def test_a_vector_has_length_one_and_depends_on_its_text_alone(desk: Callable[..
     assert vectors[0] != pytest.approx(vectors[1], abs=1e-3)
 
 
-def test_identical_greedy_requests_are_computed_once(desk: Callable[..., Desk]) -> None:
+def test_identical_greedy_requests_are_computed_once(desk: Callable[..., Engine]) -> None:
     engine = desk(slots=4)
     requests = [chat(key, text="the same", max_tokens=9) for key in range(6)] + [chat(6, text="another", max_tokens=9)]
 
@@ -383,7 +383,7 @@ def test_identical_greedy_requests_are_computed_once(desk: Callable[..., Desk]) 
     assert engine.counters.decode_tokens == found[0].usage.output_tokens + found[6].usage.output_tokens
 
 
-def test_a_job_is_given_no_answer_of_another_one(desk: Callable[..., Desk]) -> None:
+def test_a_job_is_given_no_answer_of_another_one(desk: Callable[..., Engine]) -> None:
     engine = desk(slots=4)
     ours, theirs = Sharing("", "ours"), Sharing("", "theirs")
     first = answers(engine, [replace(chat(0, text="the same", max_tokens=9), sharing=ours)])
@@ -402,13 +402,15 @@ def test_a_job_is_given_no_answer_of_another_one(desk: Callable[..., Desk]) -> N
     assert {each.text for each in found.values()} == {first[0].text}
 
 
-def test_a_draw_is_never_copied(desk: Callable[..., Desk]) -> None:
+def test_a_draw_is_never_copied(desk: Callable[..., Engine]) -> None:
     found = answers(desk(slots=2), [chat(key, text="the same", temperature=1.0) for key in range(3)])
 
     assert all(each.extras is None for each in found.values())
 
 
-def test_the_next_of_identical_requests_runs_when_the_first_is_cancelled(desk: Callable[..., Desk], case: Case) -> None:
+def test_the_next_of_identical_requests_runs_when_the_first_is_cancelled(
+    desk: Callable[..., Engine], case: Case
+) -> None:
     engine = desk(slots=1, model_options=case.slowly)
     engine.add([chat(key, text="the same again", max_tokens=60) for key in range(3)])
     engine.step()
@@ -420,7 +422,7 @@ def test_the_next_of_identical_requests_runs_when_the_first_is_cancelled(desk: C
     assert all(isinstance(each, Finished) for each in found.values())
 
 
-def test_parts_of_a_cancelled_request_free_their_slots(desk: Callable[..., Desk], case: Case) -> None:
+def test_parts_of_a_cancelled_request_free_their_slots(desk: Callable[..., Engine], case: Case) -> None:
     engine = desk(slots=4, model_options=case.slowly)
     engine.add([chat(0, n=4, temperature=1.0, max_tokens=60, ignore_eos=True), chat(1, max_tokens=4)])
     engine.step()
@@ -432,7 +434,7 @@ def test_parts_of_a_cancelled_request_free_their_slots(desk: Callable[..., Desk]
     assert engine.active == 0
 
 
-def test_a_request_whose_parts_cannot_run_is_one_error(desk: Callable[..., Desk]) -> None:
+def test_a_request_whose_parts_cannot_run_is_one_error(desk: Callable[..., Engine]) -> None:
     found = ends(run_all(desk(slots=2), [chat(0, text="far too long " * 400, n=3, temperature=1.0), chat(1)]))
 
     assert isinstance(found[0], Rejected)
@@ -440,7 +442,7 @@ def test_a_request_whose_parts_cannot_run_is_one_error(desk: Callable[..., Desk]
     assert isinstance(found[1], Finished)
 
 
-def test_waiting_keys_name_requests_and_not_their_parts(desk: Callable[..., Desk], case: Case) -> None:
+def test_waiting_keys_name_requests_and_not_their_parts(desk: Callable[..., Engine], case: Case) -> None:
     engine = desk(slots=1, model_options=case.slowly)
     engine.add([chat(0, text="one two three four five", max_tokens=30, ignore_eos=True)])
     engine.step()

@@ -6,8 +6,8 @@ import json
 import random
 from typing import Any
 
-from promptmill_workers.engines.contract import EngineRequest, Finished, TokenEvent
-from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.engines.contract import Engine, EngineRequest, Finished, TokenEvent
+from promptmill_workers.host.process import wrapped
 from tests.unit.test_engine_contract import RULES, WORDS, Case, Load, case, chat, checkpoint, load, raw
 
 __all__ = ["case", "checkpoint", "load"]
@@ -64,7 +64,7 @@ def described(event: Finished) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def finish(engine: Desk) -> dict[int, tuple[Any, ...]]:
+def finish(engine: Engine) -> dict[int, tuple[Any, ...]]:
     found = {}
     while engine.active or engine.waiting:
         for event in engine.step():
@@ -80,7 +80,7 @@ def test_500_mixed_requests_are_answered_as_each_alone(load: Load, case: Case) -
     rng = random.Random(6)
     requests = mixed(case)
     cancelled = set(rng.sample(range(REQUESTS), 40))
-    engine = Desk(load(slots=6, batch_tokens=96))
+    engine = wrapped(load(slots=6, batch_tokens=96))
     together: dict[int, tuple[Any, ...]] = {}
     queue = list(requests)
     while queue:
@@ -99,7 +99,7 @@ def test_500_mixed_requests_are_answered_as_each_alone(load: Load, case: Case) -
         requests[gone] = requests[gone] if gone in together else EngineRequest(-1, requests[gone].sampling)
     together |= finish(engine)
 
-    lone = Desk(load(slots=1), deduplicate=False)
+    lone = wrapped(load(slots=1), deduplicate=False)
     alone: dict[int, tuple[Any, ...]] = {}
     for request in requests:
         if request.key >= 0:

@@ -17,7 +17,7 @@ from promptmill.errors import DeviceError, ModelError, RequestError
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import bundled
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
-from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.host.process import wrapped
 from tests.conftest import ROOT
 from tests.unit.tiny_mlx import write_tiny_mlx
 
@@ -527,7 +527,7 @@ def test_choices_are_as_likely_with_both_engines() -> None:
     llamacpp = pytest.importorskip("promptmill_workers.engines.llama.backend")
     found = []
     for kind, file in ((MlxBackend, "mlx"), (llamacpp.LlamaBackend, "demo.gguf")):
-        desk = Desk(Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=2))))
+        desk = wrapped(Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=2))))
         desk.add([chat(0, system="Be brief.", text="hello", choices=("I", "I am", "no"))])
         events: list[Event] = []
         while not events:

@@ -17,7 +17,7 @@ from promptmill_workers.engines.contract import Engine, EngineOptions, EngineReq
 from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import LlamaPromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
-from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.host.process import wrapped
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import CHATML, write_tiny_gguf
 
@@ -41,7 +41,7 @@ def load(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Load]:
         else:
             path = write_tiny_gguf(tmp_path / "tiny.gguf", chat_template=template, marks=MARKS)
         options = EngineOptions(slots=2, context_tokens=256, threads=1)
-        loaded.append(Desk(build_engine(Checkpoint("tiny", request.param, path), options)))
+        loaded.append(wrapped(build_engine(Checkpoint("tiny", request.param, path), options)))
         return loaded[-1]
 
     yield load
@@ -69,9 +69,16 @@ def extras(event: Finished) -> Extras:
     return event.extras
 
 
+def tools_of(engine: Any) -> Any:
+    """The tokeniser of the engine behind all that stands in front of it."""
+    while hasattr(engine, "_engine"):
+        engine = engine._engine
+    return engine.backend._tools
+
+
 def token(engine: Engine, text: str) -> int:
     """The one token that is ``text``."""
-    (only,) = engine._engine.backend._tools.tokens(text)  # type: ignore[attr-defined]
+    (only,) = tools_of(engine).tokens(text)
     return int(only)
 
 
@@ -100,7 +107,7 @@ def test_a_reasoning_that_the_model_opens_by_a_control_token_is_told_apart(load:
 
 @pytest.mark.parametrize("said", ["<think>Hm.</think>\n\nyes <b>", "\n yes", "<thin air>", "<", "<think>", " \n"])
 def test_somebody_who_waits_is_told_no_reasoning(load: Load, said: str) -> None:
-    tools = load(CHATML)._engine.backend._tools  # type: ignore[attr-defined]
+    tools = tools_of(load(CHATML))
     written = Generation(tools, SamplingParams(), np.zeros(1, np.int32), 64)
     told = ""
     for each in tools.tokens(said):

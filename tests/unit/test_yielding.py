@@ -8,7 +8,7 @@ from promptmill.types import SamplingParams
 from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Finished, enqueue
 from promptmill_workers.engines.echo import EchoBackend
 from promptmill_workers.engines.scheduler import Scheduler
-from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.host.process import wrapped
 from tests.conftest import Clock
 
 
@@ -16,10 +16,10 @@ def request(key: int, *, urgent: bool = False, text: str = "one two") -> EngineR
     return EngineRequest(key, SamplingParams(), prompt=f"{text} {key}", urgent=urgent)
 
 
-def desk(clock: Clock, slots: int = 4) -> tuple[Desk, Engine]:
+def desk(clock: Clock, slots: int = 4) -> tuple[Engine, Engine]:
     options = EngineOptions(slots=slots, model_options={"token_s": "0.001"})
     engine = Scheduler(EchoBackend("echo", options, clock), clock)
-    return Desk(engine), engine
+    return wrapped(engine), engine
 
 
 def test_urgent_ones_go_before_all_that_wait_in_their_own_order() -> None:

@@ -237,6 +237,51 @@ class Engine(Protocol):
         ...
 
 
+class EngineWrapper:
+    """An engine in front of another one: passes the whole contract on, so that wrappers change what they must."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self._engine.counters
+
+    @property
+    def active(self) -> int:
+        return self._engine.active
+
+    @property
+    def waiting(self) -> int:
+        return self._engine.waiting
+
+    @property
+    def kv_cells_used(self) -> int:
+        return self._engine.kv_cells_used
+
+    def waiting_keys(self) -> Collection[RequestKey]:
+        return self._engine.waiting_keys()
+
+    def add(self, requests: Sequence[EngineRequest]) -> None:
+        self._engine.add(requests)
+
+    def step(self) -> Sequence[Event]:
+        return self._engine.step()
+
+    def cancel(self, key: RequestKey) -> None:
+        self._engine.cancel(key)
+
+    def render(self, request: EngineRequest) -> str:
+        return self._engine.render(request)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
 def enqueue(waiting: deque[EngineRequest], requests: Sequence[EngineRequest]) -> None:
     """Put ``requests`` into the queue: urgent ones at its head, behind those that are there, the others at its end."""
     waiting.extend(each for each in requests if not each.urgent)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from promptmill_workers.engines.contract import Engine, EngineRequest, RequestKey
+from promptmill_workers.engines.contract import Engine, EngineRequest, EngineWrapper, Event, RequestKey, TokenEvent
 
 #: Share of the slots that urgent requests may take from running ones. A job goes on beside any number of them.
 MOST_TAKEN = 0.5
 
 
-class Preemption:
-    """Knows which of an engine's requests are urgent, and makes way for them before a step.
+class Preemption(EngineWrapper):
+    """Knows which of the engine's requests are urgent, and makes way for them before a step.
 
     What a request had generated when it gave way is counted as wasted; it starts again with the same seed.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._urgent: set[RequestKey] = set()
         #: The others, the one added first before the rest.
         self._others: dict[RequestKey, EngineRequest] = {}
@@ -25,7 +25,6 @@ class Preemption:
         self._left: set[RequestKey] = set()
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
-        """Hand requests to the engine."""
         for each in requests:
             if each.urgent:
                 self._urgent.add(each.key)
@@ -33,12 +32,24 @@ class Preemption:
                 self._others[each.key] = each
         self._engine.add(requests)
 
-    def forget(self, key: RequestKey) -> None:
+    def step(self) -> Sequence[Event]:
+        self._make_way()
+        events = self._engine.step()
+        for event in events:
+            if not isinstance(event, TokenEvent):
+                self._forget(event.key)
+        return events
+
+    def cancel(self, key: RequestKey) -> None:
+        self._engine.cancel(key)
+        self._forget(key)
+
+    def _forget(self, key: RequestKey) -> None:
         """The request has ended or was cancelled."""
         self._urgent.discard(key)
         self._others.pop(key, None)
 
-    def make_way(self) -> None:
+    def _make_way(self) -> None:
         """Free as many slots as urgent requests wait for, within their share."""
         if not self._urgent:
             return

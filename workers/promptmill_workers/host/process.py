@@ -31,7 +31,9 @@ from promptmill_workers.engines.contract import (
     RequestKey,
     TokenEvent,
 )
-from promptmill_workers.host.fan_out import Desk
+from promptmill_workers.host.deduplication import Deduplication
+from promptmill_workers.host.fan_out import FanOut
+from promptmill_workers.host.preemption import Preemption
 from promptmill_workers.host.wire import LiveText, message_of
 from promptmill_workers.model_files import LoadedFiles
 
@@ -301,6 +303,12 @@ def main() -> None:
     HostLoop(engine, files).serve(listener)
 
 
+def wrapped(engine: Engine, *, deduplicate: bool = True) -> Engine:
+    """The engine for requests in parts, some of them urgent, and some of them identical."""
+    whole = FanOut(Preemption(engine))
+    return Deduplication(whole) if deduplicate else whole
+
+
 def _load(config: dict[str, Any], listener: socket.socket) -> tuple[Engine, LoadedFiles | None]:
     """The engine and its files.
 
@@ -311,7 +319,7 @@ def _load(config: dict[str, Any], listener: socket.socket) -> tuple[Engine, Load
 
     try:
         engine, files = load_engine(config["model"], EngineOptions(**config["options"]))
-        return Desk(engine, deduplicate=config["deduplicate"]), files
+        return wrapped(engine, deduplicate=config["deduplicate"]), files
     except (PromptmillError, MemoryError) as problem:
         accepted, _ = listener.accept()
         connection = Connection(accepted.detach())
