@@ -15,7 +15,7 @@ from promptmill.types import Request, SamplingParams
 from promptmill_workers.checkpoints import fingerprint, locate
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
-from promptmill_workers.host import model_hosts
+from promptmill_workers.host import turns
 from promptmill_workers.host.client import EngineHost, HostConfig, HostDied, Session
 from promptmill_workers.host.model_hosts import ModelHosts, NotWanted
 from promptmill_workers.model_files import fingerprint_of, states_of
@@ -169,7 +169,7 @@ def test_the_loaded_model_goes_first_and_the_other_one_not_too_late(
 
     assert hosts.turn_of("echo")
     assert not hosts.turn_of("echo:token_s=0")
-    monkeypatch.setattr(model_hosts, "FAIR_S", -1.0)
+    monkeypatch.setattr(turns, "FAIR_S", -1.0)
     assert hosts.turn_of("echo:token_s=0")
 
 
@@ -262,9 +262,9 @@ def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[ModelHosts], m
         suspect.start()
         wait_until(lambda: hosts.kept_waiting_s("echo") > 0, "the suspect waits", 10)
         enter("before it waited long", alone=False)
-        monkeypatch.setattr(model_hosts, "FAIR_S", 0.0)
+        monkeypatch.setattr(turns, "FAIR_S", 0.0)
         # The lane of urgent requests takes no more when it sees this.
-        assert hosts.kept_waiting_s("echo") > model_hosts.FAIR_S
+        assert hosts.kept_waiting_s("echo") > turns.FAIR_S
         late = threading.Thread(target=enter, args=("late", False))
         late.start()
         late.join(0.5)

@@ -27,7 +27,7 @@ from promptmill_workers.engines.contract import EngineOptions
 from promptmill_workers.host.client import HostConfig, HostCrashed, HostDied
 from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.model_files import fingerprint_of, states_of
-from promptmill_workers.worker import chunk_runner
+from promptmill_workers.worker import chunk_runner, held_leases
 from promptmill_workers.worker.chunk_runner import ChunkRunner
 from promptmill_workers.worker.database_retry import DatabaseRetry
 from promptmill_workers.worker.held_leases import HeldLeases
@@ -121,16 +121,16 @@ class SlowLedger:
 
 def test_leases_are_renewed_by_the_clock(monkeypatch: pytest.MonkeyPatch, clock: Any) -> None:
     ledger = SlowLedger(clock)
-    monkeypatch.setattr(chunk_runner, "WATCH_S", 0.001)
-    monkeypatch.setattr(chunk_runner, "time", SimpleNamespace(monotonic=clock), raising=False)
+    monkeypatch.setattr(held_leases, "WATCH_S", 0.001)
+    monkeypatch.setattr(held_leases, "time", SimpleNamespace(monotonic=clock), raising=False)
     lease = Lease(ChunkId(JOB, 0), 1, 0, "a", 0, 1, "echo", 0.0, None, 5)
-    with chunk_runner.watching(cast(Ledger, ledger), lease, Shutdown()):
+    with held_leases.watching(cast(Ledger, ledger), lease, Shutdown()):
         give_up = time.monotonic() + 20
         while ledger.looks < 20 and time.monotonic() < give_up:
             time.sleep(0.001)
     waits = [later - earlier for earlier, later in zip(ledger.renewed, ledger.renewed[1:], strict=False)]
     assert waits
-    assert max(waits) <= ledger.lease_s / chunk_runner.RENEWALS + 1
+    assert max(waits) <= ledger.lease_s / held_leases.RENEWALS + 1
 
 
 class LosingLedger(Ledger):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,16 +14,13 @@ from promptmill.core.backoff import Backoff
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.engines.kv_budget import CPU_SLOTS
 from promptmill_workers.host.client import EngineHost, HostConfig, HostCrashed, HostDied, Session
+from promptmill_workers.host.turns import Hold, Turns
 from promptmill_workers.model_files import LoadedFiles
 
 log = logging.getLogger("promptmill.worker")
 
 #: Before a host that died is started again.
 RESTART = Backoff(0.2, 30.0)
-
-#: Longest that chunks of one model wait because another one is loaded and has work.
-FAIR_S = 60.0
-
 
 #: What those are told who wait for a host when there will be none.
 STOPPING = "the worker is stopping"
@@ -53,25 +50,6 @@ class NotWanted(Exception):
     """Whoever waited for a session wants none any more."""
 
 
-class Hold:
-    """A lease that is held until its end or until it is let go."""
-
-    def __init__(self, hosts: ModelHosts) -> None:
-        self._hosts, self._held = hosts, True
-
-    def let_go(self) -> None:
-        """What the engine idles from now on is no job's time, for all this lease knows."""
-        if self._held:
-            self._hosts.change_leases(-1)
-            self._held = False
-
-    def take_again(self) -> None:
-        """It was held all the time after all."""
-        if not self._held:
-            self._hosts.change_leases(1)
-            self._held = True
-
-
 class ModelHosts:
     """Hands out sessions. Sessions of one model run together; another model waits until they have ended."""
 
@@ -83,14 +61,9 @@ class ModelHosts:
         self._host: EngineHost | None = None
         # Hosts of other models that stay loaded, the least recently used first.
         self._parked: OrderedDict[str, EngineHost] = OrderedDict()
-        self._passed_over: dict[str, float] = {}
         self._users = 0
         self._alone = False
-        # Models of those that wait for a turn: since when the first of them does, and how many are urgent.
-        self._waits: dict[str, float] = {}
-        self._urgent: Counter[str] = Counter()
-        # Since when each of those waits that must have the host for itself.
-        self._alone_since: list[float] = []
+        self._turns = Turns()
         self._not_before = 0.0
         # Held while a host is loaded, which may take minutes: what others read of this object needs no lock.
         self._changed = threading.Condition()
@@ -161,13 +134,11 @@ class ModelHosts:
         """
         if self._host is None or self._config.model == model:
             return True
-        since = self._passed_over.setdefault(model, time.monotonic())
-        return time.monotonic() - since > FAIR_S
+        return self._turns.passed_over_long(model)
 
     def kept_waiting_s(self, model: str) -> float:
         """Seconds that those have waited for this model who cannot run beside it."""
-        others = [since for name, since in dict(self._waits).items() if name != model]
-        return max((time.monotonic() - since for since in (*others, *self._alone_since)), default=0.0)
+        return self._turns.kept_waiting_s(model)
 
     @property
     def model(self) -> str:
@@ -189,7 +160,7 @@ class ModelHosts:
             if self._leases == 0:
                 self._unheld_s += max(0.0, since - self._unheld_since)
             self._leases += 1
-        hold = Hold(self)
+        hold = Hold(self.change_leases)
         try:
             yield hold
         finally:
@@ -288,13 +259,11 @@ class ModelHosts:
         def may_enter() -> bool:
             if self._back_off_s():
                 return False
-            if not urgent and any(each != model for each in self._urgent):
-                return False
-            if not (urgent or alone) and any(time.monotonic() - since > FAIR_S for since in self._alone_since):
+            if self._turns.gives_way(model, alone, urgent):
                 return False
             return self._users == 0 or (not (alone or self._alone) and self._serves(wanted))
 
-        with self._changed, self._waiting(model, alone, urgent):
+        with self._changed, self._turns.waiting(model, alone, urgent, self._changed.notify_all):
             while not self._closed and not may_enter():
                 if unwanted.is_set():
                     raise NotWanted
@@ -307,22 +276,6 @@ class ModelHosts:
             self._users += 1
             self._alone = alone
             return self._host
-
-    @contextmanager
-    def _waiting(self, model: str, alone: bool, urgent: bool) -> Iterator[None]:
-        now = time.monotonic()
-        self._waits.setdefault(model, now)
-        if alone:
-            self._alone_since.append(now)
-        self._urgent[model] += urgent
-        try:
-            yield
-        finally:
-            self._waits.pop(model, None)
-            if alone:
-                self._alone_since.remove(now)
-            self._urgent = +(self._urgent - Counter({model: int(urgent)}))
-            self._changed.notify_all()
 
     def _serves(self, wanted: Wanted) -> bool:
         if self._host is None or self._config.model != wanted.model:
@@ -342,7 +295,7 @@ class ModelHosts:
             self._bury(host)
         elif host is not None:
             self._put_away(host, model)
-        self._passed_over.pop(model, None)
+        self._turns.came(model)
         parked = self._parked.pop(model, None)
         self._config = replace(self._config, model=model)
         if parked is not None and self._take_back(parked, wanted):

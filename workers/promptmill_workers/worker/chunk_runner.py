@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from promptmill.errors import DeviceError, ModelError, PromptmillError, first_line
-from promptmill.ledger import JobSpec, Ledger, Standing
+from promptmill.ledger import JobSpec, Ledger
 from promptmill.store.answer_cache import keep, key_of, look_up
 from promptmill.tasks.sampling import LARGEST_WHOLE
 from promptmill.tasks.task_file import parse_task
 from promptmill.tasks.templates import Template, resolve_sampling, to_request
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result, Sharing
 from promptmill_workers.host.client import HostDied, Session
-from promptmill_workers.host.model_hosts import Hold, ModelHosts, NotWanted
+from promptmill_workers.host.model_hosts import ModelHosts, NotWanted
+from promptmill_workers.host.turns import Hold
 from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry
+from promptmill_workers.worker.held_leases import watching
 from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
@@ -34,12 +34,6 @@ CHUNKS_AT_ONCE = 2
 #: four chunks with a bad request each loses at most eight until they are split, and four more until their pieces are
 #: single requests; then each good one is an answer.
 DEATHS_IN_A_ROW = 16
-
-#: Renewals in the time of a lease: five may fail before somebody else takes the chunk.
-RENEWALS = 6
-
-#: Seconds between looks at whether the job was cancelled or the worker told to stop.
-WATCH_S = 0.5
 
 #: Jobs of which something is remembered: a worker lives for months.
 KEPT_JOBS = 256
@@ -175,13 +169,14 @@ class ChunkRunner:
         words = self._tell_wrong(job_id, lease.model, wanted, session.info.fingerprint)
         if self._is_alone:
             self._ledger.stop(job_id, words, lease)
-        counters = session.counters()
-        hold.let_go()
-        self._patiently(lambda again: self._ledger.release(lease, counters, self._hosts.slots))
+        self._release(lease, hold, session)
 
     def _overwritten(self, lease: Lease, hold: Hold, session: Session) -> None:
         """The files changed under the engine: what it says now is no model's answer. The next claim loads them anew."""
         log.error("job %s: the files of %s were written to while they were in use", lease.chunk.job_id, lease.model)
+        self._release(lease, hold, session)
+
+    def _release(self, lease: Lease, hold: Hold, session: Session) -> None:
         counters = session.counters()
         hold.let_go()
         self._patiently(lambda again: self._ledger.release(lease, counters, self._hosts.slots))
@@ -341,68 +336,3 @@ def _limit(request: Request) -> int:
 def _forget_oldest(of_jobs: OrderedDict[str, Any]) -> None:
     while len(of_jobs) > KEPT_JOBS:
         of_jobs.popitem(last=False)
-
-
-@dataclass(slots=True)
-class Watched:
-    """What the watching thread watches; the session is set once the chunk has one."""
-
-    session: Session | None = None
-    #: Whoever still waits for a session is to have none.
-    unwanted: threading.Event = field(default_factory=threading.Event)
-    #: Nothing is left to be abandoned: a chunk that has just been closed has no lease any more.
-    all_answered: bool = False
-
-
-@contextmanager
-def watching(ledger: Ledger, lease: Lease, stop: Shutdown) -> Iterator[Watched]:
-    """Beside the work, in a thread: renew the lease, and tell the session when its work is no longer wanted."""
-    ended, watched = threading.Event(), Watched()
-    watcher = threading.Thread(target=_watch, args=(ledger, lease, watched, stop, ended), daemon=True)
-    watcher.start()
-    try:
-        yield watched
-    finally:
-        ended.set()
-        watcher.join()
-
-
-def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Shutdown, ended: threading.Event) -> None:
-    renewed_at, drained, warned = time.monotonic(), False, False
-    while not ended.wait(WATCH_S):
-        try:
-            looked_at = time.monotonic()
-            # By the clock: each look at a slow database takes time too.
-            if looked_at - renewed_at >= ledger.lease_s / RENEWALS:
-                standing, renewed_at = ledger.renew(lease), looked_at
-            else:
-                standing = ledger.standing(lease)
-            warned = False
-            session = watched.session
-            if session is None:
-                # It waits for a host to be loaded, or for its turn.
-                if stop.draining.is_set() or standing is not Standing.HELD:
-                    watched.unwanted.set()
-                continue
-            if stop.abandoning.is_set() or standing in (Standing.LOST, Standing.UNWANTED):
-                if standing is Standing.LOST and not watched.all_answered:
-                    log.warning("chunk %s/%d: the lease is lost", lease.chunk.job_id, lease.chunk.number)
-                session.abandon()
-                return
-            if (stop.draining.is_set() or standing is Standing.PAUSED) and not drained:
-                session.drain()
-                drained = True
-        except OSError:
-            return  # The host is gone; the thread that reads from it knows and reacts.
-        except PASSING as problem:
-            # The database may come back before the lease ends; if not, another worker takes the chunk.
-            if not warned:
-                log.warning(
-                    "chunk %s/%d: the lease is not renewed: %s",
-                    lease.chunk.job_id, lease.chunk.number, first_line(problem),
-                )  # fmt: skip
-            warned = True
-        except Exception as problem:
-            # Whatever it is, a lease that is not renewed any more would be worse.
-            log.error("chunk %s/%d: a look at its lease failed: %s: %s", lease.chunk.job_id, lease.chunk.number,
-                      type(problem).__name__, first_line(problem))  # fmt: skip

@@ -1,14 +1,28 @@
-"""The leases of one worker: it has none that none of its threads knows of."""
+"""The leases of this worker: those whose reply was lost are adopted, and each is renewed while it is worked on."""
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from promptmill.ledger import Ledger
+from promptmill.errors import first_line
+from promptmill.ledger import Ledger, Standing
 from promptmill.types import Lease
-from promptmill_workers.worker.database_retry import DatabaseRetry
+from promptmill_workers.host.client import Session
+from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry
+from promptmill_workers.worker.shutdown import Shutdown
+
+log = logging.getLogger("promptmill.worker")
+
+#: Renewals in the time of a lease: five may fail before somebody else takes the chunk.
+RENEWALS = 6
+
+#: Seconds between looks at whether the job was cancelled or the worker told to stop.
+WATCH_S = 0.5
 
 
 class HeldLeases:
@@ -40,3 +54,68 @@ class HeldLeases:
             if lease is not None:
                 self._known.append(lease)
             return lease
+
+
+@dataclass(slots=True)
+class Watched:
+    """What the watching thread watches; the session is set once the chunk has one."""
+
+    session: Session | None = None
+    #: Whoever still waits for a session is to have none.
+    unwanted: threading.Event = field(default_factory=threading.Event)
+    #: Nothing is left to be abandoned: a chunk that has just been closed has no lease any more.
+    all_answered: bool = False
+
+
+@contextmanager
+def watching(ledger: Ledger, lease: Lease, stop: Shutdown) -> Iterator[Watched]:
+    """Beside the work, in a thread: renew the lease, and tell the session when its work is no longer wanted."""
+    ended, watched = threading.Event(), Watched()
+    watcher = threading.Thread(target=_watch, args=(ledger, lease, watched, stop, ended), daemon=True)
+    watcher.start()
+    try:
+        yield watched
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _watch(ledger: Ledger, lease: Lease, watched: Watched, stop: Shutdown, ended: threading.Event) -> None:
+    renewed_at, drained, warned = time.monotonic(), False, False
+    while not ended.wait(WATCH_S):
+        try:
+            looked_at = time.monotonic()
+            # By the clock: each look at a slow database takes time too.
+            if looked_at - renewed_at >= ledger.lease_s / RENEWALS:
+                standing, renewed_at = ledger.renew(lease), looked_at
+            else:
+                standing = ledger.standing(lease)
+            warned = False
+            session = watched.session
+            if session is None:
+                # It waits for a host to be loaded, or for its turn.
+                if stop.draining.is_set() or standing is not Standing.HELD:
+                    watched.unwanted.set()
+                continue
+            if stop.abandoning.is_set() or standing in (Standing.LOST, Standing.UNWANTED):
+                if standing is Standing.LOST and not watched.all_answered:
+                    log.warning("chunk %s/%d: the lease is lost", lease.chunk.job_id, lease.chunk.number)
+                session.abandon()
+                return
+            if (stop.draining.is_set() or standing is Standing.PAUSED) and not drained:
+                session.drain()
+                drained = True
+        except OSError:
+            return  # The host is gone; the thread that reads from it knows and reacts.
+        except PASSING as problem:
+            # The database may come back before the lease ends; if not, another worker takes the chunk.
+            if not warned:
+                log.warning(
+                    "chunk %s/%d: the lease is not renewed: %s",
+                    lease.chunk.job_id, lease.chunk.number, first_line(problem),
+                )  # fmt: skip
+            warned = True
+        except Exception as problem:
+            # Whatever it is, a lease that is not renewed any more would be worse.
+            log.error("chunk %s/%d: a look at its lease failed: %s: %s", lease.chunk.job_id, lease.chunk.number,
+                      type(problem).__name__, first_line(problem))  # fmt: skip

@@ -33,7 +33,8 @@ from promptmill.queue.interactive_wire import (
 )
 from promptmill.types import ErrorClass, Ok, Result
 from promptmill_workers.host.client import HostDied, Session
-from promptmill_workers.host.model_hosts import FAIR_S, ModelHosts
+from promptmill_workers.host.model_hosts import ModelHosts
+from promptmill_workers.host.turns import FAIR_S
 from promptmill_workers.host.wire import LiveText
 from promptmill_workers.worker.replies import Replies
 from promptmill_workers.worker.shutdown import Shutdown
