@@ -134,7 +134,7 @@ def reports_of(asked: Callable[[str], dict[str, Any]]) -> Callable[[Target], lis
 
     def make(target: Target) -> list[Sent]:
         text = json.dumps({"a": "a" * 60 + "!"})
-        rows = [{"input": {"q": text + " " * row}, "expected": {"a": "b"}} for row in range(300)]
+        rows = [{"input": {"q": text + " " * row}, "expected": {"a": "aa"}} for row in range(300)]
         found = target.ask(job(lines=rows, task=task("{{ q }}", **asked("^(a|aa)+$"))), target.bob)
         assert found[0] == 200, found
         path = f"/v1/jobs/{found[1]['id']}"

@@ -357,7 +357,8 @@ def test_a_gate_that_fails_ends_the_run_with_code_3(command: Command, tmp_path: 
         (tmp_path / "t.yaml").write_text(f"{task}gates: {{label.accuracy: '{demand}'}}\n")
         done = command("run", write(tmp_path, "d.jsonl", *data), "--task", "t.yaml", "--model", "echo")
         assert done.code == code, done.err
-        assert f"gate label.accuracy {demand}: 0.75, {word}" in done.err
+        (line,) = [each for each in done.err.splitlines() if each.startswith(f"gate label.accuracy {demand}: 0.75, ")]
+        assert line.endswith(f", n 4 (as 3 without copies), {word}")
 
 
 def test_score_appends_runs_and_leaves_answers_alone(command: Command, tmp_path: Path) -> None:

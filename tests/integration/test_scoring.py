@@ -214,4 +214,4 @@ def test_f3_a_job_whose_gate_failed_never_says_passed(command: Command, tmp_path
     assert [(each["value"], each["passed"]) for each in report["gates"]] == [(0.5, False), (1.0, True)]
     page = command("report", "@last").out
     assert page.rstrip().endswith("completed, but gates failed: label.accuracy")
-    assert "gate label.accuracy >=0.9: 0.5, FAILED" in page
+    assert "gate label.accuracy >=0.9: 0.5, 95 % CI [" in page
