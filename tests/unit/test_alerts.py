@@ -105,10 +105,8 @@ def kept(operation: Any, left: Vector, right: Any) -> Vector:
 
 def firing(db: sa.Engine, redis_url: str) -> set[tuple[str, str]]:
     """Name and worker of each alert that a scrape at this moment speaks for, among the rules without a range."""
-    text = (
-        "\n".join(prometheus._from_rows(cast(Services, SimpleNamespace(db=db, settings=Settings(redis_url=redis_url)))))
-        + "\n"
-    )
+    services = cast(Services, SimpleNamespace(db=db, settings=Settings(redis_url=redis_url)))
+    text = prometheus.text_of(prometheus._from_rows(services)).decode()
     series: dict[str, Vector] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from promptmill.api.prometheus import family, histogram
+from promptmill.api.prometheus import family, histogram, text_of
 from promptmill.database.counting import NOBODY, Counts, counting, stored
 from promptmill.database.engine import epoch, reading, writing
 from promptmill.database.tables import attempts, worker_samples, workers
@@ -160,7 +160,11 @@ def test_a_list_of_workers_has_the_newest_sample_of_each(database: Engine) -> No
 
 
 def test_numbers_keep_every_digit() -> None:
-    [_, _, first, second, third] = family("a", "gauge", "b", [({}, 1796081233.4), ({}, 0.1 + 0.2), ({}, 10**15)])
-    assert (first, second, third) == ("a 1796081233.4", "a 0.30000000000000004", "a 1000000000000000")
-    lines = list(histogram("a", "b", (0.5,), [("m", 1, 2, 123456789.0123)]))
-    assert lines[-2] == 'a_sum{model="m"} 123456789.0123'
+    gauge = family("a", "gauge", "b", [({}, 1796081233.4), ({}, 0.1 + 0.2), ({}, 10**15)])
+    summed = histogram("c", "d", (0.5,), [("m", 1, 2, 123456789.0123)])
+    lines = text_of([gauge, summed]).decode().splitlines()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("c")}
+    assert [float(line.split(" ")[1]) for line in lines[2:5]] == [1796081233.4, 0.1 + 0.2, 10**15]
+    assert values['c_sum{model="m"}'] == 123456789.0123
+    assert values['c_bucket{le="0.5",model="m"}'] == 1
+    assert values['c_bucket{le="+Inf",model="m"}'] == values['c_count{model="m"}'] == 2

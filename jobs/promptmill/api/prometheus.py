@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import accumulate
@@ -15,6 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 from sqlalchemy.engine import Connection, RowMapping
 from starlette.responses import Response
 
@@ -46,43 +50,42 @@ Labels = dict[str, Any]
 Sample = tuple[Labels, float]
 
 
-def family(name: str, kind: str, help_text: str, samples: Iterable[Sample]) -> Iterator[str]:
-    """One metric in the text format."""
-    yield f"# HELP {name} {help_text}"
-    yield f"# TYPE {name} {kind}"
+class _Found(Collector):
+    """What was found, for ``generate_latest``."""
+
+    def __init__(self, found: list[Metric]) -> None:
+        self._found = found
+
+    def collect(self) -> list[Metric]:
+        return self._found
+
+
+def text_of(found: list[Metric]) -> bytes:
+    """The metrics in the text format."""
+    return generate_latest(_Found(found))
+
+
+def family(name: str, kind: str, help_text: str, samples: Iterable[Sample]) -> Metric:
+    """One metric."""
+    found = Metric(name.removesuffix("_total"), help_text, kind)
     for labels, value in samples:
-        yield f"{name}{_labels(labels)} {_number(value)}"
-
-
-def _number(value: float) -> str:
-    """Every digit: a time of today has ten before the point, and Prometheus reads doubles."""
-    number = float(value)
-    return str(int(number)) if number.is_integer() else repr(number)
-
-
-def _labels(labels: Labels) -> str:
-    if not labels:
-        return ""
-    pairs = (f'{name}="{_escaped(value)}"' for name, value in labels.items())
-    return "{" + ",".join(pairs) + "}"
-
-
-def _escaped(value: Any) -> str:
-    return str(value).replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+        found.add_sample(name, {key: str(each) for key, each in labels.items()}, float(value))
+    return found
 
 
 def histogram(
     name: str, help_text: str, bounds: tuple[float, ...], rows: Iterable[Any], label: str = "model"
-) -> Iterator[str]:
+) -> Metric:
     """``rows``: value of the label, one cumulative count per bound, count, sum."""
-    yield f"# HELP {name} {help_text}"
-    yield f"# TYPE {name} histogram"
+    found = Metric(name, help_text, "histogram")
     for value, *counts, total, summed in rows:
-        for bound, count in zip(bounds, counts, strict=True):
-            yield f"{name}_bucket{_labels({label: value, 'le': f'{bound:g}'})} {int(count or 0)}"
-        yield f"{name}_bucket{_labels({label: value, 'le': '+Inf'})} {int(total)}"
-        yield f"{name}_sum{_labels({label: value})} {_number(summed or 0)}"
-        yield f"{name}_count{_labels({label: value})} {int(total)}"
+        labels = {label: str(value)}
+        for bound, count in zip((*bounds, "+Inf"), (*counts, total), strict=True):
+            le = bound if isinstance(bound, str) else f"{bound:g}"
+            found.add_sample(f"{name}_bucket", labels | {"le": le}, int(count or 0))
+        found.add_sample(f"{name}_sum", labels, float(summed or 0))
+        found.add_sample(f"{name}_count", labels, int(total))
+    return found
 
 
 @router.get("/metrics", summary="Prometheus metrics", responses=openapi.content(kind="text/plain"))
@@ -94,28 +97,28 @@ async def metrics(request: Request, parts: Parts, principal: Reader) -> Response
     async with lock:
         kept = getattr(state, "exposed", None)
         if kept is None or time.monotonic() - kept[0] > KEPT_S:
-            found = await in_thread(_from_rows, parts)
-            state.exposed = kept = time.monotonic(), found
+            state.exposed = kept = time.monotonic(), await in_thread(_from_rows, parts)
         scored = await _kept_scores(state, parts, principal)
-    lines = [*kept[1], *scored, *_calls(state.timings), *_overhead(state.timings), *await _commits(parts), *family(
-        "promptmill_live_requests", "gauge", "Requests whose clients wait for them.", [({}, parts.live.waiting)]
-    )]  # fmt: skip
-    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+    waiting: list[Sample] = [({}, parts.live.waiting)]
+    found = [
+        *kept[1], scored, *_calls(state.timings), _overhead(state.timings), await _commits(parts),
+        family("promptmill_live_requests", "gauge", "Requests whose clients wait for them.", waiting),
+    ]  # fmt: skip
+    return Response(text_of(found), media_type="text/plain; version=0.0.4")
 
 
-async def _kept_scores(state: Any, parts: Services, principal: Principal) -> list[str]:
+async def _kept_scores(state: Any, parts: Services, principal: Principal) -> Metric:
     """Scores have names of jobs: those of another key's jobs are not told."""
-    kept: dict[str | None, tuple[float, list[str]]] = state.scores
+    kept: dict[str | None, tuple[float, Metric]] = state.scores
     owner = None if principal.is_operator else principal.key_id
     if owner not in kept or time.monotonic() - kept[owner][0] > KEPT_S:
         if len(kept) >= MOST_KEPT:
             kept.clear()
-        found = await in_thread(_scores, parts, principal)
-        kept[owner] = time.monotonic(), found
+        kept[owner] = time.monotonic(), await in_thread(_scores, parts, principal)
     return kept[owner][1]
 
 
-def _overhead(timings: Timings) -> Iterator[str]:
+def _overhead(timings: Timings) -> Metric:
     row = ("/v1/chat/completions", *accumulate(timings.overhead), timings.overhead_s)
     return histogram(
         "promptmill_api_overhead_seconds",
@@ -124,7 +127,7 @@ def _overhead(timings: Timings) -> Iterator[str]:
     )  # fmt: skip
 
 
-async def _commits(parts: Services) -> Iterator[str]:
+async def _commits(parts: Services) -> Metric:
     """Of this server, and of each live worker by its sign of life."""
     if not parts.models.is_fresh:
         await in_thread(parts.models.refresh)
@@ -137,29 +140,28 @@ async def _commits(parts: Services) -> Iterator[str]:
     )  # fmt: skip
 
 
-def _calls(timings: Timings) -> Iterator[str]:
-    name = "promptmill_http_requests_total"
-    yield from family(
-        name, "counter", "Calls of the API.",
+def _calls(timings: Timings) -> Iterator[Metric]:
+    totals: Counter[str] = Counter()
+    for (_, route, _), count in timings.counts.items():
+        totals[route] += count
+    yield family(
+        "promptmill_http_requests_total", "counter", "Calls of the API.",
         [({"method": m, "route": r, "status": s}, count) for (m, r, s), count in sorted(timings.counts.items())],
     )  # fmt: skip
-    name = "promptmill_http_request_duration_seconds"
-    yield f"# HELP {name} Time of calls, streams to their end."
-    yield f"# TYPE {name} histogram"
-    for route, summed in sorted(timings.sums.items()):
-        total = sum(count for (_, each, _), count in timings.counts.items() if each == route)
-        for bound in BOUNDS_S:
-            yield f"{name}_bucket{_labels({'route': route, 'le': f'{bound:g}'})} {timings.buckets[route, bound]}"
-        yield f"{name}_bucket{_labels({'route': route, 'le': '+Inf'})} {total}"
-        yield f"{name}_sum{_labels({'route': route})} {_number(summed)}"
-        yield f"{name}_count{_labels({'route': route})} {total}"
+    rows = [
+        (route, *(timings.buckets[route, bound] for bound in BOUNDS_S), totals[route], summed)
+        for route, summed in sorted(timings.sums.items())
+    ]
+    yield histogram(
+        "promptmill_http_request_duration_seconds", "Time of calls, streams to their end.", BOUNDS_S, rows, "route"
+    )
 
 
-def _from_rows(parts: Services) -> list[str]:
+def _from_rows(parts: Services) -> list[Metric]:
     with reading(parts.db) as db:
         return [
-            *_jobs(db), *_counters(db), *_workers(db), *_queues(db, parts),
-            *family("promptmill_build_info", "gauge", "This version.", [({"version": version("promptmill")}, 1)]),
+            _jobs(db), *_counters(db), *_workers(db), *_queues(db, parts),
+            family("promptmill_build_info", "gauge", "This version.", [({"version": version("promptmill")}, 1)]),
         ]  # fmt: skip
 
 
@@ -167,9 +169,9 @@ def _pairs(db: Connection, query: Any, *names: str) -> list[Sample]:
     return [(dict(zip(names, row[:-1], strict=True)), float(row[-1] or 0)) for row in db.execute(query)]
 
 
-def _jobs(db: Connection) -> Iterator[str]:
+def _jobs(db: Connection) -> Metric:
     query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
-    yield from family("promptmill_jobs", "gauge", "Jobs by state.", _pairs(db, query, "state"))
+    return family("promptmill_jobs", "gauge", "Jobs by state.", _pairs(db, query, "state"))
 
 
 #: Name in the exposition -> name of the sum, and what it says; each by model and worker.
@@ -194,7 +196,7 @@ HISTOGRAMS = {
 PHASES = {"prefill": "prefill_s", "decode": "decode_s", "host": "overhead_s", "idle": "idle_s"}
 
 
-def _counters(db: Connection) -> Iterator[str]:
+def _counters(db: Connection) -> Iterator[Metric]:
     """What was counted as it arose: a few rows, however many results there are."""
     rows = list(counting.stored(db))
     models: dict[str, Counts] = {}
@@ -210,10 +212,10 @@ def _counters(db: Connection) -> Iterator[str]:
             for worker, model, counts in rows
             if worker != NOBODY
         ]
-        yield from family(f"promptmill_{name}_total", "counter", text, samples)
+        yield family(f"promptmill_{name}_total", "counter", text, samples)
     for name, (key, text) in HISTOGRAMS.items():
         found = [(model, *_cumulative(kept)) for model, each in models.items() if (kept := each.histograms.get(key))]
-        yield from histogram(f"promptmill_{name}", text, BOUNDS[key], found)
+        yield histogram(f"promptmill_{name}", text, BOUNDS[key], found)
     yield from _engines(engines)
 
 
@@ -222,7 +224,7 @@ def _cumulative(kept: list[float]) -> tuple[float, ...]:
     return (*accumulate(kept[:-1]), kept[-1])
 
 
-def _items(models: dict[str, Counts]) -> Iterator[str]:
+def _items(models: dict[str, Counts]) -> Iterator[Metric]:
     def by(prefix: str, label: str) -> list[Sample]:
         return [
             ({"model": model, label: name}, value)
@@ -233,25 +235,25 @@ def _items(models: dict[str, Counts]) -> Iterator[str]:
     def of(name: str) -> list[Sample]:
         return [({"model": model}, value) for model, each in models.items() if (value := each.sums.get(name))]
 
-    yield from family("promptmill_items_total", "counter", "Results.", by("items.", "status"))
-    yield from family("promptmill_item_errors_total", "counter", "Errors by class.", by("errors.", "error_type"))
-    yield from family("promptmill_item_retries_total", "counter", "Errors tried again.", of("retries"))
-    yield from family(
+    yield family("promptmill_items_total", "counter", "Results.", by("items.", "status"))
+    yield family("promptmill_item_errors_total", "counter", "Errors by class.", by("errors.", "error_type"))
+    yield family("promptmill_item_retries_total", "counter", "Errors tried again.", of("retries"))
+    yield family(
         "promptmill_chunk_redeliveries_total", "counter", "Attempts on chunks that ended badly.", of("redeliveries")
     )
 
 
-def _engines(engines: dict[str, Counts]) -> Iterator[str]:
+def _engines(engines: dict[str, Counts]) -> Iterator[Metric]:
     def of(name: str, **labels: str) -> list[Sample]:
         return [({"worker": worker} | labels, each.sums.get(f"engine.{name}", 0)) for worker, each in engines.items()]
 
-    yield from family("promptmill_engine_steps_total", "counter", "Steps of the engine.", of("steps"))
+    yield family("promptmill_engine_steps_total", "counter", "Steps of the engine.", of("steps"))
     spent = [each for phase, name in PHASES.items() for each in of(name, phase=phase)]
-    yield from family("promptmill_engine_seconds_total", "counter", "Seconds of the engine by phase.", spent)
-    yield from family("promptmill_wasted_tokens_total", "counter", "Tokens in no answer.", of("wasted_tokens"))
+    yield family("promptmill_engine_seconds_total", "counter", "Seconds of the engine by phase.", spent)
+    yield family("promptmill_wasted_tokens_total", "counter", "Tokens in no answer.", of("wasted_tokens"))
 
 
-def _workers(db: Connection) -> Iterator[str]:
+def _workers(db: Connection) -> Iterator[Metric]:
     query = (
         sa.select(workers, worker_samples, epoch().label("now"))
         .select_from(with_newest_samples())
@@ -276,14 +278,14 @@ def _workers(db: Connection) -> Iterator[str]:
         ("clock_offset_seconds", "gauge", "The database's clock minus the worker's.", lambda w: w["clock_offset_s"]),
     ))  # fmt: skip
     loads = [({"worker": w["id"], "model": w["model"]}, float(w["model_load_s"])) for w in alive if w["model_load_s"]]
-    yield from family("promptmill_model_load_seconds", "gauge", "Of the model that is loaded.", loads)
+    yield family("promptmill_model_load_seconds", "gauge", "Of the model that is loaded.", loads)
     memory = [
         ({"worker": w["id"], "kind": kind}, float(w[column]))
         for w in alive
         for kind, column in (("rss", "memory_bytes"), ("device", "device_memory_bytes"))
         if w[column] is not None
     ]
-    yield from family("promptmill_worker_memory_bytes", "gauge", "Memory by kind.", memory)
+    yield family("promptmill_worker_memory_bytes", "gauge", "Memory by kind.", memory)
 
 
 def _is_alive(worker: RowMapping) -> bool:
@@ -292,14 +294,14 @@ def _is_alive(worker: RowMapping) -> bool:
 
 def _gauges(
     found: Sequence[RowMapping], gauges: Iterable[tuple[str, str, str, Callable[[RowMapping], Any]]]
-) -> Iterator[str]:
+) -> Iterator[Metric]:
     """``gauges``: name, kind, what it says, and its value of a worker."""
     for name, kind, text, value in gauges:
         samples = [({"worker": w["id"]}, float(value(w))) for w in found if value(w) is not None]
-        yield from family(f"promptmill_{name}", kind, text, samples)
+        yield family(f"promptmill_{name}", kind, text, samples)
 
 
-def _scores(parts: Services, principal: Principal) -> list[str]:
+def _scores(parts: Services, principal: Principal) -> Metric:
     # The job of a batch is called by the batch's id, and ids are no labels.
     named = sa.and_(
         jobs.c.name.is_not(None), ~sa.exists().where(batches.c.job_id == jobs.c.id), principal.owned(jobs.c.api_key_id)
@@ -322,23 +324,23 @@ def _scores(parts: Services, principal: Principal) -> list[str]:
             for metric, figure in json.loads(figures).items()
             if figure["value"] is not None
         ]
-    return list(family("promptmill_score", "gauge", "Of the last scored job of each name.", found))
+    return family("promptmill_score", "gauge", "Of the last scored job of each name.", found)
 
 
-def _queues(db: Connection, parts: Services) -> Iterator[str]:
+def _queues(db: Connection, parts: Services) -> Iterator[Metric]:
     rows = chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved
     waiting = sa.and_(jobs.c.state.in_(UNENDED), jobs.c.mode == "queue")
     # Of an ended chunk nothing waits, and there may be a million of them.
     joined = sa.select(jobs.c.model, sa.func.sum(rows)).join(chunks, chunks.c.job_id == jobs.c.id)
     left = joined.where(waiting, chunks.c.state.in_(("queued", "leased")))
     items = _pairs(db, left.group_by(jobs.c.model), "queue")
-    yield from family("promptmill_queue_items", "gauge", "Requests without a result.", items)
+    yield family("promptmill_queue_items", "gauge", "Requests without a result.", items)
     age = sa.select(jobs.c.model, sa.func.max(epoch() - jobs.c.submitted_at)).where(waiting).group_by(jobs.c.model)
     oldest = _pairs(db, age, "queue")
-    yield from family("promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that waits.", oldest)
+    yield family("promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that waits.", oldest)
     try:
         counts = Broker(parts.settings.redis_url).waiting([labels["queue"] for labels, _ in items])
         messages = [(labels, float(count)) for (labels, _), count in zip(items, counts, strict=True)]
     except Exception:
         messages = []
-    yield from family("promptmill_queue_messages", "gauge", "Messages in Redis.", messages)
+    yield family("promptmill_queue_messages", "gauge", "Messages in Redis.", messages)
