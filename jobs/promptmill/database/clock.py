@@ -45,7 +45,7 @@ class DatabaseClock:
             if there - told - CLOCK_TICK_S <= self._offset_s <= there - sent + CLOCK_TICK_S:
                 return
             self._before_s = self._offset_s if self._is_known else middle
-            # A correction turns no order of moments round. A clock that somebody has set back does.
+            # A correction turns no order of moments round. A clock that was set back does.
             is_correction = abs(middle - self._before_s) < JUMP_S
             self._not_before = told + self._before_s if is_correction else float("-inf")
             self._offset_s, self._since, self._is_known = middle, told, True
