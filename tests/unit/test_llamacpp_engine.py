@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from promptmill.tasks.sampling import resolve_sampling
 from promptmill.tasks.templates import Template
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Usage
 from promptmill_workers.checkpoints import bundled
-from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.contract import (
+    Engine,
+    EngineOptions,
+    EngineRequest,
+    Event,
+    Finished,
+    Rejected,
+    TokenEvent,
+)
+from promptmill_workers.engines.llama import backend
 from promptmill_workers.engines.llama.backend import LlamaBackend
 from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import LlamaAnswerText
@@ -155,25 +165,63 @@ def test_the_demo_model_answers_in_the_asked_for_shape(load: Load, task: Templat
         assert finished(event).finish_reason is FinishReason.STOP
 
 
-def test_a_long_prompt_is_computed_in_pieces_beside_running_answers(load: Load, task: Template) -> None:
-    short = requests_of(task, [comments()[0]], max_tokens=200, ignore_eos=True)[0]
-    text = " ".join(comments())[:3000]
-    long = EngineRequest(7, SamplingParams(max_tokens=8), messages=(Message("user", text),))
+@pytest.mark.parametrize(
+    ("bound", "stream", "every"),
+    [(None, False, 0), ("DECODE_WAITS_S", False, 2), ("DECODE_WAITS_S", True, 0), ("CLIENT_WAITS_S", True, 2)],
+)
+def test_a_long_prompt_has_passes_of_its_own_within_a_bound(
+    load: Load, task: Template, monkeypatch: pytest.MonkeyPatch, bound: str | None, stream: bool, every: int
+) -> None:
+    """Pieces of the prompt alone; a running answer waits no longer than its bound, and then has a pass of its own."""
+    monkeypatch.setattr(backend, "APART_FROM", 1)
+    for name in ("DECODE_WAITS_S", "CLIENT_WAITS_S"):
+        monkeypatch.setattr(backend, name, 0.0 if name == bound else 1000.0)
+    short = replace(requests_of(task, [comments()[0]], max_tokens=200, ignore_eos=True)[0], stream=stream)
+    long = EngineRequest(7, SamplingParams(max_tokens=8), messages=(Message("user", " ".join(comments())[:3000]),))
     engine = load(slots=2, batch_tokens=64)
     engine.add([short])
-    while not engine.counters.decode_tokens:
-        engine.step()
+    events: list[Event] = []
+    while engine.counters.decode_tokens < 2:
+        events.extend(engine.step())
     engine.add([long])
     seen = [engine.counters]
-    events: list[Event] = []
-    while len(seen) < 12:
+    while len(seen) < 11:
         events.extend(engine.step())
         seen.append(engine.counters)
 
-    for before, after in pairwise(seen):
-        assert after.decode_tokens - before.decode_tokens == 1
-        assert 0 < after.prefill_tokens - before.prefill_tokens <= 63
-    assert answers({event.key: event for event in events} | run(engine)) == alone(load, [short, long])
+    passes = [
+        (after.decode_tokens - before.decode_tokens, after.prefill_tokens - before.prefill_tokens)
+        for before, after in pairwise(seen)
+    ]
+    assert passes == ([(0, 64), (1, 0)] * 5 if every else [(0, 64)] * 10)
+    monkeypatch.undo()
+    events = [each for each in events if not isinstance(each, TokenEvent)]
+    found = {event.key: event for event in events} | run_whole(engine)
+    assert answers(found) == alone(load, [replace(short, stream=False), long])
+
+
+def test_a_short_prompt_rides_along_with_a_pass_that_decodes(load: Load, task: Template) -> None:
+    first, second = requests_of(task, comments()[:2], max_tokens=100, ignore_eos=True)
+    brief = EngineRequest(second.key, second.sampling, messages=(Message("user", "hi"),))
+    engine = load(slots=2)
+    engine.add([first])
+    while engine.counters.decode_tokens < 2:
+        engine.step()
+    before = engine.counters
+    engine.add([brief])
+    engine.step()
+    after = engine.counters
+    assert after.prefill_tokens > before.prefill_tokens
+    assert after.decode_tokens - before.decode_tokens == 2
+    assert after.steps - before.steps == 1
+
+
+def run_whole(engine: Engine) -> dict[int, Event]:
+    """What ends, without the pieces of texts."""
+    found: dict[int, Event] = {}
+    while engine.active or engine.waiting:
+        found |= {event.key: event for event in engine.step() if not isinstance(event, TokenEvent)}
+    return found
 
 
 def test_a_new_request_does_not_wait_for_a_running_one(load: Load, task: Template) -> None:

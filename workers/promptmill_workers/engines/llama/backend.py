@@ -1,4 +1,4 @@
-"""llama.cpp with continuous batching: a pass decodes a token of every running sequence, and the next prompt tokens."""
+"""llama.cpp with continuous batching: a pass decodes a token of every running sequence, or computes prompt tokens."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ from promptmill_workers.engines.scheduler import Admission, Computed, Pass
 #: Context of a request when no other one was asked for.
 CONTEXT_TOKENS = 4096
 
+#: Longest that decoding sequences wait while prompts are computed, in seconds; and where a client waits for a text.
+#: A pass is not broken off: one more may be under way then.
+DECODE_WAITS_S, CLIENT_WAITS_S = 5.0, 0.1
+
+#: Prompt tokens from which on they have passes of their own: fewer ride along with a pass that decodes.
+APART_FROM = 128
+
 #: Shared prefixes that are kept at once. Each takes a sequence number and its cells.
 PREFIXES = 8
 
@@ -69,6 +76,8 @@ class LlamaBackend:
         )
         self._kv = KVCache(self._context, range(room.slots, room.slots + PREFIXES), shares=model.has_cells)
         self._free = list(range(room.slots))[::-1]
+        #: When a pass last decoded, and whether prompts were computed since.
+        self._decoded_at, self._prefilled_since = 0.0, False
         self.most_running = room.slots
         self.info = EngineInfo(
             engine="llamacpp", version=str(llama_cpp.__version__), model_name=name, slots=room.slots,
@@ -160,12 +169,15 @@ class LlamaBackend:
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, running: Collection[LlamaSequence], waiting: Collection[LlamaSequence]) -> Pass[LlamaSequence]:
-        """One batch: a token of every decoding sequence, then prompt tokens as they fit."""
+        """One batch: a token of every decoding sequence, or prompt tokens."""
         done: Pass[LlamaSequence] = Pass()
         self._embed([each for each in running if each.request.sampling.embedding], done)
         # Urgent ones are computed first of prompts that do not fit together.
         ordered = sorted(self._kv.running.values(), key=lambda each: not each.request.urgent)
-        batch = fill(self._context.batch, ordered, self._kv.prefixes.unfinished)
+        decode, prefill = self._kinds(ordered)
+        batch = fill(
+            self._context.batch, ordered, self._kv.prefixes.unfinished, decode=decode, prefill=prefill
+        )  # fmt: skip
         tokens = batch.decoded + batch.prefilled
         if not tokens:
             return done
@@ -178,6 +190,9 @@ class LlamaBackend:
             done.no_room = not self._kv.give_up_prefixes(waiting)
             return done
         batch.settle()
+        if batch.decoded:
+            self._decoded_at = time.monotonic()
+        self._prefilled_since = bool(batch.prefilled)
         done.steps = 1
         # The pass is shared out by tokens.
         done.prefill_tokens += batch.prefilled
@@ -186,6 +201,22 @@ class LlamaBackend:
         for each in self._kv.running.values():
             self._read(each, done)
         return done
+
+    def _kinds(self, running: Collection[LlamaSequence]) -> tuple[bool, bool]:
+        """Whether the pass decodes, and whether it computes prompts.
+
+        Long prompts have passes of their own: each row of attention walks over the cells of all sequences in the pass,
+        so decode tokens beside prompts cost a quarter of a run of long prompts.
+        """
+        waiting = [each for each in running if each.pending and not each.in_prefill]
+        prompts = sum(each.last_position - each.done for each in running if each.in_prefill)
+        prompts += sum(len(each.tokens) - each.done for each in self._kv.prefixes.unfinished)
+        if not waiting or prompts < APART_FROM:
+            return True, True
+        has_client = any(each.request.stream or each.request.urgent for each in waiting)
+        waits_s = CLIENT_WAITS_S if has_client else DECODE_WAITS_S
+        late = self._prefilled_since and time.monotonic() - self._decoded_at > waits_s
+        return late, not late
 
     def _read(self, sequence: LlamaSequence, done: Pass[LlamaSequence]) -> None:
         """Take what the pass gave for a sequence."""

@@ -1,4 +1,4 @@
-"""What goes into one forward pass: a token of every decoding sequence, then tokens of prefixes and prompts that fit."""
+"""What goes into one forward pass: a token of every decoding sequence, or tokens of prefixes and prompts."""
 
 from __future__ import annotations
 
@@ -34,11 +34,16 @@ class BatchPlan:
                 owner.pending = owner.pending[size:]
 
 
-def fill(batch: Batch, running: Collection[LlamaSequence], prefixes: Iterable[LlamaPrefix]) -> BatchPlan:
-    """Fill the batch. ``prefixes`` are unfinished ones: they come before prompts, because requests wait for them."""
+def fill(
+    batch: Batch, running: Collection[LlamaSequence], prefixes: Iterable[LlamaPrefix], *, decode: bool, prefill: bool
+) -> BatchPlan:
+    """Fill the batch with tokens of answers, with those of prompts, or with both.
+
+    ``prefixes`` are unfinished ones: they come before prompts, because requests wait for them.
+    """
     done = BatchPlan()
     batch.clear()
-    done.decodes = [each for each in running if len(each.pending) == 1 and not each.in_prefill]
+    done.decodes = [each for each in running if decode and len(each.pending) == 1 and not each.in_prefill]
     outputs = batch.put_outputs(
         [each.slot for each in done.decodes],
         [each.done for each in done.decodes],
@@ -48,11 +53,12 @@ def fill(batch: Batch, running: Collection[LlamaSequence], prefixes: Iterable[Ll
         each.output = output
     done.decoded = len(done.decodes)
     room = batch.size - done.decoded
-    for prefix in prefixes:
+    for prefix in prefixes if prefill else ():
         size = min(room, len(prefix.tokens) - prefix.done)
         _put(batch, done, prefix, prefix.sequence, prefix.tokens[prefix.done :], size, 0)
         room -= size
-    _put_requests(batch, done, [each for each in running if each.output < 0], room)
+    others = [each for each in running if each.output < 0 and (prefill if each.in_prefill else decode)]
+    _put_requests(batch, done, others, room)
     return done
 
 
