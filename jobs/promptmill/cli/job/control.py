@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -28,12 +29,7 @@ def cancel(job: str, as_json: bool) -> None:
     """End JOB: nothing more of it is started, and what runs is dropped. Results it has stay."""
     from promptmill.service import service
 
-    settings, db = open_all()
-    job_id, changed = service.cancel(job, settings, db)
-    if as_json:
-        print_json({"job_id": job_id, "cancelled": changed})
-    else:
-        say(f"job {job_id} is cancelled" if changed else f"job {job_id} had ended already")
+    _change(job, service.cancel, "cancelled", "had ended already", as_json)
 
 
 @click.command(epilog="Example: promptmill pause @last")
@@ -43,12 +39,16 @@ def pause(job: str, as_json: bool) -> None:
     """Start nothing more of JOB until 'promptmill resume'; requests that run may end."""
     from promptmill.service import service
 
+    _change(job, service.pause, "paused", "was paused already", as_json)
+
+
+def _change(job: str, change: Callable[..., tuple[str, bool]], done: str, otherwise: str, as_json: bool) -> None:
     settings, db = open_all()
-    job_id, changed = service.pause(job, settings, db)
+    job_id, changed = change(job, settings, db)
     if as_json:
-        print_json({"job_id": job_id, "paused": changed})
+        print_json({"job_id": job_id, done: changed})
     else:
-        say(f"job {job_id} is paused" if changed else f"job {job_id} was paused already")
+        say(f"job {job_id} is {done}" if changed else f"job {job_id} {otherwise}")
 
 
 @click.command(epilog="Example: promptmill retry @last --class timeout")
