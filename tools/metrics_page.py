@@ -57,7 +57,7 @@ All are of 95 %. [How often they cover](coverage.md) was simulated.
 |---|---|
 | rates, and means of values from 0 to 1 (accuracy, precision, recall, closeness, set F1, Brier score) | Wilson's (1927), of as many truths as would have the variance of the rows' mean between inputs; where nearly all rows lie at one end, of as many as there are inputs |
 | means of other values (absolute errors, numbers of a scorer) | Student's t, between inputs; of equal values there is none |
-| F1, macro and weighted figures, kappa | percentiles of 2,000 drawings of inputs; where no drawing changes a figure, as in a perfect run, one mistake more is assumed |
+| F1, macro and weighted figures, kappa | percentiles of 1,000 drawings of inputs; where no drawing changes a figure, as in a perfect run, one mistake more is assumed |
 | AUC | Newcombe's method 5 (2006), scaled to DeLong's variance (1988) between inputs (Obuchowski 1997) the more, the more rows the rarer class has |
 | average precision | Wilson's, of the rows of yes (Boyd, Eng and Page 2013) |
 | calibration error beyond chance | multiples of the distances found under which the error would be no surprise; the plain error has none, because chance alone raises it |

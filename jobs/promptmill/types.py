@@ -171,7 +171,7 @@ class Sharing(NamedTuple):
     job: str = ""
 
 
-#: Of requests of no key and no job.
+#: The owner of requests of no key and no job.
 COMMON = Sharing()
 
 
@@ -187,7 +187,7 @@ class Request:
     sampling: SamplingParams
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
-    #: Somebody waits for the text as it comes.
+    #: A client waits for the text as it comes.
     stream: bool = False
     #: What of ``prompt`` the author of a task wrote, as in :class:`Message`; None: all of it is meant.
     own: tuple[Span, ...] | None = None
@@ -219,7 +219,7 @@ class Extras:
     logprobs: list[dict[str, Any]] | None = None
     #: Probability of each of the request's ``choices``; they add up to 1.
     choice_probs: dict[str, float] | None = None
-    #: Of each continuation ``text``, ``logprob`` (nats, summed over its tokens), ``tokens``, and ``greedy``: whether
+    #: Each continuation with ``text``, ``logprob`` (nats, summed over its tokens), ``tokens``, and ``greedy``: whether
     #: each of its tokens is the likeliest.
     continuations: list[dict[str, Any]] | None = None
     embedding: list[float] | None = None
@@ -228,7 +228,7 @@ class Extras:
 
 
 class Timing(NamedTuple):
-    """Seconds by ``time.monotonic()`` of the machine that answered: whoever stores them turns them into the database's.
+    """Seconds by ``time.monotonic()`` of the machine that answered; its worker turns them into the database's.
 
     No machine's wall clock is in them: it may be wrong, or set while the request runs.
     """
@@ -304,7 +304,7 @@ class Lease:
     enqueued_at: float
     #: Tokens that the job's longest request may need; None when unknown.
     context_tokens: int | None = None
-    #: Of the job; 0 is the most urgent.
+    #: That of the job; 0 is the most urgent.
     priority: int = 5
     #: Which model the job is for; None until the first worker that runs it has said what it has.
     model_fingerprint: str | None = None
@@ -327,7 +327,7 @@ class EngineCounters:
     prefill_tokens: int = 0
     #: Tokens sampled, whatever became of them.
     decode_tokens: int = 0
-    #: Of these, the tokens of requests that were cancelled or ended as an error: in no answer.
+    #: Those among them of requests that were cancelled or ended as an error: in no answer.
     wasted_tokens: int = 0
     #: Seconds with at least one free slot while requests waited.
     starved_s: float = 0.0
@@ -369,6 +369,6 @@ class DatasetLine:
     meta: Mapping[str, JsonValue] | None = None
     #: Sampling parameters that this line sets for itself; names are those of :class:`SamplingParams`.
     sampling: Mapping[str, JsonValue] = field(default_factory=dict)
-    #: Of the times that ``--repeat`` asks the line, counted from 0.
+    #: Which of the times that ``--repeat`` asks the line, from 0.
     repetition: int = 0
     error: str | None = None

@@ -39,7 +39,7 @@ def test_a_chat_says_what_of_its_time_was_the_servers_own(client: openai.OpenAI,
     found = re.fullmatch(r"before;dur=([0-9.]+), after;dur=([0-9.]+)", raw.headers["server-timing"])
     assert found is not None
     # Server and worker read the database's clock, and SQLite's ticks in milliseconds.
-    assert 0 < float(found[1]) + float(found[2]) < took_ms + 5
+    assert 0 < float(found[1]) + float(found[2]) < took_ms + 20
     with urllib.request.urlopen(f"{served.url}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     count = re.search(r"promptmill_api_overhead_seconds_count\S* (\d+)", text)

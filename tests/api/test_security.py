@@ -174,7 +174,7 @@ def test_scores_of_another_key_are_no_metrics(locked: Server) -> None:
     ended = ("completed", "failed")
     wait_until(lambda: call(locked, f"/v1/jobs/{job['id']}", **mine)["state"] in ended, "the job ends")
     assert locked.command("score", job["id"]).code == 0
-    assert 'promptmill_score{task="my-evaluation"' in text_of(locked, "/metrics", mine)
+    assert 'task="my-evaluation"' in text_of(locked, "/metrics", mine)
     assert "my-evaluation" not in text_of(locked, "/metrics", theirs)
 
 

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from promptmill.api.prometheus import family, histogram, text_of
-from promptmill.database.counting import NOBODY, Counts, counting, stored
+from promptmill.database.counting import NO_WORKER, Counts, counting, stored
 from promptmill.database.engine import epoch, reading, writing
 from promptmill.database.tables import attempts, worker_samples, workers
 from promptmill.ledger import Ledger
@@ -100,7 +100,7 @@ def test_counters_stay_when_a_job_is_retried_and_removed(database: Engine) -> No
     ledger.cancel(JOB)
     remove(database, JOB)
     assert counted(database)["w1"].sums == before
-    assert counted(database)[NOBODY].sums == {"retries": 1}
+    assert counted(database)[NO_WORKER].sums == {"retries": 1}
 
 
 def test_attempts_that_end_badly_are_counted(database: Engine) -> None:
@@ -117,14 +117,14 @@ def test_a_worker_that_ended_long_ago_leaves_its_counts_without_its_name(databas
     add_worker(database, "gone", 2 * DAY_S)
     add_worker(database, "here", 1.0)
     with writing(database) as connection:
-        for name in ("gone", "here", NOBODY):
+        for name in ("gone", "here", NO_WORKER):
             counts = counting(connection, "echo", name)
             counts.add("items.ok", 2)
             counts.observe("latency", [0.5])
     Housekeeping(database, 14.0, scoring=False).step()
     found = counted(database)
-    assert {name: each.sums for name, each in found.items()} == {NOBODY: {"items.ok": 4}, "here": {"items.ok": 2}}
-    assert found[NOBODY].histograms["latency"][-1] == 1.0
+    assert {name: each.sums for name, each in found.items()} == {NO_WORKER: {"items.ok": 4}, "here": {"items.ok": 2}}
+    assert found[NO_WORKER].histograms["latency"][-1] == 1.0
 
 
 def test_old_samples_go_in_small_steps_and_new_ones_stay(database: Engine) -> None:

@@ -17,9 +17,9 @@ DOCUMENTS = [
     if path.exists()
 ]
 
-#: Folders whose docstrings and comments keep to the rules; the others join when they do.
-CLEAN = ("cli", "core", "readers", "store", "tasks")
-MODULES = [path for folder in CLEAN for path in (ROOT / "jobs" / "promptmill" / folder).rglob("*.py")]
+#: Folders whose docstrings and comments keep to the rules.
+CLEAN = ("jobs/promptmill", "workers/promptmill_workers")
+MODULES = [path for folder in CLEAN for path in (ROOT / folder).rglob("*.py")]
 
 WORDS = re.compile(r"\b(?:somebody|nobody|whoever)\b(?!_)", re.IGNORECASE)
 #: The first word of a sentence: at the start of a text, or behind the end of the sentence before.

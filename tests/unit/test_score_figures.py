@@ -18,6 +18,7 @@ from promptmill.errors import TaskFileError
 from promptmill.scoring.scorers.aggregates import class_figures
 from promptmill.scoring.scorers.scoring import Answer, Judge, score_rows
 from promptmill.scoring.scorers.tally import Score
+from promptmill.scoring.statistics.bootstrap import intervals
 from promptmill.scoring.statistics.clusters import Clusters
 from promptmill.tasks.task_file import load_task, parse_task
 
@@ -171,12 +172,12 @@ def test_intervals_of_macro_f1_cover_the_truth_as_often_as_they_say() -> None:
     truth = np.array([[0.40, 0.05, 0.05], [0.05, 0.20, 0.05], [0.02, 0.03, 0.15]])
     f1 = 2 * truth.diagonal() / (truth.sum(axis=0) + truth.sum(axis=1))
     rng = np.random.default_rng(11)
-    names = [(f"c{want}", f"c{give}") for want in range(3) for give in range(3)]
+    wanted, given = np.repeat(np.arange(3), 3), np.tile(np.arange(3), 3)
     covered = 0
     for _ in range(300):
-        drawn = rng.choice(9, size=300, p=truth.ravel())
-        rows = [answer(names[cell][1], names[cell][0]) for cell in drawn]
-        low, high = scored({"exact": "x"}, rows).figures.intervals["macro_f1"]
+        cell = rng.choice(9, size=300, p=truth.ravel())
+        found = intervals(cell, 9, Clusters.alone(300), lambda drawn: class_figures(drawn, wanted, given, 3))
+        low, high = found["macro_f1"]
         covered += low <= f1.mean() <= high
     assert 0.912 <= covered / 300 <= 0.988
 

@@ -18,7 +18,7 @@ from promptmill_workers.host.client import EngineHost, HostConfig
 from promptmill_workers.host.socket_folder import FOLDER_PREFIX, LOCK_NAME, SHORT_FOLDER, SocketFolder, remove_leftovers
 
 #: Larger than any process id here: one that no process of this namespace has.
-NOBODY = 4_999_999
+NO_WORKER = 4_999_999
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_folder_of_a_parent_in_another_pid_namespace_stays(temporary: Path) -> None:
     folder = SocketFolder()
     # Its process id means nothing here.
-    elsewhere = folder.path.rename(temporary / f"{FOLDER_PREFIX}{NOBODY}-abc")
+    elsewhere = folder.path.rename(temporary / f"{FOLDER_PREFIX}{NO_WORKER}-abc")
     remove_leftovers()
     assert elsewhere.is_dir()
     folder.remove()
@@ -51,7 +51,7 @@ def test_the_folder_of_a_parent_that_was_killed_goes(temporary: Path) -> None:
 
 
 def test_a_folder_that_is_just_being_made_stays(temporary: Path) -> None:
-    new = temporary / f"{FOLDER_PREFIX}{NOBODY}-new"
+    new = temporary / f"{FOLDER_PREFIX}{NO_WORKER}-new"
     new.mkdir()
     remove_leftovers()
     assert new.is_dir()

@@ -66,7 +66,7 @@ class Device:
         """``base`` changed so that exactly this device is visible. It must be set before any library is imported."""
         visible = self.name.partition(":")[2] if self.kind == "cuda" else ""
         # GNU OpenMP's threads wait for each other in a loop of milliseconds. When another program holds a core, that is
-        # time nobody computes: on two cores small models ran twenty times slower. A user's own value stays.
+        # time no core computes: on two cores small models ran twenty times slower. A user's own value stays.
         base = {"GOMP_SPINCOUNT": SPIN_COUNT, **base}
         pinned = {"PYTHONSAFEPATH": "1", "PROMPTMILL_DEVICE": self.name, "TOKENIZERS_PARALLELISM": "false"}
         if self.kind != "metal":
@@ -245,19 +245,19 @@ class FileLock:
         return None
 
     def is_left(self) -> bool:
-        """Whether somebody had it here who is gone: what is left of it goes. False where nobody ever had it here."""
+        """Whether a process had it here that is gone: what is left of it goes. False where none ever had it here."""
         if not self._path.exists() or self.acquire() is not None:
             return False
         self.remove()
         return True
 
     def remove(self) -> None:
-        """Release it for good: nobody takes a lock of this name again."""
+        """Release it for good: no lock of this name is taken again."""
         self._path.unlink(missing_ok=True)
         self.release()
 
     def fileno(self) -> int:
-        """Of a lock that is held: a child that inherits it holds the lock too, until both are gone."""
+        """The descriptor of a lock that is held: a child that inherits it holds the lock too, until both are gone."""
         assert self._file is not None
         return self._file.fileno()
 
@@ -279,7 +279,7 @@ def _private(path: str, flags: int) -> int:
 def _runtime_dir() -> Path:
     """A folder of this user for locks. The same in every session: XDG_RUNTIME_DIR is not, cron and containers lack it.
 
-    Raises :class:`DeviceError` when it belongs to somebody else, or is no folder.
+    Raises :class:`DeviceError` when it belongs to another user, or is no folder.
     """
     asked = load_settings().runtime_dir
     folder = Path(asked or f"/tmp/promptmill-{os.getuid()}")  # noqa: S108 - owner checked

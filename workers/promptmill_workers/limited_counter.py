@@ -1,4 +1,4 @@
-"""A model's tokeniser in a child with limits: its chat template is a program of whoever made the file."""
+"""A model's tokeniser in a child with limits: its chat template is a program of the file's author."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ MLX_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """A file as it lies on the disk now. Whoever writes to it or puts another in its place changes one of these."""
+    """A file as it lies on the disk now. Writing to it, or putting another in its place, changes one of these."""
 
     path: str
     inode: int

@@ -58,7 +58,7 @@ class Services:
     _noted: dict[str, float] = field(default_factory=dict)
 
     async def who(self, key: str) -> Principal | None:
-        """Who holds the key; None when nobody does."""
+        """Who holds the key; None when no owner does."""
         hashed, now = keys.digest(key), time.monotonic()
         remembered = self._known.get(hashed)
         if remembered is None or now - remembered[0] > REMEMBER_S:

@@ -56,7 +56,7 @@ def digest(key: str) -> str:
 
 
 def create(db: Engine, name: str, scopes: tuple[str, ...], limits: dict[str, Any]) -> tuple[str, str]:
-    """A new key; returns its id and the key itself, which nobody can read again."""
+    """A new key; returns its id and the key itself, which cannot be read again."""
     if not name or not name.isprintable() or len(name) > 100:
         raise PromptmillError("a key's name has 1 to 100 printable characters", hint="Give --name.")
     unknown = set(scopes) - set(SCOPES)

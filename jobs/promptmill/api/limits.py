@@ -18,7 +18,7 @@ BURST_S = 2.0
 #: Calls a second that a key may make of pages at least: an open page makes about one by itself.
 PAGE_CALLS_PER_S = 4.0
 
-#: Buckets remembered; beyond it the fullest, which limit nobody, are forgotten.
+#: Buckets remembered; beyond it the fullest, which limit no key, are forgotten.
 MOST_BUCKETS = 10_000
 
 
@@ -71,7 +71,7 @@ class KeyLimits:
 
     @contextmanager
     def running(self, principal: Principal, count: int = 1) -> Iterator[None]:
-        """Around ``count`` answers that somebody waits for. Raises a 429 when the key waits for too many, and a 400 for
+        """Around ``count`` answers that a client waits for. Raises a 429 when the key waits for too many, and a 400 for
         more than it may ever wait for.
         """
         name = principal.key_id or ""

@@ -27,7 +27,7 @@ from promptmill.api.dependencies import Parts, Reader, Services, in_thread
 from promptmill.api.http.middleware import BOUNDS_S, OVERHEAD_BOUNDS_S, Timings
 from promptmill.api.keys import Principal
 from promptmill.database import counting
-from promptmill.database.counting import BOUNDS, NOBODY, Counts
+from promptmill.database.counting import BOUNDS, NO_WORKER, Counts
 from promptmill.database.engine import COMMITS, CommitTimes, epoch, reading
 from promptmill.database.tables import batches, chunks, jobs, score_runs, worker_samples, workers
 from promptmill.ledger.values import UNENDED
@@ -128,7 +128,7 @@ def _overhead(timings: Timings) -> Metric:
 
 
 async def _commits(parts: Services) -> Metric:
-    """Of this server, and of each live worker by its sign of life."""
+    """Commits of this server, and of each live worker by its sign of life."""
     if not parts.models.is_fresh:
         await in_thread(parts.models.refresh)
     beats = await parts.live.beats([each["id"] for each in parts.models.workers])
@@ -203,14 +203,14 @@ def _counters(db: Connection) -> Iterator[Metric]:
     engines: dict[str, Counts] = {}
     for worker, model, counts in rows:
         models.setdefault(model, Counts()).include(counts)
-        if worker != NOBODY:
+        if worker != NO_WORKER:
             engines.setdefault(worker, Counts()).include(counts)
     yield from _items(models)
     for name, (key, text) in TOKENS.items():
         samples = [
             ({"model": model, "worker": worker}, counts.part("tokens.").get(key, 0))
             for worker, model, counts in rows
-            if worker != NOBODY
+            if worker != NO_WORKER
         ]
         yield family(f"promptmill_{name}_total", "counter", text, samples)
     for name, (key, text) in HISTOGRAMS.items():
@@ -330,7 +330,7 @@ def _scores(parts: Services, principal: Principal) -> Metric:
 def _queues(db: Connection, parts: Services) -> Iterator[Metric]:
     rows = chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved
     waiting = sa.and_(jobs.c.state.in_(UNENDED), jobs.c.mode == "queue")
-    # Of an ended chunk nothing waits, and there may be a million of them.
+    # Nothing waits for an ended chunk, and there may be a million of them.
     joined = sa.select(jobs.c.model, sa.func.sum(rows)).join(chunks, chunks.c.job_id == jobs.c.id)
     left = joined.where(waiting, chunks.c.state.in_(("queued", "leased")))
     items = _pairs(db, left.group_by(jobs.c.model), "queue")

@@ -54,7 +54,7 @@ def _is_file(db: Engine) -> bool:
 
 
 def is_as_it_was(db: Engine, job: Any) -> bool:
-    """Whether the job is now what it was when ``job`` was read: nobody has retried or removed it."""
+    """Whether the job is now what it was when ``job`` was read: it was neither retried nor removed."""
     if db.dialect.name == "postgresql":
         # All was of one moment.
         return True
@@ -159,7 +159,7 @@ def _threads(db: Connection) -> Iterator[tuple[Executor, Read]]:
         try:
             yield pool, read
         except BaseException:
-            # Whoever was interrupted does not wait for the end of a query.
+            # An interrupted command does not wait for the end of a query.
             for connection in all_:
                 with suppress(ReadingFailed), failing():
                     connection.cancel()

@@ -56,7 +56,7 @@ class DatabaseClock:
             if there - told - CLOCK_TICK_S <= known.offset_s <= there - sent + CLOCK_TICK_S:
                 return
             before_s = known.offset_s if self._is_known else middle
-            # A correction turns no order of moments round. A clock that somebody has set back does.
+            # A correction turns no order of moments round. A clock that was set back does.
             is_correction = abs(middle - before_s) < JUMP_S
             self._offsets = _Offsets(middle, before_s, told, told + before_s if is_correction else float("-inf"))
             self._is_known = True

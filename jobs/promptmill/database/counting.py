@@ -1,6 +1,6 @@
 """What ``/metrics`` counts, kept as it arises: a scrape reads a few rows, however many results there are.
 
-What a transaction counts is stored right before its commit (by ``database.writing``), in the rows of its worker. Nobody
+What a transaction counts is stored right before its commit (by ``database.writing``), in the rows of its worker. No one
 holds these rows while it waits for another lock, and counters never go down: removing a job leaves them.
 """
 
@@ -30,8 +30,8 @@ BOUNDS: dict[str, tuple[float, ...]] = {
     "output": TOKEN_BOUNDS, "prompt": TOKEN_BOUNDS,
 }  # fmt: skip
 
-#: Of what no worker did, and of those that ended long ago.
-NOBODY = ""
+#: Stands for the worker of what no worker did, and for those that ended long ago.
+NO_WORKER = ""
 
 
 class Counts:
@@ -108,8 +108,8 @@ _open: WeakKeyDictionary[Connection, dict[tuple[str, str], Counts]] = WeakKeyDic
 
 
 def counting(db: Connection, model: str, worker_id: str | None = None) -> Counts:
-    """What this transaction counts for the model, by the worker or by nobody."""
-    return _open.setdefault(db, {}).setdefault((worker_id or NOBODY, model), Counts())
+    """What this transaction counts for the model, by the worker or by none."""
+    return _open.setdefault(db, {}).setdefault((worker_id or NO_WORKER, model), Counts())
 
 
 def discard(db: Connection) -> None:
@@ -129,7 +129,7 @@ def _add(db: Connection, worker_id: str, model: str, more: Counts) -> None:
     kept = sa.select(counters.c.counts).where(*own).with_for_update()
     text = db.execute(kept).scalar()
     if text is None:
-        # Somebody else may do so at this moment.
+        # Another process may do so at this moment.
         row = {"worker_id": worker_id, "model": model}
         db.execute(
             sa.text("INSERT INTO counters (worker_id, model, counts) VALUES (:worker_id, :model, '{}') "
@@ -149,7 +149,7 @@ def retire(db: Connection, worker_id: str) -> None:
 
 
 def stored(db: Connection) -> Iterator[tuple[str, str, Counts]]:
-    """Worker (NOBODY for none), model and counts of each row."""
+    """Worker (NO_WORKER for none), model and counts of each row."""
     query: sa.Select[Any] = sa.select(counters.c.worker_id, counters.c.model, counters.c.counts)
     for worker_id, model, text in db.execute(query.order_by(counters.c.model, counters.c.worker_id)):
         yield worker_id, model, Counts(text)

@@ -274,7 +274,7 @@ COMMITS = CommitTimes()
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction: committed at the end, rolled back by an exception. How long the commit took is in COMMITS.
 
-    What it counted for ``/metrics`` is stored last: whoever waits for that waits for a commit and nothing else.
+    What it counted for ``/metrics`` is stored last: what waits for that waits for a commit and nothing else.
     """
     with connecting(engine), engine.connect() as connection, connection.begin() as transaction:
         try:
@@ -304,7 +304,7 @@ def copy_rows(connection: Connection, table: sa.Table, columns: tuple[str, ...],
 
 
 def lock_name(connection: Connection, name: str) -> None:
-    """Until this transaction's end nobody else has the lock of this name: waits for it, however long it takes."""
+    """Until this transaction's end no other one has the lock of this name: waits for it, however long it takes."""
     if connection.dialect.name == "postgresql":
         # SQLite has one writer at a time anyway. For as long as it takes: others may hold it, and at length.
         connection.exec_driver_sql("SET LOCAL lock_timeout = 0")
@@ -314,7 +314,7 @@ def lock_name(connection: Connection, name: str) -> None:
 def refresh_statistics(connection: Connection, *tables: sa.Table) -> None:
     """Tell PostgreSQL's planner about rows that were just loaded; its own daemon may come a minute late.
 
-    A table that is being vacuumed, or analysed by somebody else, is left out: it is not worth waiting for.
+    A table that is being vacuumed, or analysed by another session, is left out: it is not worth waiting for.
     """
     if connection.dialect.name == "postgresql":
         names = ", ".join(f'"{table.name}"' for table in tables)

@@ -26,7 +26,7 @@ PASSWORD_S = 60
 #: Tables that no query shows.
 SECRET = ("api_keys",)
 
-#: Functions that whoever may read may also call, and that reach beyond their query: locks that promptmill itself takes,
+#: Functions that every reader may also call, and that reach beyond their query: locks that promptmill itself takes,
 #: sessions of other readers, limits of this one, waiting. Then those that run SQL out of a text, in which these could
 #: hide. PostgreSQL can only take them from everybody in a database, and that needs a superuser; so their names are
 #: refused, wherever they stand. A name can be written with escapes after U&.
@@ -37,8 +37,8 @@ _DISTURBING = re.compile(
     ) \b | \b u&" """
 )
 
-#: Seconds after its time in which PostgreSQL itself ends a statement, whoever asked being gone; and between its looks
-#: at whether somebody is still there.
+#: Seconds after its time in which PostgreSQL itself ends a statement, its client being gone; and between its looks
+#: at whether the client is still there.
 GRACE_S = 5.0
 LOOK_S = 10
 
@@ -128,11 +128,11 @@ def _missing(db: Connection, name: str) -> list[str]:
 
 
 def _own(owner: Engine) -> Engine:
-    """An engine with one login, made with a password that nobody else has had and that is soon worthless."""
+    """An engine with one login, made with a password that was never used and that is soon worthless."""
     import psycopg
 
     try:
-        # Nobody sets another password before this one was used.
+        # No other password is set before this one was used.
         with writing(owner) as waiting:
             lock_name(waiting, "promptmill reader's password")
             with writing(owner) as db:
@@ -182,7 +182,7 @@ def _check(owner: Engine, engine: Engine) -> None:
 def _refused(owner: Engine, problem: Exception) -> NoReader:
     cause = getattr(problem, "orig", problem)
     said = problem.message if isinstance(problem, DatabaseError) else (str(cause).strip().splitlines() or ["?"])[0]
-    # Of a database that cannot be reached this says so itself.
+    # This says so itself where the database cannot be reached.
     with reading(owner) as connection:
         schema = connection.scalar(sa.text("SELECT quote_ident(current_schema())"))
     return NoReader(

@@ -19,7 +19,7 @@ SQLITE_UNUSABLE = (
     sqlite3.SQLITE_CANTOPEN,
 )  # fmt: skip
 
-#: Seconds that a statement waits for another transaction's lock on PostgreSQL. Whoever held it longer is stuck.
+#: Seconds that a statement waits for another transaction's lock on PostgreSQL. One that held it longer is stuck.
 LOCK_S = 30
 
 #: SQLSTATE lock_not_available of PostgreSQL.
@@ -44,7 +44,7 @@ REFUSALS = {
     "57014": ("the database ended a statement", "Try again. If its statement_timeout ended it, raise that."),
 }
 
-#: What servers, and poolers before them, say in place of a SQLSTATE to somebody for whom they have no connection.
+#: What servers, and poolers before them, say in place of a SQLSTATE to a client for which they have no connection.
 FULL = ("too many clients", "remaining connection slots", "too many connections", "no more connections allowed")
 
 #: SQLSTATEs of a table or a column that is not there.

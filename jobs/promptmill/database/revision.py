@@ -126,5 +126,5 @@ def _require_schema(connection: Connection) -> None:
         revision = MigrationContext.configure(connection).get_current_revision()
         raise DatabaseError(
             f"the database says that it is at revision {revision}, and lacks: {', '.join(sorted(lacking))}",
-            hint="Another version made it, or somebody changed it. Restore a backup, or start with a new database.",
+            hint="Another version made it, or it was changed by hand. Restore a backup, or start with a new database.",
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from promptmill_workers.devices import Device
     from promptmill_workers.engines.contract import EngineOptions
 
-#: Requests at one time to a peer when nobody asked for a number.
+#: Requests at one time to a peer when no number was asked for.
 CLIENTS = 16
 
 #: Words of the prompts: noise, because speed depends on lengths and not on sense.
@@ -131,7 +131,7 @@ class Way:
 
     @property
     def median(self) -> BenchFigures:
-        """Of an even number the slower one of the two in the middle."""
+        """The run in the middle; the slower one of two."""
         return sorted(self.runs, key=lambda run: run.output_tps)[(len(self.runs) - 1) // 2]
 
     @property
@@ -194,10 +194,11 @@ def reach(url: str) -> str:
     try:
         urllib.request.urlopen(f"{base}/v1/models", timeout=10).close()  # noqa: S310 - the user's own address
     except urllib.error.HTTPError:
-        pass  # Somebody is there; not every server lists its models.
+        pass  # A server is there; not every server lists its models.
     except (urllib.error.URLError, OSError, ValueError) as problem:
         raise PromptmillError(
-            f"--peer {url}: nobody answers there: {str(problem)[:160]}", hint="Start the server first; nothing was run."
+            f"--peer {url}: no server answers there: {str(problem)[:160]}",
+            hint="Start the server first; nothing was run.",
         ) from None
     return base
 

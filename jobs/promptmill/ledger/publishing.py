@@ -58,7 +58,7 @@ def mark_published(db: Connection, lost: Sequence[ChunkId]) -> list[ChunkId]:
 
 
 def unpublish_chunk(db: Connection, chunk: ChunkId) -> None:
-    """Forget the message of a queued chunk: whoever read it does not run it."""
+    """Forget the message of a queued chunk: a worker that read it does not run it."""
     db.execute(
         sa.update(chunks).where(is_chunk(chunk), chunks.c.state == ChunkState.QUEUED.value).values(published_at=None)
     )

@@ -38,7 +38,7 @@ class ExpiredLeases:
     def requeue(self) -> list[ChunkId]:
         """Take back chunks whose lease ran out: their worker is dead, or cut off. Returns MOST_AT_ONCE at most.
 
-        None while a database that was away is back for less than a renewal: nobody could renew, and all may live.
+        None while a database that was away is back for less than a renewal: no worker could renew, and all may live.
         """
         asked = time.monotonic()
         try:

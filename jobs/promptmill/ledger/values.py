@@ -58,7 +58,7 @@ class Standing(enum.Enum):
     """What a worker may do with its lease."""
 
     HELD = "held"
-    #: Somebody else has the chunk.
+    #: Another worker has the chunk.
     LOST = "lost"
     #: The job is paused: start nothing more of the chunk, let run what runs.
     PAUSED = "paused"

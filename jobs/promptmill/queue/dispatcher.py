@@ -142,7 +142,7 @@ class Dispatcher:
         return True
 
     def _published_and_waiting(self, model: str) -> set[ChunkId]:
-        """Chunks that nobody runs, whose messages were sent longer ago than LOST_MESSAGE_S."""
+        """Chunks that no worker runs, whose messages were sent longer ago than LOST_MESSAGE_S."""
         waiting = (
             sa.select(chunks.c.job_id, chunks.c.number)
             .join(jobs, jobs.c.id == chunks.c.job_id)

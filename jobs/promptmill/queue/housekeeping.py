@@ -63,7 +63,7 @@ class Housekeeping:
             return db.execute(sa.delete(worker_samples).where(sa.tuple_(each.worker_id, each.at).in_(old))).rowcount
 
     def _remove_workers(self) -> bool:
-        """Of some workers those that are gone and have no attempt: reports name the others. False after the last."""
+        """Remove some workers that are gone and have no attempt: reports name the others. False after the last."""
         page = sa.select(workers.c.id).where(workers.c.id > self._seen).order_by(workers.c.id).limit(STEP_WORKERS)
         with reading(self._db) as db:
             ids = db.execute(page).scalars().all()
@@ -79,7 +79,7 @@ class Housekeeping:
         is_there = sa.exists().where(
             workers.c.id == counters.c.worker_id, workers.c.heartbeat_at >= epoch() - RETIRED_S
         )
-        gone = sa.select(counters.c.worker_id).where(counters.c.worker_id != counting.NOBODY, ~is_there).distinct()
+        gone = sa.select(counters.c.worker_id).where(counters.c.worker_id != counting.NO_WORKER, ~is_there).distinct()
         with reading(self._db) as db:
             ids = db.execute(gone.order_by(counters.c.worker_id).limit(STEP_WORKERS)).scalars().all()
         for worker_id in ids:

@@ -1,11 +1,11 @@
-"""Requests that somebody waits for, on their way through Redis: the names of the lists, and what is in them.
+"""Requests with a waiting client, on their way through Redis: the names of the lists, and what is in them.
 
 A server pushes a request to the list of its model and reads its own list of replies. A worker says that it took the
-request, sends text as it comes, and ends with the answer or an error. Lists forget themselves when nobody reads.
+request, sends text as it comes, and ends with the answer or an error. Lists that are not read end by themselves.
 
 Redis may lose any of this. Replies to a request are numbered, and a worker keeps them for a while: a server that hears
 nothing, or misses one, has them told again from where it is. A request that is neither taken nor in its list is sent
-again, under another id: what a worker says of an earlier sending reaches nobody.
+again, under another id: what a worker says of an earlier sending is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from promptmill.queue.broker import KEY_PREFIX, key_of
 from promptmill.tasks.templates import resolve_sampling
 from promptmill.types import Extras, FinishReason, Message, Ok, Request, Sharing, Usage
 
-#: Seconds after which a list of replies that nobody reads is forgotten, and what a worker keeps to tell it again.
+#: Seconds after which a list of replies that is not read is forgotten, and what a worker keeps to tell it again.
 FORGET_S = 120
 
 #: Seconds after which a server counts as gone without a sign of life; it gives one every two.
@@ -34,7 +34,7 @@ MOST_TRIES = 3
 #: Orders of an operator, on a worker's control list as JSON: [order, model].
 LOAD, UNLOAD = "load", "unload"
 
-#: Of replies, which are JSON: [id, worker, number, kind, ...]. A text is followed by the log-probabilities of its
+#: Replies are JSON: [id, worker, number, kind, ...]. A text is followed by the log-probabilities of its
 #: tokens or None, the number of the answer, and what answers; AGAIN, for what was lost, by an error's class and message
 #: as FAILED is.
 TAKEN, TEXT, DONE, FAILED, AGAIN = "taken", "text", "done", "failed", "again"
@@ -63,11 +63,11 @@ def reply_list(server_id: str) -> str:
 
 
 def server_key(server_id: str) -> str:
-    """It has a life of SERVER_GONE_S: somebody is there to read the replies."""
+    """It has a life of SERVER_GONE_S: a server is there to read the replies."""
     return f"{KEY_PREFIX}live.server.{server_id}"
 
 
-#: Of one message: role, content, and what else its template sees, as in Message.
+#: One message: role, content, and what else its template sees, as in Message.
 Turn = tuple[str, str] | tuple[str, str, str]
 
 
@@ -75,12 +75,12 @@ Turn = tuple[str, str] | tuple[str, str, str]
 class LiveRequest:
     """A request and who waits for it.
 
-    How long somebody waits is the server's own business: clocks of two machines are not to be compared.
+    How long a client waits is the server's own business: clocks of two machines are not to be compared.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    #: Of this sending: one that is sent again has another.
+    #: Names this sending: one that is sent again has another.
     id: str
     server: str
     model: str

@@ -24,15 +24,15 @@ _log = logging.getLogger(__name__)
 CLAIM_S = 60.0
 RENEW_S = 15.0
 
-#: Seconds after the end of a job in which somebody else is to keep its scores: then texts go without.
+#: Seconds after the end of a job in which another process is to keep its scores: then texts go without.
 UNSCORED_S = 2 * FETCH_S
 
 
 def forget(db: Engine, job_id: str, how: str) -> bool:
     """Store the scores of the job's own task, then keep hashes of its texts ('hash') or nothing ('none').
 
-    False for a job that has not ended, or goes on: whoever ends it asks again. Raises PromptmillError, and keeps all,
-    for a task whose scores cannot be computed here.
+    False for a job that has not ended, or goes on: the process that ends it asks again. Raises
+    PromptmillError, and keeps all, for a task whose scores cannot be computed here.
     """
     job = catalog.find_job(db, job_id)
     if job.store in GONE.values():
@@ -46,7 +46,7 @@ def forget_overdue(db: Engine, *, scoring: bool = True) -> list[str]:
     """The same for jobs of the queue that asked for it and ended long enough ago; returns their ids.
 
     Any number of processes may do so at once: each job is one's. ``scoring``: workers run no scorers; what has scores
-    to keep they leave to others for a while. The time is a promise: texts go even where nobody could score them.
+    to keep they leave to others for a while. The time is a promise: texts go even where they could not be scored.
     """
     done = []
     for job_id, how, late_s in overdue(db):

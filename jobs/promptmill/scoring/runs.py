@@ -48,7 +48,7 @@ Judged = tuple[Judgement | None, ...]
 #: The values of one :class:`Answer`, as the database's driver gives them.
 Columns = tuple[Any, ...]
 
-#: Of each of some rows: its number, the key of its input, and its answer.
+#: Some rows, each with its number, the key of its input, and its answer.
 Page = tuple[list[int], list[int], list[Columns]]
 
 
@@ -299,7 +299,7 @@ def _judged_by_many(pages: Iterator[Page], task: Task) -> Iterator[tuple[Page, l
 
 
 def _open_run(db: Engine, job_id: str, task: Task, judge: Judge) -> tuple[str, int]:
-    """A run without figures is not finished, and nobody sees it."""
+    """A run without figures is not finished, and is not shown."""
     with writing(db) as connection:
         now = now_of(connection)
         run_id = id_at(now)

@@ -55,7 +55,7 @@ class Rows:
         self._labels = Labels(prepared.task) if prepared.task and prepared.task.scores else None
         self._sampling = prepared.sampling
         self._defaults = resolve_sampling(self._sampling, {})
-        #: Of the last line that had some: its parameters, the same as text, and resolved.
+        #: The last line that had some: its parameters, the same as text, and resolved.
         self._own: tuple[Mapping[str, Any], str, SamplingParams] | None = None
         #: Bad lines with their problems: the first of them, and how many there are.
         self.bad: list[tuple[int, str]] = []
@@ -122,7 +122,7 @@ class Rows:
     def _sampling_of(self, line: DatasetLine) -> tuple[str | None, SamplingParams]:
         """The line's parameters as they are stored, and resolved, with the seed of its repetition.
 
-        The seed is stored with the row: whoever runs the row again draws the same.
+        The seed is stored with the row: a worker that runs the row again draws the same.
         """
         asked, sampling = self._common_sampling_of(line)
         own = repeated(sampling, line.repetition)

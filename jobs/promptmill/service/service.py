@@ -118,7 +118,7 @@ def resume(
 
 
 def _handed_over(job_id: str, ledger: Ledger, was_open: bool = False) -> RunOutcome:
-    """Of a job that the workers go on with; few rows may be done before one looks."""
+    """Follow a job that the workers go on with; few rows may be done before one looks."""
     state = ledger.progress(job_id).state
     return RunOutcome(job_id, state, finished=state.is_final, was_open=was_open)
 
@@ -150,7 +150,7 @@ def submit(
 
 
 def status(db: Engine, job: Row[Any]) -> dict[str, Any]:
-    """One job with its counts and chunks, and what it waits for when nobody runs it."""
+    """One job with its counts and chunks, and what it waits for when no worker runs it."""
     found = catalog.job_status(db, job)
     return found | {"waits_for": waits_for(db, catalog.find_job(db, job.id))}
 

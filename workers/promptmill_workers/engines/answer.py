@@ -106,7 +106,7 @@ class Generation:
         self._text = tools.text(sampling.stop)
         self._thinking = thinks
         self._thought = tools.text((END_OF_THINK,)) if thinks else None
-        #: The start of the text, until somebody who waits for it was told some; None from then on.
+        #: The start of the text, until the client that waits for it was told some; None from then on.
         self._held: str | None = ""
         self._budget = sampling.thinking_budget
         #: The model has ended within its reasoning; the end of the reasoning is put into the answer.
@@ -158,7 +158,7 @@ class Generation:
         return FinishReason.LENGTH if self.count >= self._limit else None
 
     def _think(self, token: int) -> None:
-        """One more token of the reasoning. The mark of its end is none of it, whoever wrote it."""
+        """One more token of the reasoning. The mark of its end is none of it, whatever wrote it."""
         assert self._thought is not None
         if not self._closed:
             self.reasoning_tokens += 1
@@ -185,7 +185,7 @@ class Generation:
         return self._constraint.forced()
 
     def fresh(self) -> str:
-        """Text for somebody who waits for it; no reasoning, whoever opened it."""
+        """Text for the client that waits for it; no reasoning, whatever opened it."""
         if self._thinking:
             return ""
         if self._held is None:

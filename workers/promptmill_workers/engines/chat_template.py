@@ -32,7 +32,7 @@ COMPILING = (TemplateError, SyntaxError, RecursionError, ValueError, MemoryError
 class ChatTemplate:
     """Messages to the text that the model was trained on, up to where its answer begins.
 
-    Special tokens are texts in it (``<|im_end|>``), whoever wrote them: see ``prompt_pieces``.
+    Special tokens are texts in it (``<|im_end|>``), whatever wrote them: see ``prompt_pieces``.
     """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:

@@ -25,7 +25,7 @@ from promptmill.types import (
 )
 from promptmill_workers.model_files import LoadedFiles
 
-#: Names one request inside one engine; whoever adds the request chooses it.
+#: Names one request inside one engine; its caller chooses it.
 RequestKey = int
 
 
@@ -112,7 +112,7 @@ class EngineRequest:
     sampling: SamplingParams
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
-    #: Somebody waits for the text: :class:`TokenEvent` s come before the end.
+    #: A client waits for the text: :class:`TokenEvent` s come before the end.
     stream: bool = False
     #: Goes before all that wait and are not urgent.
     urgent: bool = False

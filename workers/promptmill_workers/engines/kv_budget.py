@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from promptmill.errors import ModelError
 
-#: Sequences decoded together when nobody asked for a number: a CPU is busy with few, a GPU idles with as few.
+#: Sequences decoded together when no number was asked for: a CPU is busy with few, a GPU idles with as few.
 CPU_SLOTS = 16
 GPU_SLOTS = 64
 

@@ -36,7 +36,7 @@ class PrefixGroup:
 class NestedPlan:
     """For engines whose prefixes can continue one another at no cost."""
 
-    #: Of each prompt, the tokens that it has in common with another one and that are worth sharing.
+    #: The tokens that each prompt has in common with another one and that are worth sharing.
     shared: list[int]
     #: The prompts with those that share a prefix brought together, else in the order they came.
     order: list[int]

@@ -34,7 +34,7 @@ class MarkedTemplate(Protocol):
 
     @property
     def source(self) -> str:
-        """Of the template that is used where there are tools, or none."""
+        """The template that is used where there are tools, or none."""
         ...
 
     def write(
@@ -57,7 +57,7 @@ class Controls:
     """The texts that a vocabulary reads as control tokens."""
 
     def __init__(self, texts: Iterable[str], user_defined: Iterable[str] = ()) -> None:
-        """``user_defined``: tokens that tokenizers take out of any text. Of those only marks of turns count: what
+        """``user_defined``: tokens that tokenizers take out of any text. Only marks of turns among them count: what
         tools and reasoning are marked with may be in a text, as in every server of the field.
         """
         stubborn = {each for each in user_defined if TURN_MARK.fullmatch(each)}

@@ -336,7 +336,7 @@ class Scheduler(Generic[S]):
 
     def _preempt(self) -> None:
         """Let the youngest sequence start again later."""
-        # Of one that streams a part is known already.
+        # A part of one that streams is known already.
         running = reversed(self._running.values())
         youngest = max(running, key=lambda each: (not each.request.stream, each.admitted_at))
         self._drop(youngest)

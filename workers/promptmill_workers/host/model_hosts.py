@@ -47,7 +47,7 @@ def _is_stale(info: EngineInfo, wanted: Wanted) -> bool:
 
 
 class NotWanted(Exception):
-    """Whoever waited for a session wants none any more."""
+    """The caller that waited for a session wants none any more."""
 
 
 class ModelHosts:
@@ -213,7 +213,7 @@ class ModelHosts:
                 self._changed.notify_all()
 
     def unload(self, model: str) -> bool:
-        """End the host of a model that nobody uses; False for one that is in use or not loaded."""
+        """End the host of a model that is not used; False for one that is in use or not loaded."""
         with self._changed:
             parked = self._parked.pop(model, None)
             if parked is not None:
@@ -267,7 +267,7 @@ class ModelHosts:
             while not self._closed and not may_enter():
                 if unwanted.is_set():
                     raise NotWanted
-                # Nobody notifies of the end of a back-off, or of a job that was cancelled.
+                # No one notifies of the end of a back-off, or of a job that was cancelled.
                 self._changed.wait(min(LOOK_S, self._back_off_s() or LOOK_S))
             if self._closed:
                 raise HostDied(STOPPING)

@@ -66,7 +66,7 @@ class HostSession:
     """One connection: its running requests and the results not yet sent."""
 
     connection: Connection
-    #: Somebody waits for its answers: they are sent with every step, and its requests are urgent.
+    #: A client waits for its answers: they are sent with every step, and its requests are urgent.
     live: bool = False
     keys: dict[int, RequestKey] = field(default_factory=dict)
     results: list[WireResult] = field(default_factory=list)
@@ -269,7 +269,7 @@ class HostLoop:
                 session.beat_at = now
 
     def _new_counters(self) -> EngineCounters:
-        """What the engine did since the last time somebody asked; peaks are of its whole life."""
+        """What the engine did since it was last asked; peaks are of its whole life."""
         now, before = self._engine.counters, self._reported
         self._reported = now
         summed = [each.name for each in fields(EngineCounters) if not each.name.startswith("peak_")]
@@ -312,7 +312,7 @@ def wrapped(engine: Engine, *, deduplicate: bool = True) -> Engine:
 def _load(config: dict[str, Any], listener: socket.socket) -> tuple[Engine, LoadedFiles | None]:
     """The engine and its files.
 
-    A model that cannot be loaded is reported to whoever connects first, and ends the process.
+    A model that cannot be loaded is reported to the first that connects, and ends the process.
     """
     from promptmill.errors import PromptmillError
     from promptmill_workers.checkpoints import load_engine

@@ -43,7 +43,7 @@ class SocketFolder:
         new = self.path / f"{LOCK_NAME}.new"
         self._lock = new.open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        # Nobody finds a lock that is not held yet.
+        # A lock that is not held yet cannot be found.
         new.rename(self.path / LOCK_NAME)
 
     def remove(self) -> None:
@@ -59,7 +59,7 @@ def _parent_of_folders() -> str:
 
 
 def remove_leftovers() -> None:
-    """Folders of hosts whose parent was killed before it could tidy up: nobody holds their locks.
+    """Folders of hosts whose parent was killed before it could tidy up: their locks are free.
 
     One without a lock is just being made, or an older version's.
     """

@@ -147,7 +147,7 @@ class Worker:
             self.presence.stop()
 
     def run_chunk(self, chunk: ChunkId) -> None:
-        """One message: run the chunk unless somebody else has it, then let the next one follow."""
+        """One message: run the chunk unless another worker has it, then let the next one follow."""
         if self.stop.draining.is_set():
             # The message is read and gone: another worker is to get a new one soon.
             self.ledger.unpublish_chunk(chunk)

@@ -84,7 +84,7 @@ class ChunkRunner:
         #: Hosts that ended under a job with no answer of anybody between: how many, the answers then, and which the
         #: last one was.
         self._ends: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
-        #: Of the chunks that run: row -> key of the cache.
+        #: Row -> key of the cache, of the chunks that run.
         self._keys: dict[ChunkId, dict[int, str]] = {}
 
     def refuses(self, job_id: str, model: str, fingerprint: str | None) -> bool:
@@ -228,7 +228,7 @@ class ChunkRunner:
 
         def close(again: bool) -> bool:
             nonlocal counters
-            # Counters that are taken and not stored would be missing in the books of whoever runs beside it.
+            # Counters that are taken and not stored would be missing in the books of the chunk beside it.
             if again and ledger.has_ended(lease):
                 return True
             hold.take_again()

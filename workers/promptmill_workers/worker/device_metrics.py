@@ -1,4 +1,4 @@
-"""Memory and use of a device, as its own driver tells them: NVML for NVIDIA GPUs. Of others nothing is known."""
+"""Memory and use of a device, as its own driver tells them: NVML for NVIDIA GPUs. Nothing is known of others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DeviceMetrics:
         except ImportError:
             log.info("no device memory is measured: nvidia-ml-py is not installed")
         except Exception as problem:
-            # Of a driver's own kind, which is not known without it. A worker works without its gauge.
+            # The error is of the driver's own kind, which is not known without it. A worker works without its gauge.
             log.warning("no device memory is measured: %s", problem)
 
     def memory_bytes(self, pid: int | None) -> int | None:

@@ -18,7 +18,7 @@ from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
-#: Renewals in the time of a lease: five may fail before somebody else takes the chunk.
+#: Renewals in the time of a lease: five may fail before another worker takes the chunk.
 RENEWALS = 6
 
 #: Seconds between looks at whether the job was cancelled or the worker told to stop.
@@ -48,7 +48,7 @@ class HeldLeases:
 
     def _claim(self, claim: Callable[[], Lease | None], again: bool) -> Lease | None:
         """``again``: an earlier try may have taken a lease without our learning it."""
-        # Under the lock: what another thread has claimed and not noted yet would look like a lease nobody knows of.
+        # Under the lock: what another thread has claimed and not noted yet would look like an unknown lease.
         with self._lock:
             lease = (self._ledger.adopt(self._worker_id, self._known) if again else None) or claim()
             if lease is not None:
@@ -61,7 +61,7 @@ class Watched:
     """What the watching thread watches; the session is set once the chunk has one."""
 
     session: Session | None = None
-    #: Whoever still waits for a session is to have none.
+    #: A thread that still waits for a session is to have none.
     unwanted: threading.Event = field(default_factory=threading.Event)
     #: Nothing is left to be abandoned: a chunk that has just been closed has no lease any more.
     all_answered: bool = False

@@ -1,4 +1,4 @@
-"""Requests that somebody waits for: taken from Redis at once and run beside the chunks, their tokens sent back."""
+"""Requests with a waiting client: taken from Redis at once and run beside the chunks, their tokens sent back."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class LiveLane:
             self._lost(ErrorClass.ENGINE_CRASH, f"the engine host is gone: {problem}")
 
     def _lists(self) -> list[str]:
-        """What is read now. Orders always are: somebody may have missed what was said."""
+        """What is read now. Orders always are: a server may have missed what was said."""
         return [self._orders, self._queue] if self._taking else [self._orders]
 
     def _hold(self, requests: list[LiveRequest]) -> list[int]:
@@ -155,7 +155,7 @@ class LiveLane:
         return rows
 
     def _taken(self, found: Iterable[bytes]) -> list[LiveRequest]:
-        """Requests that somebody still waits for; each server is told that they are taken."""
+        """Requests whose client still waits; each server is told that they are taken."""
         requests = []
         for data in found:
             try:
@@ -229,7 +229,7 @@ class LiveLane:
         return [FAILED, result.error_class.value, result.message]
 
     def _read(self, session: Session, ended: threading.Event) -> None:
-        """From Redis to the engine: more requests, and those that nobody waits for any more."""
+        """From Redis to the engine: more requests, and those whose client is gone."""
         looked_at = time.monotonic()
         while not ended.is_set():
             try:

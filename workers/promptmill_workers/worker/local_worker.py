@@ -93,7 +93,7 @@ class EmbeddedWorker:
         except DatabaseError:
             raise
         except PASSING as problem:
-            # Of a run that drops everything: nobody waits for the database then.
+            # A run that drops everything does not wait for the database.
             raise DatabaseError(f"the database took no change: {first_line(problem)}") from problem
 
     def _run(self, job_id: str, on_progress: Callable[[Progress], None]) -> bool:

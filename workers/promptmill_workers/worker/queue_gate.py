@@ -2,7 +2,7 @@
 
 Celery ends its process over a message that is no JSON, and its logs quote those it cannot use. So a message is looked
 at before, and written anew from the one thing that it says: which chunk. Whatever else it held is gone. The same goes
-for messages that nobody acknowledged in time and that kombu puts back into their queues.
+for messages that were not acknowledged in time and that kombu puts back into their queues.
 """
 
 from __future__ import annotations

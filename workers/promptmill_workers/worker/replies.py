@@ -44,7 +44,7 @@ class Replies:
         self._lock = threading.Lock()
 
     def say(self, replies: Sequence[tuple[LiveRequest, list[Any]]]) -> None:
-        """In one round trip. A Redis that is away is waited for: somebody waits for the answer."""
+        """In one round trip. A Redis that is away is waited for: a client waits for the answer."""
         if not replies:
             return
         with self._lock:
@@ -70,7 +70,7 @@ class Replies:
                 self._push({said.server: replies})
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Nobody waits for these any more."""
+        """Their clients are gone."""
         with self._lock:
             for each in request_ids:
                 self._said.pop(each, None)
@@ -85,7 +85,7 @@ class Replies:
         return json.dumps([request_id, self._worker_id, number, *reply], ensure_ascii=False).encode()
 
     def _push(self, lists: dict[str, list[bytes]]) -> None:
-        """Of what is pushed twice because Redis went away meanwhile, a server takes the first."""
+        """A server takes the first of what is pushed twice because Redis went away meanwhile."""
         while True:
             try:
                 pipe = self._redis.pipeline(transaction=False)

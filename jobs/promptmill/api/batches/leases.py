@@ -125,7 +125,7 @@ class BatchLeases:
         self._release(batch_id)
 
     def put_off(self, batch_id: str) -> float:
-        """Nobody tries the batch again for so many seconds, which are returned: longer each time."""
+        """The batch is not tried again for so many seconds, which are returned: longer each time."""
         self._failures[batch_id] += 1
         wait_s = WAIT.delay_s(self._failures[batch_id])
         try:

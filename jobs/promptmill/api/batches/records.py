@@ -23,7 +23,7 @@ MOMENTS = (
 
 
 def twin(connection: Connection, idempotency_key: str | None, api_key_id: str | None) -> Row[Any] | None:
-    """The batch that was made with this idempotency key. Until the transaction's end nobody else can make one."""
+    """The batch that was made with this idempotency key. No other one can be made until the transaction's end."""
     if idempotency_key is None:
         return None
     lock_name(connection, f"batch {api_key_id} {idempotency_key}")

@@ -32,7 +32,7 @@ AT_ONCE = 2
 #: Seconds after the end of a client's job within which its scores are kept: the window of a batch.
 SCORED_WITHIN_S = 86_400.0
 
-#: Of a task file of this machine: as long as its texts wait for scores. What a client sent has less.
+#: For a task file of this machine: as long as its texts wait for scores. What a client sent has less.
 OWN_TASK = ChildLimits(UNSCORED_S - FETCH_S, 8_192)
 
 
@@ -99,7 +99,7 @@ class ScoreKeeper:
                 with claimed(self._db, due.job.id) as is_ours:
                     if is_ours:
                         self._score(due.job)
-                        # The time is a promise: texts go even where nobody could score them.
+                        # The time is a promise: texts go even where they could not be scored.
                         redact(self._db, due.job.id, due.how)
         except PASSING as problem:
             log.warning("scores of job %s wait: %s", due.job.id, first_line(problem))

@@ -96,7 +96,7 @@ def _lines(path: str) -> Iterator[tuple[int, str, str | None]]:
 
 def _refuse_what_readers_refuse(text: str, decode: Callable[[str], Any]) -> None:
     """What is JSON and no reader takes, such as a key that is there twice: it would become a row without its id."""
-    # Of what is nested too deeply the reader speaks, in the error file.
+    # The reader names what is nested too deeply, in the error file.
     with contextlib.suppress(RecursionError):
         try:
             decode(text)

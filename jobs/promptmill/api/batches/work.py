@@ -31,7 +31,7 @@ from promptmill.tasks.tools import Offer, ToolCall, read_calls
 #: Seconds of computing in which the calls of a batch are read; what is left then is shown as the text that it is.
 READ_CALLS_S = 60.0
 
-#: Of rows that were never answered: code and message, by how the batch ended.
+#: For rows that were never answered: code and message, by how the batch ended.
 UNANSWERED = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed: the batch was cancelled."),

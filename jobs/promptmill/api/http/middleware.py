@@ -54,7 +54,7 @@ class Timings:
         self.counts: Counter[tuple[str, str, int]] = Counter()
         self.buckets: Counter[tuple[str, float]] = Counter()
         self.sums: Counter[str] = Counter()
-        #: Of answers: this server's own time, by the first bound that it is within.
+        #: Answers by this server's own time, by the first bound that it is within.
         self.overhead = [0] * (len(OVERHEAD_BOUNDS_S) + 1)
         self.overhead_s = 0.0
 

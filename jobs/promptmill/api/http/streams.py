@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from promptmill.api.http.errors import ApiError
 from promptmill.errors import PromptmillError
 
-#: Seconds without an event after which a comment is sent, so that nobody between us and the client hangs up.
+#: Seconds without an event after which a comment is sent, so that no proxy before the client hangs up.
 PING_S = 15.0
 
 #: Seconds between two looks at whether a stream would still be allowed.
@@ -27,7 +27,7 @@ Refusal = Callable[[], Awaitable[ApiError | None]]
 
 
 class ClientGone(Exception):
-    """Nobody reads the answer any more."""
+    """The client is gone."""
 
 
 async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
@@ -68,7 +68,7 @@ def event(data: Any, name: str | None = None, number: int | str | None = None) -
 async def _refused(refusal: Refusal) -> ApiError:
     while True:
         await asyncio.sleep(REFUSED_S)
-        # While the database is away nobody knows.
+        # This is not known while the database is away.
         with contextlib.suppress(PromptmillError, SQLAlchemyError):
             if (problem := await refusal()) is not None:
                 return problem

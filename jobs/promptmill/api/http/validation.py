@@ -149,7 +149,7 @@ def metadata(body: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def known_only(body: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raises a 400 for a field that nobody looks at: it is never passed over in silence."""
+    """Raises a 400 for a field without a meaning: it is never passed over in silence."""
     unknown = sorted(body.keys() - set(known))
     if unknown:
         name = unknown[0][:100]

@@ -1,4 +1,4 @@
-"""Requests that somebody waits for: sent to a worker through Redis, their tokens read from this server's own list."""
+"""Requests with a waiting client: sent to a worker through Redis, their tokens read from this server's own list."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MISSED_S = 2 * HEARTBEAT_S
 AWAY_S = 0.5
 ANSWER_S = 10
 
-#: Most requests that nobody waits for which are remembered, should a worker run one all the same.
+#: Most abandoned requests that are remembered, should a worker run one all the same.
 MOST_WITHDRAWN = 4096
 
 NO_REDIS = "A service is not reachable; try again later."
@@ -76,7 +76,7 @@ class Live:
             redis_url, asynchronous=True, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S
         )
         self._calls: dict[str, PendingRequest] = {}
-        # Id -> model, of requests that nobody waits for any more.
+        # Id -> model, of requests whose client is gone.
         self._withdrawn: dict[str, str] = {}
         # List -> what is pushed to its end, and to its head.
         self._outbox: dict[str, list[bytes]] = {}
@@ -148,7 +148,7 @@ class Live:
             del self._withdrawn[next(iter(self._withdrawn))]
 
     async def _withdraw(self, request: LiveRequest) -> None:
-        """Out of the queue, if it is still there; whoever took it meanwhile is told when it says so."""
+        """Out of the queue, if it is still there; a worker that took it meanwhile is told when it says so."""
         with contextlib.suppress(RedisError, OSError):
             await self._redis.lrem(live_queue(request.model), 1, request.encode())
 
@@ -222,7 +222,7 @@ class Live:
         if call.asked_at != call.heard:
             self._ask_again(call)
         else:
-            self._begin_again(call, ErrorClass.WORKER_LOST.value, "nobody understands what its worker says")
+            self._begin_again(call, ErrorClass.WORKER_LOST.value, "what its worker says is not understood")
 
     def _hear(self, call_id: str, worker: str, number: int, kind: str, rest: list[Any]) -> None:
         self._absences.heard(worker)
@@ -251,7 +251,7 @@ class Live:
             call.put(FAILED, failure(call.request, *rest))
 
     def _cancel_withdrawn(self, call_id: str, worker: str) -> None:
-        """A worker runs what nobody waits for."""
+        """A worker runs what no client waits for."""
         model = self._withdrawn.pop(call_id, None)
         if model is not None:
             self._cancel(call_id, worker, model)
@@ -281,7 +281,7 @@ class Live:
             self._begin_again(call, "worker_lost", "its worker is gone")
 
     def _begin_again(self, call: PendingRequest, error_class: str, message: str) -> None:
-        """On another worker; it fails when somebody has seen a part of the answer, or it was tried often."""
+        """On another worker; it fails when its client has seen a part of the answer, or it was tried often."""
         if call.told or call.tries >= MOST_TRIES:
             call.put(FAILED, failure(call.request, error_class, message))
         else:
@@ -297,7 +297,7 @@ class Live:
         self._push(live_queue(call.request.model), call.request.encode(), first=True)
 
     async def _look_for_quiet(self) -> None:
-        """Of what is taken, its worker is asked; what is not is to be in its list."""
+        """Ask the worker about a request that is taken; look for another one in its list."""
         old = time.monotonic() - QUIET_S
         quiet = [each for each in self._calls.values() if each.queued_at and not each.ended and each.seen_at < old]
         quiet = quiet[:MOST_LOOKED_FOR]

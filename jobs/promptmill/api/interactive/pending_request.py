@@ -1,4 +1,4 @@
-"""One request that somebody waits for, and what its client is told when it fails."""
+"""One request with a waiting client, and what its client is told when it fails."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class PendingRequest:
         self.until = until
         self.tries = 1
         self.worker: str | None = None
-        #: Somebody was shown a part of its answer: it cannot begin again.
+        #: Its client was shown a part of its answer: it cannot begin again.
         self.told = False
         self.ended = False
         #: Replies that came, in their order, and after how many the worker was asked for the next one.
@@ -75,7 +75,7 @@ class PendingRequest:
         self._replies.put_nowait((kind, value))
 
     def begin_again(self) -> None:
-        """Sent under another id, it is a request that nobody has taken."""
+        """Sent under another id, it is a request that no worker has taken."""
         self.request = replace(self.request, id=new_id())
         self.worker, self.heard, self.asked_at = None, 0, None
         self.seen_at, self.missed = time.monotonic(), False

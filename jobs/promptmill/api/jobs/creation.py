@@ -41,7 +41,7 @@ BLOCK = 2**20
 
 
 def limits_for(size: int) -> ChildLimits:
-    """Of a submission whose lines have so many bytes."""
+    """Limits of a submission whose lines have so many bytes."""
     return ChildLimits(LONGEST_S + LONGEST_S_PER_MIB * size / 2**20, MEGABYTES)
 
 

@@ -36,7 +36,7 @@ Reply = tuple[int, str, Any]
 
 DONE_EVENT = b"data: [DONE]\n\n"
 
-#: Status of an answer that nobody reads any more, for the log.
+#: Status of an answer whose client is gone, for the log.
 GONE = 499
 
 

@@ -156,7 +156,7 @@ class FileStore:
             return _used_bytes(connection, owner)
 
     def delete(self, file_id: str) -> None:
-        """From now on nobody finds the file; its row goes when its bytes are gone. A sweep tries again what fails."""
+        """From now on the file is not found; its row goes when its bytes are gone. A sweep tries again what fails."""
         with writing(self._db) as connection:
             connection.execute(sa.update(files).where(files.c.id == file_id).values(status="deleting"))
         try:
@@ -208,7 +208,7 @@ def _here() -> str:
 
 
 def _new_part(folder: Path) -> IO[bytes]:
-    """A part that is held until it is closed: one that nobody holds is the rest of a process that died."""
+    """A part that is held until it is closed: one that is not held is the rest of a process that died."""
     while True:
         file = (folder / f"{ULID()}{_here()}").open("wb")
         try:

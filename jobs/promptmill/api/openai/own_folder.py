@@ -94,7 +94,7 @@ def _mark(folder: Path, mine: str, db: Connection) -> None:
             hint="Give a folder for the API's files alone: an empty one, or one that is not there yet.",
         )
     with contextlib.suppress(PermissionError):
-        # A folder that somebody else owns and shares stays as it is.
+        # A folder that another user owns and shares stays as it is.
         folder.chmod(0o700)
     _write(folder / MARK, mine)
 

@@ -16,7 +16,7 @@ from promptmill.tasks.sampling import BadParameter, is_empty, refuse_unfinished
 from promptmill.tasks.templates import resolve_sampling
 from promptmill.tasks.tools import Offer
 
-#: Most tokens of an answer that somebody waits for and sets no limit to.
+#: Most tokens of an answer that a client waits for and sets no limit to.
 DEFAULT_MAX_TOKENS = 1024
 
 #: Most prompts or texts of one call.
@@ -34,7 +34,7 @@ class Question:
     texts: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
-    #: Of embeddings: numbers as base64 of little-endian float32.
+    #: Embeddings as base64 of little-endian float32.
     base64: bool = False
     #: Tools that the answer may call.
     offer: Offer | None = None

@@ -53,8 +53,8 @@ def principal_of_cookie(secret: bytes, db: Engine, request: Request) -> Principa
 def is_over_tls(request: Request) -> bool:
     """Whether the browser came by TLS: here, or to a proxy in front.
 
-    A proxy says so, and so does the page's own origin. Who lies harms nobody but himself: his cookie is withheld from
-    connections in the clear.
+    A proxy says so, and so does the page's own origin. A client that lies harms itself alone:
+    its cookie is withheld from connections in the clear.
     """
     said = request.headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
     return "https" in (request.url.scheme, said) or request.headers.get("origin", "").startswith("https://")

@@ -16,7 +16,7 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     # The key itself is shown once and never stored.
     Column("key_sha256", String(64), nullable=False, unique=True),
-    # Of 'read', 'submit' and 'admin', with commas between them.
+    # Some of 'read', 'submit' and 'admin', with commas between them.
     Column("scopes", Text, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("revoked", Boolean, nullable=False, default=False, server_default="0"),

@@ -20,7 +20,7 @@ workers = Table(
     Column("device_got", Text),
     Column("engine", String(32)),
     Column("model", Text),
-    # Of the model that is loaded; NULL where another one lies in its place by now.
+    # That of the loaded model; NULL where another one lies in its place by now.
     Column("model_fingerprint", String(64)),
     Column("layers", Integer),
     Column("layers_offloaded", Integer),

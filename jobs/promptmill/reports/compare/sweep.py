@@ -41,7 +41,7 @@ class Setting:
         return ", ".join(f"{name}={value}" for name, value in self.values.items()) or "default"
 
     def mean(self, name: str) -> float | None:
-        """Of a rate or a time the geometric mean, of a share the arithmetic one; None where no run has it."""
+        """The geometric mean of a rate or a time, the arithmetic one of a share; None where no run has it."""
         values = self._values(name)
         if not values:
             return None
@@ -96,7 +96,7 @@ class Sweep:
         return [each for each in self.settings if (_model(each), _work(each)) == own and each.mean("output_tps")]
 
     def knees(self) -> list[Setting]:
-        """Of each model and each work the smallest setting within 5 % of the best: in the order of the settings."""
+        """The smallest setting within 5 % of the best, for each model and each work, in the order of the settings."""
         found: list[Setting] = []
         for setting in self.settings:
             rivals = self.rivals(setting)

@@ -43,7 +43,7 @@ class Totals:
 
 
 def totals_of(series: Series, tokens: Tokens, ok: Truths) -> Totals:
-    """Of some rows; ``ok``: which of them have an answer."""
+    """Sums over some rows; ``ok``: which of them have an answer."""
     computed = ok & ~tokens.is_copy
     order = (series.first_token_at < series.admitted_at) | (series.finished_at < series.first_token_at)
 
@@ -126,7 +126,7 @@ def fold(db: Connection, job: sa.Row[Any], detailed: bool = False) -> Folded:
         sources.insert(0, ArrowRows(db, job.id))
     for source in sources:
         for places in (Places.of, Places.scanned):
-            # A job that was retried meanwhile may have rows of workers that nobody knew of.
+            # A job that was retried meanwhile may have rows of workers that were not known.
             with suppress(UnknownKey):
                 folded = _fold(source, places(db, job.id), job.rows, detailed)
                 if isinstance(source, NativeRows) or is_as_it_was(db.engine, job):

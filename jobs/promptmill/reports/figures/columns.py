@@ -98,13 +98,13 @@ class Places:
 
     @staticmethod
     def of(db: Connection, job_id: str) -> Places:
-        """Of the workers that had an attempt of the job: few rows, where the job's results may be millions."""
+        """The workers that had an attempt of the job: few rows, where the job's results may be millions."""
         found = db.execute(sa.select(attempts.c.worker_id).where(attempts.c.job_id == job_id).distinct()).scalars()
         return Places((None, *sorted(found)))
 
     @staticmethod
     def scanned(db: Connection, job_id: str) -> Places:
-        """Of the workers that the results name."""
+        """The workers that the results name."""
         found = db.execute(sa.select(results.c.worker_id).where(results.c.job_id == job_id).distinct()).scalars()
         return Places((None, *sorted(name for name in found if name is not None)))
 
@@ -151,7 +151,7 @@ def _place(column: sa.Column[Any], values: Sequence[str | None]) -> sa.ColumnEle
 
 
 def parted(block: list[Floats]) -> tuple[Ints, Series, Tokens]:
-    """Of the rows of a block the places of their keys, their columns, and their tokens. Raises :class:`UnknownKey`."""
+    """The places of a block's keys, its columns, and its tokens. Raises :class:`UnknownKey`."""
     key, enqueued, admitted, first, finished, output, prompt, cached, reasoning, most, copied = block
     if (key < 0).any():
         raise UnknownKey

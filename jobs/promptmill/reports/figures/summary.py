@@ -27,7 +27,7 @@ from promptmill.types import JobState
 if TYPE_CHECKING:
     from promptmill.scoring.gates import GateVerdict
 
-#: Of the JSON report: goes up when a key leaves or changes its meaning.
+#: Version of the JSON report: goes up when a key leaves or changes its meaning.
 SCHEMA_VERSION = 1
 
 

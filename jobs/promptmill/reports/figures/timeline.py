@@ -128,7 +128,7 @@ def _samples(
 
 
 def _leases(db: Connection, own: sa.Select[tuple[str]], begin: float, end: float) -> dict[str, list[Span]]:
-    """Of every job that these workers ran meanwhile: an engine that works for another one is not idle."""
+    """Spans of every job that these workers ran meanwhile: an engine that works for another one is not idle."""
     each = attempts.c
     low, high = begin - BEFORE_S, end + AFTER_S
     ended = sa.func.coalesce(each.ended_at, end)

@@ -133,7 +133,7 @@ def _spans(db: Connection, job_id: str, begin: float, end: float) -> tuple[tuple
 
 
 def _resources(db: Connection, job_id: str, end: float) -> tuple[PhaseUse, ...]:
-    """Of each worker of the job, from its start to the job's end."""
+    """Use by each worker of the job, from its start to the job's end."""
     each = worker_samples.c
     own = sa.select(attempts.c.worker_id).where(attempts.c.job_id == job_id)
     query = (
@@ -149,7 +149,7 @@ def _resources(db: Connection, job_id: str, end: float) -> tuple[PhaseUse, ...]:
 
 
 def _calibration(db: Connection, job_id: str) -> tuple[str, Figures] | None:
-    """Of the first score that is right or wrong, where answers came with probabilities; None where there are none."""
+    """Calibration by the first score that is right or wrong; None where no answer came with probabilities."""
     each = results.c
     query = sa.select(each.row, each.choice_probs).where(each.job_id == job_id, each.choice_probs.is_not(None))
     sure = {row: max(json.loads(text).values(), default=0.0) for row, text in db.execute(query)}

@@ -16,7 +16,7 @@ from promptmill.scoring.scorers.tally import Score
 #: Most of an error's message that is shown.
 MESSAGE_CHARACTERS = 160
 
-#: Of a check that holds, that does not, and that could not be made.
+#: Marks of a check that holds, that does not, and that could not be made.
 MARKS = {True: "✓", False: "✗", None: "·"}
 
 

@@ -37,7 +37,7 @@ class ScoreOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One row beside its answer and its expected object. Of ``id`` to ``meta`` only what a scorer asked for is set."""
+    """One row beside its answer and its expected object. What no scorer asked for is not set."""
 
     #: The answer as it was written.
     text: str
@@ -59,7 +59,7 @@ class ScoreVerdict:
     #: The class that was given and the one that was expected, where they are not the fields themselves.
     predicted: JsonValue = None
     expected: JsonValue = None
-    #: For yes or no: how sure the answer is of yes. Of ``choice_probability``: of the choice it made.
+    #: How sure the answer is of yes; for ``choice_probability``, of the choice it made.
     confidence: float | None = None
     #: Whether ``confidence`` is a probability, and not only something that grows with it.
     is_probability: bool = False

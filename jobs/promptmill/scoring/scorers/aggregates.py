@@ -99,7 +99,7 @@ def of_classes(rows: Labelled) -> Figures:
         "weighted_f1": float(np.average(f1, weights=share)),
         "macro_precision": float(np.mean(precision)),
         "macro_recall": float(np.mean(recall)),
-        # Of one class there is no agreement beyond chance, and no kappa.
+        # One class has no agreement beyond chance, and no kappa.
         "kappa": _finite(cohen_kappa_score(wanted, given, labels=[*labels, ""], sample_weight=weight))
         if len({*wanted, *given}) > 1
         else None,

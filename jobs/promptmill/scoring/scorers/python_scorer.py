@@ -30,7 +30,7 @@ class PythonScorer(Scorer):
     dict with ``id``, ``row``, ``input``, ``meta``, ``text`` and ``choice_probs``.
     """
 
-    # Of the values: truth values and labels make an accuracy, numbers a mean.
+    # By its values: truth values and labels make an accuracy, numbers a mean.
     figures = ("mean", *dict.fromkeys((*CLASSES, *BINARY)))
     labels = "any"
     bounds = (-math.inf, math.inf)

@@ -59,7 +59,7 @@ class Judge:
 
     @property
     def sha256(self) -> str | None:
-        """Of the code of scorers that are not part of promptmill."""
+        """The digest of the code of scorers that are not part of promptmill."""
         from promptmill.scoring.scorers.python_scorer import joined
 
         return joined(each for scorer in self.scorers.values() if (each := scorer.sha256)) or None

@@ -54,7 +54,7 @@ class Judgement(NamedTuple):
     outcome: ScoreOutcome
     confidence: float | None = None
     error: str | None = None
-    #: Of the value, before it became a number; decides between a rate and a mean.
+    #: Whether the value was true or false before it became a number; decides between a rate and a mean.
     is_truth: bool = False
     is_probability: bool = False
     #: None where nothing is right or wrong by this score.
@@ -209,10 +209,10 @@ class Tally:
     left_out: int = 0
     right: int = 0
     error: str | None = None
-    #: Of the scored rows with a value: whether all were true or false, and all confidences probabilities.
+    #: Whether the values of all scored rows were true or false, and all confidences probabilities.
     all_truths: bool = True
     all_probabilities: bool = True
-    #: Of each counted row: its worth, the key of its input, the place of its pair of labels (-1: it has none), and its
+    #: Columns of counted rows: worth, key of the input, place of the pair of labels (-1: it has none), and
     #: confidence (NaN: it has none).
     worth: array[float] = field(default_factory=lambda: array("d"))
     keys: array[int] = field(default_factory=lambda: array("q"))
@@ -375,7 +375,7 @@ class Tally:
 
 
 def _differ_in_spelling(expected: str, predicted: str) -> bool:
-    """Of two labels as JSON, whether they are different texts and would be one in another spelling."""
+    """Whether two labels, as JSON, are different texts and would be one in another spelling."""
     if expected == predicted or not (expected.startswith('"') and predicted.startswith('"')):
         return False
     one, two = (normalised(json.loads(label), tuple(STEPS)) for label in (expected, predicted))

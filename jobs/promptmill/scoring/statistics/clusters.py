@@ -14,7 +14,7 @@ Truths = NDArray[np.bool_]
 Interval = tuple[float, float]
 
 #: Draws of a bootstrap, and its seed: the same rows have the same interval.
-DRAWS = 2000
+DRAWS = 1000
 SEED = 20_260_101
 
 #: Draws that are held at a time.

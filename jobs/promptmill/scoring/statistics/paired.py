@@ -43,7 +43,7 @@ class Change:
         return Change(self.value * factor, self.p, scaled)
 
 
-#: Of rows that are all equal: nothing is left to test, and no family to be corrected for.
+#: The change of rows that are all equal: nothing is left to test, and no family to be corrected for.
 UNCHANGED = Change(0.0, None, lambda level: (0.0, 0.0))
 
 

@@ -22,7 +22,7 @@ def auc(confidence: Floats, truth: Truths) -> float:
 
 
 def _wins(confidence: Floats, truth: Truths) -> Floats:
-    """Of each row, the share of the rows of the other kind that it is rightly ranked against (Sun and Xu 2014)."""
+    """The share, for each row, of the rows of the other kind that it is rightly ranked against (Sun and Xu 2014)."""
     from scipy.stats import rankdata
 
     yes, no = confidence[truth], confidence[~truth]

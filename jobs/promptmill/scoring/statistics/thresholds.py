@@ -39,7 +39,7 @@ def best_threshold(
     known, wanted = confidence[first], truth[first]
     tried = np.unique(np.quantile(known, np.linspace(0, 1, MOST_TRIED), method="higher"))
     worth = np.array([_worth(_kinds(known >= each, wanted), costs) for each in tried])
-    # Of equally good ones the one in the middle, which is the least of an accident.
+    # The one in the middle of equally good ones is the least of an accident.
     best = np.flatnonzero(worth == worth.max())
     value = float(tried[best[len(best) // 2]])
     return Threshold(value, _kinds(confidence[~first] >= value, truth[~first]), clusters.at(~first))

@@ -33,7 +33,7 @@ from promptmill_workers.engines.llama.sequence import LlamaSequence
 from promptmill_workers.engines.llama.text import LlamaAnswerText, LlamaPromptReader
 from promptmill_workers.engines.scheduler import Admission, Computed, Pass
 
-#: Context of a request when nobody asked for another one.
+#: Context of a request when no other one was asked for.
 CONTEXT_TOKENS = 4096
 
 #: Shared prefixes that are kept at once. Each takes a sequence number and its cells.
@@ -163,7 +163,7 @@ class LlamaBackend:
         """One batch: a token of every decoding sequence, then prompt tokens as they fit."""
         done: Pass[LlamaSequence] = Pass()
         self._embed([each for each in running if each.request.sampling.embedding], done)
-        # Of prompts that do not fit together, urgent ones are computed first.
+        # Urgent ones are computed first of prompts that do not fit together.
         ordered = sorted(self._kv.running.values(), key=lambda each: not each.request.urgent)
         batch = fill(self._context.batch, ordered, self._kv.prefixes.unfinished)
         tokens = batch.decoded + batch.prefilled

@@ -126,7 +126,7 @@ class LlamaModel:
         return int(int(llama_cpp.llama_model_n_layer(self.handle)) * kv_heads * (key + value) * bits / 8)
 
     def free_bytes(self) -> int | None:
-        """Free memory of the device that the model is on; None when nobody can say."""
+        """Free memory of the device that the model is on; None when it cannot be told."""
         if not self.offloaded:
             # The file is mapped: its pages count as free, and are needed.
             return max(0, psutil.virtual_memory().available - int(llama_cpp.llama_model_size(self.handle)))

@@ -27,7 +27,7 @@ class LlamaSequence(TokenSequence):
     pending: list[int] = field(default_factory=list, init=False)
     #: Batch index of the output that this step samples; -1 when it asks for none.
     output: int = field(default=-1, init=False)
-    #: Of a continuation: the outputs of this step, as batch indices, and what they gave so far.
+    #: For a continuation: the outputs of this step, as batch indices, and what they gave so far.
     outputs: range = field(default=range(0), init=False)
     logprob: float = field(default=0.0, init=False)
     likeliest: bool = field(default=True, init=False)

@@ -28,7 +28,7 @@ from promptmill_workers.engines.scheduler import Admission, Computed, Pass
 if TYPE_CHECKING:
     from promptmill_workers.engines.mlx_lm.binding import Batcher, HostedSampler, MlxModel, SequenceId, Token
 
-#: Context of a request when nobody asked for another one.
+#: Context of a request when no other one was asked for.
 CONTEXT_TOKENS = 4096
 
 

@@ -74,7 +74,7 @@ class MlxPrefixes:
         for prefix in [each for each in self._kept if each is not keep]:
             if surplus <= 0:
                 return
-            # Sequences that began with it have copies: forgetting it disturbs nobody.
+            # Sequences that began with it have copies: forgetting it disturbs no sequence.
             self._kept.remove(prefix)
             surplus -= len(prefix.tokens)
 
