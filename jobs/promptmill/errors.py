@@ -120,12 +120,6 @@ class QueueFull(JobError):
     """More requests would wait than are allowed to."""
 
 
-class JobFailed(PromptmillError):
-    """A job ended without success."""
-
-    exit_code = EXIT_FAILED
-
-
 class OutputFailed(PromptmillError):
     """What was to be written could not be, in the middle of it: a full disk and its like."""
 

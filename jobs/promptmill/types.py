@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -227,8 +227,7 @@ class Extras:
     deduplicated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds by ``time.monotonic()`` of the machine that answered; its worker turns them into the database's.
 
     No machine's wall clock is in them: it may be wrong, or set while the request runs.
@@ -241,9 +240,7 @@ class Timing:
 
     def by(self, clock: Callable[[float], float]) -> Timing:
         """The same by another clock."""
-        return Timing(
-            clock(self.received_at), clock(self.admitted_at), clock(self.first_token_at), clock(self.finished_at)
-        )  # fmt: skip
+        return Timing(*map(clock, self))
 
     @property
     def ttft_s(self) -> float:
@@ -375,18 +372,3 @@ class DatasetLine:
     #: Which of the times that ``--repeat`` asks the line, from 0.
     repetition: int = 0
     error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LengthSummary:
-    """Prompt lengths of a dataset in tokens. ``measured`` of ``rows`` prompts were tokenised."""
-
-    rows: int
-    measured: int
-    min: int
-    p50: int
-    p99: int
-    max: int
-    total: int
-    #: Rows whose prompt leaves no room for one new token.
-    too_long: Sequence[int] = ()

@@ -120,7 +120,7 @@ def test_a_worker_that_ended_long_ago_leaves_its_counts_without_its_name(databas
         for name in ("gone", "here", NO_WORKER):
             counts = counting(connection, "echo", name)
             counts.add("items.ok", 2)
-            counts.observe("latency", 0.5)
+            counts.observe("latency", [0.5])
     Housekeeping(database, 14.0, scoring=False).step()
     found = counted(database)
     assert {name: each.sums for name, each in found.items()} == {NO_WORKER: {"items.ok": 4}, "here": {"items.ok": 2}}

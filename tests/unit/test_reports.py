@@ -19,7 +19,7 @@ from promptmill.database.engine import connect
 from promptmill.database.figure_sql import FIGURE_SQL
 from promptmill.database.tables import attempts, chunks, jobs, metadata, requests, results, worker_samples, workers
 from promptmill.errors import UnknownName
-from promptmill.reports import REPORTS
+from promptmill.reports import TEXTS
 from promptmill.reports.figures import distributions, percentiles
 from promptmill.reports.figures.checks import Check
 from promptmill.reports.figures.columns import Series
@@ -524,9 +524,9 @@ def test_the_curve_holds_every_token(db: sa.Engine) -> None:
 def test_the_curve_shows_when_tokens_came() -> None:
     column = np.array([0.0, 5.0])
     series = Series(column, column, column, np.array([1.0, 10.0]), np.array([11.0, 51.0]))
-    curve = distributions.throughput_curve(series, 0.0, 10.0, slices=10)
-    assert curve is not None
-    assert curve.output_tps == pytest.approx((11, 0, 0, 0, 0, 11, 10, 10, 10, 10))
+    spread = distributions.Spread(0.0, 10.0, slices=10)
+    distributions.add_output(spread, series)
+    assert tuple(spread.tokens()) == pytest.approx((11, 0, 0, 0, 0, 11, 10, 10, 10, 10))
 
 
 # --- states of a job -------------------------------------------------------------------------------------------------
@@ -601,10 +601,7 @@ def test_the_json_report_keeps_its_keys(db: sa.Engine) -> None:
 
 def test_the_json_report_is_json_even_of_an_empty_job(db: sa.Engine) -> None:
     store(db, [], rows=1, state="queued")
-    console = Console(file=io.StringIO(), width=40)
-    resolve("report", "json", REPORTS)(summarise(db, JOB), console)
-    assert isinstance(console.file, io.StringIO)
-    assert json.loads(console.file.getvalue())["latency_s"]["n"] == 0
+    assert json.loads(resolve("report", "json", TEXTS)(summarise(db, JOB)))["latency_s"]["n"] == 0
 
 
 #: Numbers of the JSON report that say what the job is, and are no figures.

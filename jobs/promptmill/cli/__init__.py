@@ -24,7 +24,7 @@ COMMANDS = {
     "workers": ("promptmill.cli.look.inspect:workers", "List the workers that are alive."),
     "list": ("promptmill.cli.look.inspect:list_", "List jobs, the newest first."),
     "status": ("promptmill.cli.look.inspect:status", "Show where a job stands."),
-    "watch": ("promptmill.cli.job.watch:watch", "Follow a job to its end."),
+    "watch": ("promptmill.cli.job.control:watch", "Follow a job to its end."),
     "show": ("promptmill.cli.look.inspect:show", "Show one row: prompt, answer, tokens, timings, attempts."),
     "results": ("promptmill.cli.look.results:results", "Write a job's results."),
     "report": ("promptmill.cli.look.report:report", "Report on a job, from its rows."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import NamedTuple
 
 from sqlalchemy.engine import Connection
 
@@ -16,6 +17,17 @@ CLOCK_TICK_S = 0.002
 JUMP_S = 1.0
 
 
+class _Offsets(NamedTuple):
+    """What is added to a moment: replaced as a whole, so that it is read without a lock."""
+
+    #: For moments from ``since`` on, and for those before.
+    offset_s: float
+    before_s: float
+    since: float
+    #: The earliest time for moments from ``since`` on.
+    not_before: float
+
+
 class DatabaseClock:
     """What the database's clock says at a moment of ``time.monotonic()``. Any thread may ask.
 
@@ -26,10 +38,8 @@ class DatabaseClock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        #: To be added to moments from ``_since`` on, and to those before.
-        self._offset_s = self._before_s = 0.0
-        self._since = self._not_before = float("-inf")
         self._is_known = False
+        self._offsets = _Offsets(0.0, 0.0, float("-inf"), float("-inf"))
 
     def read(self, db: Connection) -> float:
         """What it says."""
@@ -42,20 +52,19 @@ class DatabaseClock:
         """It said ``there`` at some moment between these two."""
         middle = there - (sent + told) / 2
         with self._lock:
-            if there - told - CLOCK_TICK_S <= self._offset_s <= there - sent + CLOCK_TICK_S:
+            known = self._offsets
+            if there - told - CLOCK_TICK_S <= known.offset_s <= there - sent + CLOCK_TICK_S:
                 return
-            self._before_s = self._offset_s if self._is_known else middle
+            before_s = known.offset_s if self._is_known else middle
             # A correction turns no order of moments round. A clock that was set back does.
-            is_correction = abs(middle - self._before_s) < JUMP_S
-            self._not_before = told + self._before_s if is_correction else float("-inf")
-            self._offset_s, self._since, self._is_known = middle, told, True
+            is_correction = abs(middle - before_s) < JUMP_S
+            self._offsets = _Offsets(middle, before_s, told, told + before_s if is_correction else float("-inf"))
+            self._is_known = True
 
     def at(self, monotonic_s: float) -> float:
         """What it said at this moment, which may lie before the last reading. There has been one."""
-        with self._lock:
-            if monotonic_s < self._since:
-                return monotonic_s + self._before_s
-            return max(monotonic_s + self._offset_s, self._not_before)
+        offset_s, before_s, since, not_before = self._offsets
+        return monotonic_s + before_s if monotonic_s < since else max(monotonic_s + offset_s, not_before)
 
     def ahead_s(self) -> float | None:
         """Seconds that it is ahead of this machine's wall clock; None before the first reading."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,13 +46,13 @@ class Counts:
         if more:
             self.sums[name] = self.sums.get(name, 0) + more
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, values: Iterable[float]) -> None:
         """A time may come out negative where the database's clock was set: sums must not go down."""
-        value = max(0.0, value)
         bounds = BOUNDS[name]
-        kept = self.histograms.setdefault(name, [0] * (len(bounds) + 2))
-        kept[bisect_left(bounds, value)] += 1
-        kept[-1] += value
+        for value in values:
+            kept = self.histograms.setdefault(name, [0] * (len(bounds) + 2))
+            kept[bisect_left(bounds, value)] += 1
+            kept[-1] += max(0.0, value)
 
     def include(self, other: Counts) -> None:
         for name, more in other.sums.items():
@@ -71,48 +71,36 @@ class Counts:
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def results(
-        self, results: Iterable[Result], enqueued_at: float | None, at: Callable[[float], float] = float
+        self, results: Sequence[Result], enqueued_at: float | None, at: Callable[[float], float] = float
     ) -> None:
         """Results that are stored for good. ``at``: what the database's clock said at a moment of theirs."""
-        for result in results:
-            if isinstance(result, Failed):
-                self.add("items.error")
-                self.add(f"errors.{result.error_class.value}")
-                self._tokens(result)
-            else:
-                self.add("items.ok")
-                if result.extras is None or not result.extras.deduplicated:
-                    self._tokens(result)
-                    self._times(result, enqueued_at, at)
+        answers = [each for each in results if isinstance(each, Ok)]
+        failed = [each for each in results if isinstance(each, Failed)]
+        self.add("items.ok", len(answers))
+        self.add("items.error", len(failed))
+        for each in failed:
+            self.add(f"errors.{each.error_class.value}")
+        computed = [each for each in answers if each.extras is None or not each.extras.deduplicated]
+        usages = [*(each.usage for each in failed if each.usage), *(each.usage for each in computed)]
+        for name in ("prompt", "cached", "output", "reasoning"):
+            self.add(f"tokens.{name}", sum(getattr(usage, f"{name}_tokens") for usage in usages))
+        self._answers(computed, enqueued_at, at)
 
     def engine(self, more: EngineCounters) -> None:
         for field in fields(more):
             if not field.name.startswith("peak_"):
                 self.add(f"engine.{field.name}", getattr(more, field.name))
 
-    def _tokens(self, result: Result) -> None:
-        usage = result.usage
-        if usage is not None:
-            self.add("tokens.prompt", usage.prompt_tokens)
-            self.add("tokens.cached", usage.cached_tokens)
-            self.add("tokens.output", usage.output_tokens)
-            self.add("tokens.reasoning", usage.reasoning_tokens)
-
-    def _times(self, answer: Ok, enqueued_at: float | None, at: Callable[[float], float]) -> None:
-        usage, timing = answer.usage, answer.timing
-        self.observe("output", usage.output_tokens)
-        self.observe("prompt", usage.prompt_tokens)
-        if timing is None or timing.admitted_at is None:
-            return
+    def _answers(self, answers: Sequence[Ok], enqueued_at: float | None, at: Callable[[float], float]) -> None:
+        self.observe("output", [each.usage.output_tokens for each in answers])
+        self.observe("prompt", [each.usage.prompt_tokens for each in answers])
+        timed = [(each.timing, each.usage.output_tokens) for each in answers if each.timing is not None]
         if enqueued_at is not None:
-            self.observe("queue", at(timing.admitted_at) - enqueued_at)
-        if timing.finished_at is not None:
-            self.observe("latency", timing.finished_at - timing.admitted_at)
-        if timing.first_token_at is not None:
-            self.observe("ttft", timing.first_token_at - timing.admitted_at)
-            if timing.finished_at is not None and usage.output_tokens > 1:
-                spent_s = timing.finished_at - timing.first_token_at
-                self.observe("tpot", spent_s / (usage.output_tokens - 1))
+            self.observe("queue", [at(timing.admitted_at) - enqueued_at for timing, _ in timed])
+        self.observe("latency", [timing.latency_s for timing, _ in timed])
+        self.observe("ttft", [timing.ttft_s for timing, _ in timed])
+        spent = [(timing.finished_at - timing.first_token_at, tokens) for timing, tokens in timed if tokens > 1]
+        self.observe("tpot", [spent_s / (tokens - 1) for spent_s, tokens in spent])
 
 
 #: What open transactions have counted, by worker and model.

@@ -161,7 +161,7 @@ def generated(answer: Ok) -> int:
 
 def _result_row(lease: Lease, result: Result, max_tokens: int, now: float, clock: DatabaseClock) -> tuple[Any, ...]:
     """A row of ``results`` in the order of RESULT_COLUMNS, its times by the database's clock."""
-    usage, timing = result.usage, result.timing.by(clock.at) if result.timing else None
+    usage, times = result.usage, result.timing.by(clock.at) if result.timing else (None, None, None, None)
     outcome: tuple[str | None, ...]
     if isinstance(result, Ok):
         outcome = ("ok", storable(result.text), result.finish_reason.value, None, None)
@@ -169,11 +169,6 @@ def _result_row(lease: Lease, result: Result, max_tokens: int, now: float, clock
         outcome = ("error", None, None, result.error_class.value, storable(result.message))
     tokens = (usage.prompt_tokens, usage.cached_tokens, usage.output_tokens) if usage else (None, None, None)
     extras = result.extras if isinstance(result, Ok) else None
-    times = (
-        (timing.received_at, timing.admitted_at, timing.first_token_at, timing.finished_at)
-        if timing
-        else (None, None, None, None)
-    )
     return (
         lease.chunk.job_id, result.row, *outcome, *tokens, max_tokens, lease.enqueued_at, *times, now, lease.attempt,
         lease.worker_id, lease.chunk.number, usage.reasoning_tokens if usage else None,

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptmill.core.backoff import Backoff
 from promptmill.database.clock import DatabaseClock
 from promptmill.types import ErrorClass, JobState
 
@@ -19,14 +20,11 @@ MAX_ATTEMPTS = 3
 #: Pieces that a chunk is split into; fewer rows than this become chunks of one.
 SPLIT_PIECES = 8
 
-#: Seconds before a failed chunk is tried again, doubled by each attempt.
-BACKOFF_S = 1.0
+#: The wait before a failed chunk is tried again.
+BACKOFF = Backoff(first_s=1.0, longest_s=60.0)
 
 #: A wait is stretched by up to this share, drawn anew each time, so that what failed together is not tried together.
 JITTER = 0.25
-
-#: Longest of these waits.
-LONGEST_BACKOFF_S = 60.0
 
 #: Further attempts of a single request whose worker was lost, before it is given up.
 LOST_WORKERS = 3
@@ -130,8 +128,7 @@ def guard_verdict(spec: str | None, ok: int, errors: int) -> str | None:
 
 def back_off_s(failures: int) -> float:
     """Seconds to wait before that is tried again which has failed so often."""
-    delay_s = min(BACKOFF_S * 2.0 ** (failures - 1), LONGEST_BACKOFF_S)
-    return delay_s * (1 + JITTER * random.random())  # noqa: S311 - no secret
+    return BACKOFF.delay_s(failures) * (1 + JITTER * random.random())  # noqa: S311 - no secret
 
 
 def storable(text: str) -> str:

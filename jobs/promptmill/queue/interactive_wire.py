@@ -172,7 +172,3 @@ def answer_of(result: Ok, finished_at: float | None, backend: str) -> dict[str, 
 
 def usage_of(answer: dict[str, Any]) -> Usage:
     return Usage(**answer["usage"])
-
-
-def extras_of(answer: dict[str, Any]) -> Extras:
-    return Extras(**answer["extras"])

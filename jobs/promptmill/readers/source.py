@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Protocol
 
 from promptmill.errors import DatasetError
-from promptmill.readers.zst import ZstFile
 
 #: Longest line, in bytes. A longer one is an error of its own, and is never in memory whole.
 LONGEST_LINE = 16 * 1024 * 1024
@@ -23,6 +22,9 @@ TOO_LONG = f"the line is longer than {LONGEST_LINE // 2**20} MiB"
 
 #: Bytes read at a time.
 BLOCK = 1024 * 1024
+
+#: Bytes of zstandard unpacked at a time. Four bytes can stand for 128 KiB, so this bounds memory at 32 MiB.
+ZST_STEP = 1024
 
 BOM = b"\xef\xbb\xbf"
 
@@ -249,3 +251,46 @@ def _decoded(number: int, offset: int, line: bytes) -> TextLine:
     if "\0" in text:
         return TextLine(number, "", f"a NUL character at byte {offset + line.index(0)} of the file")
     return TextLine(number, text[:-1] if text.endswith("\r") else text)
+
+
+class ZstFile:
+    """A Zstandard file, read to its end or not at all: any number of frames, one after another.
+
+    zstandard's own file objects end silently where a file was cut off; here that is an :class:`EOFError`. Bytes that
+    are no zstandard are an :class:`OSError`.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        # Here, because most datasets are not compressed.
+        import zstandard
+
+        self._zstandard = zstandard
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._file = file
+        self._frame = self._decompressor.decompressobj()
+        self._in_frame = False
+
+    def read(self, size: int, /) -> bytes:
+        """At least ``size`` bytes, less at the end only, b"" behind it."""
+        unpacked = bytearray()
+        while len(unpacked) < size and (packed := self._file.read(ZST_STEP)):
+            unpacked += self._unpack(packed)
+        if not unpacked and self._in_frame:
+            raise EOFError("it ends in the middle")
+        return bytes(unpacked)
+
+    def _unpack(self, packed: bytes) -> bytes:
+        unpacked = b""
+        while packed:
+            try:
+                unpacked += self._frame.decompress(packed)
+            except self._zstandard.ZstdError as problem:
+                raise OSError(str(problem)) from None
+            self._in_frame, packed = not self._frame.eof, b""
+            if self._frame.eof:
+                packed = self._frame.unused_data
+                self._frame = self._decompressor.decompressobj()
+        return unpacked
+
+    def close(self) -> None:
+        self._file.close()

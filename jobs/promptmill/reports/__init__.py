@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-#: Name -> what prints a summary: ``render(summary, console)``.
-REPORTS = {
-    "terminal": "promptmill.reports.render.terminal:render",
-    "json": "promptmill.reports.render.json:render",
-}
-
 #: Name -> what makes a file of a summary: ``text(summary)``. HTML reads more of the job: ``text(db, summary)``.
 TEXTS = {
     "md": "promptmill.reports.render.markdown:text",

@@ -18,9 +18,6 @@ from promptmill.errors import UnknownName
 #: Rows fetched at a time where all of a job's rows are read.
 FETCH_ROWS = 2_000
 
-#: Seconds of a worker's history in lists of workers.
-WORKERS_SINCE_S = 3600.0
-
 
 def find_job(db: Engine, reference: str) -> Row[Any]:
     """The job that ``reference`` names: an id, a unique prefix of one, a name, or ``@last``.

@@ -258,28 +258,27 @@ def resolve_sampling(job: Mapping[str, Any], line: Mapping[str, Any]) -> Samplin
 
 def _contradiction(found: SamplingParams, given: list[str]) -> str | None:
     """What was asked for and would be ignored, or spoil something else; ``given``: what the answer is bound by."""
+    bound = given[0] if given else ""
     thinks = found.thinking not in (None, "off")
-    # Choices are scored, and nothing is drawn, unless a reasoning comes before them.
-    is_scored = bool(found.continuations or found.embedding or (found.choices and not thinks))
-    if found.top_logprobs and not found.logprobs:
-        return """'top_logprobs' is given without 'logprobs': add "logprobs": true"""
-    if found.n > 1 and (found.choices or found.continuations or found.embedding):
-        return f"'n' above 1 makes no sense with '{given[0]}'"
-    if found.n * found.max_tokens > LARGEST_WHOLE:
-        return f"'n' times 'max_tokens' must be at most {LARGEST_WHOLE:,} tokens"
-    if found.logprobs and is_scored:
-        return f"'logprobs' makes no sense with '{given[0]}': no token is drawn"
-    if thinks and (found.continuations or found.embedding):
-        return f"'thinking' makes no sense with '{given[0]}': nothing is generated"
-    if found.tools and (found.choices or found.continuations or found.embedding):
-        return f"'tools' make no sense with '{given[0]}'"
-    if found.continue_final_message and found.add_generation_prompt:
-        return "'continue_final_message' and 'add_generation_prompt' cannot both be true: the last message is left open"
-    if found.continue_final_message and (found.json_schema is not None or found.regex is not None):
-        return f"'continue_final_message' is given with '{given[0]}', which binds an answer from its first character"
-    if found.stop and found.is_constrained:
-        return f"'stop' is given with '{given[0]}': it would cut an answer that is bound, so give one of them"
-    return None
+    is_computed = bool(found.continuations or found.embedding)
+    is_scored = is_computed or found.scores_choices
+    rules = (
+        (found.top_logprobs and not found.logprobs,
+         """'top_logprobs' is given without 'logprobs': add "logprobs": true"""),
+        (found.n > 1 and (found.choices or is_computed), f"'n' above 1 makes no sense with '{bound}'"),
+        (found.n * found.max_tokens > LARGEST_WHOLE,
+         f"'n' times 'max_tokens' must be at most {LARGEST_WHOLE:,} tokens"),
+        (found.logprobs and is_scored, f"'logprobs' makes no sense with '{bound}': no token is drawn"),
+        (thinks and is_computed, f"'thinking' makes no sense with '{bound}': nothing is generated"),
+        (found.tools and (found.choices or is_computed), f"'tools' make no sense with '{bound}'"),
+        (found.continue_final_message and found.add_generation_prompt,
+         "'continue_final_message' and 'add_generation_prompt' cannot both be true: the last message is left open"),
+        (found.continue_final_message and (found.json_schema is not None or found.regex is not None),
+         f"'continue_final_message' is given with '{bound}', which binds an answer from its first character"),
+        (found.stop and found.is_constrained,
+         f"'stop' is given with '{bound}': it would cut an answer that is bound, so give one of them"),
+    )  # fmt: skip
+    return next((problem for is_broken, problem in rules if is_broken), None)
 
 
 def refuse_unfinished(continues: bool, last_role: str | None) -> None:

@@ -86,7 +86,7 @@ def show(
 
     from rich.text import Text
 
-    from promptmill.service.preview import preview
+    from promptmill.service.lint import preview
     from promptmill.service.selection import Selection, parse_where
 
     found = preview(file, task, format_, model, Selection(where=parse_where(where), sample=sample, seed=seed))

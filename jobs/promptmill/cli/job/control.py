@@ -1,11 +1,25 @@
-"""``cancel``, ``pause``, ``retry`` and ``reconcile``: what one does to jobs that are there."""
+"""``cancel``, ``pause``, ``retry``, ``reconcile`` and ``watch``: what one does with jobs that are there."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import click
 
-from promptmill.cli.common import json_option, open_all, print_json
+from promptmill.cli.common import json_option, open_all, print_json, stderr_console
+from promptmill.cli.job.ending import end, forget_texts
 from promptmill.core.terminal import say
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+    from promptmill.core.settings import Settings
+    from promptmill.service.local_run import RunOutcome
+
+#: Seconds between two looks at a job that is followed.
+FOLLOW_S = 0.5
 
 
 @click.command(epilog="Example: promptmill cancel @last")
@@ -15,12 +29,7 @@ def cancel(job: str, as_json: bool) -> None:
     """End JOB: nothing more of it is started, and what runs is dropped. Results it has stay."""
     from promptmill.service import service
 
-    settings, db = open_all()
-    job_id, changed = service.cancel(job, settings, db)
-    if as_json:
-        print_json({"job_id": job_id, "cancelled": changed})
-    else:
-        say(f"job {job_id} is cancelled" if changed else f"job {job_id} had ended already")
+    _change(job, service.cancel, "cancelled", "had ended already", as_json)
 
 
 @click.command(epilog="Example: promptmill pause @last")
@@ -30,12 +39,16 @@ def pause(job: str, as_json: bool) -> None:
     """Start nothing more of JOB until 'promptmill resume'; requests that run may end."""
     from promptmill.service import service
 
+    _change(job, service.pause, "paused", "was paused already", as_json)
+
+
+def _change(job: str, change: Callable[..., tuple[str, bool]], done: str, otherwise: str, as_json: bool) -> None:
     settings, db = open_all()
-    job_id, changed = service.pause(job, settings, db)
+    job_id, changed = change(job, settings, db)
     if as_json:
-        print_json({"job_id": job_id, "paused": changed})
+        print_json({"job_id": job_id, done: changed})
     else:
-        say(f"job {job_id} is paused" if changed else f"job {job_id} was paused already")
+        say(f"job {job_id} is {done}" if changed else f"job {job_id} {otherwise}")
 
 
 @click.command(epilog="Example: promptmill retry @last --class timeout")
@@ -45,7 +58,6 @@ def pause(job: str, as_json: bool) -> None:
 @json_option
 def retry(job: str, error_class: str | None, device: str, as_json: bool) -> None:
     """Run the errors of JOB, which has ended, again. Answers stay; the errors are kept in the table 'retries'."""
-    from promptmill.cli.job.ending import end, forget_texts
     from promptmill.cli.job.messages import show_warning
     from promptmill.cli.progress import ProgressView
     from promptmill.service import service
@@ -81,3 +93,63 @@ def reconcile(as_json: bool) -> None:
         print_json({"taken_back": taken_back, "published": published})
     else:
         say(f"{taken_back:,} chunks taken back, {published:,} published")
+
+
+@click.command(epilog="Example: promptmill watch @last")
+@click.argument("job", default="@last")
+@json_option
+def watch(job: str, as_json: bool) -> None:
+    """Follow JOB to its end, then print its report. Ctrl-C stops the watching, not the job."""
+    from promptmill.store.catalog import find_job
+
+    settings, db = open_all()
+    outcome = follow(settings, db, find_job(db, job).id)
+    end(outcome, db, as_json, as_json)
+
+
+def follow(settings: Settings, db: Engine, job_id: str) -> RunOutcome:
+    """Show the job's progress until it has ended."""
+    from promptmill.cli.progress import ProgressView
+    from promptmill.service.local_run import RunOutcome, ledger_of
+    from promptmill.types import JobState
+
+    ledger = ledger_of(db, settings)
+    patience = _Patience(db, job_id)
+    with ProgressView() as view:
+        while True:
+            progress = ledger.progress(job_id)
+            view.update(progress)
+            if progress.state.is_final or progress.state is JobState.PAUSED:
+                return RunOutcome(job_id, progress.state, finished=progress.state.is_final)
+            patience.check(progress.done)
+            time.sleep(FOLLOW_S)
+
+
+class _Patience:
+    """Says that nothing happens because no worker serves the job's model: at once, and whenever that becomes so."""
+
+    #: Seconds without a new result before it looks again.
+    AGAIN_S = 10.0
+
+    def __init__(self, db: Engine, job_id: str) -> None:
+        self._db = db
+        self._job_id = job_id
+        self._done = -1
+        self._look_at = time.monotonic()
+        self._said: str | None = None
+
+    def check(self, done: int) -> None:
+        from promptmill.queue.dispatcher import waits_for
+        from promptmill.store.catalog import find_job
+
+        now = time.monotonic()
+        if done != self._done and self._done >= 0:
+            self._look_at = now + self.AGAIN_S
+        self._done = done
+        if now < self._look_at:
+            return
+        self._look_at = now + self.AGAIN_S
+        waits = waits_for(self._db, find_job(self._db, self._job_id))
+        if waits and waits != self._said:
+            stderr_console().print(waits, soft_wrap=True)
+        self._said = waits

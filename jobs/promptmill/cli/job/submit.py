@@ -33,9 +33,9 @@ Examples:
 @click.option("-o", "--output", type=click.Path(), help="With --wait: write the results here.")
 def submit(wait: bool, output: str | None, force: bool, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Send DATASET to the workers, through Redis. Everything is checked before anything is stored."""
+    from promptmill.cli.job.control import follow
     from promptmill.cli.job.ending import end
     from promptmill.cli.job.messages import report_dry_run, show_preflight, show_warning
-    from promptmill.cli.job.watch import follow
     from promptmill.cli.look.results import write_results
     from promptmill.core.outputs import discard, is_stdout
     from promptmill.service import service

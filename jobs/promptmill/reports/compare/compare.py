@@ -18,7 +18,6 @@ from promptmill.database.tables import attempts, jobs, workers
 from promptmill.errors import JobError, PromptmillError
 from promptmill.reports.compare import quality
 from promptmill.reports.compare.comparison import ONE_RUN, Comparison, Tested, not_comparable
-from promptmill.reports.compare.environments import environment_of
 from promptmill.reports.compare.pairs import JobRows, Pairing, pair, read_rows
 from promptmill.reports.figures.figures import metric_of, value_of
 from promptmill.reports.figures.inputs import consistent
@@ -264,3 +263,17 @@ def _warnings(own: JobRows, other: JobRows, common: Pairing, runs: Runs) -> tupl
     if lengths[0] and lengths[1] and abs(lengths[1] / lengths[0] - 1) > LENGTH_SHIFT:
         found.append(f"answers have another length: {lengths[0]:.1f} and {lengths[1]:.1f} tokens, which is other work")
     return tuple(found)
+
+
+def environment_of(db: Connection, job_id: str) -> dict[str, str]:
+    """Everything beside the model that decided the job's answers: name -> its values, with commas between them.
+
+    Empty for a job whose attempts do not tell: it ran before they did.
+    """
+    each = attempts.c
+    query = sa.select(each.environment).where(each.job_id == job_id, each.environment.is_not(None)).distinct()
+    values: dict[str, set[str]] = {}
+    for text in db.execute(query).scalars():
+        for name, value in json.loads(text).items():
+            values.setdefault(f"engine.{name}", set()).add(value)
+    return {name: ", ".join(sorted(found)) for name, found in sorted(values.items())}

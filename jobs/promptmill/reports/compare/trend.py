@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -86,10 +86,8 @@ def _trend(tag: str, name: str, summaries: list[Summary]) -> Trend:
         change = after - before if metric.unit == "%" else (after / before - 1 if before else math.inf)
         good = (after > before) == (metric.better is Better.HIGHER)
         word = "" if metric.better is Better.NEITHER else "better" if good else "worse"
-        old = points[places[split]]
-        points[places[split]] = Point(
-            old.job_id, old.name, old.at, old.completeness, old.value, change if math.isfinite(change) else None, word
-        )
+        shown = change if math.isfinite(change) else None
+        points[places[split]] = replace(points[places[split]], change=shown, word=word)
     return Trend(tag, name, metric, tuple(points))
 
 

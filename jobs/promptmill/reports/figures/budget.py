@@ -14,6 +14,9 @@ from promptmill.reports.figures.distributions import covered_s
 #: Parts of an engine's time, in the order they are printed.
 PARTS = ("prefill_s", "decode_s", "overhead_s", "idle_s")
 
+#: Counters that a budget has as sums.
+SUMS = ("prefill_tokens", "prefill_s", "decode_tokens", "decode_s", "starved_s")
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerBudget:
@@ -102,11 +105,7 @@ def budget(attempts: Sequence[sa.Row[Any]], shared: int, worker_tokens: Mapping[
             wasted = generated - row_tokens
     return Budget(
         workers=tuple(_worker_budgets(attempts)),
-        prefill_tokens=_total(counted, "prefill_tokens"),
-        prefill_s=_total(counted, "prefill_s"),
-        decode_tokens=_total(counted, "decode_tokens"),
-        decode_s=_total(counted, "decode_s"),
-        starved_s=_total(counted, "starved_s"),
+        **{name: _total(counted, name) for name in SUMS},
         generated_tokens=None if missing else generated,
         wasted_tokens=wasted,
         batch_efficiency=_batch_efficiency(counted),

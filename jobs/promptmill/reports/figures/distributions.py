@@ -156,12 +156,3 @@ def add_output(spread: Spread, rows: Series) -> None:
     several = (tokens >= 2) & (last - first >= SHORTEST_S)
     spread.at(first, np.where(several, np.minimum(tokens, 1), tokens))
     spread.between(first[several], last[several], tokens[several] - 1)
-
-
-def throughput_curve(series: Series, begin: float, end: float, slices: int = CURVE_SLICES) -> Curve | None:
-    """Output tokens over time; None when there is no time to divide."""
-    if not len(series) or end <= begin:
-        return None
-    spread = Spread(begin, end, slices)
-    add_output(spread, series)
-    return Curve(spread.slice_s, tuple((spread.tokens() / spread.slice_s).tolist()))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
-
 from promptmill.reports.figures.summary import Summary
 
 
@@ -18,8 +16,3 @@ def text(summary: Summary) -> str:
 def dumped(value: Any, allow_nan: bool = True) -> str:
     """``value`` as the text of a file."""
     return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=allow_nan) + "\n"
-
-
-def render(summary: Summary, console: Console) -> None:
-    """Print the object."""
-    console.print(text(summary).rstrip("\n"), markup=False, highlight=False, emoji=False, soft_wrap=True)
