@@ -84,7 +84,8 @@ decided, so it holds zero exactly where the verdict is `≈`.
 A machine's mood changes all times of a run together, so the rows of one run tell nothing of the next one. With one or
 two runs of each, changes of times are shown with the words "one run each: not tested". `run`, `submit` and `sweep` take
 `--repeat-runs N`; `compare` also counts earlier jobs that asked the same (dataset, model, task, parameters, slots) on
-the same device, the newest eight of each. `--by SETTING` takes jobs that share a setting for runs of it. Other prompts,
+the same device, the newest eight of each. Where both sides ask the same, earlier jobs belong to neither and tell the
+noise between runs only. `--by SETTING` takes jobs that share a setting for runs of it. Other prompts,
 sampling or datasets make figures of work "not comparable". A change of a time of less than 1 µs is none: doubles of
 seconds since 1970 are 0.24 µs apart. Figures that both jobs have and no test was made of are named in the verdict.
 

@@ -201,7 +201,19 @@ def test_f6_a_slower_setting_is_called_worse_with_a_signed_change(db: sa.Engine)
     assert line.ci is not None
     assert 0 < line.ci[0] < (line.change or 0) < line.ci[1]
     assert "latency_s.mean +" in found.verdict
-    assert line_of(compare(db, before[-1], before[0]), "latency_s.mean").word != "worse"
+    assert line_of(compare(db, before[-1], before[0]), "latency_s.mean").word == "≈"
+
+
+def test_two_runs_of_one_setting_are_told_apart_by_the_noise_of_earlier_ones(db: sa.Engine) -> None:
+    """What asks the same is pooled into neither side: a driver may have changed between the two."""
+    names = five_runs(db, "A", 1.0, 1)
+    rows = [answer(row, finished_at=START + 3 + row * 1.2) for row in range(40)]
+    store(db, rows, tried=[counters()], job_id="01Z", key_sha256="A")
+    found = compare(db, names[0], "01Z")
+    line = line_of(found, "latency_s.mean")
+    assert (found.runs, line.word, line.note) == ((1, 1), "worse", "1 and 1 runs, 4 earlier ones tell the noise")
+    quiet = line_of(compare(db, names[0], names[1]), "latency_s.mean")
+    assert quiet.note == "1 and 1 runs, 4 earlier ones tell the noise"
 
 
 def test_one_run_of_each_gives_no_verdict_on_a_time(db: sa.Engine) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sqlalchemy as sa
@@ -39,8 +39,14 @@ WORK = ("wall_s", "items_per_s", "output_tps", "latency_s", "ttft_s", "latency_s
 #: Earlier jobs that asked the same and are looked at for the noise between runs, and most rows of each.
 MOST_EARLIER, MOST_ROWS = 8, 200_000
 
-#: Runs of the one setting and of the other.
-Runs = tuple[list[Summary], list[Summary]]
+
+class Runs(NamedTuple):
+    """Runs of the one setting and of the other; ``others``: of what both ask, where they ask the same."""
+
+    before: list[Summary]
+    after: list[Summary]
+    others: Sequence[Summary] = ()
+
 
 #: What a run has one of.
 RUN_FIGURES = ("output_tps", "items_per_s", "wall_s", "prefill_tps", "decode_tps", "latency_s.p50", "latency_s.p95")
@@ -78,28 +84,45 @@ def compare_all(
     sides = [[Side(each) if isinstance(each, str) else each for each in runs] for runs in (before, *others)]
     with consistent(db) as connection:
         own = read_rows(connection, sides[0][0].job_id, sides[0][0].score_run)
-        runs = [[summarise(connection, each) for each in _runs_of(connection, side)] for side in sides]
         made = [
-            _compared(connection, (sides[0][0], side[0]), (runs[0], own_runs), own, force)
-            for side, own_runs in zip(sides[1:], runs[1:], strict=True)
+            _compared(connection, (sides[0][0], side[0]), _runs_of(connection, (sides[0], side)), own, force)
+            for side in sides[1:]
         ]
     every = [line for _, lines in made for line in lines]
     verdicts = iter(holm([line.change if line.is_comparable else Change(math.nan) for line in every]))
     return [replace(found, lines=tuple(line.judged(next(verdicts)) for line in lines)) for found, lines in made]
 
 
-def _runs_of(db: Connection, sides: Sequence[Side]) -> list[str]:
-    """The jobs of one setting, and before them the newest MOST_EARLIER that asked the same, there."""
-    named = list(dict.fromkeys(side.job_id for side in sides))
-    job = db.execute(sa.select(jobs).where(jobs.c.id == named[0])).one()
+def _runs_of(db: Connection, sides: tuple[Sequence[Side], Sequence[Side]]) -> Runs:
+    """The runs of either side: the jobs that were named, and before them those that asked the same, there.
+
+    Where both sides ask the same, the earlier ones belong to neither: they tell the noise between runs.
+    """
+    named = [list(dict.fromkeys(side.job_id for side in each)) for each in sides]
+    first = [db.execute(sa.select(jobs).where(jobs.c.id == each[0])).one() for each in named]
+    earlier = [_earlier(db, job, {*named[0], *named[1]}) for job in first]
+    if {*earlier[0]} & {*earlier[1]} or _asks(first[0]) == _asks(first[1]):
+        return Runs(*([summarise(db, each) for each in own] for own in (*named, earlier[0])))
+    sides_of = (own + more for own, more in zip(named, earlier, strict=True))
+    return Runs(*([summarise(db, each) for each in own] for own in sides_of))
+
+
+def _asks(job: sa.Row[Any]) -> tuple[Any, ...]:
+    return job.key_sha256, job.slots, job.engine_settings, job.mode
+
+
+def _earlier(db: Connection, job: sa.Row[Any], named: set[str]) -> list[str]:
+    """The newest MOST_EARLIER completed jobs that asked the same on the same device."""
+    if job.key_sha256 is None:
+        return []
     same = sa.select(jobs).where(
         jobs.c.key_sha256 == job.key_sha256, jobs.c.slots.is_not_distinct_from(job.slots), jobs.c.mode == job.mode,
         jobs.c.engine_settings.is_not_distinct_from(job.engine_settings), jobs.c.state == JobState.COMPLETED.value,
         jobs.c.id.not_in(named), jobs.c.rows <= MOST_ROWS,
     )  # fmt: skip
     there = _place_of(db, job)
-    earlier = db.execute(same.order_by(jobs.c.id.desc()).limit(MOST_EARLIER)).all() if job.key_sha256 else []
-    return [*named, *(each.id for each in earlier if _place_of(db, each) == there)]
+    found = db.execute(same.order_by(jobs.c.id.desc()).limit(MOST_EARLIER)).all()
+    return [each.id for each in found if _place_of(db, each) == there]
 
 
 def _place_of(db: Connection, job: sa.Row[Any]) -> tuple[Any, ...]:
@@ -129,7 +152,7 @@ def _compared(
     found = Comparison(
         before=runs[0][0],
         after=runs[1][0],
-        runs=(len(runs[0]), len(runs[1])),
+        runs=(len(runs.before), len(runs.after)),
         common=len(common.before),
         differences=differences,
         warnings=(*_mixed(db, runs), *_warnings(own, other, common, runs)),
@@ -140,9 +163,9 @@ def _compared(
 
 
 def _time_lines(runs: Runs, own: JobRows, other: JobRows, common: Pairing, reasons: dict[str, str]) -> list[Tested]:
-    if min(map(len, runs)) >= LEAST_RUNS:
+    if min(len(runs.before), len(runs.after)) >= LEAST_RUNS or len(runs.others) >= LEAST_RUNS:
         return [_repeated_line(name, runs, reasons) for name in ("latency_s.mean", *RUN_FIGURES)]
-    note = ONE_RUN if max(map(len, runs)) == 1 else _few_runs(runs)
+    note = ONE_RUN if len(runs.before) == len(runs.after) == 1 else _few_runs(runs)
     return [*_service_lines(own, other, common, reasons, note), *_run_lines(runs, reasons, note)]
 
 
@@ -153,8 +176,11 @@ def _few_runs(runs: Runs) -> str:
 def _repeated_line(name: str, runs: Runs, reasons: dict[str, str]) -> Tested:
     """A figure of several runs of either: its interval holds the noise between runs."""
     values = [[value for each in own if (value := value_of(each, name))] for own in runs]
-    one, two = (math.exp(sum(map(math.log, own)) / len(own)) if own else None for own in values)
-    note = reasons.get(name.removesuffix(".mean"), f"{len(runs[0])} and {len(runs[1])} runs")
+    one, two = (math.exp(sum(map(math.log, own)) / len(own)) if own else None for own in values[:2])
+    note = f"{len(runs.before)} and {len(runs.after)} runs"
+    if runs.others:
+        note += f", {len(runs.others)} earlier ones tell the noise"
+    note = reasons.get(name.removesuffix(".mean"), note)
     return Tested(name, metric_of(name), one, two, unpaired.runs(*values), note, "not measured in each run")
 
 
@@ -229,7 +255,7 @@ def _run_lines(runs: Runs, reasons: dict[str, str], note: str) -> list[Tested]:
     """Figures that a run has one of."""
     lines = []
     for name in RUN_FIGURES:
-        one, two = (value_of(each[0], name) for each in runs)
+        one, two = (value_of(each[0], name) for each in (runs.before, runs.after))
         lines.append(_untested(name, metric_of(name), one, two, reasons.get(name, ""), note))
     return lines
 
@@ -242,7 +268,7 @@ def _untested(name: str, metric: Metric, one: float | None, two: float | None, n
 def _mixed(db: Connection, runs: Runs) -> list[str]:
     """Jobs whose own answers come from more than one environment."""
     found = []
-    for job_id in dict.fromkeys(summary.job_id for summary in (*runs[0], *runs[1])):
+    for job_id in dict.fromkeys(summary.job_id for summary in (*runs.before, *runs.after)):
         parts = [f"{name} {value}" for name, value in environment_of(db, job_id).items() if ", " in value]
         if parts:
             found.append(f"job {job_id} was answered in more than one environment: {'; '.join(parts)}")
@@ -251,7 +277,7 @@ def _mixed(db: Connection, runs: Runs) -> list[str]:
 
 def _warnings(own: JobRows, other: JobRows, common: Pairing, runs: Runs) -> tuple[str, ...]:
     found = []
-    for summary in (*runs[0], *runs[1]):
+    for summary in (*runs.before, *runs.after):
         if not summary.complete:
             found.append(f"job {summary.job_id} is {summary.completeness}")
     if common.others:
@@ -259,7 +285,7 @@ def _warnings(own: JobRows, other: JobRows, common: Pairing, runs: Runs) -> tupl
     missing = len(own) + len(other) - 2 * len(common.before)
     if missing and len(common.before):
         found.append(f"{missing:,} rows are in one of the jobs only and are left out of paired figures")
-    lengths = [each[0].mean_output_tokens for each in runs]
+    lengths = [each[0].mean_output_tokens for each in (runs.before, runs.after)]
     if lengths[0] and lengths[1] and abs(lengths[1] / lengths[0] - 1) > LENGTH_SHIFT:
         found.append(f"answers have another length: {lengths[0]:.1f} and {lengths[1]:.1f} tokens, which is other work")
     return tuple(found)

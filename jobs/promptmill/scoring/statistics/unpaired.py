@@ -60,21 +60,28 @@ def _error(values: Floats, clusters: Clusters) -> float:
     return math.sqrt(float((off**2).sum()) * clusters.count / (clusters.count - 1)) / len(values)
 
 
-def runs(before: Sequence[float], after: Sequence[float]) -> Change:
+def runs(before: Sequence[float], after: Sequence[float], others: Sequence[float] = ()) -> Change:
     """Change, as a share, of a figure that each run has one of: Welch's t of its logs.
 
-    Fewer than LEAST_RUNS of one side do not tell the noise between runs.
+    Where a side has fewer than LEAST_RUNS, ``others``, further runs of what both sides ask, tell the noise between
+    runs: it is pooled then. Fewer than LEAST_RUNS of them do not.
     """
-    if not before or not after or min(*before, *after) <= 0:
+    if not before or not after or min(*before, *after, *others) <= 0:
         return Change(math.nan)
-    one, two = np.log(before), np.log(after)
+    one, two, more = (np.log(np.array(each, dtype=np.float64)) for each in (before, after, others))
     log = float(two.mean() - one.mean())
-    if min(len(one), len(two)) < LEAST_RUNS:
+    if min(len(one), len(two)) >= LEAST_RUNS:
+        parts = [float(each.var(ddof=1)) / len(each) for each in (one, two)]
+        error, freedom = math.fsum(parts) ** 0.5, _welch(parts, [len(one) - 1, len(two) - 1])
+    elif len(more) >= LEAST_RUNS:
+        freedom = sum(len(each) - 1.0 for each in (one, two, more))
+        pooled = sum(float(((each - each.mean()) ** 2).sum()) for each in (one, two, more)) / freedom
+        error = (pooled * (1 / len(one) + 1 / len(two))) ** 0.5
+    else:
         return Change(math.expm1(log))
-    parts = [float(each.var(ddof=1)) / len(each) for each in (one, two)]
-    if sum(parts) == 0:
+    if error == 0:
         return Change(math.expm1(log), 1.0 if log == 0 else 0.0, lambda level: (math.expm1(log), math.expm1(log)))
-    found = by_error(log, sum(parts) ** 0.5, 1 + _welch(parts, [len(one) - 1, len(two) - 1]))
+    found = by_error(log, error, 1 + freedom)
 
     def within(level: float) -> Interval:
         low, high = found.interval(level) or (log, log)
