@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Command
+from tests.conftest import ROOT, Command
 
 ERRORS = """task: err
 prompt: {user: "{{ input.answer }}", form: plain}
@@ -169,3 +169,21 @@ def test_a_condition_says_whether_it_was_tested(command: Command, tmp_path: Path
     assert "failed: n.accuracy<-2pp holds for" in done.err
     assert "may be chance" in done.err
     assert "(a point, not tested: one run each: not tested)" in done.err
+
+
+def test_the_first_task_file_has_precision_and_one_edit_has_auc(command: Command, tmp_path: Path) -> None:
+    """What a new user does: init, run; then choices instead of a written answer."""
+    assert command("init", "ad-detection", "-o", "ads.yaml").code == 0
+    data = str(ROOT / "datasets" / "ad_comments.jsonl")
+    report = json.loads(command("run", data, "--task", "ads.yaml", "--model", "demo", "--limit", "24", "--json").out)
+    assert {"precision", "recall", "f1"} <= report["scores"]["ad"]["figures"].keys()
+
+    text = (tmp_path / "ads.yaml").read_text(encoding="utf-8")
+    head, _, tail = text.partition("generate:")
+    scores = tail[tail.index("scores:") : tail.index("# Judged")]
+    chosen = f'{head}generate: {{choices: ["true", "false"]}}\n{scores}'
+    (tmp_path / "choices.yaml").write_text(chosen, encoding="utf-8")
+    report = json.loads(
+        command("run", data, "--task", "choices.yaml", "--model", "demo", "--limit", "24", "--json").out
+    )
+    assert report["scores"]["ad"]["figures"]["auc"] is not None
