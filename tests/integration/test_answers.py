@@ -110,7 +110,7 @@ def test_a_peer_that_is_none_is_an_error(command: Command) -> None:
     away = command("bench", "--model", "echo", "--peer", "http://127.0.0.1:1")
 
     assert away.code == 2
-    assert "nobody answers there" in away.err
+    assert "no server answers there" in away.err
     assert "bare engine" not in away.err
 
 
