@@ -56,6 +56,9 @@ def test_f14_capacity_is_what_a_sweep_measured_at_its_knee(db: sa.Engine) -> Non
     interval = change.interval()
     assert interval is not None
     assert interval[1] < -0.5
+    assert "not tested" not in verdict(found)
+    single = Sweep("night", tuple(replace(each, runs=each.runs[:1]) for each in found.settings))
+    assert verdict(single).endswith("; with 1 of each the runs are not tested")
 
 
 def test_settings_of_other_work_have_a_knee_and_a_best_of_their_own(db: sa.Engine) -> None:

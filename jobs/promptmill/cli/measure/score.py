@@ -8,6 +8,7 @@ import click
 
 from promptmill.cli.common import json_option, open_all, print_json
 from promptmill.cli.progress import counting
+from promptmill.core.outputs import discard
 from promptmill.core.terminal import say
 from promptmill.errors import EXIT_GATE
 
@@ -25,6 +26,7 @@ def score(job: str, task: str | None, by: str | None, junit: str | None, as_json
     """
     from promptmill.service.service import score_again
 
+    discard(junit)
     _, db = open_all()
     with counting("scored") as on_rows:
         found = score_again(job, task, db, by, on_rows)
@@ -61,7 +63,8 @@ def _print(scores: dict[str, Any]) -> None:
 
 def _counts(each: dict[str, Any]) -> str:
     """What the figures rest on."""
-    parts = [f"n {each['n']:,}", f"unparsed {each['unparsed'] + each['truncated']:,}"]
+    as_many = f" (as {each['n_effective']:,.0f} without copies)" if each["n_effective"] < each["n"] - 0.5 else ""
+    parts = [f"n {each['n']:,}{as_many}", f"unparsed {each['unparsed'] + each['truncated']:,}"]
     for key, label in (("abstain", "abstained"), ("infra_error", "without an answer"), ("unlabelled", "unlabelled"),
                        ("left_out", "left out")):  # fmt: skip
         parts += [f"{label} {each[key]:,}"] if each[key] else []

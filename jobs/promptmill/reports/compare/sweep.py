@@ -201,7 +201,12 @@ def verdict(found: Sweep) -> str:
         top = max(each.mean("output_tps") or 0.0 for each in found.rivals(knee))
         rate = knee.mean("output_tps") or 0.0
         parts.append(f"{found.label(knee)}: {rate:,.1f} tok/s, {100 * rate / top:.0f} % of the best")
-    return "smallest within 5 % of the best: " + "; ".join(parts) if parts else "no setting ran to its end"
+    if not parts:
+        return "no setting ran to its end"
+    fewest = min(len(each.runs) for each in found.settings if each.runs)
+    # A machine's mood makes a single run faster or slower than its setting is.
+    untested = f"; with {fewest} of each the runs are not tested" if fewest < unpaired.LEAST_RUNS else ""
+    return f"smallest within 5 % of the best: {'; '.join(parts)}{untested}"
 
 
 def text(found: Sweep, format_: str) -> str:
