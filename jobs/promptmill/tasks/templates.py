@@ -28,7 +28,7 @@ from promptmill.errors import TaskFileError
 from promptmill.tasks.own_text import CONTROL, moved, own_spans, unused_marks
 from promptmill.tasks.sampling import refuse_unfinished, resolve_sampling
 from promptmill.tasks.template_names import HIDDEN, SPACES, Fields, Names, RenderError, assigned, names_of
-from promptmill.types import DatasetLine, Message, Request, SamplingParams, Span
+from promptmill.types import COMMON, DatasetLine, Message, Request, SamplingParams, Sharing, Span
 
 #: Longest rendered text, in characters: as long as the longest line of a dataset.
 LONGEST_TEXT = 16 * 1024 * 1024
@@ -341,6 +341,7 @@ def to_request(
     sampling: SamplingParams,
     template: Template | None = None,
     system: str | None = None,
+    sharing: Sharing = COMMON,
 ) -> Request:
     """The request of a stored line. ``system`` is put before messages that have no system message of their own.
 
@@ -356,7 +357,7 @@ def to_request(
     else:
         messages = template.render(body["fields"], line_meta)
     refuse_unfinished(sampling.continue_final_message, messages[-1].role if messages else None)
-    return Request(row, custom_id, sampling, messages, prompt, own=own)
+    return Request(row, custom_id, sampling, messages, prompt, own=own, sharing=sharing)
 
 
 def _asked(body: Mapping[str, Any], system: str | None) -> tuple[tuple[Message, ...] | None, str | None]:

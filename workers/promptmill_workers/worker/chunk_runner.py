@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from promptmill.errors import DeviceError, ModelError, PromptmillError, first_line
@@ -302,10 +302,11 @@ class ChunkRunner:
             try:
                 # One object for all rows without parameters of their own: it is pickled once.
                 sampling = resolve_sampling(spec.sampling, row.sampling) if row.sampling else usual
-                request = to_request(
-                    row.row, row.custom_id, row.input, row.meta, sampling, template, spec.system_prompt
+                requests.append(
+                    to_request(
+                        row.row, row.custom_id, row.input, row.meta, sampling, template, spec.system_prompt, sharing
+                    )
                 )
-                requests.append(replace(request, sharing=sharing))
             except PromptmillError as problem:
                 failures.append(Failed(row.row, ErrorClass.INVALID_REQUEST, problem.message))
         return requests, failures
