@@ -37,7 +37,7 @@ Every report checks itself; `✗` means that two figures disagree and the job ha
 | little | mean active = requests/s x mean latency, and no more than the peak |
 | slots | no more rows at one time than slots |
 | tokens | output tokens of rows + wasted tokens = tokens that the engines generated |
-| time | prefill + decode + overhead + idle of the engine = the time that its worker held leases |
+| time | prefill + decode + overhead + idle of the engine, within the time that its worker held leases |
 | limits | no answer over max_tokens, no more cached than prompt tokens |
 | order | enqueued, then admitted, then first token, then finished, in every row |
 | curve | output tok/s over time adds up to the output tokens |

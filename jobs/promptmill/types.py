@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -308,8 +307,6 @@ class Lease:
     priority: int = 5
     #: Which model the job is for; None until the first worker that runs it has said what it has.
     model_fingerprint: str | None = None
-    #: When the database stamped the attempt's start, by this process' own ``time.monotonic()``.
-    taken_at: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def test_stored_times_are_in_order_on_a_machine_that_slept_or_whose_clock_was_se
     assert ledger.record(lease, [answer_now(0)])
     strike()
     assert ledger.record(lease, [answer_now(1)])
-    assert ledger.finish(lease, last=[answer_now(2)], closed_at=time.monotonic())
+    assert ledger.finish(lease, last=[answer_now(2)])
     with db.connect() as connection:
         for row in connection.execute(sa.select(results)):
             assert row.enqueued_at <= row.admitted_at + 0.01

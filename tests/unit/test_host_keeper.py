@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -190,28 +189,6 @@ def slow_load(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def loads(hosts: ModelHosts) -> bool:
     return hosts.pid is not None and hosts.info is None
-
-
-def test_a_lease_taken_while_a_model_loads_is_worked_on_at_once(
-    keepers: list[ModelHosts], slow_load: threading.Event
-) -> None:
-    hosts = keeper(keepers, loaded_models=1)
-    loader = threading.Thread(target=use, args=(hosts, "echo"))
-    loader.start()
-    wait_until(lambda: loads(hosts), "the model loads", 10)
-    taken = threading.Event()
-
-    def take() -> None:
-        with hosts.holding(time.monotonic()):
-            taken.set()
-
-    other = threading.Thread(target=take)
-    other.start()
-    assert taken.wait(5), "its renewal would begin after the load"
-    assert loads(hosts)
-    slow_load.set()
-    loader.join()
-    other.join()
 
 
 @pytest.mark.parametrize("end", [ModelHosts.close, ModelHosts.stop_loading])

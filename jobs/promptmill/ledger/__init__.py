@@ -137,7 +137,6 @@ class Ledger:
     finish = _changing_by_terms(endings.finish)
     release = _changing(endings.release)
     fail = _changing_by_terms(endings.fail)
-    has_ended = _asking(endings.has_ended)
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 

@@ -31,20 +31,11 @@ def finish(
     last: Sequence[tuple[Result, int]] = (),
     *,
     maybe_stored: bool = False,
-    closed_at: float | None = None,
 ) -> bool:
     """Record the ``last`` results and close the chunk, and its job when it was the last chunk.
 
-    ``closed_at``: when ``counters`` were taken, by ``time.monotonic()``: the attempt ends there, for many workers
-    may wait for each other's locks, and begins when its worker knew of it, for a claim may take long to be
-    committed. The engine's counters are of this time. None: it ends now.
-
     False when the lease was overtaken, or rows of the chunk have no result; results that count are kept.
     """
-    span = None
-    if closed_at is not None:
-        terms.clock.read(db)
-        span = terms.clock.at(lease.taken_at), terms.clock.at(closed_at)
     if maybe_stored and last:
         last = unstored(db, lease, last)
     record(db, terms, lease, last)
@@ -57,7 +48,7 @@ def finish(
         if not last:
             tell_overtaken(db, lease, "ended")
         return False
-    end_attempt(db, lease, "done", counters, slots, span)
+    end_attempt(db, lease, "done", counters, slots)
     complete_if_done(db, lease.chunk.job_id)
     return True
 
@@ -105,14 +96,11 @@ def end_attempt(
     outcome: str,
     counters: EngineCounters | None = None,
     slots: int | None = None,
-    span: tuple[float, float] | None = None,
 ) -> None:
-    """``span``: when the attempt began and ended, where that is not the claim and now."""
-    times = {"ended_at": epoch()} if span is None else {"started_at": span[0], "ended_at": span[1]}
     ended = db.execute(
         sa.update(attempts)
         .where(is_attempt(lease), attempts.c.ended_at.is_(None))
-        .values(**times, outcome=outcome, slots=slots)
+        .values(ended_at=epoch(), outcome=outcome, slots=slots)
     )
     # An attempt ends once, and its counters come with its end: a worker that was not told that its commit went
     # through says it all again.
@@ -131,19 +119,10 @@ def lose_attempts(db: Connection, job_id: str, which: sa.ColumnElement[bool]) ->
     counting(db, model_name(db, job_id)).add("redeliveries", lost.rowcount)
 
 
-def has_ended(db: Connection, lease: Lease) -> bool:
-    """Whether its worker has closed the attempt: for one that was not told that its commit went through."""
-    return _outcome(db, lease) in ("done", "released")
-
-
 def tell_overtaken(db: Connection, lease: Lease, what: str) -> None:
     """Say in the log that an attempt was taken for lost while it ran. One that ended before is no trouble."""
-    if _outcome(db, lease) == "lost":
+    if db.execute(sa.select(attempts.c.outcome).where(is_attempt(lease))).scalar() == "lost":
         log.warning(
             "chunk %s/%d: attempt %d of %s %s after its lease was lost",
             lease.chunk.job_id, lease.chunk.number, lease.attempt, lease.worker_id, what,
         )  # fmt: skip
-
-
-def _outcome(db: Connection, lease: Lease) -> str | None:
-    return db.execute(sa.select(attempts.c.outcome).where(is_attempt(lease))).scalar()

@@ -93,20 +93,20 @@ def claim(db: Connection, terms: Terms, chunk: ChunkId, worker_id: str) -> Lease
         db.execute(BEGIN, asked)
         db.execute(START_ASKED, asked)
         found = db.execute(TAKEN, asked).one()
-    taken_at = time.monotonic()
+    told_at = time.monotonic()
     if found is None:
         return None
     # What is admitted from now on is admitted after the claim, whatever happened to a clock before.
-    terms.clock.learn(found.leased_at, sent_at, taken_at)
-    return _lease(found, taken_at)
+    terms.clock.learn(found.leased_at, sent_at, told_at)
+    return _lease(found)
 
 
-def _lease(found: Any, taken_at: float) -> Lease:
+def _lease(found: Any) -> Lease:
     return Lease(
         chunk=ChunkId(found.job_id, found.number), attempt=found.attempt, failures=found.failures,
         worker_id=found.worker_id, first_row=found.first_row, rows=found.rows, model=found.model,
         enqueued_at=found.published_at, context_tokens=found.context_tokens, priority=found.priority,
-        model_fingerprint=found.model_fingerprint, taken_at=taken_at,
+        model_fingerprint=found.model_fingerprint,
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def adopt(db: Connection, terms: Terms, worker_id: str, known: Collection[Lease]
         .where(chunks.c.state == ChunkState.LEASED.value, chunks.c.worker_id == worker_id)
     )
     for found in own.all():
-        lease = _lease(found, time.monotonic())
+        lease = _lease(found)
         if (lease.chunk, lease.attempt) not in running:
             return lease if _prolong(db, terms, lease) else None
     return None

@@ -112,7 +112,6 @@ class EngineHost:
         self._words: deque[str] = deque(maxlen=LAST_WORDS)
         self._started = time.monotonic()
         self._ended_by_us = False
-        self._parked = (0.0, self._started)
         self._process = self._spawn()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -173,7 +172,7 @@ class EngineHost:
         return self.info
 
     def _greet(self, connection: Connection) -> EngineInfo:
-        connection.send(("hello", 0.0))
+        connection.send(("hello",))
         if not connection.poll(self.config.load_timeout_s):
             raise HostDied(f"nothing within {self.config.load_timeout_s:g} s")
         match connection.recv():
@@ -195,14 +194,11 @@ class EngineHost:
         return Connection(client.detach())
 
     @contextlib.contextmanager
-    def session(self, unheld_s: float = 0.0) -> Iterator[Session]:
-        """A session for the requests of one chunk. Leaving it drops what still runs.
-
-        ``unheld_s``: seconds since the host was ready in which its worker held no lease. They are no job's idle time.
-        """
+    def session(self) -> Iterator[Session]:
+        """A session for the requests of one chunk. Leaving it drops what still runs."""
         connection = self._connect()
         try:
-            connection.send(("hello", unheld_s))
+            connection.send(("hello",))
             yield Session(self, connection)
         except (OSError, EOFError) as problem:
             raise self.death() from problem
@@ -214,15 +210,6 @@ class EngineHost:
         words = self.last_words()
         killed = self._process.poll() == -signal.SIGKILL and not self._ended_by_us
         return HostDied(words, ErrorClass.OUT_OF_MEMORY if killed else ErrorClass.ENGINE_CRASH)
-
-    def park(self, unheld_s: float) -> None:
-        """Another host works now. ``unheld_s``: as of :meth:`session`, up to here."""
-        self._parked = (unheld_s, time.monotonic())
-
-    def unheld_s(self) -> float:
-        """Seconds without a lease, those in which it was parked among them."""
-        before, since = self._parked
-        return before + time.monotonic() - since
 
     def last_words(self) -> str:
         """How the process ended, and the end of its log."""
@@ -296,7 +283,7 @@ class Session:
                     self.active, self.waiting, self.kv_cells_used = active, waiting, cells
 
     def counters(self) -> EngineCounters:
-        """What the engine did that no session of this host was told yet, and what this one was told and not asked."""
+        """What the engine did for jobs that no session was told yet. What it does later is not this session's work."""
         self._send(("counters",))
         while True:
             match self._receive():

@@ -14,7 +14,7 @@ from promptmill.core.backoff import Backoff
 from promptmill_workers.engines.contract import EngineInfo
 from promptmill_workers.engines.kv_budget import CPU_SLOTS
 from promptmill_workers.host.client import EngineHost, HostConfig, HostCrashed, HostDied, Session
-from promptmill_workers.host.turns import Hold, Turns
+from promptmill_workers.host.turns import Turns
 from promptmill_workers.model_files import LoadedFiles
 
 log = logging.getLogger("promptmill.worker")
@@ -68,11 +68,6 @@ class ModelHosts:
         # Held while a host is loaded, which may take minutes: what others read of this object needs no lock.
         self._changed = threading.Condition()
         self._sessions: tuple[Session, ...] = ()
-        # A lock of their own: who has just taken a lease must begin to renew it, whatever is being loaded.
-        self._counting = threading.Lock()
-        self._leases = 0
-        self._unheld_s = 0.0
-        self._unheld_since = time.monotonic()
         self._closed = False
         #: What was loaded last of each model.
         self._loaded: dict[str, LoadedFiles] = {}
@@ -151,29 +146,6 @@ class ModelHosts:
             return self._ensure(Wanted(self._config.model, context_tokens))
 
     @contextmanager
-    def holding(self, since: float) -> Iterator[Hold]:
-        """Around a lease: what the engine idles while the worker holds one is a job's time.
-
-        ``since``: when it was taken, by ``time.monotonic()``.
-        """
-        with self._counting:
-            if self._leases == 0:
-                self._unheld_s += max(0.0, since - self._unheld_since)
-            self._leases += 1
-        hold = Hold(self.change_leases)
-        try:
-            yield hold
-        finally:
-            hold.let_go()
-
-    def change_leases(self, by: int) -> None:
-        """For :class:`Hold`: one lease fewer, or one that was held all the time after all."""
-        with self._counting:
-            self._leases += by
-            if by < 0:
-                self._unheld_since = time.monotonic()
-
-    @contextmanager
     def session(
         self,
         model: str,
@@ -195,7 +167,7 @@ class ModelHosts:
         """
         host = self._enter(Wanted(model, context_tokens, fingerprint), alone, urgent, unwanted or threading.Event())
         try:
-            with host.session(self._unheld_s) as session:
+            with host.session() as session:
                 self._sessions = (*self._sessions, session)
                 try:
                     yield session
@@ -308,7 +280,6 @@ class ModelHosts:
         self.state = "loading"
         self._on_change(self)
         info = self._load()
-        self._count_unheld(0.0)
         if info.files is not None:
             self._loaded[model] = info.files
         self.state = "idle"
@@ -322,7 +293,6 @@ class ModelHosts:
         if self._config.loaded_models <= 1 or self._config.model == model:
             host.kill()
             return
-        host.park(self._unheld_s)
         self._parked[self._config.model] = host
         while len(self._parked) >= self._config.loaded_models + (model in self._parked):
             oldest = next(name for name in self._parked if name != model)
@@ -332,16 +302,10 @@ class ModelHosts:
         """Work with a host that stayed loaded; False when it died, is stale or has too small a context."""
         self._host = host
         if host.alive and self._serves(wanted):
-            self._count_unheld(host.unheld_s())
             return True
         host.kill()
         self._host = None
         return False
-
-    def _count_unheld(self, seconds: float) -> None:
-        """What the host that works now has idled so far without a lease."""
-        with self._counting:
-            self._unheld_s, self._unheld_since = seconds, time.monotonic()
 
     def _worked(self, host: EngineHost) -> None:
         """A host that answers is no broken engine, whatever becomes of it; one that was replaced says nothing."""

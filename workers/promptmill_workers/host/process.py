@@ -75,6 +75,8 @@ class HostSession:
     outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     flushed_at: float = 0.0
     beat_at: float = 0.0
+    #: It has asked for its last counters: what the engine does from then on is not its work.
+    is_counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,6 @@ class HostLoop:
         # Requests of the API since counters were last told, and whether any of their work is not set aside yet.
         self._live_seen = 0
         self._live_pending = False
-        self._unheld_s = 0.0
 
     def serve(self, listener: socket.socket) -> None:
         """Run for ever. A failure of the engine ends the process: another one takes over."""
@@ -151,8 +152,8 @@ class HostLoop:
 
     def _handle(self, session: HostSession, message: Any) -> None:
         match message:
-            case ("hello", unheld_s):
-                self._leave_out(unheld_s)
+            case ("hello",):
+                self._leave_idle_out()
                 self._sessions.add(session)
                 session.outbox.put(("ready", self._info))
             case ("live",):
@@ -169,24 +170,28 @@ class HostLoop:
                 if not self._origins:
                     self._engine.step()  # An empty step: what was idle is counted up to now.
                 session.outbox.put(("counters", self._new_counters()))
+                session.is_counted = True
             case ("gone",):
                 self._drop(session, list(session.keys.values()))
                 self._sessions.discard(session)
                 session.outbox.put(None)
 
-    def _leave_out(self, unheld_s: float) -> None:
-        """What the engine idled while its worker held no lease is no job's time. ``unheld_s`` only grows."""
-        self._reported = replace(self._reported, idle_s=self._reported.idle_s + unheld_s - self._unheld_s)
-        self._unheld_s = unheld_s
+    @property
+    def _works_for_jobs(self) -> bool:
+        return any(not (each.live or each.is_counted) for each in self._sessions)
+
+    def _leave_idle_out(self) -> None:
+        """What the engine idled while no session worked for a job is no job's time."""
+        if not self._works_for_jobs:
+            if not self._origins:
+                self._engine.step()  # An empty step: what was idle is counted up to now.
+            self._reported = replace(self._reported, idle_s=self._engine.counters.idle_s)
 
     def _set_live_aside(self) -> None:
         """While only requests of the API run, what the engine does is no job's: it is counted as told, step by step."""
-        if not self._live_pending or any(not each.live for each in self._sessions):
+        if not self._live_pending or self._works_for_jobs:
             return
-        now, before = self._engine.counters, self._reported
-        busy_s = sum(getattr(now, name) - getattr(before, name) for name in ("prefill_s", "decode_s", "overhead_s"))
-        # The worker counts all of this time as unheld, idle or not.
-        self._reported = replace(now, idle_s=before.idle_s - busy_s)
+        self._reported = self._engine.counters
         self._live_seen = sum(len(each.keys) for each in self._sessions)
         # What is cancelled before the next step is still to be set aside after it.
         self._live_pending = self._live_seen > 0

@@ -1,4 +1,4 @@
-"""Who waits for the host of a device, who goes first, and what holding a lease means for its idle time."""
+"""Who waits for the host of a device, and who goes first."""
 
 from __future__ import annotations
 
@@ -9,25 +9,6 @@ from contextlib import contextmanager
 
 #: Longest that chunks of one model wait because another one is loaded and has work.
 FAIR_S = 60.0
-
-
-class Hold:
-    """A lease that is held until its end or until it is let go."""
-
-    def __init__(self, change_leases: Callable[[int], None]) -> None:
-        self._change_leases, self._held = change_leases, True
-
-    def let_go(self) -> None:
-        """What the engine idles from now on is no job's time, for all this lease knows."""
-        if self._held:
-            self._change_leases(-1)
-            self._held = False
-
-    def take_again(self) -> None:
-        """Undo ``let_go``: the time since then counts as held."""
-        if not self._held:
-            self._change_leases(1)
-            self._held = True
 
 
 class Turns:

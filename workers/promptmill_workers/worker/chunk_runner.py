@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from promptmill.tasks.templates import Template, resolve_sampling, to_request
 from promptmill.types import ChunkId, EngineCounters, ErrorClass, Failed, Lease, Ok, Request, Result, Sharing
 from promptmill_workers.host.client import HostDied, Session
 from promptmill_workers.host.model_hosts import ModelHosts, NotWanted
-from promptmill_workers.host.turns import Hold
 from promptmill_workers.worker.database_retry import PASSING, DatabaseRetry
 from promptmill_workers.worker.held_leases import watching
 from promptmill_workers.worker.shutdown import Shutdown
@@ -96,17 +94,16 @@ class ChunkRunner:
 
     def run(self, lease: Lease) -> None:
         """Answer the leased rows that have no result yet, record each, and close the attempt."""
-        with self._hosts.holding(lease.taken_at) as hold:
-            try:
-                self._run(lease, hold)
-            except PASSING:
-                raise
-            except Exception as problem:
-                self._broke(lease, problem)
-            finally:
-                self._keys.pop(lease.chunk, None)
+        try:
+            self._run(lease)
+        except PASSING:
+            raise
+        except Exception as problem:
+            self._broke(lease, problem)
+        finally:
+            self._keys.pop(lease.chunk, None)
 
-    def _run(self, lease: Lease, hold: Hold) -> None:
+    def _run(self, lease: Lease) -> None:
         ledger, hosts = self._ledger, self._hosts
         requests, failures = self._patiently(lambda again: self._requests(lease))
         self._record(lease, [(failure, 0) for failure in failures])
@@ -127,14 +124,14 @@ class ChunkRunner:
             ):
                 watched.session = session
                 if not self._may_answer(lease, session):
-                    self._give_back(lease, hold, session)
+                    self._give_back(lease, session)
                     return
                 requests, kept = self._from_cache(lease, session, requests)
                 self._record(lease, kept)
                 limits = {request.row: _limit(request) for request in requests}
                 for batch in session.answer(requests):
                     if session.info.is_overwritten:
-                        self._overwritten(lease, hold, session)
+                        self._overwritten(lease, session)
                         return
                     self._keep(lease, batch)
                     outcomes = [(result, limits.pop(result.row)) for result in batch]
@@ -145,7 +142,7 @@ class ChunkRunner:
                     else:
                         last = outcomes
                 watched.all_answered = True
-                self._finish(lease, hold, session, last, refused)
+                self._finish(lease, session, last, refused)
         except HostDied as death:
             self._host_died(lease, last, death)
         except NotWanted:
@@ -158,7 +155,7 @@ class ChunkRunner:
         info = session.info
         return self._patiently(lambda again: self._ledger.answered_by(lease, info.fingerprint, info.environment))
 
-    def _give_back(self, lease: Lease, hold: Hold, session: Session) -> None:
+    def _give_back(self, lease: Lease, session: Session) -> None:
         """The files here are another model: the chunk waits for a worker with the right ones, where there may be one.
 
         It has not failed.
@@ -169,16 +166,15 @@ class ChunkRunner:
         words = self._tell_wrong(job_id, lease.model, wanted, session.info.fingerprint)
         if self._is_alone:
             self._ledger.stop(job_id, words, lease)
-        self._release(lease, hold, session)
+        self._release(lease, session)
 
-    def _overwritten(self, lease: Lease, hold: Hold, session: Session) -> None:
+    def _overwritten(self, lease: Lease, session: Session) -> None:
         """The files changed under the engine: what it says now is no model's answer. The next claim loads them anew."""
         log.error("job %s: the files of %s were written to while they were in use", lease.chunk.job_id, lease.model)
-        self._release(lease, hold, session)
+        self._release(lease, session)
 
-    def _release(self, lease: Lease, hold: Hold, session: Session) -> None:
+    def _release(self, lease: Lease, session: Session) -> None:
         counters = session.counters()
-        hold.let_go()
         self._patiently(lambda again: self._ledger.release(lease, counters, self._hosts.slots))
 
     def _tell_wrong(self, job_id: str, model: str, wanted: str | None, found: str | None) -> str:
@@ -219,23 +215,12 @@ class ChunkRunner:
     def _record(self, lease: Lease, outcomes: Outcomes, counters: EngineCounters | None = None) -> int:
         return self._patiently(lambda again: self._ledger.record(lease, outcomes, counters, maybe_stored=again))
 
-    def _finish(self, lease: Lease, hold: Hold, session: Session, last: Outcomes, refused: Refused) -> None:
-        """Close the attempt while its session is open: what the engine idles until the database takes it is its own.
-
-        The lease counts as held until its counters are taken, which is when the database says that its attempt ended.
-        """
-        ledger, slots, counters = self._ledger, self._hosts.slots, refused.counters
+    def _finish(self, lease: Lease, session: Session, last: Outcomes, refused: Refused) -> None:
+        """Close the attempt: done, or given back when the ledger does not take its end."""
+        ledger, slots, counters = self._ledger, self._hosts.slots, refused.counters.plus(session.counters())
 
         def close(again: bool) -> bool:
-            nonlocal counters
-            # Counters that are taken and not stored would be missing in the books of the chunk beside it.
-            if again and ledger.has_ended(lease):
-                return True
-            hold.take_again()
-            counters = counters.plus(session.counters())
-            hold.let_go()
-            closed_at = time.monotonic()
-            if ledger.finish(lease, counters, slots, last, maybe_stored=again, closed_at=closed_at):
+            if ledger.finish(lease, counters, slots, last, maybe_stored=again):
                 return True
             return ledger.release(lease, counters, slots, [*refused.outcomes, *last])
 

@@ -15,8 +15,8 @@ from promptmill.types import ErrorClass, JobState
 #: Share by which two ways to the same number may differ through rounding of doubles.
 ROUNDING = 1e-6
 
-#: Share, seconds, and seconds an attempt, by which an engine's time budget may miss the time its worker held leases:
-#: the commits that open and close a lease lie between the two.
+#: Share, seconds, and seconds an attempt, by which an engine's time may exceed the time its worker held leases: two
+#: clocks measure them, and older versions stored when the counters were taken as an attempt's end.
 BUDGET_SHARE = 0.05
 BUDGET_S = 0.25
 BUDGET_ATTEMPT_S = 0.005
@@ -105,15 +105,18 @@ def tokens(in_rows: int, budget: Budget) -> Check:
 
 
 def time_budget(budget: Budget) -> Check:
-    """Per worker: prefill + decode + overhead + idle = the time it held leases."""
+    """Per worker: prefill + decode + overhead + idle are within the time it held leases."""
     if budget.missing or any(each.accounted_s is None for each in budget.workers):
         return Check("time", None, budget.missing or NOT_MEASURED)
-    gaps = [(abs((each.accounted_s or 0.0) - each.wall_s), each) for each in budget.workers]
-    _, worst = max(gaps, key=lambda pair: pair[0] / max(pair[1].wall_s, BUDGET_S))
-    fits = all(gap <= max(BUDGET_S, BUDGET_SHARE * each.wall_s, BUDGET_ATTEMPT_S * each.attempts) for gap, each in gaps)
+    excesses = [((each.accounted_s or 0.0) - each.wall_s, each) for each in budget.workers]
+    _, worst = max(excesses, key=lambda pair: pair[0] / max(pair[1].wall_s, BUDGET_S))
+    fits = all(
+        excess <= max(BUDGET_S, BUDGET_SHARE * each.wall_s, BUDGET_ATTEMPT_S * each.attempts)
+        for excess, each in excesses
+    )
     parts = " + ".join(f"{digits(seconds)}" for seconds in worst.parts_s)
     detail = f"prefill + decode + overhead + idle: {parts} s of {digits(worst.wall_s)} s"
-    others = f" (the worst of {len(gaps)} workers)" if len(gaps) > 1 else ""
+    others = f" (the worst of {len(budget.workers)} workers)" if len(budget.workers) > 1 else ""
     return Check("time", fits, detail + others)
 
 
