@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from promptmill_workers.devices import Device
-from promptmill_workers.worker.device_metrics import DeviceMetrics
+from promptmill_workers.devices import Device, DeviceMetrics
 
 
 class NVMLError(Exception):

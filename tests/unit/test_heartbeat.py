@@ -1,18 +1,22 @@
-"""A worker's row: written while the worker lives, whatever happens to the row."""
+"""A worker's row and its key in Redis: written while the worker lives, whatever happens to either."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from pydantic import ValidationError
+from redis import Redis
 
 from promptmill.core.settings import Settings
 from promptmill.database.engine import reading, writing
 from promptmill.database.tables import worker_samples, workers
 from promptmill.ledger import Ledger
 from promptmill.queue.dispatcher import ALIVE_S
+from promptmill.queue.heartbeats import heartbeat_key, heartbeat_of
 from promptmill.queue.housekeeping import DAY_S
 from promptmill.store.catalog import list_workers
 from promptmill_workers.devices import Device
@@ -34,7 +38,7 @@ def hosts() -> ModelHosts:
 
 @pytest.fixture
 def beating(database: sa.Engine, hosts: ModelHosts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heartbeat]:
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(heartbeat, "ROW_S", 0.02)
     beating = Heartbeat(Ledger(database), "w1", DEVICE, hosts, Shutdown(), models=["echo"])
     beating.start()
     yield beating
@@ -73,6 +77,30 @@ def test_a_host_that_changes_writes_down_a_lost_row(database: sa.Engine, hosts: 
     assert [row[0] for row in rows(database)] == ["w1"]
     idle.stop()
     assert list_workers(database, ALIVE_S) == []
+
+
+def test_a_database_that_hangs_does_not_silence_the_key_of_redis(
+    database: sa.Engine, hosts: ModelHosts, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "ROW_S", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.02)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(self: Heartbeat, *_: Any) -> None:
+        hangs.set()
+        goes_on.wait(20)
+
+    with Redis.from_url(redis_url) as redis:
+        beating = Heartbeat(Ledger(database), "w1", DEVICE, hosts, Shutdown(), models=["echo"], redis_url=redis_url)
+        beating.start()
+        assert heartbeat_of(redis.get(heartbeat_key("w1"))) is not None
+        monkeypatch.setattr(Heartbeat, "_add_sample", hang)
+        assert hangs.wait(10)
+        redis.delete(heartbeat_key("w1"))
+        wait_until(lambda: bool(redis.exists(heartbeat_key("w1"))), "the key is written again", 10)
+        goes_on.set()
+        beating.stop()
+        assert not redis.exists(heartbeat_key("w1"))
 
 
 def test_workers_are_kept_far_longer_than_a_heartbeat_is_fresh() -> None:

@@ -29,7 +29,7 @@ from promptmill.types import (
 from promptmill_workers.devices import Device
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
 from promptmill_workers.host.socket_folder import SOCKET_NAME, SocketFolder, remove_leftovers
-from promptmill_workers.host.wire import LiveText, result_of, wire
+from promptmill_workers.host.wire import LiveText, pack_request, result_of
 
 log = logging.getLogger("promptmill.host")
 
@@ -270,15 +270,15 @@ class Session:
                     self._outstanding -= len(batch)
                     self._counters = self._counters.plus(counters)
                     self.has_answered = True
-                    yield [result_of(*each) for each in batch]
+                    yield [result_of(each) for each in batch]
                 case ("dropped", int() as count):
                     self._outstanding -= count
                     self.dropped += count
                 case ("texts", list() as texts):
                     if on_text is not None:
-                        for row, text, _, index in texts:
-                            if index == 0:
-                                on_text(row, text)
+                        for each in texts:
+                            if each.answer == 0:
+                                on_text(each.row, each.text)
                 case ("beat", active, waiting, cells):
                     self.active, self.waiting, self.kv_cells_used = active, waiting, cells
 
@@ -304,7 +304,7 @@ class Session:
 
     def add(self, requests: Sequence[Request]) -> None:
         """Send more requests of a live session."""
-        self._send(("add", [wire(request) for request in requests]))
+        self._send(("add", [pack_request(each) for each in requests]))
 
     def cancel(self, rows: Sequence[int]) -> None:
         """Drop requests of a live session; nothing more is said of them."""
@@ -316,7 +316,7 @@ class Session:
             return None
         match self._connection.recv():
             case ("results", list() as batch, _):
-                return [], [result_of(*each) for each in batch]
+                return [], [result_of(each) for each in batch]
             case ("texts", list() as texts):
                 return texts, []
             case ("beat", active, waiting, cells):
@@ -333,7 +333,7 @@ class Session:
 
     def _begin(self, requests: Sequence[Request]) -> None:
         with self._lock:
-            self._connection.send(("add", [wire(request) for request in requests]))
+            self._connection.send(("add", [pack_request(each) for each in requests]))
             self._has_begun = True
             if self._told is not None:
                 self._connection.send((self._told,))

@@ -21,11 +21,10 @@ from typing import Any
 
 from promptmill.core import programs
 from promptmill.core.terminal import for_people
-from promptmill.types import EngineCounters, Extras, SamplingParams, Sharing, Span
+from promptmill.types import EngineCounters, Failed, Ok, Result, Timing
 from promptmill_workers.engines.contract import (
     Engine,
     EngineOptions,
-    EngineRequest,
     Finished,
     Rejected,
     RequestKey,
@@ -34,7 +33,7 @@ from promptmill_workers.engines.contract import (
 from promptmill_workers.host.deduplication import Deduplication
 from promptmill_workers.host.fan_out import FanOut
 from promptmill_workers.host.preemption import Preemption
-from promptmill_workers.host.wire import LiveText, message_of
+from promptmill_workers.host.wire import LiveText, Packed, pack_result, request_of
 from promptmill_workers.model_files import LoadedFiles
 
 log = logging.getLogger("promptmill.host")
@@ -48,18 +47,6 @@ FLUSH_RESULTS = 256
 #: Seconds between signs of life to a session whose requests run.
 BEAT_S = 1.0
 
-#: A request as it travels: row, messages as (role, content[, extra]) or None, prompt or None, sampling, if it streams,
-#: what of the prompt is the author's, with whom it shares.
-WireRequest = tuple[
-    int, tuple[tuple[Any, ...], ...] | None, str | None, SamplingParams, bool, tuple[Span, ...] | None, Sharing
-]
-
-#: A result as it travels, in plain values because they pickle several times faster than dataclasses: whether it is an
-#: answer, row, finish reason or error class, text or message, the fields of Usage, the fields of Timing, the Extras.
-WireResult = tuple[
-    bool, int, str, str, tuple[int, int, int, int] | None, tuple[float, float, float, float] | None, Extras | None
-]
-
 
 @dataclass(slots=True, eq=False)
 class HostSession:
@@ -69,8 +56,8 @@ class HostSession:
     #: A client waits for its answers: they are sent with every step, and its requests are urgent.
     live: bool = False
     keys: dict[int, RequestKey] = field(default_factory=dict)
-    results: list[WireResult] = field(default_factory=list)
-    #: Text for those who wait for it, sent with every step: row, text, log-probabilities, number of the answer.
+    results: list[Packed] = field(default_factory=list)
+    #: Text for those who wait for it, sent with every step.
     texts: list[LiveText] = field(default_factory=list)
     outbox: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
     flushed_at: float = 0.0
@@ -196,18 +183,15 @@ class HostLoop:
         # What is cancelled before the next step is still to be set aside after it.
         self._live_pending = self._live_seen > 0
 
-    def _add(self, session: HostSession, requests: Sequence[WireRequest]) -> None:
+    def _add(self, session: HostSession, requests: Sequence[Packed]) -> None:
         received_at = time.monotonic()
         batch = []
-        for row, messages, prompt, sampling, stream, own, sharing in requests:
-            key = self._next_key
+        for packed in requests:
+            row, key = packed[0], self._next_key
             self._next_key += 1
             session.keys[row] = key
             self._origins[key] = Origin(session, row, received_at)
-            turns = tuple(map(message_of, messages)) if messages is not None else None
-            batch.append(
-                EngineRequest(key, sampling, turns, prompt, stream, urgent=session.live, own=own, sharing=sharing)
-            )
+            batch.append(request_of(packed, key, urgent=session.live))
         if session.live:
             self._live_seen += len(batch)
             self._live_pending = True
@@ -229,26 +213,13 @@ class HostLoop:
     def _tell(self, event: TokenEvent) -> None:
         origin = self._origins.get(event.key)
         if origin is not None:
-            origin.session.texts.append((origin.row, event.text, event.logprobs, event.index))
+            origin.session.texts.append(LiveText(origin.row, event.text, event.logprobs, event.index))
 
     def _route(self, event: Finished | Rejected) -> None:
         origin = self._origins.pop(event.key, None)
         if origin is not None:
             del origin.session.keys[origin.row]
-            origin.session.results.append(self._result(event, origin))
-
-    def _result(self, event: Finished | Rejected, origin: Origin) -> WireResult:
-        timing: tuple[float, float, float, float] | None = None
-        extras = event.extras if isinstance(event, Finished) else None
-        copied = extras is not None and extras.deduplicated
-        if not copied and event.admitted_at is not None and event.finished_at is not None:
-            first = event.first_token_at if event.first_token_at is not None else event.finished_at
-            timing = origin.received_at, event.admitted_at, first, event.finished_at
-        used = event.usage
-        usage = (used.prompt_tokens, used.cached_tokens, used.output_tokens, used.reasoning_tokens) if used else None
-        if isinstance(event, Finished):
-            return True, origin.row, event.finish_reason.value, event.text, usage, timing, extras
-        return False, origin.row, event.error_class.value, event.message, usage, timing, None
+            origin.session.results.append(pack_result(_result(event, origin)))
 
     def _send(self) -> None:
         now = time.monotonic()
@@ -281,6 +252,18 @@ class HostLoop:
         live, self._live_seen = self._live_seen, sum(len(each.keys) for each in self._sessions if each.live)
         told = replace(now, **{name: getattr(now, name) - getattr(before, name) for name in summed})
         return replace(told, live_requests=max(live, self._live_seen))
+
+
+def _result(event: Finished | Rejected, origin: Origin) -> Result:
+    timing: Timing | None = None
+    extras = event.extras if isinstance(event, Finished) else None
+    copied = extras is not None and extras.deduplicated
+    if not copied and event.admitted_at is not None and event.finished_at is not None:
+        first = event.first_token_at if event.first_token_at is not None else event.finished_at
+        timing = Timing(origin.received_at, event.admitted_at, first, event.finished_at)
+    if isinstance(event, Finished):
+        return Ok(origin.row, event.text, event.finish_reason, event.usage, timing, extras)
+    return Failed(origin.row, event.error_class, event.message, event.usage, timing)
 
 
 def _write(session: HostSession) -> None:

@@ -44,7 +44,6 @@ from promptmill_workers.worker.heartbeat import Heartbeat
 from promptmill_workers.worker.held_leases import HeldLeases
 from promptmill_workers.worker.interactive import LiveLane
 from promptmill_workers.worker.operator_orders import Control
-from promptmill_workers.worker.redis_heartbeat import RedisHeartbeat
 from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
@@ -95,7 +94,9 @@ class Worker:
             context_tokens=config.context_tokens,
         )
         self.hosts = ModelHosts(host, self._host_changed)
-        self.presence = Heartbeat(alive, self.id, device, self.hosts, self.stop, models=config.models)
+        self._heartbeat = Heartbeat(
+            alive, self.id, device, self.hosts, self.stop, models=config.models, redis_url=settings.redis_url
+        )
         self._ended = threading.Event()
         self._patiently = DatabaseRetry(self.stop)
         self._claims = HeldLeases(self.ledger, self.id, self._patiently)
@@ -113,18 +114,16 @@ class Worker:
             LiveLane(name, self.id, settings.redis_url, self.hosts, self.stop, self.ledger.database_clock)
             for name in config.models
         ]
-        self._beat = RedisHeartbeat(self.id, settings.redis_url, self.hosts, self.presence.state)
         _register(self.app, self)
 
     def run(self) -> None:
         """Load the model, then consume until SIGTERM. Raises PromptmillError when the worker cannot start."""
-        self.presence.start()
+        self._heartbeat.start()
         try:
             self.hosts.start()
             # A thread of its own: Redis and the database may each hang for a while, and no heartbeat is to wait for it.
             threading.Thread(target=self._reconcile_for_ever, daemon=True).start()
             threading.Thread(target=self._keep_house_for_ever, daemon=True).start()
-            self._beat.start()
             Control(self.id, self.config.models, self.settings.redis_url, self.hosts, self.stop).start()
             for lane in self._lanes:
                 lane.start()
@@ -143,8 +142,7 @@ class Worker:
                 # Those who wait for an answer get it within the grace period.
                 lane.join(self.config.grace_s if self.stop.draining.is_set() else 0)
             self.hosts.close()
-            self._beat.stop()
-            self.presence.stop()
+            self._heartbeat.stop()
 
     def run_chunk(self, chunk: ChunkId) -> None:
         """One message: run the chunk unless another worker has it, then let the next one follow."""
@@ -233,7 +231,7 @@ class Worker:
                 log.exception("old rows could not be removed")
 
     def _host_changed(self, hosts: ModelHosts) -> None:
-        self.presence.changed(hosts)
+        self._heartbeat.changed(hosts)
 
     def _shutting_down(self, **_: Any) -> None:
         """SIGTERM: what runs may end within the grace period, the rest is given back."""

@@ -125,30 +125,37 @@ class ChunkRunner:
                 watched.session = session
                 if not self._may_answer(lease, session):
                     self._give_back(lease, session)
-                    return
-                requests, kept = self._from_cache(lease, session, requests)
-                self._record(lease, kept)
-                limits = {request.row: _limit(request) for request in requests}
-                for batch in session.answer(requests):
-                    if session.info.is_overwritten:
-                        self._overwritten(lease, session)
-                        return
-                    self._keep(lease, batch)
-                    outcomes = [(result, limits.pop(result.row)) for result in batch]
-                    if limits:
-                        counters = session.take_counters()
-                        if not self._record(lease, outcomes, counters):
-                            refused.add(outcomes, counters)
-                    else:
-                        last = outcomes
-                watched.all_answered = True
-                self._finish(lease, session, last, refused)
+                elif not self._answer(lease, session, requests, last, refused):
+                    self._overwritten(lease, session)
+                else:
+                    watched.all_answered = True
+                    self._finish(lease, session, last, refused)
         except HostDied as death:
             self._host_died(lease, last, death)
         except NotWanted:
             ledger.release(lease)
         except (ModelError, DeviceError) as problem:
             self._not_loaded(lease, problem)
+
+    def _answer(
+        self, lease: Lease, session: Session, requests: list[Request], last: Outcomes, refused: Refused
+    ) -> bool:
+        """Record answers as they come, all but the ``last``. False when the model's files were written to meanwhile."""
+        requests, kept = self._from_cache(lease, session, requests)
+        self._record(lease, kept)
+        limits = {request.row: _limit(request) for request in requests}
+        for batch in session.answer(requests):
+            if session.info.is_overwritten:
+                return False
+            self._keep(lease, batch)
+            outcomes = [(result, limits.pop(result.row)) for result in batch]
+            if not limits:
+                last += outcomes
+                continue
+            counters = session.take_counters()
+            if not self._record(lease, outcomes, counters):
+                refused.add(outcomes, counters)
+        return True
 
     def _may_answer(self, lease: Lease, session: Session) -> bool:
         """Whether the model that is loaded is the job's. The attempt names it."""

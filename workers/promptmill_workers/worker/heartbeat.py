@@ -1,4 +1,8 @@
-"""A worker's row in the database: who it is, what it got, that it lives, and what it uses."""
+"""A worker's heartbeats: its row in the database, with what it got and uses, and its key in Redis.
+
+Servers whose clients wait miss the key within seconds. Each of the two has a thread of its own: a database that hangs
+must not silence the key, by which a worker then still counts as alive, and a Redis that hangs must not silence the row.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,33 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import psutil
 import sqlalchemy as sa
 
-from promptmill.database.engine import epoch, writing
-from promptmill.database.tables import chunks, worker_samples, workers
+from promptmill.core.redis_client import redis_client
+from promptmill.database.engine import COMMITS, epoch, writing
+from promptmill.database.tables import chunks, jobs, worker_samples, workers
 from promptmill.errors import first_line
 from promptmill.ledger import Ledger
-from promptmill_workers.devices import Device
+from promptmill.queue.broker import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.queue.heartbeats import GONE_S, HEARTBEAT_S, HeartbeatMessage, heartbeat_key
+from promptmill_workers.devices import Device, DeviceMetrics
 from promptmill_workers.host.model_hosts import ModelHosts
 from promptmill_workers.worker.database_retry import PASSING
-from promptmill_workers.worker.device_metrics import DeviceMetrics
 from promptmill_workers.worker.shutdown import Shutdown
 
 log = logging.getLogger("promptmill.worker")
 
-#: Seconds between heartbeats and resource samples.
-HEARTBEAT_S = 5.0
+#: Seconds between two writes of the row, each with a sample of resources.
+ROW_S = 5.0
 
 
 class Heartbeat:
-    """Writes the worker's row and its samples, from a thread of its own that depends on no engine."""
+    """Writes both, from threads that depend on no engine."""
 
     def __init__(
         self,
@@ -43,7 +49,9 @@ class Heartbeat:
         hosts: ModelHosts,
         stop: Shutdown,
         models: Sequence[str] = (),
+        redis_url: str | None = None,
     ) -> None:
+        """``redis_url``: None for a worker that no server looks for."""
         self._ledger = ledger
         self._db = ledger.db
         self._worker_id = worker_id
@@ -53,25 +61,44 @@ class Heartbeat:
         self._models = json.dumps(list(models))
         self._stopping = threading.Event()
         self._one_writer = threading.Lock()
-        self._thread = threading.Thread(target=self._beat_for_ever, daemon=True)
+        self._key = heartbeat_key(worker_id)
+        self._away: tuple[type[Exception], ...] = PASSING
+        self._redis: Any = None
+        if redis_url is not None:
+            from redis.exceptions import RedisError  # Takes 40 ms, which a run without Redis need not wait for.
+
+            self._away += (RedisError,)
+            self._redis = redis_client(
+                redis_url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
+            )
+        self._in_redis = threading.Thread(target=self._repeat, args=(HEARTBEAT_S, self._write_key), daemon=True)
         self._gauge = DeviceMetrics(device)
         self._tokens: tuple[float, int] | None = None
         self._cpu: tuple[float, float] | None = None
         self._started_at: float | None = None
 
     def start(self) -> None:
-        """Write the row down, and keep it up to date from now on."""
+        """Write the row down, and keep it and the key up to date from now on."""
         # Short jobs too have a sample: one at the start, one at the end.
         self._write()
-        self._thread.start()
+        threading.Thread(target=self._repeat, args=(ROW_S, self._write), daemon=True).start()
+        if self._redis:
+            self._try(self._write_key)
+            self._in_redis.start()
 
     def changed(self, hosts: ModelHosts) -> None:
         """The host was started, replaced or has loaded: write it down at once."""
         self._write(with_sample=False)
 
     def stop(self) -> None:
-        """Say goodbye: the worker is gone on purpose. Without the database its heartbeats just end."""
+        """Say goodbye: the worker is gone on purpose. Without database and Redis its heartbeats just end."""
         self._stopping.set()
+        if self._redis:
+            self._in_redis.join(1)
+            try:
+                self._redis.delete(self._key)
+            except self._away:
+                log.warning("Redis is away: this worker is missed in %d s", GONE_S)
         try:
             self._write({"state": "stopped"})
         except PASSING as problem:
@@ -135,14 +162,26 @@ class Heartbeat:
             if with_sample:
                 self._add_sample(db, now)
 
-    def _beat_for_ever(self) -> None:
-        while not self._stopping.wait(HEARTBEAT_S):
-            try:
-                self._write()
-            except PASSING as problem:
-                log.warning("no heartbeat, trying again in %g s: %s", HEARTBEAT_S, first_line(problem))
-            except Exception:
-                log.exception("the heartbeat of %s failed", self._worker_id)
+    def _write_key(self) -> None:
+        active, waiting = self._hosts.load()
+        message: HeartbeatMessage = {
+            "state": self.state(), "active": active, "waiting": waiting, "slots": self._hosts.slots,
+            "model": self._hosts.model, "commits": COMMITS.cumulative(),
+        }  # fmt: skip
+        self._redis.set(self._key, json.dumps(message), ex=GONE_S)
+
+    def _repeat(self, wait_s: float, write: Callable[[], None]) -> None:
+        """In a thread."""
+        while not self._stopping.wait(wait_s):
+            self._try(write)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except self._away as problem:
+            log.warning("no heartbeat, trying again in a moment: %s", first_line(problem))
+        except Exception:
+            log.exception("the heartbeat of %s failed", self._worker_id)
 
     def _add_sample(self, db: sa.Connection, at: float) -> None:
         db.execute(sa.insert(worker_samples).values(self._sample(db, at)))
@@ -192,8 +231,6 @@ class Heartbeat:
         return int(total or 0)
 
     def _recent_jobs(self) -> sa.Select[tuple[str]]:
-        from promptmill.database.tables import jobs
-
         return sa.select(jobs.c.id).where(sa.or_(jobs.c.finished_at.is_(None), jobs.c.finished_at > epoch() - 3600))
 
     def _process_use(self) -> tuple[float, int]:

@@ -63,7 +63,7 @@ class EmbeddedWorker:
         self._patiently = DatabaseRetry(self._stop, limit_s=DATABASE_S)
         self._claims = HeldLeases(ledger, self._id, self._patiently)
         self._runner = ChunkRunner(ledger, self._hosts, self._stop, self._patiently)
-        self._presence = Heartbeat(ledger, self._id, config.device, self._hosts, self._stop)
+        self._heartbeat = Heartbeat(ledger, self._id, config.device, self._hosts, self._stop)
         self._threads = ThreadPoolExecutor(CHUNKS_AT_ONCE, thread_name_prefix="chunk")
 
     def __enter__(self) -> EmbeddedWorker:
@@ -97,14 +97,14 @@ class EmbeddedWorker:
             raise DatabaseError(f"the database took no change: {first_line(problem)}") from problem
 
     def _run(self, job_id: str, on_progress: Callable[[Progress], None]) -> bool:
-        self._patiently(lambda again: self._presence.start())
+        self._patiently(lambda again: self._heartbeat.start())
         try:
             with self._interruptible():
                 workers = [self._threads.submit(self._work, job_id) for _ in range(CHUNKS_AT_ONCE)]
                 self._watch(job_id, workers, on_progress)
         finally:
             self._stop.draining.set()
-            self._presence.stop()
+            self._heartbeat.stop()
         for worker in workers:
             worker.result()
         progress = self._patiently(lambda again: self._ledger.progress(job_id))

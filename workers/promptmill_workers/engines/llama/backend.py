@@ -23,11 +23,10 @@ from promptmill_workers.engines.contract import (
     template_digest,
 )
 from promptmill_workers.engines.kv_budget import fit
-from promptmill_workers.engines.llama.batch_plan import fill
 from promptmill_workers.engines.llama.binding import NO_ROOM, Context, LlamaModel
 from promptmill_workers.engines.llama.embedding import Embedder
 from promptmill_workers.engines.llama.kv_cache import KVCache
-from promptmill_workers.engines.llama.outputs import sample, score
+from promptmill_workers.engines.llama.passes import fill, sample, score
 from promptmill_workers.engines.llama.sampling import Shape, shape_of
 from promptmill_workers.engines.llama.sequence import LlamaSequence
 from promptmill_workers.engines.llama.text import LlamaAnswerText, LlamaPromptReader

@@ -1,15 +1,23 @@
-"""What goes into one forward pass: a token of every decoding sequence, or tokens of prefixes and prompts."""
+"""One forward pass: what goes into it, and what its outputs say.
+
+A token of every decoding sequence, or tokens of prefixes and prompts, go in. The next token of an answer, or the
+log-probability of a continuation, comes out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from promptmill.types import Extras, FinishReason
+from promptmill_workers.engines.answer import Generation
+from promptmill_workers.engines.host_sampling import log_sum
 from promptmill_workers.engines.llama.batch import Batch
-from promptmill_workers.engines.llama.binding import SCORED_OUTPUTS
+from promptmill_workers.engines.llama.binding import SCORED_OUTPUTS, Context
 from promptmill_workers.engines.llama.prefixes import LlamaPrefix
 from promptmill_workers.engines.llama.sequence import LlamaSequence
 from promptmill_workers.engines.prefix_plan import Tokens
+from promptmill_workers.engines.scheduler import Computed
 
 
 @dataclass(slots=True)
@@ -109,3 +117,50 @@ def _put(
     else:
         done.prefilled += size
     return batch.put(sequence, owner.done, tokens[:size], wanted=wanted)
+
+
+def sample(context: Context, sequence: LlamaSequence) -> FinishReason | None:
+    """Draw a token, and take those that must follow it; why the answer has ended with one. Raises GrammarError."""
+    answer, output, sequence.output = sequence.answer, sequence.output, -1
+    assert isinstance(answer, Generation)
+    sequence.pending = [_drawn(context, sequence, answer, output)]
+    reason = answer.take(sequence.pending[0])
+    if reason is None and (answer.draws or sequence.thinks):
+        for each in answer.forced():
+            sequence.pending.append(each)
+            reason = answer.take(each)
+            if reason is not None:
+                break
+    return reason
+
+
+def _drawn(context: Context, sequence: LlamaSequence, answer: Generation, output: int) -> int:
+    """The next token, by the output at this batch index. Raises GrammarError."""
+    if not sequence.hosted:
+        return context.sampled(sequence.slot, output)
+    logits = context.logits(output)
+    if answer.draws:
+        return answer.draw(logits)
+    is_greedy = sequence.request.sampling.is_greedy
+    token = int(logits.argmax()) if is_greedy else context.drawn_aside(sequence.slot, output)
+    answer.observe(logits, token)
+    return token
+
+
+def score(context: Context, sequence: LlamaSequence) -> FinishReason | None:
+    """Add up what the pass says of the continuation; a reason when all of it was seen."""
+    # The output after position p is about the token at p + 1.
+    following = sequence.done - len(sequence.outputs) + 1
+    for index, output in enumerate(sequence.outputs):
+        logits, token = context.logits(output), int(sequence.prompt[following + index])
+        sequence.logprob += float(logits[token]) - log_sum(logits)
+        sequence.likeliest &= int(logits.argmax()) == token
+    sequence.outputs = range(0)
+    if sequence.in_prefill:
+        return None
+    text = sequence.request.continuation or ""
+    scores = {
+        "text": text, "logprob": sequence.logprob, "tokens": sequence.scored, "greedy": sequence.likeliest,
+    }  # fmt: skip
+    sequence.answer = Computed(text, Extras(continuations=[scores]))
+    return FinishReason.STOP
