@@ -201,7 +201,8 @@ def test_a_busy_worker_has_two_connections(command: Command, postgres_url: str, 
     workers = command.start("worker", "--device", "sim:2", "--model", model, "--slots", "4")
     db = connect(postgres_url)
     count = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND backend_type = 'client backend'"
     )
     seen: list[int] = []
     try:
