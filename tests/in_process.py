@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -107,6 +108,8 @@ def _warnings_of_a_program() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         warnings.showwarning = _say
         yield
+        # What the command left open is collected here, and not as an error in the midst of another test.
+        gc.collect(1)
 
 
 def _say(

@@ -371,3 +371,11 @@ def test_a_task_means_its_control_tokens_whatever_characters_its_data_hold(text:
     assert message.content == f"<|im_start|>{text}<|im_end|>\uf8fd[{text}]<|im_end|>"
     meant = [message.content[start:end] for start, end in message.own]
     assert meant == (["<|im_start|>", "<|im_end|>", "<|im_end|>"] if len(text) < 100 else [])
+
+
+@pytest.mark.parametrize("template", ["{{ tags|map('upper') }}", "{{ tags|reverse }}", "{{ tags|batch(2) }}"])
+def test_an_iterator_is_no_part_of_a_prompt(template: str) -> None:
+    """It would be the place of an object in memory: another text at each rendering."""
+    with pytest.raises(RenderError, match=r"and no text; add \|list or \|join"):
+        Template(template).render({"tags": ["a", "b"]}, None)
+    assert Template(template.replace(" }}", "|list }}")).render({"tags": ["a", "b"]}, None)

@@ -141,6 +141,9 @@ def _no_function(value: Any) -> Any:
     if callable(value) and not isinstance(value, Undefined):
         name = getattr(value, "__name__", "this")
         raise RenderError(f"template: '{name}' is a function and no field of the line")
+    if not isinstance(value, str | int | float | list | tuple | dict | Undefined):
+        # An iterator would be written as the place of an object in memory, another one at each rendering.
+        raise RenderError(f"template: what is put in is a {type(value).__name__} and no text; add |list or |join")
     return value
 
 
