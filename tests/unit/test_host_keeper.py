@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from promptmill.types import Request, SamplingParams
+from promptmill.types import Ok, Request, SamplingParams
 from promptmill_workers.checkpoints import fingerprint, locate
 from promptmill_workers.devices import parse_devices
 from promptmill_workers.engines.contract import EngineInfo, EngineOptions
@@ -103,6 +103,27 @@ def test_a_host_tells_which_model_it_loaded_and_how(keepers: list[ModelHosts], m
     assert (info.environment["name"], info.environment["kv_type"], info.environment["flash_attention"]) == (
         "llamacpp", "f16", "on",
     )  # fmt: skip
+
+
+def test_a_host_that_a_small_job_loaded_has_room_for_a_client_s_longer_text(
+    keepers: list[ModelHosts], model: Path
+) -> None:
+    hosts = keeper(keepers, loaded_models=1)
+    with hosts.session(str(model)) as session:
+        unasked = session.info.context_tokens
+    assert hosts.unload(str(model))
+    with hosts.session(str(model), 64) as session:
+        assert session.info.context_tokens == unasked > 64
+    loaded = hosts.pid
+    with hosts.session(str(model), urgent=True) as session:
+        text = "words " * 100
+        (answer,) = [
+            each
+            for batch in session.answer([Request(0, "a", SamplingParams(max_tokens=1), prompt=text)])
+            for each in batch
+        ]
+    assert isinstance(answer, Ok), answer
+    assert hosts.pid == loaded, "and nothing is loaded anew for it"
 
 
 def test_a_host_keeps_its_model_when_another_one_takes_the_file_s_place(keepers: list[ModelHosts], model: Path) -> None:

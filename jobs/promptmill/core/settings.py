@@ -48,7 +48,9 @@ class Settings(BaseSettings):
     slots: int | None = Field(
         None, ge=1, le=1024, description="Sequences decoded together; unset: 16 on CPUs, 64 on GPUs, as memory allows"
     )
-    context_tokens: int | None = Field(None, ge=16, description="Most tokens of one request; unset: what the job needs")
+    context_tokens: int | None = Field(
+        None, ge=16, description="Most tokens of one request; unset: what the job needs, at least 4096"
+    )
     kv_cells: int | None = Field(None, ge=16, description="KV cells in all, shared by the slots; unset: by slots")
     kv_type: Literal["f16", "q8_0"] = Field("f16", description="KV cache of llama.cpp: f16, or q8_0 in half the memory")
     batch_tokens: int = Field(512, ge=16, description="Most tokens of one forward pass")

@@ -37,6 +37,8 @@ class EngineOptions:
     slots: int | None = None
     #: Most tokens one request may hold, prompt and answer; at most what the model was trained for.
     context_tokens: int | None = None
+    #: Tokens that a job's longest request needs; where none were asked for, one may hold at least so many.
+    needed_tokens: int | None = None
     #: KV cells in all, shared by the slots.
     kv_cells: int | None = None
     #: Numbers that the KV cache is kept in: f16, or q8_0 for half the memory at some loss.

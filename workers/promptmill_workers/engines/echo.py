@@ -124,7 +124,7 @@ class EchoBackend:
 
     def __init__(self, model_name: str, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self._script = Script.from_options(options.model_options)
-        self._context = options.context_tokens or CONTEXT_TOKENS
+        self._context = options.context_tokens or max(CONTEXT_TOKENS, options.needed_tokens or 0)
         self._clock = clock
         self._instant = not (self._script.prefill_s or self._script.token_s)
         pace = self._script.token_s or LONGEST_SLEEP_S

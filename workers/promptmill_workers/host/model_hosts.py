@@ -55,7 +55,7 @@ class ModelHosts:
 
     def __init__(self, config: HostConfig, on_change: Callable[[ModelHosts], None] | None = None) -> None:
         self._config = config
-        # A context that was asked for is kept; else it grows with what jobs need.
+        # A context that was asked for is kept; else it is the engine's usual one, and grows with what jobs need.
         self._context_is_fixed = config.options.context_tokens is not None
         self._on_change = on_change or (lambda keeper: None)
         self._host: EngineHost | None = None
@@ -276,7 +276,7 @@ class ModelHosts:
             self._on_change(self)
             return self._host.info
         if not self._context_is_fixed:
-            self._config = replace(self._config, options=replace(self._config.options, context_tokens=context_tokens))
+            self._config = replace(self._config, options=replace(self._config.options, needed_tokens=context_tokens))
         self.state = "loading"
         self._on_change(self)
         info = self._load()

@@ -19,7 +19,9 @@ Examples:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cpu:0-3, cuda, cuda:0, metal, sim:4.")
 @click.option("-m", "--model", "models", multiple=True, help="Model to serve; may be repeated.  [env: JOBS_MODEL]")
 @click.option("--slots", type=click.IntRange(1), help="Sequences decoded together on a device.  [env: JOBS_SLOTS]")
-@click.option("--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what jobs need]")
+@click.option(
+    "--context", type=click.IntRange(16), help="Most tokens of a request.  [default: what jobs need, and 4096]"
+)
 @click.option(
     "--grace",
     type=click.FloatRange(0),

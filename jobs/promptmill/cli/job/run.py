@@ -205,7 +205,7 @@ Examples:
     "--context",
     "context_tokens",
     type=click.IntRange(16),
-    help="Most tokens of a request.  [default: what the job needs]",
+    help="Most tokens of a request.  [default: what the job needs, and 4096]",
 )
 @click.option("-o", "--output", type=click.Path(), help="Write the results here: .jsonl or .csv; - is stdout.")
 def run(output: str | None, force: bool, dry_run: bool, as_json: bool, **values: Any) -> None:

@@ -32,9 +32,6 @@ from promptmill_workers.engines.llama.sequence import LlamaSequence
 from promptmill_workers.engines.llama.text import LlamaAnswerText, LlamaPromptReader
 from promptmill_workers.engines.scheduler import Admission, Computed, Pass
 
-#: Context of a request when no other one was asked for.
-CONTEXT_TOKENS = 4096
-
 #: Longest that decoding sequences wait while prompts are computed, in seconds; and where a client waits for a text.
 #: A pass is not broken off: one more may be under way then.
 DECODE_WAITS_S, CLIENT_WAITS_S = 5.0, 0.1
@@ -54,11 +51,12 @@ class LlamaBackend:
         self._model = model
         self._vocabulary = model.vocabulary
         self._prompts = LlamaPromptReader(model)
-        self._context_tokens = min(model.context_trained, options.context_tokens or CONTEXT_TOKENS)
         room = fit(
-            slots=options.slots, cells=options.kv_cells, context_tokens=self._context_tokens,
-            cell_bytes=model.cell_bytes(options.kv_type), free_bytes=model.free_bytes(), gpu=model.offloaded > 0,
+            slots=options.slots, cells=options.kv_cells, context=options.context_tokens, needed=options.needed_tokens,
+            trained=model.context_trained, cell_bytes=model.cell_bytes(options.kv_type),
+            free_bytes=model.free_bytes(), gpu=model.offloaded > 0,
         )  # fmt: skip
+        self._context_tokens = room.context
         self._threads = options.threads or _cores()
         self._embedder: Embedder | None = None
         self._context = Context(

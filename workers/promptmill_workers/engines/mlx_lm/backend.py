@@ -28,9 +28,6 @@ from promptmill_workers.engines.scheduler import Admission, Computed, Pass
 if TYPE_CHECKING:
     from promptmill_workers.engines.mlx_lm.binding import Batcher, HostedSampler, MlxModel, SequenceId, Token
 
-#: Context of a request when no other one was asked for.
-CONTEXT_TOKENS = 4096
-
 
 @dataclass(slots=True, eq=False)
 class MlxSequence(TokenSequence):
@@ -252,13 +249,13 @@ class MlxBackend:
 
 
 def _info(model: MlxModel, tokenizer: MlxTokenizer, name: str, options: EngineOptions, device_got: str) -> EngineInfo:
-    context = min(tokenizer.context_tokens, options.context_tokens or CONTEXT_TOKENS)
     room = fit(
-        slots=options.slots, cells=options.kv_cells, context_tokens=context, cell_bytes=model.cell_bytes(),
+        slots=options.slots, cells=options.kv_cells, context=options.context_tokens, needed=options.needed_tokens,
+        trained=tokenizer.context_tokens, cell_bytes=model.cell_bytes(),
         free_bytes=psutil.virtual_memory().available, gpu=device_got != "cpu",
     )  # fmt: skip
     return EngineInfo(
-        engine="mlx", version=model.version, model_name=name, slots=room.slots, context_tokens=context,
+        engine="mlx", version=model.version, model_name=name, slots=room.slots, context_tokens=room.context,
         kv_cells=room.cells, device_got=device_got, layers=model.layers,
         layers_offloaded=0 if device_got == "cpu" else model.layers, extra=model.facts,
         exact=device_got == "cpu" and model.facts["dtypes"] == ["float32"],
