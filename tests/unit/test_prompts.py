@@ -379,3 +379,20 @@ def test_an_iterator_is_no_part_of_a_prompt(template: str) -> None:
     with pytest.raises(RenderError, match=r"and no text; add \|list or \|join"):
         Template(template).render({"tags": ["a", "b"]}, None)
     assert Template(template.replace(" }}", "|list }}")).render({"tags": ["a", "b"]}, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ [nope] }}", "'nope' is undefined"),
+        ("{{ {'a': [nope]} }}", "'nope' is undefined"),
+        ("{{ rows|map(attribute='kk')|list }}", "'kk' is undefined"),
+        ("{{ [tags|reverse] }}", r"and no text; add \|list or \|join"),
+        ("{{ [tags.count] }}", "is a function and no field"),
+    ],
+)
+def test_a_list_that_is_put_in_holds_nothing_that_is_no_value(template: str, problem: str) -> None:
+    line = {"tags": ["a", "b"], "rows": [{"k": 1}, {"k": None}]}
+    with pytest.raises(RenderError, match=problem):
+        Template(template).render(line, None)
+    assert Template("{{ rows }} {{ tags }}").render(line, None)[0].content == "[{'k': 1}, {'k': None}] ['a', 'b']"

@@ -203,3 +203,19 @@ def test_a_key_that_is_there_twice_among_many_is_found_at_once() -> None:
     with pytest.raises(BadLine, match="the key 'k199999' is there twice"):
         decoder().decode(line)
     assert time.monotonic() - started < 5
+
+
+def test_a_schema_that_was_checked_is_not_checked_again_and_a_bad_one_always_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good = {"type": "object", "properties": {"seen_once": {"type": "string"}}}
+    json_schemas.check(good)
+    monkeypatch.setattr(json_schemas, "MOST_CHECKS", 0)
+    json_schemas.check(json.loads(json.dumps(good)))
+    for other in ({**good, "title": "another"}, {"properties": {"a": {"minLength": 1}}}):
+        with pytest.raises(json_schemas.BadSchema, match="it takes too long"):
+            json_schemas.check(other)
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(json_schemas.BadSchema):
+            json_schemas.check({"type": "no type"})

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 from promptmill.tasks import patterns
@@ -93,6 +94,11 @@ class BadSchema(ValueError):
         self.place = tuple(place)
 
 
+#: Digests of schemas that were checked: a chat sends its tools again with each turn.
+_good: set[bytes] = set()
+MOST_GOOD = 4_096
+
+
 def check(schema: Any) -> None:
     """Raises BadSchema for what is no JSON schema, or is none that is taken from anybody."""
     from jsonschema import Draft202012Validator
@@ -102,6 +108,9 @@ def check(schema: Any) -> None:
         raise BadSchema("it is no object")
     if problem := problem_of(schema):
         raise BadSchema(problem)
+    digest = sha256(repr(schema).encode(errors="surrogatepass")).digest()
+    if digest in _good:
+        return
     kind = validator_for(schema, default=Draft202012Validator)
     _steps.left = MOST_CHECKS
     try:
@@ -112,6 +121,9 @@ def check(schema: Any) -> None:
         raise BadSchema(why) from None
     if mistake is not None:
         raise BadSchema(mistake.message[:200], mistake.absolute_path)
+    if len(_good) >= MOST_GOOD:
+        _good.clear()
+    _good.add(digest)
 
 
 def is_valid(schema: Mapping[str, Any], value: Any) -> bool:

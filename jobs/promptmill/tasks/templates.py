@@ -144,6 +144,12 @@ def _no_function(value: Any) -> Any:
     if not isinstance(value, str | int | float | list | tuple | dict | Undefined):
         # An iterator would be written as the place of an object in memory, another one at each rendering.
         raise RenderError(f"template: what is put in is a {type(value).__name__} and no text; add |list or |join")
+    if isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            if isinstance(each, Undefined):
+                # Python would write it in a list as if it were a value; made a text, it names what is missing.
+                str(each)
+            _no_function(each)
     return value
 
 
