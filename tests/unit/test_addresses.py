@@ -151,6 +151,25 @@ def test_an_error_about_redis_shows_no_secret() -> None:
         assert "secret" not in str(away.value)
 
 
+def test_a_redis_that_refuses_is_not_called_out_of_reach(redis_url: str) -> None:
+    from promptmill.queue.broker import Broker
+    from promptmill.types import ChunkId
+
+    server = redis_url.rpartition("/")[0]
+    for url in (f"{server}/99999", server.replace("redis://", "redis://u:secret@")):
+        for ask in (Broker.ping, lambda broker: broker.publish([ChunkId("job", 0)], "m", 0)):
+            with pytest.raises(PromptmillError, match="refuses: ") as refused:
+                ask(Broker(url))
+            assert "secret" not in str(refused.value)
+
+
+def test_sentinels_without_a_master_are_told_in_one_sentence() -> None:
+    from promptmill.queue.broker import Broker
+
+    with pytest.raises(PromptmillError, match=r"No master found for 'jobs'\n"):
+        Broker("sentinel://127.0.0.1:1,127.0.0.1:2/jobs/0").ping()
+
+
 def test_arrow_reads_a_sqlite_file_in_any_folder(tmp_path: Path) -> None:
     """Its driver takes a URI of SQLite's own, in which other characters mean something."""
     from promptmill.database import arrow_tables

@@ -17,7 +17,7 @@ from promptmill.api import prometheus
 from promptmill.api.dependencies import Services
 from promptmill.core.settings import Settings
 from promptmill.database.engine import database_now, writing
-from promptmill.database.tables import worker_samples, workers
+from promptmill.database.tables import jobs, worker_samples, workers
 from tests.unit.test_counting import add_worker
 from tests.unit.test_ledger import add_job
 
@@ -144,6 +144,12 @@ def test_nothing_waits_and_nobody_works_is_no_alert(database: sa.Engine, redis_u
 
 def test_requests_wait_and_there_never_was_a_worker(waiting: sa.Engine, redis_url: str) -> None:
     assert firing(waiting, redis_url) == {("PromptmillNoWorker", "")}
+
+
+def test_a_paused_job_waits_for_no_worker(waiting: sa.Engine, redis_url: str) -> None:
+    with waiting.begin() as db:
+        db.execute(sa.update(jobs).values(state="paused"))
+    assert firing(waiting, redis_url) == set()
 
 
 @pytest.mark.parametrize("age_s", [600.0, 7200.0, 2 * 86_400.0])

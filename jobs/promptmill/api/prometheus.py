@@ -30,7 +30,7 @@ from promptmill.database import counting
 from promptmill.database.counting import BOUNDS, NO_WORKER, Counts
 from promptmill.database.engine import COMMITS, CommitTimes, epoch, reading
 from promptmill.database.tables import batches, chunks, jobs, score_runs, worker_samples, workers
-from promptmill.ledger.values import UNENDED
+from promptmill.ledger.values import OPEN_STATES
 from promptmill.queue.broker import Broker
 from promptmill.queue.dispatcher import ALIVE_S
 from promptmill.store.catalog import with_newest_samples
@@ -329,15 +329,18 @@ def _scores(parts: Services, principal: Principal) -> Metric:
 
 def _queues(db: Connection, parts: Services) -> Iterator[Metric]:
     rows = chunks.c.rows - chunks.c.ok - chunks.c.errors - chunks.c.moved
-    waiting = sa.and_(jobs.c.state.in_(UNENDED), jobs.c.mode == "queue")
+    # A job that was paused waits for its operator, not for a worker.
+    waiting = sa.and_(jobs.c.state.in_(OPEN_STATES), jobs.c.mode == "queue")
     # Nothing waits for an ended chunk, and there may be a million of them.
     joined = sa.select(jobs.c.model, sa.func.sum(rows)).join(chunks, chunks.c.job_id == jobs.c.id)
     left = joined.where(waiting, chunks.c.state.in_(("queued", "leased")))
     items = _pairs(db, left.group_by(jobs.c.model), "queue")
-    yield family("promptmill_queue_items", "gauge", "Requests without a result.", items)
+    yield family("promptmill_queue_items", "gauge", "Requests without a result, of jobs that are not paused.", items)
     age = sa.select(jobs.c.model, sa.func.max(epoch() - jobs.c.submitted_at)).where(waiting).group_by(jobs.c.model)
     oldest = _pairs(db, age, "queue")
-    yield family("promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that waits.", oldest)
+    yield family(
+        "promptmill_queue_oldest_age_seconds", "gauge", "Age of the oldest job that is queued or runs.", oldest
+    )
     try:
         counts = Broker(parts.settings.redis_url).waiting([labels["queue"] for labels, _ in items])
         messages = [(labels, float(count)) for (labels, _), count in zip(items, counts, strict=True)]

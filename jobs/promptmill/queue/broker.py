@@ -223,8 +223,17 @@ class Broker:
         )  # fmt: skip
 
     def _unreachable(self, problem: Exception) -> BrokerError:
+        from redis.exceptions import AuthenticationError, ResponseError
+
+        # Sentinel's client adds the whole of itself, Celery's wraps what it was told.
+        said = first_line(problem).partition(" : <")[0]
+        if isinstance(problem.__cause__ or problem, AuthenticationError | ResponseError):
+            return BrokerError(
+                f"Redis at {masked(self._url)} refuses: {said}",
+                hint="Check user, password and the number of the database in JOBS_REDIS_URL, and what the user may do.",
+            )
         return BrokerError(
-            f"cannot reach Redis at {masked(self._url)}: {first_line(problem)}",
+            f"cannot reach Redis at {masked(self._url)}: {said}",
             hint="Check that it runs and that JOBS_REDIS_URL names it ('promptmill config' shows it).",
         )
 

@@ -181,7 +181,7 @@ def dispatch(job: Row[Any], settings: Settings, db: Engine, warn: OnWarning = lo
         # What was asked for is done: the ledger has the job, and any worker publishes it.
         warn(
             f"{problem.message}. Job {job.id} is stored, and nothing of it is lost: the workers publish it as soon as "
-            f"Redis is back. {problem.hint or ''}".rstrip()
+            f"they reach Redis. {problem.hint or ''}".rstrip()
         )
 
 
