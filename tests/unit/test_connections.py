@@ -23,6 +23,9 @@ THINKS_S = 0.8
 #: Far more than lies in all buffers on the way.
 BLOCKS = 4_000
 
+#: Connections of the test that runs.
+OPENED: list[asyncio.StreamWriter] = []
+
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,13 +59,28 @@ async def listening(
         try:
             yield found.getsockname()[1]
         finally:
+            # Also where a test failed: a socket that is left open fails another test.
+            for writer in OPENED:
+                writer.transport.abort()
+            OPENED.clear()
             server.should_exit = server.force_exit = True
             await serving
 
 
+async def opened(
+    port: int, local: str | None = None, limit: int = 65_536
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that ends with the server at the latest."""
+    local_addr = None if local is None else (local, 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=limit, local_addr=local_addr)
+    OPENED.append(writer)
+    return reader, writer
+
+
 async def read(reader: asyncio.StreamReader, count: int = 65_536) -> bytes:
     try:
-        return await asyncio.wait_for(reader.read(count), 5)
+        # So long that no busy machine is taken for a server that hangs.
+        return await asyncio.wait_for(reader.read(count), 60)
     except ConnectionError:
         return b""
 
@@ -71,10 +89,9 @@ async def read(reader: asyncio.StreamReader, count: int = 65_536) -> bytes:
 def test_who_sends_no_whole_head_is_cut_off(begun: bytes) -> None:
     async def test() -> None:
         async with listening(app) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await opened(port)
             writer.write(begun)
             assert await read(reader) == b""
-            writer.close()
 
     asyncio.run(test())
 
@@ -82,7 +99,7 @@ def test_who_sends_no_whole_head_is_cut_off(begun: bytes) -> None:
 def test_a_dripped_head_after_an_answer_is_cut_off_and_a_slow_answer_is_not() -> None:
     async def test() -> None:
         async with listening(app) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            reader, writer = await opened(port)
             for _ in range(2):
                 writer.write(ASK % b"")
                 answer = await read(reader)
@@ -98,19 +115,17 @@ def test_a_dripped_head_after_an_answer_is_cut_off_and_a_slow_answer_is_not() ->
                     break
             assert ending.done()
             assert await ending == b""
-            writer.close()
 
     asyncio.run(test())
 
 
 async def refusal(port: int, sent: bytes) -> bytes:
     """The last that comes back for what is sent."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await opened(port)
     writer.write(sent)
     answer = b""
     while block := await read(reader):
         answer = block
-    writer.close()
     return answer
 
 
@@ -135,7 +150,7 @@ def test_a_head_has_a_largest_size(end: bytes, monkeypatch: pytest.MonkeyPatch) 
 def test_no_endless_line_comes_after_a_head_either(rest: bytes) -> None:
     async def test() -> None:
         async with listening(endless) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            reader, writer = await opened(port, limit=1024)
             writer.write(rest)
             await asyncio.sleep(0.1)
             writer.write(b"a" * 2 * connections.LARGEST_HEAD)
@@ -143,7 +158,6 @@ def test_no_endless_line_comes_after_a_head_either(rest: bytes) -> None:
             while block := await read(reader):
                 size += len(block)
             assert size < BLOCKS * 65_536
-            writer.close()
 
     asyncio.run(test())
 
@@ -151,31 +165,33 @@ def test_no_endless_line_comes_after_a_head_either(rest: bytes) -> None:
 def test_who_takes_nothing_of_an_answer_is_cut_off() -> None:
     async def test() -> None:
         async with listening(endless) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            reader, writer = await opened(port, limit=1024)
             writer.write(ASK % b"")
             await asyncio.sleep(1.5)
             size = 0
             while block := await read(reader):
                 size += len(block)
             assert size < BLOCKS * 65_536
-            writer.close()
 
     asyncio.run(test())
 
 
-def test_who_takes_it_slowly_has_it_all() -> None:
+def test_who_takes_it_slowly_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than any pause, and shorter than all of them.
+    monkeypatch.setattr(connections, "TAKE_S", 1.5)
+
     async def test() -> None:
         async with listening(endless) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            reader, writer = await opened(port)
             writer.write(ASK % b"")
             size, pauses = 0, 0
             while block := await read(reader, 2**20):
                 size += len(block)
-                if size // 2**26 > pauses:
+                if size // 2**25 > pauses and pauses < 3:
                     pauses += 1
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(0.6)
+            assert pauses * 0.6 > connections.TAKE_S
             assert size >= BLOCKS * 65_536
-            writer.close()
 
     asyncio.run(test())
 
@@ -186,14 +202,12 @@ Connect = Callable[..., Awaitable[list[asyncio.StreamReader]]]
 @contextlib.asynccontextmanager
 async def crowded(served: Callable[..., Awaitable[None]], most: int) -> AsyncIterator[Connect]:
     """Connects clients to a server that has so many connections."""
-    writers: list[asyncio.StreamWriter] = []
 
     async def connect(address: str, sent: bytes, count: int = 1) -> list[asyncio.StreamReader]:
         """So many connections from one address of this machine, on each of which this is sent, in turn."""
         readers = []
         for _ in range(count):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
-            writers.append(writer)
+            reader, writer = await opened(port, address)
             writer.write(sent)
             readers.append(reader)
             # The server has taken it in before the next one comes.
@@ -201,11 +215,7 @@ async def crowded(served: Callable[..., Awaitable[None]], most: int) -> AsyncIte
         return readers
 
     async with listening(served, connections.Crowd(most, 8)) as port:
-        try:
-            yield connect
-        finally:
-            for writer in writers:
-                writer.transport.abort()
+        yield connect
 
 
 @pytest.fixture
