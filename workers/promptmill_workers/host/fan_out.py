@@ -23,7 +23,7 @@ from promptmill_workers.engines.contract import (
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class Split:
     """A request in parts, each a sequence of its own."""
 
     request: EngineRequest
@@ -38,8 +38,8 @@ class FanOut(EngineWrapper):
         super().__init__(engine)
         # Parts have keys below zero, which no caller uses.
         self._next_part = -1
-        self._groups: dict[RequestKey, Group] = {}
-        self._group_of: dict[RequestKey, Group] = {}
+        self._groups: dict[RequestKey, Split] = {}
+        self._group_of: dict[RequestKey, Split] = {}
         self._wasted = 0
 
     @property
@@ -78,11 +78,11 @@ class FanOut(EngineWrapper):
             return [request]
         keys = [self._next_part - number for number in range(len(parts))]
         self._next_part -= len(parts)
-        group = self._groups[request.key] = Group(request, keys)
+        group = self._groups[request.key] = Split(request, keys)
         self._group_of.update(dict.fromkeys(keys, group))
         return [replace(part, key=key) for part, key in zip(parts, keys, strict=True)]
 
-    def _collect(self, group: Group, event: Event) -> Event | None:
+    def _collect(self, group: Split, event: Event) -> Event | None:
         """What a part's event means for the request."""
         key = group.request.key
         match event:
@@ -98,7 +98,7 @@ class FanOut(EngineWrapper):
                 self._dissolve(group)
                 return replace(event, key=key)
 
-    def _dissolve(self, group: Group) -> None:
+    def _dissolve(self, group: Split) -> None:
         """End every part; what they have generated is in no answer."""
         for part in group.parts:
             if part not in group.finished:
@@ -106,7 +106,7 @@ class FanOut(EngineWrapper):
         self._wasted += sum(each.usage.output_tokens for each in group.finished.values())
         self._forget(group)
 
-    def _forget(self, group: Group) -> None:
+    def _forget(self, group: Split) -> None:
         del self._groups[group.request.key]
         for part in group.parts:
             del self._group_of[part]
@@ -132,7 +132,7 @@ def _parts(request: EngineRequest) -> list[EngineRequest]:
     return []
 
 
-def _whole(group: Group) -> Finished:
+def _whole(group: Split) -> Finished:
     """The answer that the finished parts make."""
     parts = [group.finished[key] for key in group.parts]
     sampling = group.request.sampling
