@@ -15,7 +15,8 @@ import pytest
 from promptmill.types import ErrorClass, Extras, FinishReason, SamplingParams, Sharing
 from promptmill_workers.engines.contract import Engine, EngineRequest, Event, Finished, Rejected, TokenEvent
 from promptmill_workers.host.process import wrapped
-from tests.unit.test_engine_contract import Case, Load, case, chat, checkpoint, load, raw
+from tests.engine_runs import Load
+from tests.unit.test_engine_contract import Case, case, chat, checkpoint, load, raw
 
 __all__ = ["case", "checkpoint", "load"]
 

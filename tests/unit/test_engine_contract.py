@@ -6,7 +6,7 @@ A new engine is one line in ``CASES``.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from promptmill.errors import RequestError
 from promptmill.types import ErrorClass, FinishReason, Message, SamplingParams, Sharing
 from promptmill_workers.checkpoints import Checkpoint, build_engine
 from promptmill_workers.engines import ENGINES
-from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Rejected
 from promptmill_workers.limited_counter import token_counter
+from tests.engine_runs import Load, alone, answers, finished, run, texts
 from tests.unit.tiny_mlx import write_tiny_mlx
 from tests.unit.tiny_models import write_tiny_gguf
 
@@ -49,8 +50,6 @@ CASES = {
     "llamacpp": Case(write=lambda folder: write_tiny_gguf(folder / "tiny.gguf", context=CONTEXT)),
     "mlx": Case(write=lambda folder: write_tiny_mlx(folder / "tiny", context=CONTEXT), needs="mlx_lm"),
 }
-
-Load = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -95,49 +94,9 @@ def raw(key: int, prompt: str, **sampling: Any) -> EngineRequest:
     return EngineRequest(key, SamplingParams(**{"max_tokens": 12, **sampling}), prompt=prompt)
 
 
-def run(engine: Engine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
-    """Every request's event, each exactly once."""
-    engine.add(requests)
-    events: list[Event] = []
-    for _ in range(5000):
-        events.extend(engine.step())
-        if not engine.active and not engine.waiting:
-            break
-    else:
-        raise AssertionError(f"after 5,000 steps {engine.active} requests run and {engine.waiting} wait")
-    events.extend(engine.step())
-    found = {event.key: event for event in events}
-    assert len(events) == len(found)
-    assert found.keys() >= {request.key for request in requests}
-    return found
-
-
-def finished(event: Event) -> Finished:
-    assert isinstance(event, Finished), event
-    return event
-
-
 def rejected(event: Event) -> Rejected:
     assert isinstance(event, Rejected), event
     return event
-
-
-def texts(events: dict[int, Event]) -> dict[int, str]:
-    return {key: finished(event).text for key, event in sorted(events.items())}
-
-
-def answers(events: dict[int, Event]) -> dict[int, tuple[str, FinishReason, int, int]]:
-    """What must not depend on neighbours: text, reason, and the tokens of prompt and answer."""
-    found = {key: finished(event) for key, event in sorted(events.items())}
-    return {
-        key: (each.text, each.finish_reason, each.usage.prompt_tokens, each.usage.output_tokens)
-        for key, each in found.items()
-    }
-
-
-def alone(load: Load, requests: Sequence[EngineRequest]) -> dict[int, tuple[str, FinishReason, int, int]]:
-    """Each request's answer by an engine that never holds another one and shares nothing."""
-    return {request.key: answers(run(load(slots=1), [request]))[request.key] for request in requests}
 
 
 def test_the_suite_judges_every_engine() -> None:

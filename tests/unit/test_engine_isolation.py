@@ -8,7 +8,8 @@ from typing import Any
 
 from promptmill_workers.engines.contract import Engine, EngineRequest, Finished, TokenEvent
 from promptmill_workers.host.process import wrapped
-from tests.unit.test_engine_contract import RULES, WORDS, Case, Load, case, chat, checkpoint, load, raw
+from tests.engine_runs import Load
+from tests.unit.test_engine_contract import RULES, WORDS, Case, case, chat, checkpoint, load, raw
 
 __all__ = ["case", "checkpoint", "load"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from promptmill.types import ErrorClass, SamplingParams
-from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
+from promptmill_workers.engines.contract import EngineOptions, EngineRequest, Rejected
 from promptmill_workers.engines.llama.backend import PREFIXES, LlamaBackend
 from promptmill_workers.engines.llama.sequence import LlamaSequence
 from promptmill_workers.engines.scheduler import Scheduler
+from tests.engine_runs import finished, run, texts
 from tests.unit.tiny_models import write_tiny_gguf
 
 CONTEXT = 512
@@ -43,24 +44,6 @@ def load(model: Path) -> Iterator[Load]:
 
 def raw(key: int, prompt: str, **sampling: Any) -> EngineRequest:
     return EngineRequest(key, SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling}), prompt=prompt)
-
-
-def run(engine: Engine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
-    engine.add(requests)
-    events: list[Event] = []
-    while engine.active or engine.waiting:
-        events.extend(engine.step())
-    events.extend(engine.step())
-    return {event.key: event for event in events}
-
-
-def finished(event: Event) -> Finished:
-    assert isinstance(event, Finished), event
-    return event
-
-
-def texts(events: dict[int, Event]) -> dict[int, str]:
-    return {key: finished(event).text for key, event in sorted(events.items())}
 
 
 def occupy(engine: Scheduler[LlamaSequence], cells: int) -> None:

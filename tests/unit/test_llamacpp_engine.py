@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,11 +35,10 @@ from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import LlamaAnswerText
 from promptmill_workers.engines.scheduler import Scheduler
 from tests.conftest import ROOT
+from tests.engine_runs import Load, alone, answers, finished, run
 from tests.unit.tiny_models import write_tiny_gguf
 
 ODD = "加V：abc123 😂 好听 naïve žluťoučký 👨‍👩‍👧‍👦 ░▒▓"
-
-Load = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
@@ -88,41 +87,6 @@ def requests_of(task: Template, texts: Sequence[str], **sampling: Any) -> list[E
     ]
 
 
-def run(engine: Engine, requests: Sequence[EngineRequest] = ()) -> dict[int, Event]:
-    engine.add(requests)
-    events: list[Event] = []
-    for _ in range(5000):
-        events.extend(engine.step())
-        if not engine.active and not engine.waiting:
-            break
-    assert len(events) == len({event.key for event in events})
-    return {event.key: event for event in events}
-
-
-def finished(event: Event) -> Finished:
-    assert isinstance(event, Finished), event
-    return event
-
-
-def answers(events: dict[int, Event]) -> dict[int, tuple[str, FinishReason, int, int]]:
-    """Text, reason, and the tokens of prompt and answer: what must not depend on neighbours."""
-    found = {key: finished(event) for key, event in sorted(events.items())}
-    return {
-        key: (each.text, each.finish_reason, each.usage.prompt_tokens, each.usage.output_tokens)
-        for key, each in found.items()
-    }
-
-
-def alone(load: Load, requests: Sequence[EngineRequest]) -> dict[int, tuple[str, FinishReason, int, int]]:
-    """Each answer by an engine that was made for it: nothing is batched and nothing shared."""
-    found: dict[int, tuple[str, FinishReason, int, int]] = {}
-    for request in requests:
-        engine = load(slots=1, kv_cells=2048)
-        found |= answers(run(engine, [request]))
-        engine.close()
-    return found
-
-
 def varied(task: Template) -> list[EngineRequest]:
     """48 prompts of one to many comments in every order of length."""
     pool = comments()
@@ -151,7 +115,7 @@ def expected(exact: Path, task: Template) -> dict[int, tuple[str, FinishReason, 
         asked = EngineOptions(slots=slots, context_tokens=2048, threads=1, **options)
         return Scheduler(LlamaBackend.load(exact, "demo", asked))
 
-    return alone(load, varied(task))
+    return alone(load, varied(task), kv_cells=2048)
 
 
 def test_the_demo_model_answers_in_the_asked_for_shape(load: Load, task: Template) -> None:
@@ -197,7 +161,7 @@ def test_a_long_prompt_has_passes_of_its_own_within_a_bound(
     monkeypatch.undo()
     events = [each for each in events if not isinstance(each, TokenEvent)]
     found = {event.key: event for event in events} | run_whole(engine)
-    assert answers(found) == alone(load, [replace(short, stream=False), long])
+    assert answers(found) == alone(load, [replace(short, stream=False), long], kv_cells=2048)
 
 
 def test_a_short_prompt_rides_along_with_a_pass_that_decodes(load: Load, task: Template) -> None:

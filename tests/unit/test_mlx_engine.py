@@ -26,6 +26,7 @@ pytest.importorskip("mlx_lm", reason="MLX is not installed: pip install 'promptm
 from promptmill_workers.engines.mlx_lm.backend import MlxBackend
 from promptmill_workers.engines.mlx_lm.text import MlxAnswerText, MlxTokenizer
 from promptmill_workers.engines.scheduler import Scheduler
+from tests.engine_runs import finished, run, texts
 
 RULES = "Is this comment an advertisement? Answer with JSON such as the one below, and nothing else. "
 
@@ -55,27 +56,6 @@ def chat(key: int, *, system: str = RULES, text: str | None = None, **sampling: 
     user = text or f"{WORDS[key % len(WORDS)]} {key} " * (1 + key % 4)
     settings = SamplingParams(**{"max_tokens": 12, **sampling})
     return EngineRequest(key, settings, messages=(Message("system", system), Message("user", user)))
-
-
-def run(engine: Engine, requests: Sequence[EngineRequest], most_steps: int = 2000) -> dict[int, Event]:
-    """Every request's event."""
-    engine.add(requests)
-    events: list[Event] = []
-    for _ in range(most_steps):
-        events.extend(engine.step())
-        if not engine.active and not engine.waiting:
-            break
-    assert len(events) == len({event.key for event in events})
-    return {event.key: event for event in events}
-
-
-def finished(event: Event) -> Finished:
-    assert isinstance(event, Finished), event
-    return event
-
-
-def texts(events: dict[int, Event]) -> dict[int, str]:
-    return {key: finished(event).text for key, event in events.items()}
 
 
 def tokens_of_mlx_lm(folder: Path, prompts: Sequence[str], most: int) -> list[list[int]]:
