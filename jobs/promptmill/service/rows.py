@@ -62,7 +62,7 @@ class Rows:
         self.bad_total = 0
         #: Expected tokens of each row.
         self.costs = array("I")
-        #: What each valid row asks, as ``input_digest``.
+        #: What each valid row asks, as ``digest_of``.
         self._inputs = array("q")
         #: Rows of bad lines that are kept as errors.
         self.invalid: list[int] = []
@@ -115,7 +115,8 @@ class Rows:
         cost = len(text) // BYTES_PER_TOKEN + sampling.max_tokens
         if self._labels is not None:
             self._labels.add(line.expected)
-        digest = input_digest(body)
+        # A prompt is written in one way only; fields may come in any order.
+        digest = digest_of(text if "prompt" in body else _sorted(body))
         self._inputs.append(digest)
         return PreparedRow(custom_id, text, _json(line.expected), _json(line.meta), asked, cost, digest)
 
@@ -181,9 +182,8 @@ class Rows:
             )
 
 
-def input_digest(body: Mapping[str, Any]) -> int:
-    """64 bits, as a signed number, of what a row asks, whatever the order of its fields."""
-    text = _sorted(body)
+def digest_of(text: str) -> int:
+    """64 bits, as a signed number, of what a row asks."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
