@@ -147,9 +147,7 @@ def test_lines_of_a_client_lie_in_the_folder_that_is_swept_and_nowhere_else(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     parts = cast(Services, SimpleNamespace(store=store))
     assert (
-        asyncio.run(
-            _from_lines(parts, keys.LOCAL, {"lines": ["a secret", {"prompt": "b"}]}, JobOptions(dataset="lines.jsonl"))
-        )
+        asyncio.run(_from_lines(parts, keys.LOCAL, ["a secret", {"prompt": "b"}], JobOptions(dataset="lines.jsonl")))
         == "job"
     )
     [(there, text)] = found

@@ -1,8 +1,10 @@
-"""What the OpenAPI document says of bodies, queries and errors. Bodies are checked by hand, in OpenAI's words."""
+"""What the OpenAPI document says of bodies, queries and errors."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from pydantic import BaseModel
 
 ERROR = {
     "type": "object",
@@ -49,8 +51,24 @@ def content(*more: int, kind: str = "application/octet-stream") -> dict[int | st
     return found
 
 
-def body(schema: dict[str, Any], kind: str = "application/json") -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+def body(schema: dict[str, Any] | type[BaseModel], kind: str = "application/json") -> dict[str, Any]:
+    found = schema if isinstance(schema, dict) else _of_model(schema)
+    return {"requestBody": {"required": True, "content": {kind: {"schema": found}}}}
+
+
+def _of_model(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a model, with what it refers to in place: the document has no place for definitions of one call."""
+    whole = model.model_json_schema()
+    parts = whole.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {name: inlined(each) for name, each in value.items() if name != "$ref"}
+            return inlined(parts[value["$ref"].rpartition("/")[2]]) | kept if "$ref" in value else kept
+        return [inlined(each) for each in value] if isinstance(value, list) else value
+
+    found: dict[str, Any] = inlined(whole)
+    return found
 
 
 def query(*parameters: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +88,6 @@ def _object(required: list[str], **properties: Any) -> dict[str, Any]:
 
 
 TEXT: dict[str, Any] = {"type": "string"}
-METADATA = {"type": ["object", "null"], "additionalProperties": {"type": "string"}, "maxProperties": 16}
 
 UPLOAD = body(
     _object(
@@ -82,22 +99,6 @@ UPLOAD = body(
 
 FILE_LIST = query(number("limit", 1, 10_000, 10_000), words("after"), words("order", "asc", "desc"), words("purpose"))
 PAGED = query(number("limit", 1, 100, 20), words("after"))
-
-BATCH = body(
-    _object(
-        ["input_file_id", "endpoint", "completion_window"],
-        input_file_id=TEXT,
-        endpoint={"type": "string", "enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]},
-        completion_window={"type": "string", "example": "24h"},
-        metadata=METADATA,
-        output_expires_after=_object(
-            ["anchor", "seconds"], anchor={"type": "string", "enum": ["created_at"]}, seconds={"type": "integer"}
-        ),
-        priority={"type": "integer", "minimum": 0, "maximum": 9, "description": "0 is the most urgent."},
-        task={"type": "string", "description": "A task file (YAML): how the answers are scored."},
-        idempotency_key={"type": "string", "description": "The same key again returns the same batch."},
-    )
-)
 
 _TOOL = _object(
     ["type", "function"], type={"type": "string", "enum": ["function"]},
@@ -175,31 +176,9 @@ EMBEDDING = body(
     )
 )  # fmt: skip
 
-GENERATE = body(
-    _object(
-        ["prompt"], prompt=TEXT, model=TEXT, max_tokens={"type": "integer", "minimum": 1},
-        temperature={"type": "number", "minimum": 0, "maximum": 2},
-    )
-)  # fmt: skip
-
-JOB = body(
-    _object(
-        ["model"], model=TEXT, file_id=TEXT,
-        lines={"type": "array", "items": {"type": ["object", "string"]}, "description": "Lines of a JSONL dataset."},
-        format={"type": "string", "enum": ["jsonl", "openai_batch", "csv", "tsv", "text", "json"]},
-        task={"type": "string", "description": "A task file (YAML)."}, template=TEXT, system=TEXT,
-        sampling={"type": "object", "description": "Sampling parameters of lines that set none of their own."},
-        name=TEXT, priority={"type": "integer", "minimum": 0, "maximum": 9},
-        max_errors={"type": "string", "description": "A number, or a share such as 5%."},
-        skip_invalid={"type": "boolean"}, deadline={"type": "string", "description": "A span such as 2h, or a time."},
-    )
-)  # fmt: skip
-
 JOB_LIST = query(
     number("limit", 1, 100, 20), words("after"),
     words("state", "queued", "running", "paused", "completed", "failed", "cancelled", "expired"),
 )  # fmt: skip
 RESULTS = query(number("after", -1, 2**31 - 1, -1), words("failed", "true", "false"))
 REPORT = query(words("format", "json", "html"))
-
-MODEL_ORDER = body(_object(["model"], model=TEXT, worker={"type": "string", "description": "Only this worker."}))

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
+from pydantic import Field
 from sqlalchemy.engine import Row
 from starlette.responses import Response
 
 from promptmill.api import openapi
 from promptmill.api.batches import records
-from promptmill.api.batches.validation import ENDPOINTS
 from promptmill.api.dependencies import Parts, Reader, Services, Submitter, in_thread
-from promptmill.api.http import validation
 from promptmill.api.http.errors import ApiError, bad, not_found
 from promptmill.api.http.evaluation import QUICK
-from promptmill.api.http.validation import json_response, page, query_whole
+from promptmill.api.http.validation import PLAIN, Body, Metadata, Whole, json_response, page, query_whole
 from promptmill.api.jobs.client_tasks import require_task
 from promptmill.api.keys import Principal
 from promptmill.api.openai.files import LONGEST_LIFE_S, SHORTEST_LIFE_S
@@ -28,11 +27,6 @@ from promptmill.errors import PromptmillError
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
 
-KNOWN = (
-    "input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after", "priority", "task",
-    "idempotency_key",
-)  # fmt: skip
-
 #: Longest task file, in characters.
 LONGEST_TASK = 1_000_000
 
@@ -40,32 +34,49 @@ LONGEST_TASK = 1_000_000
 SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 60.0, 30 * 86_400.0
 
 
-@router.post("", summary="Create a batch", openapi_extra=openapi.BATCH, responses=openapi.responses(409))
+class Life(Body):
+    """When what a batch writes is removed."""
+
+    anchor: Literal["created_at"]
+    seconds: Whole = Field(ge=SHORTEST_LIFE_S, le=LONGEST_LIFE_S)
+
+
+class BatchBody(Body):
+    """A batch as a client asks for it."""
+
+    input_file_id: Annotated[str, Field(min_length=1, max_length=64), PLAIN]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    completion_window: Annotated[str, Field(min_length=1, max_length=16, examples=["24h"]), PLAIN]
+    metadata: Metadata | None = None
+    output_expires_after: Life | None = None
+    priority: Whole = Field(5, ge=0, le=9, description="0 is the most urgent.")
+    task: Annotated[str, Field(max_length=LONGEST_TASK), PLAIN] | None = Field(
+        None, description="A task file (YAML): how the answers are scored."
+    )
+    idempotency_key: Annotated[str, Field(max_length=255), PLAIN] | None = Field(
+        None, description="The same key again returns the same batch."
+    )
+
+    def values(self) -> dict[str, Any]:
+        """Columns of the batch."""
+        return {
+            "input_file_id": self.input_file_id, "endpoint": self.endpoint,
+            "completion_window": self.completion_window,
+            "metadata": None if self.metadata is None else json.dumps(self.metadata, ensure_ascii=False),
+            "priority": self.priority, "task_text": self.task, "idempotency_key": self.idempotency_key,
+            "output_expires_after_s": self.output_expires_after.seconds if self.output_expires_after else None,
+        }  # fmt: skip
+
+
+@router.post("", summary="Create a batch", openapi_extra=openapi.body(BatchBody), responses=openapi.responses(409))
 async def create(request: Request, parts: Parts, principal: Submitter) -> Response:
     """The batch is validated next; what is wrong with its lines is in ``errors`` of the batch."""
-    body = await validation.read_object(request)
-    values, window_s = _checked(body)
-    if values["task_text"] is not None:
-        await _require_task(parts, principal, values["task_text"])
-    values["api_key_id"] = principal.key_id
-    row = await in_thread(_create, parts, values, window_s)
+    body = await BatchBody.read(request)
+    window_s = _window_s(body.completion_window)
+    if body.task is not None:
+        await _require_task(parts, principal, body.task)
+    row = await in_thread(_create, parts, body.values() | {"api_key_id": principal.key_id}, window_s)
     return json_response((await in_thread(records.shape, parts.db, [row]))[0])
-
-
-def _checked(body: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    validation.known_only(body, KNOWN)
-    file_id = validation.text(body, "input_file_id", required=True, longest=64)
-    endpoint = validation.one_of(body, "endpoint", ENDPOINTS, required=True)
-    window = validation.text(body, "completion_window", required=True, longest=16)
-    metadata = validation.metadata(body)
-    task = validation.text(body, "task", longest=LONGEST_TASK)
-    return {
-        "input_file_id": file_id, "endpoint": endpoint, "completion_window": window,
-        "metadata": None if metadata is None else json.dumps(metadata, ensure_ascii=False),
-        "priority": validation.whole(body, "priority", 0, 9, 5), "task_text": task,
-        "idempotency_key": validation.text(body, "idempotency_key", longest=255),
-        "output_expires_after_s": _life_s(body.get("output_expires_after")),
-    }, _window_s(window or "")  # fmt: skip
 
 
 async def _require_task(parts: Services, principal: Principal, text: str) -> None:
@@ -87,19 +98,6 @@ def _window_s(text: str) -> float:
             "completion_window",
             "invalid_value",
         )
-    return seconds
-
-
-def _life_s(value: Any) -> int | None:
-    name = "output_expires_after"
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise validation.wrong_type(name, "an object", value)
-    validation.one_of(value, "anchor", ("created_at",), required=True, within=f"{name}.")
-    seconds = validation.whole(value, "seconds", SHORTEST_LIFE_S, LONGEST_LIFE_S, within=f"{name}.")
-    if seconds is None:
-        raise bad(f"Missing required parameter: '{name}.seconds'.", f"{name}.seconds", "missing_required_parameter")
     return seconds
 
 

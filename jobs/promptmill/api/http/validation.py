@@ -1,13 +1,15 @@
-"""Bodies of calls, checked by hand: clients are told what OpenAI's API would tell them."""
+"""Bodies of calls as models, and queries: clients are told what OpenAI's API would tell them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
 
 import orjson
 from fastapi import Request
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from promptmill.api.http.errors import ApiError, bad, missing
@@ -24,8 +26,6 @@ DEEPEST = 100
 
 #: Values of a body, counted by what stands between them: a tenth of a second of reading.
 MOST_VALUES = 250_000
-
-MOST_METADATA, LONGEST_METADATA_KEY, LONGEST_METADATA_VALUE = 16, 64, 512
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -70,90 +70,75 @@ def wrong_type(name: str, wanted: str, value: Any) -> ApiError:
     return bad(f"Invalid type for '{name}': expected {wanted}, but got {kind(value)} instead.", name, "invalid_type")
 
 
-def text(
-    body: Mapping[str, Any], name: str, *, required: bool = False, longest: int = 4096, within: str = ""
-) -> str | None:
-    """A text of the body; None when it is absent or null. ``within`` is what its name begins with in an error."""
-    value = body.get(name)
-    name = within + name
-    if value is None:
-        if required:
-            raise missing(name)
-        return None
-    if not isinstance(value, str):
-        raise wrong_type(name, "a string", value)
-    if len(value) > longest or (required and not value):
-        raise bad(f"Invalid value for '{name}': expected 1 to {longest} characters.", name, "invalid_value")
-    if "\0" in value or not _is_unicode(value):
-        raise bad(f"Invalid value for '{name}': it holds what is no text.", name, "invalid_value")
+def _plain(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("it holds a NUL character")
     return value
 
 
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+#: On texts that are stored: PostgreSQL has no NUL.
+PLAIN = AfterValidator(_plain)
+
+#: A whole number, which some clients write as 8.0.
+Whole = Annotated[int, BeforeValidator(as_whole)]
+
+#: Up to 16 pairs of short texts.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64), PLAIN], Annotated[str, Field(max_length=512), PLAIN]],
+    Field(max_length=16),
+]
+
+#: What pydantic calls a wrong type -> what was expected.
+EXPECTED = {
+    "string_type": "a string", "int_type": "an integer", "bool_type": "a boolean", "float_type": "a number",
+    "dict_type": "an object", "model_type": "an object", "list_type": "an array",
+}  # fmt: skip
 
 
-def one_of(
-    body: Mapping[str, Any], name: str, allowed: tuple[str, ...], *, required: bool = False, within: str = ""
-) -> str | None:
-    value = text(body, name, required=required, within=within)
-    name = within + name
-    if value is not None and value not in allowed:
-        listed = ", ".join(f"'{each}'" for each in allowed)
-        raise bad(f"Invalid value: '{value[:100]}'. Supported values are: {listed}.", name, "invalid_value")
-    return value
+class Body(BaseModel):
+    """A body, or an object in one. A field without a meaning is never passed over in silence; null is not set."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        return {name: each for name, each in given.items() if each is not None} if isinstance(given, dict) else given
+
+    @classmethod
+    async def read(cls, request: Request) -> Self:
+        """Raises a 400 for a body that is none."""
+        return cls.of(await read_object(request))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Raises a 400."""
+        try:
+            return cls.model_validate(given)
+        except ValidationError as problem:
+            raise _refusal(problem.errors(include_url=False)) from None
 
 
-def whole(
-    body: Mapping[str, Any], name: str, low: int, high: int, default: int | None = None, *, within: str = ""
-) -> int | None:
-    value = as_whole(body.get(name))
-    name = within + name
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise wrong_type(name, "an integer", value)
-    if not low <= value <= high:
-        raise bad(f"Invalid value for '{name}': expected {low} to {high:,}.", name, "invalid_value")
-    return value
-
-
-def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise wrong_type(name, "a boolean", value)
-    return value
-
-
-def metadata(body: Mapping[str, Any]) -> dict[str, str] | None:
-    """Up to 16 pairs of short texts."""
-    value = body.get("metadata")
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise wrong_type("metadata", "an object", value)
-    if len(value) > MOST_METADATA:
-        raise bad(f"Invalid 'metadata': at most {MOST_METADATA} pairs.", "metadata", "object_above_max_properties")
-    for name in value:
-        if len(name) > LONGEST_METADATA_KEY:
-            raise bad(f"Invalid 'metadata': a name is longer than {LONGEST_METADATA_KEY}.", "metadata", "invalid_value")
-        if text(value, name, longest=LONGEST_METADATA_VALUE, within="metadata.") is None:
-            raise wrong_type(f"metadata.{name}", "a string", None)
-    return value
-
-
-def known_only(body: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raises a 400 for a field without a meaning: it is never passed over in silence."""
-    unknown = sorted(body.keys() - set(known))
-    if unknown:
-        name = unknown[0][:100]
-        raise bad(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
+def _refusal(found: Sequence[ErrorDetails]) -> ApiError:
+    """The first thing that is wrong, in OpenAI's words; a field that is unknown goes before."""
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
+    name = ".".join(str(part) for part in first["loc"] if part != "[key]")[:100]
+    match first["type"], first["input"]:
+        case "missing", _:
+            return missing(name)
+        case "extra_forbidden", _:
+            return bad(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
+        case kind_of_error, value if kind_of_error in EXPECTED:
+            return wrong_type(name, EXPECTED[kind_of_error], value)
+        case "literal_error", str(value):
+            listed = first["ctx"]["expected"]
+            return bad(f"Invalid value: '{value[:100]}'. Supported values are: {listed}.", name, "invalid_value")
+        case "literal_error", value:
+            return wrong_type(name, "a string", value)
+        case kind_of_error, _:
+            what = first["msg"].removeprefix("Value error, ")
+            code = "object_above_max_properties" if kind_of_error == "too_long" else "invalid_value"
+            return bad(f"Invalid value for '{name}': {what[0].lower()}{what[1:]}.", name, code)
 
 
 def query_whole(request: Request, name: str, low: int, high: int, default: int) -> int:

@@ -20,7 +20,6 @@ from promptmill.core.settings import Settings
 from promptmill.core.text_files import without_marks
 from promptmill.database.revision import opened
 from promptmill.errors import DatasetError
-from promptmill.readers import READERS
 from promptmill.service.job_options import JobOptions
 from promptmill.service.prepare import Prepared, find_model, open_with
 from promptmill.service.service import dispatch
@@ -120,6 +119,3 @@ def _refuse_bomb(path: str, name: str) -> None:
                     raise DatasetError(f"{name} is more than {most:,} bytes inside", hint="Send it in parts.")
     except (OSError, EOFError, zstandard.ZstdError) as problem:
         raise DatasetError(f"{name} is damaged: {problem}", hint="Compress it again.") from None
-
-
-FORMATS = tuple(READERS)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orjson
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
+from pydantic import AfterValidator, Field
 from sqlalchemy.engine import Row
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from promptmill.api import openapi
 from promptmill.api.dependencies import Parts, Reader, Services, Submitter, in_thread, refusal_of
-from promptmill.api.http import evaluation, validation
-from promptmill.api.http.errors import ApiError, bad, not_found
+from promptmill.api.http import evaluation
+from promptmill.api.http.errors import ApiError, bad, missing, not_found
 from promptmill.api.http.evaluation import QUICK
 from promptmill.api.http.streams import EventStream, event
-from promptmill.api.http.validation import json_response, page, query_whole
+from promptmill.api.http.validation import PLAIN, Body, Whole, json_response, page, query_whole
 from promptmill.api.jobs import creation
 from promptmill.api.keys import Principal
 from promptmill.api.openai.file_store import Draft
@@ -32,15 +33,6 @@ from promptmill.types import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["Jobs"])
 
-#: Texts of a body, and the most characters of each.
-TEXTS = {
-    "model": 4_096, "format": 100, "task": 1_000_000, "template": 100_000, "system": 100_000, "name": 100,
-    "max_errors": 16, "deadline": 40,
-}  # fmt: skip
-
-#: What else a body has.
-OTHERS = ("sampling", "priority", "skip_invalid")
-
 #: Results read at a time, and seconds between looks at a job that is followed.
 PAGE_ROWS = 2_000
 LOOK_S = 0.5
@@ -49,6 +41,36 @@ LOOK_S = 0.5
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 }
+
+
+def _lines(value: list[Any]) -> list[Any]:
+    if not value or not all(isinstance(each, dict | str) for each in value):
+        raise bad("Invalid type for 'lines': expected an array of objects or strings.", "lines", "invalid_type")
+    return value
+
+
+class JobBody(Body):
+    """A job as a client asks for it; what the options of a job mean, :class:`JobOptions` judges."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4_096), PLAIN]
+    file_id: Annotated[str, Field(max_length=64), PLAIN] | None = None
+    lines: Annotated[list[Any], AfterValidator(_lines)] | None = Field(None, description="Lines of a JSONL dataset.")
+    format: Literal["jsonl", "openai_batch", "csv", "tsv", "text", "json"] | None = None
+    task: Annotated[str, Field(max_length=1_000_000), PLAIN] | None = Field(None, description="A task file (YAML).")
+    template: Annotated[str, Field(max_length=100_000), PLAIN] | None = None
+    system: Annotated[str, Field(max_length=100_000), PLAIN] | None = None
+    sampling: dict[str, Any] | None = Field(
+        None, description="Sampling parameters of lines that set none of their own."
+    )
+    name: Annotated[str, Field(max_length=100), PLAIN] | None = None
+    priority: Whole | None = Field(None, ge=0, le=9)
+    max_errors: Annotated[str, Field(max_length=16), PLAIN] | None = Field(
+        None, description="A number, or a share such as 5%."
+    )
+    skip_invalid: bool | None = None
+    deadline: Annotated[str, Field(max_length=40), PLAIN] | None = Field(
+        None, description="A span such as 2h, or a time."
+    )
 
 
 def find(parts: Services, job_id: str, principal: Principal) -> Row[Any]:
@@ -70,27 +92,27 @@ def status(parts: Services, job_id: str, principal: Principal) -> dict[str, Any]
     return shape(service.status(parts.db, find(parts, job_id, principal)))
 
 
-@router.post("", summary="Create a job", openapi_extra=openapi.JOB, responses=openapi.responses(404, 409, 500))
+@router.post(
+    "", summary="Create a job", openapi_extra=openapi.body(JobBody), responses=openapi.responses(404, 409, 500)
+)
 async def create(request: Request, parts: Parts, principal: Submitter) -> Response:
     """From an uploaded file (``file_id``) or from ``lines``; checked whole, then stored whole."""
-    body = await validation.read_object(request)
-    validation.known_only(body, (*TEXTS, *OTHERS, "file_id", "lines"))
+    body = await JobBody.read(request)
     options = await options_of(parts, principal, body, "lines.jsonl")
-    if "lines" not in body:
-        row = await in_thread(parts.store.find, validation.text(body, "file_id", required=True), principal)
+    if body.lines is None:
+        if body.file_id is None:
+            raise missing("file_id")
+        row = await in_thread(parts.store.find, body.file_id, principal)
         options = options.model_copy(update={"dataset": row.name})
         job_id = await creation.create(parts, principal, options, str(parts.store.path(row.id)))
     else:
-        job_id = await _from_lines(parts, principal, body, options)
+        if body.file_id is not None:
+            raise bad("Give 'file_id' or 'lines', not both.", "lines", "invalid_value")
+        job_id = await _from_lines(parts, principal, body.lines, options)
     return json_response(await in_thread(status, parts, job_id, principal))
 
 
-async def _from_lines(parts: Services, principal: Principal, body: dict[str, Any], options: JobOptions) -> str:
-    lines = body["lines"]
-    if body.get("file_id") is not None:
-        raise bad("Give 'file_id' or 'lines', not both.", "lines", "invalid_value")
-    if not isinstance(lines, list) or not lines or not all(isinstance(each, dict | str) for each in lines):
-        raise bad("Invalid type for 'lines': expected an array of objects or strings.", "lines", "invalid_type")
+async def _from_lines(parts: Services, principal: Principal, lines: list[Any], options: JobOptions) -> str:
     # In the store's folder, which is swept: nothing of a client stays where a server died.
     with parts.store.draft() as draft:
         await in_thread(_write_lines, draft, lines)
@@ -103,12 +125,10 @@ def _write_lines(draft: Draft, lines: list[Any]) -> None:
     draft.flush()
 
 
-async def options_of(parts: Services, principal: Principal, body: dict[str, Any], dataset: str) -> JobOptions:
+async def options_of(parts: Services, principal: Principal, body: JobBody, dataset: str) -> JobOptions:
     """The body as options of a job; ``dataset`` is what the dataset is called."""
-    given = {name: validation.text(body, name, longest=most) for name, most in TEXTS.items()}
-    validation.one_of(body, "format", creation.FORMATS)
-    model = await in_thread(_model, parts, validation.text(body, "model", required=True) or "")
-    given |= {name: body.get(name) for name in OTHERS} | {"dataset": dataset, "model": model}
+    model = await in_thread(_model, parts, body.model)
+    given = body.model_dump(exclude={"file_id", "lines"}) | {"dataset": dataset, "model": model}
     if given["sampling"]:
         # A schema among the parameters is tried out as a grammar.
         return await parts.quick.run(principal, QUICK, JobOptions.of, given)

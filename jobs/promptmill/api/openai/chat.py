@@ -7,9 +7,10 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 from ulid import ULID
 
@@ -242,16 +243,23 @@ async def _events(
 # --- as a reference server had it ------------------------------------------------------------------------------------
 
 
-@router.post("/generate", summary="One prompt, one text", openapi_extra=openapi.GENERATE,
+class GenerateBody(validation.Body):
+    """One prompt, as a reference server took it. The limits of the numbers are those of a chat."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=16 * 2**20), validation.PLAIN]
+    model: Annotated[str, Field(max_length=4_096), validation.PLAIN] | None = None
+    max_tokens: Any = Field(None, json_schema_extra={"type": "integer", "minimum": 1})
+    temperature: Any = Field(None, json_schema_extra={"type": "number", "minimum": 0, "maximum": 2})
+
+
+@router.post("/generate", summary="One prompt, one text", openapi_extra=openapi.body(GenerateBody),
              responses=ENDS)  # fmt: skip
 async def generate(request: Request, parts: Parts, principal: Submitter) -> Response:
     """``prompt``, ``max_tokens`` and ``temperature``; the model that is loaded answers, unless ``model`` names one."""
-    body = await validation.read_object(request)
-    validation.known_only(body, ("prompt", "max_tokens", "temperature", "model"))
-    prompt = validation.text(body, "prompt", required=True, longest=16 * 2**20)
-    given = body.get("model") or await _default_model(parts)
-    asked = {name: body[name] for name in ("max_tokens", "temperature") if body.get(name) is not None}
-    question = request_parsing.read({"model": given, "messages": [{"role": "user", "content": prompt}], **asked}, CHAT)
+    body = await GenerateBody.read(request)
+    asked = body.model_dump(exclude={"prompt"}, exclude_none=True)
+    asked["model"] = body.model or await _default_model(parts)
+    question = request_parsing.read({"messages": [{"role": "user", "content": body.prompt}], **asked}, CHAT)
     started = time.perf_counter()
     with parts.limits.running(principal):
         found = await _or_gone(request, _answers(parts, principal, question, await find_model(parts, question.model)))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from promptmill.api import openapi
 from promptmill.api.dependencies import Admin, Parts, Reader, Services, in_thread
-from promptmill.api.http import validation
 from promptmill.api.http.errors import ApiError
-from promptmill.api.http.validation import json_response
+from promptmill.api.http.validation import PLAIN, Body, json_response
 from promptmill.api.openai.model_directory import ServedModel
 from promptmill.queue.interactive_wire import LOAD, UNLOAD
 
 router = APIRouter(prefix="/v1/models", tags=["Models"])
+
+
+class ModelOrder(Body):
+    """What a worker is told about a model."""
+
+    model: Annotated[str, Field(min_length=1, max_length=4_096), PLAIN]
+    worker: Annotated[str, Field(max_length=100), PLAIN] | None = Field(None, description="Only this worker.")
 
 
 def shape(model: ServedModel) -> dict[str, Any]:
@@ -46,7 +53,7 @@ async def retrieve(model: str, parts: Parts, principal: Reader) -> Response:
 
 
 @router.post(
-    "/load", summary="Load a model", status_code=202, openapi_extra=openapi.MODEL_ORDER,
+    "/load", summary="Load a model", status_code=202, openapi_extra=openapi.body(ModelOrder),
     responses=openapi.responses(404),
 )  # fmt: skip
 async def load(request: Request, parts: Parts, principal: Admin) -> Response:
@@ -55,7 +62,7 @@ async def load(request: Request, parts: Parts, principal: Admin) -> Response:
 
 
 @router.post(
-    "/unload", summary="Unload a model", status_code=202, openapi_extra=openapi.MODEL_ORDER,
+    "/unload", summary="Unload a model", status_code=202, openapi_extra=openapi.body(ModelOrder),
     responses=openapi.responses(404),
 )  # fmt: skip
 async def unload(request: Request, parts: Parts, principal: Admin) -> Response:
@@ -64,14 +71,12 @@ async def unload(request: Request, parts: Parts, principal: Admin) -> Response:
 
 
 async def _order(request: Request, parts: Services, what: str) -> Response:
-    body = await validation.read_object(request)
-    validation.known_only(body, ("model", "worker"))
-    name, worker = validation.text(body, "model", required=True), validation.text(body, "worker")
+    body = await ModelOrder.read(request)
     await in_thread(parts.models.refresh)
-    model = require(parts, name or "")
-    told = [each["id"] for each in model.workers if worker in (None, each["id"])]
+    model = require(parts, body.model)
+    told = [each["id"] for each in model.workers if body.worker in (None, each["id"])]
     if not told:
-        raise ApiError(404, f"No worker '{(worker or '')[:100]}' serves this model.", param="worker")
+        raise ApiError(404, f"No worker '{(body.worker or '')[:100]}' serves this model.", param="worker")
     for each in told:
         parts.live.order(each, what, model.name)
     return json_response({"id": model.name, "object": "model", "order": what, "workers": told}, 202)

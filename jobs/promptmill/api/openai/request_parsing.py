@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from promptmill.api.http import validation
+from pydantic import ConfigDict, Field
+
 from promptmill.api.http.errors import ApiError, bad, missing
+from promptmill.api.http.validation import PLAIN, Body
 from promptmill.queue.interactive_wire import Turn
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import messages_of
 from promptmill.tasks.openai import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, translate
-from promptmill.tasks.sampling import BadParameter, is_empty, refuse_unfinished
+from promptmill.tasks.sampling import BadParameter, refuse_unfinished
 from promptmill.tasks.templates import resolve_sampling
 from promptmill.tasks.tools import Offer
 
@@ -22,6 +24,34 @@ DEFAULT_MAX_TOKENS = 1024
 #: Most prompts or texts of one call.
 MOST_PROMPTS = 128
 MOST_INPUTS = 2048
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Asked(Body):
+    """What all bodies have. The rest are sampling parameters, which are read as those of a dataset's lines are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Annotated[str, Field(min_length=1, max_length=4_096), PLAIN]
+
+
+class AskedCompletion(Asked):
+    """The body of a chat or a completion."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+
+class AskedEmbedding(Asked):
+    """The body of embeddings."""
+
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +72,24 @@ class Question:
 
 def read(body: dict[str, Any], url: str) -> Question:
     """Raises ApiError for a body that cannot be served as it is."""
-    body = dict(body)
-    model = validation.text(body, "model", required=True)
-    assert model is not None
-    body.pop("model")
-    stream, include_usage = _streaming(body, url)
-    encoding = validation.one_of(body, "encoding_format", ("float", "base64")) if url == EMBEDDINGS else None
-    if encoding is not None:
-        body.pop("encoding_format")
-    messages = _messages(body) if url == CHAT else None
-    texts = () if url == CHAT else _texts(body, "prompt" if url == COMPLETIONS else "input", url)
-    sampling = _sampling(body, url, messages[-1][0] if messages else None)
-    return Question(model, sampling, messages, texts, stream, include_usage, encoding == "base64", Offer.of(sampling))
+    asked = AskedEmbedding.of(body) if url == EMBEDDINGS else AskedCompletion.of(body)
+    rest = dict(asked.model_extra or {})
+    messages = _messages(rest) if url == CHAT else None
+    texts = () if url == CHAT else _texts(rest, "prompt" if url == COMPLETIONS else "input", url)
+    sampling = _sampling(rest, url, messages[-1][0] if messages else None)
+    question = Question(asked.model, sampling, messages, texts, offer=Offer.of(sampling))
+    if isinstance(asked, AskedEmbedding):
+        return replace(question, base64=asked.encoding_format == "base64")
+    return replace(question, stream=asked.stream, include_usage=_includes_usage(asked))
 
 
-def _streaming(body: dict[str, Any], url: str) -> tuple[bool, bool]:
-    stream = validation.flag(body, "stream") if url != EMBEDDINGS else False
-    options = body.get("stream_options")
-    if url != EMBEDDINGS:
-        body.pop("stream", None)
-        body.pop("stream_options", None)
-    if is_empty(options):
-        return stream, False
-    if not isinstance(options, dict):
-        raise validation.wrong_type("stream_options", "an object", options)
-    if not stream:
+def _includes_usage(asked: AskedCompletion) -> bool:
+    options = asked.stream_options
+    if options is None or not options.model_fields_set:
+        return False
+    if not asked.stream:
         raise bad("The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options")
-    validation.known_only(options, ("include_usage", "include_obfuscation"))
-    return stream, validation.flag(options, "include_usage")
+    return options.include_usage
 
 
 def _messages(body: dict[str, Any]) -> list[Turn]:

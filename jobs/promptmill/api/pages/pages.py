@@ -157,7 +157,8 @@ async def submit(request: Request, parts: Parts) -> Response:
             priority = number_in(body.get("priority", "5"))
             body["skip_invalid"] = "skip_invalid" in body
             body["priority"] = -1 if priority is None else priority
-            options = await routes.options_of(parts, principal, body, form.filename or "dataset.jsonl")
+            asked = routes.JobBody.of(body)
+            options = await routes.options_of(parts, principal, asked, form.filename or "dataset.jsonl")
             job_id = await creation.create(parts, principal, options, str(draft.path.absolute()))
         return RedirectResponse(f"/jobs/{job_id}", 303)
     except (ApiError, PromptmillError) as problem:
