@@ -17,23 +17,44 @@ from promptmill.api.http import connections
 
 ASK = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
+#: Its connection ends with its answer.
+ASK_ONCE = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+#: Seconds that a head may take, or a client may take nothing, where the test is that it is cut off.
+SHORT_S = 0.7
+
 #: Seconds that an answer takes to begin: more than a head may take.
-THINKS_S = 0.8
+THINKS_S = 1.0
+
+#: Seconds after which a test no longer waits for what must come.
+MOST_S = 60.0
 
 #: Far more than lies in all buffers on the way.
 BLOCKS = 4_000
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.4)
-    monkeypatch.setattr(connections, "TAKE_S", 0.4)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection ends by its time, however slow this machine is."""
+    monkeypatch.setattr(connections, "HEAD_S", 10 * MOST_S)
+    monkeypatch.setattr(connections, "TAKE_S", 10 * MOST_S)
 
 
-async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    await asyncio.sleep(THINKS_S)
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
-    await send({"type": "http.response.body", "body": b"done"})
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def answering_after(wait: Callable[[], Awaitable[object]]) -> App:
+    """Answers each request when its wait is over."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    return answer
+
+
+app = answering_after(partial(asyncio.sleep, THINKS_S))
 
 
 async def endless(scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,9 +65,7 @@ async def endless(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(
-    served: Callable[..., Awaitable[None]], crowd: connections.Crowd | None = None
-) -> AsyncIterator[int]:
+async def listening(served: App, crowd: connections.Crowd | None = None) -> AsyncIterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as found:
         protocol: Any = partial(connections.Connection, crowd=crowd)
         server = uvicorn.Server(uvicorn.Config(served, http=protocol, lifespan="off", log_config=None))
@@ -56,33 +75,48 @@ async def listening(
         try:
             yield found.getsockname()[1]
         finally:
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()
             server.should_exit = server.force_exit = True
             await serving
 
 
+@contextlib.asynccontextmanager
+async def connected(port: int, **named: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that is closed in any case: what a failing test leaves open fails the test after it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, **named)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 async def read(reader: asyncio.StreamReader, count: int = 65_536) -> bytes:
     try:
-        return await asyncio.wait_for(reader.read(count), 5)
+        return await asyncio.wait_for(reader.read(count), MOST_S)
     except ConnectionError:
         return b""
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nHost: loc"])
-def test_who_sends_no_whole_head_is_cut_off(begun: bytes) -> None:
+def test_who_sends_no_whole_head_is_cut_off(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", SHORT_S)
+
     async def test() -> None:
-        async with listening(app) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with listening(app) as port, connected(port) as (reader, writer):
             writer.write(begun)
             assert await read(reader) == b""
-            writer.close()
 
     asyncio.run(test())
 
 
-def test_a_dripped_head_after_an_answer_is_cut_off_and_a_slow_answer_is_not() -> None:
+def test_a_dripped_head_after_an_answer_is_cut_off_and_a_slow_answer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", SHORT_S)
+
     async def test() -> None:
-        async with listening(app) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with listening(app) as port, connected(port) as (reader, writer):
             for _ in range(2):
                 writer.write(ASK % b"")
                 answer = await read(reader)
@@ -91,34 +125,40 @@ def test_a_dripped_head_after_an_answer_is_cut_off_and_a_slow_answer_is_not() ->
                     assert await read(reader) == b"done"
             writer.write(b"GET / HTTP/1.1\r\nX-Long: ")
             ending = asyncio.create_task(read(reader))
-            for _ in range(60):
+            while not ending.done():
                 writer.write(b"a")
                 await asyncio.wait({ending}, timeout=0.05)
-                if ending.done():
-                    break
-            assert ending.done()
             assert await ending == b""
-            writer.close()
 
     asyncio.run(test())
 
 
 async def refusal(port: int, sent: bytes) -> bytes:
     """The last that comes back for what is sent."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(sent)
-    answer = b""
+    async with connected(port) as (reader, writer):
+        writer.write(sent)
+        answer = b""
+        while block := await read(reader):
+            answer = block
+        return answer
+
+
+async def taken_in() -> None:
+    """The server, which runs in this loop, has taken in what was sent: rounds of the loop count, not seconds."""
+    for _ in range(12):
+        await asyncio.sleep(0.001)
+
+
+async def size_of_all(reader: asyncio.StreamReader) -> int:
+    """Bytes until the connection ends."""
+    size = 0
     while block := await read(reader):
-        answer = block
-    writer.close()
-    return answer
+        size += len(block)
+    return size
 
 
 @pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
-def test_a_head_has_a_largest_size(end: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that nothing but its size can end it.
-    monkeypatch.setattr(connections, "HEAD_S", 60.0)
-
+def test_a_head_has_a_largest_size(end: bytes) -> None:
     async def test() -> None:
         async with listening(app) as port:
             head = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * connections.LARGEST_HEAD
@@ -134,48 +174,49 @@ def test_a_head_has_a_largest_size(end: bytes, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_no_endless_line_comes_after_a_head_either(rest: bytes) -> None:
     async def test() -> None:
-        async with listening(endless) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        async with listening(endless) as port, connected(port, limit=1024) as (reader, writer):
             writer.write(rest)
-            await asyncio.sleep(0.1)
+            await taken_in()
             writer.write(b"a" * 2 * connections.LARGEST_HEAD)
-            size = 0
-            while block := await read(reader):
-                size += len(block)
-            assert size < BLOCKS * 65_536
-            writer.close()
+            assert await size_of_all(reader) < BLOCKS * 65_536
 
     asyncio.run(test())
 
 
-def test_who_takes_nothing_of_an_answer_is_cut_off() -> None:
+def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "TAKE_S", SHORT_S)
+
     async def test() -> None:
-        async with listening(endless) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        ended = asyncio.Event()
+
+        async def told(scope: Scope, receive: Receive, send: Send) -> None:
+            await endless(scope, receive, send)
+            ended.set()
+
+        async with listening(told) as port, connected(port, limit=1024) as (reader, writer):
             writer.write(ASK % b"")
-            await asyncio.sleep(1.5)
-            size = 0
-            while block := await read(reader):
-                size += len(block)
-            assert size < BLOCKS * 65_536
-            writer.close()
+            # What is sent to a client that was cut off goes nowhere, at once.
+            await asyncio.wait_for(ended.wait(), MOST_S)
+            assert await size_of_all(reader) < BLOCKS * 65_536
 
     asyncio.run(test())
 
 
-def test_who_takes_it_slowly_has_it_all() -> None:
+def test_who_takes_it_slowly_has_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than each pause, by far, and shorter than all.
+    monkeypatch.setattr(connections, "TAKE_S", 2.5)
+
     async def test() -> None:
-        async with listening(endless) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-            writer.write(ASK % b"")
+        async with listening(endless) as port, connected(port, limit=1024) as (reader, writer):
+            writer.write(ASK_ONCE)
             size, pauses = 0, 0
             while block := await read(reader, 2**20):
                 size += len(block)
-                if size // 2**26 > pauses:
+                if size // 2**25 > pauses:
                     pauses += 1
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(0.4)
             assert size >= BLOCKS * 65_536
-            writer.close()
+            assert pauses * 0.4 > connections.TAKE_S
 
     asyncio.run(test())
 
@@ -184,35 +225,22 @@ Connect = Callable[..., Awaitable[list[asyncio.StreamReader]]]
 
 
 @contextlib.asynccontextmanager
-async def crowded(served: Callable[..., Awaitable[None]], most: int) -> AsyncIterator[Connect]:
+async def crowded(served: App, most: int) -> AsyncIterator[Connect]:
     """Connects clients to a server that has so many connections."""
-    writers: list[asyncio.StreamWriter] = []
+    opened = contextlib.AsyncExitStack()
 
     async def connect(address: str, sent: bytes, count: int = 1) -> list[asyncio.StreamReader]:
         """So many connections from one address of this machine, on each of which this is sent, in turn."""
         readers = []
         for _ in range(count):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
-            writers.append(writer)
+            reader, writer = await opened.enter_async_context(connected(port, local_addr=(address, 0)))
             writer.write(sent)
             readers.append(reader)
-            # The server has taken it in before the next one comes.
-            await asyncio.sleep(0.01)
+            await taken_in()
         return readers
 
-    async with listening(served, connections.Crowd(most, 8)) as port:
-        try:
-            yield connect
-        finally:
-            for writer in writers:
-                writer.transport.abort()
-
-
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No connection ends by its time."""
-    monkeypatch.setattr(connections, "HEAD_S", 60.0)
-    monkeypatch.setattr(connections, "TAKE_S", 60.0)
+    async with listening(served, connections.Crowd(most, 8)) as port, opened:
+        yield connect
 
 
 async def is_served(reader: asyncio.StreamReader) -> bool:
@@ -221,11 +249,13 @@ async def is_served(reader: asyncio.StreamReader) -> bool:
     return answer.startswith(b"HTTP/1.1 200 ")
 
 
-def test_requests_of_one_address_have_at_most_half_of_all_connections(patient: None) -> None:
+def test_requests_of_one_address_have_at_most_half_of_all_connections() -> None:
     async def test() -> None:
-        async with crowded(app, 10) as connect:
+        go = asyncio.Event()
+        async with crowded(answering_after(go.wait), 10) as connect:
             of_one = await connect("127.0.0.2", ASK % b"", 7)
             of_another = await connect("127.0.0.3", ASK % b"")
+            go.set()
             assert [await is_served(each) for each in of_one] == [True] * 5 + [False] * 2
             assert await is_served(of_another[0])
 
@@ -239,13 +269,11 @@ UNFINISHED = [b"", b"GET / HTTP/1.1\r\nHost: loc", b"POST / HTTP/1.1\r\nHost: x\
 async def reading(scope: Scope, receive: Receive, send: Send) -> None:
     while (await receive()).get("more_body"):
         pass
-    await app(scope, receive, send)
+    await answering_after(taken_in)(scope, receive, send)
 
 
 @pytest.mark.parametrize("unfinished", UNFINISHED, ids=["nothing", "head", "body"])
-def test_where_all_is_full_the_oldest_unfinished_request_of_the_largest_address_goes(
-    patient: None, unfinished: bytes
-) -> None:
+def test_where_all_is_full_the_oldest_unfinished_request_of_the_largest_address_goes(unfinished: bytes) -> None:
     async def test() -> None:
         async with crowded(reading, 8) as connect:
             small = await connect("127.0.0.2", unfinished)
@@ -259,32 +287,45 @@ def test_where_all_is_full_the_oldest_unfinished_request_of_the_largest_address_
     asyncio.run(test())
 
 
-def test_an_answer_that_its_client_does_not_take_goes_where_all_is_full(patient: None) -> None:
-    async def by_path(scope: Scope, receive: Receive, send: Send) -> None:
-        await (endless if scope["path"] == "/endless" else app)(scope, receive, send)
-
+def test_an_answer_that_its_client_does_not_take_goes_where_all_is_full() -> None:
     async def test() -> None:
+        go, sent = asyncio.Event(), [0]
+
+        async def by_path(scope: Scope, receive: Receive, send: Send) -> None:
+            async def counted(message: Any) -> None:
+                await send(message)
+                sent[0] += 1
+
+            if scope["path"] == "/endless":
+                await endless(scope, receive, counted)
+            else:
+                await answering_after(go.wait)(scope, receive, send)
+
         async with crowded(by_path, 2) as connect:
             [slow] = await connect("127.0.0.2", ASK % b"endless")
             # It reads no further than its own buffer.
-            await asyncio.sleep(0.3)
+            before = -1
+            while before != sent[0]:
+                before = sent[0]
+                await taken_in()
             [first] = await connect("127.0.0.3", ASK % b"")
             [second] = await connect("127.0.0.4", ASK % b"")
+            go.set()
             assert [await is_served(each) for each in (first, second)] == [True, True]
-            with contextlib.suppress(ConnectionError):
-                while await slow.read(2**20):
-                    pass
+            assert await size_of_all(slow) < BLOCKS * 65_536
             assert slow.at_eof() or slow.exception() is not None
 
     asyncio.run(test())
 
 
-def test_an_address_with_requests_under_way_does_not_lose_them_to_its_own_newcomers(patient: None) -> None:
+def test_an_address_with_requests_under_way_does_not_lose_them_to_its_own_newcomers() -> None:
     async def test() -> None:
-        async with crowded(app, 4) as connect:
+        go = asyncio.Event()
+        async with crowded(answering_after(go.wait), 4) as connect:
             mine = await connect("127.0.0.2", ASK % b"", 2)
             other = await connect("127.0.0.3", b"")
             [newcomer] = await connect("127.0.0.2", ASK % b"")
+            go.set()
             assert not await is_served(newcomer)
             assert [await is_served(each) for each in mine] == [True, True]
             assert not other[0].at_eof()
