@@ -37,10 +37,10 @@ SLOW_PATTERNS = ["^(a|aa)+$", "^((a|aa)+c|a*b)$", "(a+)+$", "^(?=(a|aa)+$)x", r"
     ],
 )
 def test_a_slow_pattern_of_a_schema_takes_a_moment(schema: Any, pattern: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     text = "a" * 60 + "!"
     assert not json_schemas.is_valid(schema(pattern), {text: text, "a": text})
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_patterns_mean_what_they_did() -> None:
@@ -54,9 +54,9 @@ def test_patterns_mean_what_they_did() -> None:
 
 
 def test_a_schema_with_more_ways_than_steps_is_given_up() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert not json_schemas.is_valid(BRANCHES, 1)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert json_schemas.is_valid({"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}}, 1)
 
 
@@ -199,7 +199,7 @@ def test_messages_have_an_end() -> None:
 
 def test_a_key_that_is_there_twice_among_many_is_found_at_once() -> None:
     line = "{" + ",".join(f'"k{n}":1' for n in range(200_000)) + ',"k199999":2}'
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BadLine, match="the key 'k199999' is there twice"):
         decoder().decode(line)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
