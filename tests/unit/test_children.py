@@ -104,5 +104,8 @@ def test_a_template_computes_nothing_until_it_is_filled(user: str) -> None:
 def test_few_shot_examples_that_never_end_are_refused_by_a_child(pool: ChildPool) -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x"
     task = f'task: t\nprompt: {{user: "{endless}", examples: [{{input: {{}}, output: x}}]}}'
-    with pytest.raises(OverLimit, match="takes more than 2 s"):
-        pool.call(ChildLimits(2), parse_task, task, "t")
+    # The child has started then, and has imported what it needs.
+    with pytest.raises(TaskFileError):
+        pool.call(LONG, parse_task, "task: a", "t")
+    with pytest.raises(OverLimit, match=r"takes more than 0\.5 s"):
+        pool.call(ChildLimits(0.5), parse_task, task, "t")

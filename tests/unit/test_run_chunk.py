@@ -286,7 +286,7 @@ def test_answers_of_files_that_are_written_to_meanwhile_are_not_stored(
     assert lease is not None
     running = threading.Thread(target=runner.run, args=(lease,))
     running.start()
-    wait_until(lambda: hosts.load()[0] > 0, "rows are computed")
+    wait_until(lambda: hosts.info is not None, "the model is loaded")
     with model.open("r+b") as file:
         file.seek(-CHANGED, os.SEEK_END)
         file.write(bytes(CHANGED))

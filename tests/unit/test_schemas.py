@@ -11,7 +11,7 @@ import pytest
 from promptmill.errors import TaskFileError
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import MOST_MESSAGES, decoder, messages_of
-from promptmill.tasks import json_schemas
+from promptmill.tasks import json_schemas, patterns
 from promptmill.tasks.patterns import SearchTime, compiled, is_found
 from promptmill.tasks.sampling import BadParameter, check_parameter
 from promptmill.tasks.task_file import parse_task
@@ -36,7 +36,8 @@ SLOW_PATTERNS = ["^(a|aa)+$", "^((a|aa)+c|a*b)$", "(a+)+$", "^(?=(a|aa)+$)x", r"
         lambda pattern: {"propertyNames": {"pattern": pattern}},
     ],
 )
-def test_a_slow_pattern_of_a_schema_takes_a_moment(schema: Any, pattern: str) -> None:
+def test_a_slow_pattern_of_a_schema_takes_a_moment(monkeypatch: pytest.MonkeyPatch, schema: Any, pattern: str) -> None:
+    monkeypatch.setattr(patterns, "SEARCH_S", 0.2)
     started = time.process_time()
     text = "a" * 60 + "!"
     assert not json_schemas.is_valid(schema(pattern), {text: text, "a": text})
@@ -170,7 +171,8 @@ def test_ordinary_values_are_judged_as_before() -> None:
     assert not json_schemas.is_valid(schema, [{"b": "x"}])
 
 
-def test_a_slow_regular_expression_is_given_up_after_some_rows() -> None:
+def test_a_slow_regular_expression_is_given_up_after_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SEARCH_S", 0.2)
     searches, pattern = SearchTime(0.5), compiled("^(a|aa)+$")
     started = time.process_time()
     for _ in range(1_000):

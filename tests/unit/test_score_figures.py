@@ -20,6 +20,7 @@ from promptmill.scoring.scorers.scoring import Answer, Judge, score_rows
 from promptmill.scoring.scorers.tally import Score
 from promptmill.scoring.statistics.bootstrap import intervals
 from promptmill.scoring.statistics.clusters import Clusters
+from promptmill.tasks import patterns
 from promptmill.tasks.task_file import load_task, parse_task
 
 
@@ -344,7 +345,8 @@ def test_what_a_function_prints_is_not_on_stdout(tmp_path: Path, capsys: pytest.
     assert (captured.out, captured.err) == ("", "import\nrow\n")
 
 
-def test_an_expression_that_takes_for_ever_ends(tmp_path: Path) -> None:
+def test_an_expression_that_takes_for_ever_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SEARCH_S", 0.2)
     text = "a" * 40 + "!"
     found = scored({"regex": "x", "pattern": "^(a|aa)+$"}, [answer(text, "-")])
     assert (found.n, found.correct, found.scorer_errors) == (1, 0, 1)
