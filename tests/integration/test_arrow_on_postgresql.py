@@ -87,7 +87,7 @@ def test_who_is_interrupted_does_not_wait_for_the_query(db: sa.Engine, monkeypat
     """The interrupt comes where a signal's handler would raise it: in the wait for a query that the server runs."""
     running = sa.text(
         "SELECT count(*) FROM pg_stat_activity "
-        "WHERE state = 'active' AND query LIKE '%pg_sleep(3600)%' AND pid <> pg_backend_pid()"
+        "WHERE wait_event = 'PgSleep' AND query LIKE '%pg_sleep(3600)%' AND datname = current_database()"
     )
 
     def runs() -> bool:
@@ -111,7 +111,16 @@ def test_who_stops_early_leaves_no_connection(db: sa.Engine) -> None:
         found = arrow_tables.tables(connection, [f"SELECT {number} AS n" for number in range(50)])
         next(found)
         found.close()  # type: ignore[attr-defined]
+    others = sa.text(
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    )
+
+    def is_alone() -> bool:
+        with reading(db) as connection:
+            return connection.execute(others).scalar() == 0
+
+    # The server notices the end of a connection when it comes to it.
+    wait_until(is_alone, "the connections of the threads are gone")
     with reading(db) as connection:
-        others = sa.text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
-        assert connection.execute(others).scalar() == 1
         assert connection.execute(sa.select(sa.func.count()).select_from(results)).scalar() == 5

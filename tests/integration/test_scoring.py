@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from promptmill.scoring import runs
 from tests.conftest import Command
 
 TASK = """task: ads
@@ -114,17 +115,34 @@ def test_a_scorer_of_ones_own_sees_the_row_and_its_errors_are_counted(command: C
     assert (gone.code, "mine.py cannot be read" in gone.err) == (2, True)
 
 
-def test_many_rows_of_a_scorer_of_ones_own_are_scored_in_several_processes(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import os\ndef it(output, expected, item):\n    return {'value': item['row'] % 2, 'predicted': os.getpid()}\n",
-        encoding="utf-8",
-    )
-    lines = [{"id": f"r{row}", "answer": f'{{"label": {row}}}', "label": row} for row in range(20_500)]
+#: Says which process asks, and waits until there are two of them.
+TOGETHER = """
+import os, pathlib, time
+folder = pathlib.Path({folder!r})
+def it(output, expected, item):
+    (folder / str(os.getpid())).touch()
+    give_up = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    return {{'value': item['row'] % 2, 'predicted': os.getpid()}}
+"""
+
+
+def test_many_rows_of_a_scorer_of_ones_own_are_scored_in_several_processes(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "POOL_ROWS", 100)
+    monkeypatch.setattr(runs, "PAGE_ROWS", 50)
+    (tmp_path / "processes").mkdir()
+    (tmp_path / "mine.py").write_text(TOGETHER.format(folder=str(tmp_path / "processes")), encoding="utf-8")
+    lines = [{"id": f"r{row}", "answer": f'{{"label": {row}}}', "label": row} for row in range(130)]
     task = TASK.replace("meta: {group: group}\n", "").replace("exact: label", "python: mine.py:it")
     ran(command, tmp_path, lines, task)
+    for mark in (tmp_path / "processes").iterdir():
+        mark.unlink()
     found = json.loads(command("score", "@last", "--json").out)["scores"]["it"]
     # A number is neither right nor wrong.
-    assert (found["n"], found["value"], found["correct"]) == (20_500, 0.5, None)
+    assert (found["n"], found["value"], found["correct"]) == (130, 0.5, None)
     query = "SELECT COUNT(DISTINCT predicted) AS n FROM v_scores"
     assert int(command("query", query, "--format", "csv").out.split()[1]) > 1
 

@@ -49,5 +49,7 @@ def test_it_is_asked_once_and_for_a_moment(
 
 def test_publishing_gives_up(silent: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker, "ASK_TIMEOUT_S", 0.2)
+    # Seconds between the tries of Redis' client.
+    monkeypatch.setattr("redis.retry.sleep", lambda seconds: None)
     with pytest.raises(BrokerError):
         Broker(f"redis://127.0.0.1:{silent.getsockname()[1]}/0").publish([ChunkId("01", 0)], "m", 5)

@@ -146,7 +146,7 @@ def test_it_says_how_wrong_the_machine_is(machine: Machine) -> None:
     right = time.time()
     machine.ahead_s = -HOUR
     clock.learn(right, time.monotonic(), time.monotonic())
-    assert clock.ahead_s() == pytest.approx(HOUR, abs=1)
+    assert clock.ahead_s() == pytest.approx(HOUR, abs=60)
 
 
 # --- what a worker stores --------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_the_times_of_an_error_that_is_tried_again_are_the_database_s_too(
     ledger.record(claimed(ledger, job), [(Failed(0, ErrorClass.TIMEOUT, "no answer", Usage(5, 0, 2), timing), 16)])
     with db.connect() as connection:
         row = connection.execute(sa.select(retries)).one()
-    assert row.retried_at - 5 < row.admitted_at <= row.finished_at <= row.retried_at + 0.01
+    assert row.retried_at - 60 < row.admitted_at <= row.finished_at <= row.retried_at + 0.01
 
 
 # --- what a person asks for ------------------------------------------------------------------------------------------

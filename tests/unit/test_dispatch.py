@@ -256,6 +256,8 @@ def test_who_submits_or_watches_a_job_that_nobody_serves_is_told_at_once(command
     )
     process = command.start("watch", "@last")
     (log,) = command.folder.glob("*.log")
-    wait_until(lambda: "no live worker serves echo" in log.read_text(), "it is said", 60)
-    process.terminate()
-    process.wait()
+    try:
+        wait_until(lambda: "no live worker serves echo" in log.read_text(), "it is said")
+    finally:
+        process.terminate()
+        process.wait()

@@ -230,9 +230,9 @@ def test_a_load_is_cut_short_by_the_worker_s_end(
 
     loader = threading.Thread(target=run)
     loader.start()
-    wait_until(lambda: loads(hosts), "the model loads", 10)
+    wait_until(lambda: loads(hosts), "the model loads")
     end(hosts)
-    loader.join(10)
+    loader.join(60)
     assert not loader.is_alive()
     assert [type(each) for each in found] == [HostDied], "a model that was not loaded would end its job"
     assert hosts.pid is None
@@ -258,7 +258,7 @@ def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[ModelHosts], m
     with hosts.session("echo", urgent=True):
         suspect = threading.Thread(target=enter, args=("suspect", True))
         suspect.start()
-        wait_until(lambda: hosts.kept_waiting_s("echo") > 0, "the suspect waits", 10)
+        wait_until(lambda: hosts.kept_waiting_s("echo") > 0, "the suspect waits")
         enter("before it waited long", alone=False)
         monkeypatch.setattr(turns, "FAIR_S", 0.0)
         # The lane of urgent requests takes no more when it sees this.
@@ -267,8 +267,8 @@ def test_who_must_run_alone_is_let_in_after_a_while(keepers: list[ModelHosts], m
         late.start()
         late.join(0.5)
         assert order == ["before it waited long"]
-    suspect.join(10)
-    late.join(10)
+    suspect.join(60)
+    late.join(60)
     assert order == ["before it waited long", "suspect", "late"]
 
 

@@ -41,7 +41,7 @@ def test_a_template_that_fills_the_memory_is_told(tmp_path: Path, template: str)
 def test_a_template_that_never_ends_is_one_error_for_all_rows(tmp_path: Path) -> None:
     started = time.monotonic()
     problem = problem_of(tmp_path, ENDLESS)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert isinstance(problem, ModelError)
     assert "cannot be used to count tokens" in problem.message
     assert problem.exit_code == 2

@@ -69,7 +69,7 @@ def replies(redis: Any) -> Replies:
 
 
 async def popped(redis: Any, name: str) -> Any:
-    found = await asyncio.to_thread(redis.blpop, [name], 10)
+    found = await asyncio.to_thread(redis.blpop, [name], 60)
     assert found is not None, f"nothing came in {name}"
     return found[1]
 
@@ -95,7 +95,7 @@ def over(url: str, scene: Any) -> None:
         async with closing(Live(url, 20)) as server:
             server.start()
             async with server.call(MODEL, {}, None, prompt="x", stream=True) as call:
-                await asyncio.wait_for(scene(call), 15)
+                await asyncio.wait_for(scene(call), 60)
 
     asyncio.run(play())
 

@@ -489,7 +489,7 @@ def test_the_bundled_model_says_the_same_with_both_engines() -> None:
     ]
     said = []
     for kind, file in ((MlxBackend, "mlx"), (llamacpp.LlamaBackend, "demo.gguf")):
-        engine = Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=8)))
+        engine = Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=8, threads=1)))
         said.append(
             {
                 key: (finished(event).text, finished(event).usage.prompt_tokens)
@@ -507,7 +507,7 @@ def test_choices_are_as_likely_with_both_engines() -> None:
     llamacpp = pytest.importorskip("promptmill_workers.engines.llama.backend")
     found = []
     for kind, file in ((MlxBackend, "mlx"), (llamacpp.LlamaBackend, "demo.gguf")):
-        desk = wrapped(Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=2))))
+        desk = wrapped(Scheduler(kind.load(bundled(file), "demo", EngineOptions(slots=2, threads=1))))
         desk.add([chat(0, system="Be brief.", text="hello", choices=("I", "I am", "no"))])
         events: list[Event] = []
         while not events:

@@ -64,7 +64,7 @@ def test_a_pipe_is_written_through_and_stays(tmp_path: Path, through_a_link: boo
     if through_a_link:
         output.symlink_to(pipe)
     read: list[str] = []
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     assert not holds_something(str(output))
     refuse([str(output)], [])

@@ -143,7 +143,7 @@ def test_growing_conversations_are_planned_in_linear_time() -> None:
     """Each prompt continues the one before: the deepest tree there can be."""
     line = np.arange(4000, dtype=np.int32)
     lines = [line[:size] for size in range(20, 4000, 4)]
-    started = time.perf_counter()
+    started = time.process_time()
     plan(lines)
     plan_nested(lines)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0

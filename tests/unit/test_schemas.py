@@ -11,7 +11,7 @@ import pytest
 from promptmill.errors import TaskFileError
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import MOST_MESSAGES, decoder, messages_of
-from promptmill.tasks import json_schemas
+from promptmill.tasks import json_schemas, patterns
 from promptmill.tasks.patterns import SearchTime, compiled, is_found
 from promptmill.tasks.sampling import BadParameter, check_parameter
 from promptmill.tasks.task_file import parse_task
@@ -36,11 +36,12 @@ SLOW_PATTERNS = ["^(a|aa)+$", "^((a|aa)+c|a*b)$", "(a+)+$", "^(?=(a|aa)+$)x", r"
         lambda pattern: {"propertyNames": {"pattern": pattern}},
     ],
 )
-def test_a_slow_pattern_of_a_schema_takes_a_moment(schema: Any, pattern: str) -> None:
-    started = time.monotonic()
+def test_a_slow_pattern_of_a_schema_takes_a_moment(monkeypatch: pytest.MonkeyPatch, schema: Any, pattern: str) -> None:
+    monkeypatch.setattr(patterns, "SEARCH_S", 0.2)
+    started = time.process_time()
     text = "a" * 60 + "!"
     assert not json_schemas.is_valid(schema(pattern), {text: text, "a": text})
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_patterns_mean_what_they_did() -> None:
@@ -54,9 +55,9 @@ def test_patterns_mean_what_they_did() -> None:
 
 
 def test_a_schema_with_more_ways_than_steps_is_given_up() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert not json_schemas.is_valid(BRANCHES, 1)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert json_schemas.is_valid({"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}}, 1)
 
 
@@ -170,7 +171,8 @@ def test_ordinary_values_are_judged_as_before() -> None:
     assert not json_schemas.is_valid(schema, [{"b": "x"}])
 
 
-def test_a_slow_regular_expression_is_given_up_after_some_rows() -> None:
+def test_a_slow_regular_expression_is_given_up_after_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SEARCH_S", 0.2)
     searches, pattern = SearchTime(0.5), compiled("^(a|aa)+$")
     started = time.process_time()
     for _ in range(1_000):
@@ -199,10 +201,10 @@ def test_messages_have_an_end() -> None:
 
 def test_a_key_that_is_there_twice_among_many_is_found_at_once() -> None:
     line = "{" + ",".join(f'"k{n}":1' for n in range(200_000)) + ',"k199999":2}'
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BadLine, match="the key 'k199999' is there twice"):
         decoder().decode(line)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_schema_that_was_checked_is_not_checked_again_and_a_bad_one_always_is(

@@ -154,11 +154,11 @@ def test_all_mistakes_are_said_at_once() -> None:
 def test_aliases_that_stand_for_millions_of_values_are_refused_before_they_are_written_out(place: str) -> None:
     levels = "".join(f"  l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 30))
     head = "task: a\n" if place.startswith("prompt") else "task: a\nprompt: {user: hi}\n"
-    started = time.monotonic()
+    started = time.process_time()
     # Only the text: pytest would write the tree out, with all its aliases.
     problem = problem_of(f"{head}{place}  l0: &l0 [x]\n{levels}")
     assert "more than 100,000 values, with aliases written out" in problem
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_list_within_itself_does_not_hang() -> None:

@@ -88,10 +88,11 @@ class Clusters:
 def drawn(sums: Floats, of: Callable[[Floats], Mapping[str, Floats]]) -> dict[str, Floats]:
     """Each figure that ``of`` gives for counts of shape (drawings, columns), over DRAWS drawings of the clusters.
 
-    ``sums``: the counts of each cluster, (clusters, columns). Clusters are drawn with repetition.
+    ``sums``: the counts of each cluster, (clusters, columns). Clusters are drawn with repetition; those with the same
+    counts are drawn as one kind, which is as likely as there are many of it.
     """
     generator = np.random.default_rng(SEED)
-    count = len(sums)
-    shares = np.full(count, 1 / count)
-    parts = [of(generator.multinomial(count, shares, size=AT_ONCE) @ sums) for _ in range(DRAWS // AT_ONCE)]
+    kinds, sizes = np.unique(sums, axis=0, return_counts=True)
+    shares = sizes / len(sums)
+    parts = [of(generator.multinomial(len(sums), shares, size=AT_ONCE) @ kinds) for _ in range(DRAWS // AT_ONCE)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
