@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
@@ -13,7 +15,7 @@ from promptmill.ledger import Ledger
 from promptmill.queue.housekeeping import STEP_ROWS, Housekeeping
 from promptmill.store.catalog import list_workers
 from promptmill.store.retention import remove
-from promptmill.types import ChunkId, EngineCounters, ErrorClass
+from promptmill.types import ChunkId, EngineCounters, ErrorClass, Extras, Ok
 from tests.unit.test_ledger import JOB, add_job, failed, ok
 
 DAY_S = 86_400.0
@@ -54,6 +56,20 @@ def test_results_are_counted_with_their_worker(database: Engine) -> None:
     assert sum(found.histograms["latency"][:-1]) == 2
     assert found.histograms["latency"][-1] == 4.0
     assert found.histograms["tpot"][-1] == 0.75
+
+
+def test_an_answer_that_was_copied_is_an_item_and_no_tokens(database: Engine) -> None:
+    add_job(database, 2, 2)
+    ledger = Ledger(database)
+    lease = ledger.claim(ChunkId(JOB, 0), "w1")
+    assert lease is not None
+    result, limit = ok(1)
+    assert isinstance(result, Ok)
+    ledger.record(lease, [ok(0), (replace(result, extras=Extras(deduplicated=True)), limit)])
+    found = counted(database)["w1"]
+    assert found.part("items.") == {"ok": 2}
+    assert found.part("tokens.") == {"prompt": 5, "output": 3}
+    assert sum(found.histograms["latency"][:-1]) == 1
 
 
 def test_what_is_rolled_back_is_not_counted(database: Engine) -> None:
