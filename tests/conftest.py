@@ -295,7 +295,9 @@ class Command:
     @property
     def _env(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("JOBS_")}
-        return kept | {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "100"} | self.environment
+        # One thread: threads of an engine that wait for one another compute nothing, and tests run side by side.
+        ours = {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "100", "JOBS_THREADS": "1"}
+        return kept | ours | self.environment
 
     @staticmethod
     def path() -> str:
