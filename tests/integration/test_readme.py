@@ -71,7 +71,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, redis_server: str, postgres_s
         | {
             "PATH": f"{Path(Command.path()).parent}:{os.environ['PATH']}", "HOME": str(folder), "PYTHONSAFEPATH": "1",
             "JOBS_DATABASE_URL": postgres_server, "JOBS_REDIS_URL": redis_server, "JOBS_SLOTS": "4",
-            "JOBS_RUNTIME_DIR": str(folder / "run"), "JOBS_FILES_DIR": str(folder / "files"),
+            "JOBS_THREADS": "1", "JOBS_RUNTIME_DIR": str(folder / "run"), "JOBS_FILES_DIR": str(folder / "files"),
         },
     )  # fmt: skip
     _write_files(folder)
