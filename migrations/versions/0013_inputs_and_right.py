@@ -23,6 +23,7 @@ depends_on = None
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("effective_rows", sa.Double))
     op.add_column("requests", sa.Column("input_digest", sa.BigInteger))
+    op.add_column("requests", sa.Column("prompt_digest", sa.BigInteger))
     op.add_column("scores", sa.Column("is_right", sa.Boolean))
     op.execute("DROP VIEW v_scores")
     op.execute(f"CREATE VIEW v_scores AS {VIEWS['v_scores']}")
@@ -32,5 +33,6 @@ def downgrade() -> None:
     op.execute("DROP VIEW v_scores")
     op.execute(f"CREATE VIEW v_scores AS {V_SCORES}")
     op.drop_column("scores", "is_right")
+    op.drop_column("requests", "prompt_digest")
     op.drop_column("requests", "input_digest")
     op.drop_column("jobs", "effective_rows")

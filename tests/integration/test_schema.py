@@ -54,7 +54,8 @@ def test_a_view_that_was_dropped_is_told(database_url: str) -> None:
 #: What 0013 made.
 UNDO_13 = (
     "DROP VIEW v_scores", "ALTER TABLE jobs DROP COLUMN effective_rows",
-    "ALTER TABLE requests DROP COLUMN input_digest", "ALTER TABLE scores DROP COLUMN is_right",
+    "ALTER TABLE requests DROP COLUMN input_digest", "ALTER TABLE requests DROP COLUMN prompt_digest",
+    "ALTER TABLE scores DROP COLUMN is_right",
     "CREATE VIEW v_scores AS SELECT 1 AS one",
 )  # fmt: skip
 

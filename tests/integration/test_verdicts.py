@@ -69,6 +69,46 @@ def test_rows_of_unrelated_files_are_no_pairs(command: Command, tmp_path: Path) 
     assert found["warnings"][0] == "60 rows have the same id and another input: they are not the same rows"
 
 
+def copied(folder: Path, name: str, wrong: int, copies: int = 8, **more: str) -> str:
+    """40 questions, each so many times, told apart by a field that the prompt does not show."""
+    lines = [
+        {"id": f"r{row}", "answer": json.dumps({"n": row % 40 + 100 * (row % 40 < wrong)}), "n": row % 40, "at": row, **more}
+        for row in range(40 * copies)
+    ]
+    return rows(folder, name, lines)
+
+
+def test_a_field_that_no_prompt_shows_makes_no_new_observation(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(ERRORS.replace("abs_error", "exact"), encoding="utf-8")
+    once = ran(command, copied(tmp_path, "once.jsonl", 4, copies=1), "t.yaml", "--name", "once")["scores"]["n"]
+    often = ran(command, copied(tmp_path, "often.jsonl", 4), "t.yaml", "--name", "often")["scores"]["n"]
+    assert (once["n"], often["n"], often["n_effective"]) == (40, 320, pytest.approx(40, abs=2))
+    assert often["ci95"] == pytest.approx(once["ci95"], abs=0.01)
+
+    ran(command, copied(tmp_path, "better.jsonl", 1), "t.yaml", "--name", "better")
+    [line] = [each for each in compared(command, "often", "better")["figures"] if each["name"] == "n.accuracy"]
+    assert line["word"] != "better", "3 of 40 questions are no difference, however often they are asked"
+
+
+def test_one_line_is_a_pair_whatever_the_prompts_or_other_columns_are(command: Command, tmp_path: Path) -> None:
+    for name in ("t", "u"):
+        text = ERRORS.replace("abs_error", "exact").replace(
+            "{{ input.answer }}", "{{ input.answer }}" + " " * (name == "u")
+        )
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    data = copied(tmp_path, "a.jsonl", 4, copies=1)
+    ran(command, data, "t.yaml", "--name", "first")
+    ran(command, data, "u.yaml", "--name", "other-prompt")
+    ran(command, copied(tmp_path, "b.jsonl", 4, copies=1, source="new"), "t.yaml", "--name", "other-column")
+    for name in ("other-prompt", "other-column"):
+        assert compared(command, "first", name)["common_rows"] == 40
+
+
+def compared(command: Command, before: str, after: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(command("compare", before, after, "--json").out)
+    return found
+
+
 def test_scores_of_one_name_and_two_kinds_are_not_compared(command: Command, tmp_path: Path) -> None:
     (tmp_path / "exact.yaml").write_text(ERRORS.replace("abs_error", "exact"), encoding="utf-8")
     (tmp_path / "close.yaml").write_text(ERRORS.replace("abs_error: n", "closeness: n, span: 5"), encoding="utf-8")

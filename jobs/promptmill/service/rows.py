@@ -16,7 +16,7 @@ from promptmill.service.labels import Labels
 from promptmill.service.prepare import Prepared
 from promptmill.tasks.sampling import refuse_repeats, repeated, resolve_sampling
 from promptmill.tasks.templates import payload, to_request
-from promptmill.types import DatasetLine, ErrorClass, SamplingParams
+from promptmill.types import DatasetLine, ErrorClass, Request, SamplingParams
 
 #: Bytes of text a token stands for, on the safe side, where a chunk's work is estimated.
 BYTES_PER_TOKEN = 4
@@ -43,6 +43,7 @@ class PreparedRow:
     sampling: str | None
     cost: int
     input_digest: int | None = None
+    prompt_digest: int | None = None
     error: tuple[ErrorClass, str] | None = None
 
 
@@ -62,8 +63,8 @@ class Rows:
         self.bad_total = 0
         #: Expected tokens of each row.
         self.costs = array("I")
-        #: What each valid row asks, as ``digest_of``.
-        self._inputs = array("q")
+        #: What each valid row asks the model, as ``digest_of``.
+        self._asked = array("q")
         #: Rows of bad lines that are kept as errors.
         self.invalid: list[int] = []
         #: Expected fields named by hand that no line has had yet: who names one does not mean none.
@@ -107,18 +108,22 @@ class Rows:
         body = payload(line)
         row, gauge = len(self.costs), self._prepared.gauge
         custom_id = line.custom_id if line.custom_id is not None else f"row-{row}"
+        prompt_digest = None
         if self._template is not None or gauge is not None:
             request = to_request(row, custom_id, body, line.meta, sampling, self._template, self._prepared.system)
             if gauge is not None:
                 gauge(request)
+            if "fields" in body:
+                # A field that the template leaves out makes no other question of it.
+                prompt_digest = digest_of(_prompt_of(request))
         text = _encode(body)
         cost = len(text) // BYTES_PER_TOKEN + sampling.max_tokens
         if self._labels is not None:
             self._labels.add(line.expected)
         # A prompt is written in one way only; fields may come in any order.
         digest = digest_of(text if "prompt" in body else _sorted(body))
-        self._inputs.append(digest)
-        return PreparedRow(custom_id, text, _json(line.expected), _json(line.meta), asked, cost, digest)
+        self._asked.append(digest if prompt_digest is None else prompt_digest)
+        return PreparedRow(custom_id, text, _json(line.expected), _json(line.meta), asked, cost, digest, prompt_digest)
 
     def _sampling_of(self, line: DatasetLine) -> tuple[str | None, SamplingParams]:
         """The line's parameters as they are stored, and resolved, with the seed of its repetition.
@@ -154,8 +159,8 @@ class Rows:
     @property
     def effective(self) -> float:
         """As many rows, none a copy of another, would tell as much (Kish 1965)."""
-        sizes = Counter(self._inputs).values()
-        return len(self._inputs) ** 2 / max(1, sum(size * size for size in sizes))
+        sizes = Counter(self._asked).values()
+        return len(self._asked) ** 2 / max(1, sum(size * size for size in sizes))
 
     def refuse_bad(self, submitting: bool = True) -> None:
         """Raise for bad lines that were not to be skipped, and for a dataset in which nothing is left.
@@ -182,8 +187,13 @@ class Rows:
             )
 
 
+def _prompt_of(request: Request) -> str:
+    """What a template has made of a row, as one text."""
+    return request.prompt or _encode([(each.role, each.content) for each in request.messages or ()])
+
+
 def digest_of(text: str) -> int:
-    """64 bits, as a signed number, of what a row asks."""
+    """64 bits, as a signed number, of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 

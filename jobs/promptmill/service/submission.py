@@ -45,7 +45,17 @@ LAST_CHUNK_ROWS = 16
 #: A chunk takes at most this part of the rows that are left, so that dozens of devices end within two rounds.
 TAPER = 24
 
-REQUEST_COLUMNS = ("job_id", "row", "custom_id", "input", "expected", "meta", "sampling", "input_digest")
+REQUEST_COLUMNS = (
+    "job_id",
+    "row",
+    "custom_id",
+    "input",
+    "expected",
+    "meta",
+    "sampling",
+    "input_digest",
+    "prompt_digest",
+)
 CHUNK_COLUMNS = (
     "job_id", "number", "first_row", "rows", "state", "attempt", "published_at", "ok", "errors", "output_tokens",
 )  # fmt: skip
@@ -203,9 +213,12 @@ def _store_requests(db: Connection, job_id: str, rows: Iterator[PreparedRow], no
     stored = 0
     while batch := list(islice(rows, BATCH_ROWS)):
         values = [
-            (job_id, stored + index, row.custom_id, row.input, row.expected, row.meta, row.sampling, row.input_digest)
+            (
+                job_id, stored + index, row.custom_id, row.input, row.expected, row.meta, row.sampling,
+                row.input_digest, row.prompt_digest,
+            )
             for index, row in enumerate(batch)
-        ]
+        ]  # fmt: skip
         copy_rows(db, requests, REQUEST_COLUMNS, values)
         failed = [(stored + index, row.error) for index, row in enumerate(batch) if row.error]
         copy_rows(db, results, RESULT_COLUMNS, [_invalid_result(job_id, row, *error, now) for row, error in failed])

@@ -61,16 +61,14 @@ def _number_inputs(db: Engine, job_id: str) -> None:
 
     Numbers are below zero and small: ``reports.compare.pairs`` takes none of them for a digest.
     """
-    asked = requests.c
-    first = (
-        sa.select(asked.input_digest, sa.func.min(asked.row).label("row"))
-        .where(asked.job_id == job_id)
-        .group_by(asked.input_digest)
-        .subquery()
-    )
-    own = sa.and_(asked.job_id == job_id, asked.input_digest == first.c.input_digest)
+    of_job = requests.c.job_id == job_id
     with writing(db) as connection:
-        connection.execute(sa.update(requests).where(own).values(input_digest=-1 - first.c.row))
+        for digest in (requests.c.input_digest, requests.c.prompt_digest):
+            first = (
+                sa.select(digest, sa.func.min(requests.c.row).label("row")).where(of_job).group_by(digest).subquery()
+            )
+            own = sa.and_(of_job, digest == first.c[digest.name])
+            connection.execute(sa.update(requests).where(own).values({digest: -1 - first.c.row}))
 
 
 def begin(db: Engine, job_id: str, how: str) -> bool:

@@ -113,8 +113,10 @@ requests = Table(
     Column("meta", Text),
     # JSON: the sampling parameters that this line sets for itself.
     Column("sampling", Text),
-    # 64 bits of the input: equal for rows that ask the same. NULL for rows of older versions.
+    # 64 bits of the input: equal for one line of a dataset in two jobs. NULL for rows of older versions.
     Column("input_digest", BigInteger),
+    # 64 bits of what a template makes of it: equal for rows that ask the model the same. NULL without a template.
+    Column("prompt_digest", BigInteger),
     PrimaryKeyConstraint("job_id", "row"),
 )
 

@@ -32,6 +32,9 @@ UNCOUNTED = (ScoreOutcome.ABSTAIN, ScoreOutcome.INFRA_ERROR)
 #: Rows whose input is known by its digest: not those of older versions, and not those of jobs without their prompts.
 DIGESTED = sa.and_(requests.c.input_digest.is_not(None), sa.not_(requests.c.input_digest.between(-(2**31), -1)))
 
+#: Equal for one line of a dataset in two jobs, whatever their templates make of it.
+OWN_INPUT = sa.func.coalesce(requests.c.input_digest, results.c.row)
+
 
 @dataclass(slots=True)
 class ScoredRows:
@@ -60,8 +63,9 @@ class JobRows:
     row: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     #: 64 bits of each id: texts of a million rows would take hundreds of megabytes.
     key: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    #: 64 bits of each input, where ``known``; else the number of the row.
+    #: 64 bits of each input, where ``known``; else the number of the row. And those of what the model is asked.
     input: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    asked: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     known: Truths = field(default_factory=lambda: np.empty(0, dtype=bool))
     ok: Truths = field(default_factory=lambda: np.empty(0, dtype=bool))
     latency_s: Floats = field(default_factory=lambda: np.empty(0))
@@ -78,7 +82,7 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> JobR
     each = results.c
     query = (
         sa.select(
-            each.row, requests.c.custom_id, INPUT_KEY, DIGESTED, each.state,
+            each.row, requests.c.custom_id, OWN_INPUT, INPUT_KEY, DIGESTED, each.state,
             each.admitted_at, each.first_token_at, each.finished_at, each.output_tokens,
         )
         .join(requests, sa.and_(requests.c.job_id == each.job_id, requests.c.row == each.row))
@@ -91,14 +95,15 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> JobR
     ]
     if not parts:
         return JobRows()
-    row, key, asked, known, ok, admitted, first, finished, tokens = (
+    row, key, inputs, asked, known, ok, admitted, first, finished, tokens = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     gaps = np.where(ok & (tokens >= 2), tokens - 1, np.nan)
     return JobRows(
         row=row,
         key=_told_apart(key),
-        input=asked,
+        input=inputs,
+        asked=asked,
         known=known,
         ok=ok,
         latency_s=np.where(ok, finished - admitted, np.nan),
@@ -110,11 +115,12 @@ def read_rows(db: Connection, job_id: str, score_run: str | None = None) -> JobR
 
 def _columns(page: list[tuple[Any, ...]]) -> list[NDArray[Any]]:
     """Some rows as numbers."""
-    rows, names, asked, known, states, *stamps = page
+    rows, names, inputs, asked, known, states, *stamps = page
     return [
         np.array(rows, dtype=np.int64),
         # Python's hash of a text has 64 bits and is the same all through this process.
         np.fromiter(map(hash, names), np.int64, len(names)),
+        np.array(inputs, dtype=np.int64),
         np.array(asked, dtype=np.int64),
         np.array(known, dtype=bool),
         np.array([state == "ok" for state in states]),
@@ -250,10 +256,11 @@ class Pairing:
 
 
 def pair(before: JobRows, after: JobRows) -> Pairing:
-    """The rows that both jobs have, by id and input, in the order of the first one."""
+    """The rows that both jobs have, by id and input or prompt, in the order of the first one."""
     _, own, other = np.intersect1d(before.key, after.key, assume_unique=True, return_indices=True)
     order = np.argsort(own)
     own, other = own[order], other[order]
     # What an older version stored has no digest: there the id alone tells.
-    same = (before.input[own] == after.input[other]) | ~before.known[own] | ~after.known[other]
+    same = (before.input[own] == after.input[other]) | (before.asked[own] == after.asked[other])
+    same |= ~before.known[own] | ~after.known[other]
     return Pairing(own[same], other[same], int((~same).sum()))

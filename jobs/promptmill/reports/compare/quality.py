@@ -44,7 +44,8 @@ def lines(own: JobRows, other: JobRows, common: Pairing, note: str) -> tuple[lis
     if not len(common.before):
         return _unpaired(own, other), []
     answered = own.ok[common.before], other.ok[common.after]
-    clusters = Clusters.of(own.input[common.before])
+    # Rows that ask the same in one of the jobs are one observation, though the other job's prompts tell them apart.
+    clusters = Clusters.of(min(own.asked[common.before], other.asked[common.after], key=lambda of: np.unique(of).size))
     found = [
         _line(
             "success_rate",
@@ -139,7 +140,7 @@ def _of_confidence(
 def _unpaired(own: JobRows, other: JobRows) -> list[Tested]:
     """The same of jobs that have no row in common."""
     answered = own.ok.astype(np.float64), other.ok.astype(np.float64)
-    of = Clusters.of(own.input), Clusters.of(other.input)
+    of = Clusters.of(own.asked), Clusters.of(other.asked)
     found = [
         _line(
             "success_rate",

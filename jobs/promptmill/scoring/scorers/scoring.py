@@ -163,8 +163,8 @@ def required_keys(task: Task, scorers: Mapping[str, Scorer]) -> tuple[str, ...]:
     return tuple(by_schema) or tuple(sorted({scorer.field for scorer in scorers.values() if scorer.field}))
 
 
-#: Equal for rows of one input. Rows that were stored before inputs had digests are each of its own.
-INPUT_KEY = sa.func.coalesce(requests.c.input_digest, results.c.row)
+#: Equal for rows that ask the same. Rows that were stored before there were digests are each of its own.
+INPUT_KEY = sa.func.coalesce(requests.c.prompt_digest, requests.c.input_digest, results.c.row)
 
 
 def answers_query(job_id: str, *, whole: bool) -> sa.Select[Any]:
