@@ -72,7 +72,13 @@ def test_rows_of_unrelated_files_are_no_pairs(command: Command, tmp_path: Path) 
 def copied(folder: Path, name: str, wrong: int, copies: int = 8, **more: str) -> str:
     """40 questions, each so many times, told apart by a field that the prompt does not show."""
     lines = [
-        {"id": f"r{row}", "answer": json.dumps({"n": row % 40 + 100 * (row % 40 < wrong)}), "n": row % 40, "at": row, **more}
+        {
+            "id": f"r{row}",
+            "answer": json.dumps({"n": row % 40 + 100 * (row % 40 < wrong)}),
+            "n": row % 40,
+            "at": row,
+            **more,
+        }
         for row in range(40 * copies)
     ]
     return rows(folder, name, lines)

@@ -12,9 +12,10 @@ import pytest
 from promptmill.errors import TaskFileError
 from promptmill.scoring.scorers.scoring import Answer, Judge, score_keyed
 from promptmill.scoring.scorers.tally import Score
-from promptmill.scoring.statistics import paired
+from promptmill.scoring.statistics import calibration, paired
 from promptmill.scoring.statistics.clusters import Clusters
 from promptmill.scoring.statistics.means import share_interval
+from promptmill.service.labels import Labels
 from promptmill.tasks.task_file import parse_task
 
 
@@ -112,3 +113,39 @@ def test_answers_that_were_cut_off_are_told_apart() -> None:
     (found,) = score_keyed(answers, Judge(task)).values()
     assert (found.value, found.all_figures["accuracy_uncut"]) == (0.9, 1.0)
     assert found.note == "1 of 10 answers were cut off at max_tokens: raise it"
+
+
+def test_answers_that_are_all_wrong_have_an_interval_too() -> None:
+    """Three classes and no answer right: up to about 1 in 20 of 60 rows might be."""
+    wrong = [("abc"[row % 3], "bca"[row % 3], row) for row in range(60)]
+    for entry in ({"exact": "x"}, {"binary": "x", "positive": "a"}):
+        found = scored(entry, wrong if "exact" in entry else [("ab"[row % 2], "ba"[row % 2], row) for row in range(60)])
+        assert found.value == 0.0
+        for name in {"macro_f1", "f1"} & found.figures.values.keys():
+            low, high = found.figures.intervals[name]
+            assert (low, found.figures.values[name]) == (0.0, 0.0)
+            assert 0.01 < high < 0.25, name
+
+
+def test_sure_and_right_probabilities_may_hide_a_small_error() -> None:
+    truth = np.arange(80) < 30
+    found = calibration.bins(np.where(truth, 0.9998, 0.0002), truth, Clusters.alone(80))
+    low, high = calibration.error_interval(found)
+    assert low == 0.0
+    assert calibration.error(found) == pytest.approx(0.0, abs=1e-6)
+    # Of 80 rows that show nothing: 1 - 0.025^(1/80).
+    assert high == pytest.approx(0.0451, abs=0.001)
+
+
+def test_the_positive_label_is_read_as_answers_are() -> None:
+    text = """task: t
+prompt: {user: hi}
+output: {normalise: {lab: [casefold, strip]}}
+generate: {choices: ["YES", "NO"]}
+expected: {lab: lab}
+scores: [{binary: lab, positive: "Yes "}]
+"""
+    labels = Labels(parse_task(text, "t"))
+    for each in ("yes", "No"):
+        labels.add({"lab": each})
+    assert labels.problems() == []

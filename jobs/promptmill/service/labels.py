@@ -36,7 +36,7 @@ class Labels:
         # Without scores every expected field is taken to be compared as it is.
         asked = task.scores or [{"exact": name} for name in task.expected]
         entries = [entry for entry in asked if entry_kind(entry) in KINDS]
-        self._scorers = build(entries, task.folder)
+        self._scorers = build(entries, task.folder, task.said)
         self._judge = Judge(task, self._scorers)
         self._seen: dict[str, Counter[str]] = {
             str(scorer.field): Counter() for scorer in self._scorers.values() if scorer.field

@@ -77,7 +77,7 @@ def check_scorers(task: Task | None) -> None:
     if task is not None and task.scores:
         from promptmill.scoring.scorers.scoring import build
 
-        build(task.scores, task.folder)
+        build(task.scores, task.folder, task.said)
 
 
 def _task(options: JobOptions) -> Task | None:

@@ -105,7 +105,7 @@ def _show_wrong(job: str, score: str | None, unread_only: bool, limit: int, as_j
     # One more than is shown tells whether there are more.
     found = list(islice(wrong_rows(db, job, score, unread_only), limit + 1))
     if as_json:
-        print_json([asdict(each) for each in found[:limit]])
+        print_json([_as_json(each) for each in found[:limit]])
         return
     for each in found[:limit]:
         say(_judged(each))
@@ -113,6 +113,13 @@ def _show_wrong(job: str, score: str | None, unread_only: bool, limit: int, as_j
         say("no such row")
     elif len(found) > limit:
         say(f"... and more; see them with --limit {limit * 10}")
+
+
+def _as_json(each: JudgedRow) -> dict[str, Any]:
+    found = asdict(each)
+    # A number of 64 bits, which is no one's outside and more than a number of JSON can be trusted with.
+    del found["input_key"]
+    return found
 
 
 def _judged(each: JudgedRow) -> str:
@@ -137,14 +144,17 @@ def _show_flipped(before: str, after: str, score: str | None, limit: int, as_jso
     names = sorted({each.score for each in flips})
     tests = {name: _tested([each for each in flips if each.score == name]) for name in names}
     if as_json:
-        print_json({"scores": tests, "rows": [asdict(each) for each in flips[:limit]]})
+        rows = [
+            asdict(each) | {"before": _as_json(each.before), "after": _as_json(each.after)} for each in flips[:limit]
+        ]
+        print_json({"scores": tests, "rows": rows})
         return
     if not flips:
         say("no row is right in the one and wrong in the other")
     for name, each in tests.items():
         say(
             f"{name}: {each['losses']:,} right in {before} and wrong in {after}, {each['gains']:,} the other way; "
-            f"McNemar's exact test p = {each['mcnemar_p']:.3g}"
+            f"McNemar's exact test of {each['inputs']:,} different inputs p = {each['mcnemar_p']:.3g}"
         )
     for flip in flips[:limit]:
         way = "lost" if flip.is_loss else "won"
@@ -166,7 +176,8 @@ def _tested(flips: list[Flip]) -> dict[str, Any]:
     changes = np.array([-1.0 if each.is_loss else 1.0 for each in flips])
     clusters = Clusters.of(np.array([each.after.input_key for each in flips]))
     losses = int((changes < 0).sum())
-    return {"losses": losses, "gains": len(flips) - losses, "mcnemar_p": signs(clusters.sums(changes))}
+    p = signs(clusters.sums(changes))
+    return {"losses": losses, "gains": len(flips) - losses, "inputs": clusters.count, "mcnemar_p": p}
 
 
 def _show_row(job: str, asked: str, as_json: bool) -> None:

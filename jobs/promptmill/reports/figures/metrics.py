@@ -351,7 +351,7 @@ _ALL = (
         better=Better.LOWER,
     ),
     Metric(
-        "best_threshold", "best threshold", Unit.INDEX, Kind.QUALITY, _NEITHER,
+        "best_threshold", "best threshold", Unit.OWN, Kind.QUALITY, _NEITHER,
         "confidence from which on yes is best, by F1 or by the task's costs, on one half of the inputs",
     ),
     _quality("best_threshold_f1", "F1 at it", "F1 at the best threshold, on the other half of the inputs"),

@@ -232,8 +232,9 @@ def _finite(value: Any) -> float | None:
 
 
 def _class_intervals(rows: Labelled, labels: Sequence[str], scale: range | None) -> dict[str, Interval]:
-    # Beside the pairs that were seen, a mistake for each class: of a perfect run it is what might have been seen.
-    pairs = list(dict.fromkeys([*rows.pairs, *_a_mistake_each(labels)]))
+    # Beside the pairs that were seen, what might have been: a mistake in a perfect run, a right answer in one without.
+    unseen = [*_a_mistake_each(labels), *((label, label) for label in labels)]
+    pairs = list(dict.fromkeys([*rows.pairs, *unseen]))
     return bootstrap.intervals(rows.cell, len(pairs), rows.clusters, figures_of(pairs, labels, scale))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +49,7 @@ class Judge:
 
     def __init__(self, task: Task, scorers: Mapping[str, Scorer] | None = None) -> None:
         """Raises :class:`TaskFileError` for scores that cannot be built."""
-        self.scorers = dict(scorers if scorers is not None else build(task.scores, task.folder))
+        self.scorers = dict(scorers if scorers is not None else build(task.scores, task.folder, task.said))
         self._extract = Extractor.of(task.output, required_keys(task, self.scorers), task.generate)
         self._task = task
         self._expected: dict[str | None, JsonObject] = {}
@@ -106,12 +106,24 @@ class Judge:
         return Item(answer.text or "", probs, choices, answer.id, answer.row, *parts)
 
 
-def build(entries: Sequence[Mapping[str, Any]], folder: str | None = None) -> dict[str, Scorer]:
+def build(
+    entries: Sequence[Mapping[str, Any]],
+    folder: str | None = None,
+    said: Callable[[str, Any], Any] = lambda field, value: value,
+) -> dict[str, Scorer]:
     """Scorers by the names of their figures. ``folder``: where files of ``python`` scorers are looked for.
 
-    ``entries``: ``{scorer: FIELD, option: value, ...}`` each. Raises :class:`TaskFileError`.
+    ``entries``: ``{scorer: FIELD, option: value, ...}`` each. ``said``: a label as answers of the task have it. Raises
+    :class:`TaskFileError`.
     """
-    return {name: _make(entry, folder) for name, entry in zip(names_of(entries), entries, strict=True)}
+    return {name: _make(_read(entry, said), folder) for name, entry in zip(names_of(entries), entries, strict=True)}
+
+
+def _read(entry: Mapping[str, Any], said: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+    """The entry with a ``positive`` label that is read as answers are."""
+    if not isinstance(entry.get("positive"), str) or not isinstance(entry[entry_kind(entry)], str):
+        return entry
+    return {**entry, "positive": said(entry[entry_kind(entry)], entry["positive"])}
 
 
 def _make(entry: Mapping[str, Any], folder: str | None) -> Scorer:

@@ -15,8 +15,8 @@ def intervals(
     """The percentile interval of each figure that ``of`` gives for counts of shape (drawings, cells).
 
     ``cell``: the cell that each row counts in, from 0; cells without a row are what might have been seen. Where no
-    drawing changes a figure, as in a perfect run, one row more is assumed, somewhere among the unseen cells: of a rate
-    this is the rule of three (Hanley and Lippman-Hand 1983), near enough.
+    drawing changes a figure, as in a perfect run, one row more is assumed, somewhere among the unseen cells in which it
+    would change the figure: of a rate this is the rule of three (Hanley and Lippman-Hand 1983), near enough.
     """
     few = clusters.few()
     table = few.table(cell, cells)
@@ -29,14 +29,20 @@ def intervals(
             found[name] = (low, high)
         else:
             still.append(name)
-    if not still or not (counts == 0).any():
+    empty = np.flatnonzero(counts == 0)
+    if not still or not len(empty):
         return found
-    unseen = np.where(counts == 0, 1.0 / (counts == 0).sum(), counts / clusters.copies)
-    shares = np.random.default_rng(SEED).dirichlet(unseen, DRAWS) * counts.sum()
-    assumed = of(shares)
+    one_more = of(counts + np.eye(cells)[empty])
     for name in still:
-        low, high = _within(assumed[name], level)
-        found[name] = (min(low, float(point[name][0])), max(high, float(point[name][0])))
+        value = float(point[name][0])
+        telling = empty[one_more[name] != value]
+        if len(telling):
+            kept = np.union1d(np.flatnonzero(counts), telling)
+            rows = np.where(counts[kept] == 0, 1.0 / len(telling), counts[kept] / clusters.copies)
+            shares = np.zeros((DRAWS, cells))
+            shares[:, kept] = np.random.default_rng(SEED).dirichlet(rows, DRAWS) * counts.sum()
+            low, high = _within(of(shares)[name], level)
+            found[name] = (min(low, value), max(high, value))
     return found
 
 

@@ -54,7 +54,8 @@ def error_interval(found: Bins, level: float = 0.95) -> Interval:
     """Multiples of the distances found under which the raw error would be no surprise.
 
     The bins' distances are drawn with the noise of their shares (of calibrated ones at 0), and the interval is what a
-    two-sided test at this level leaves.
+    two-sided test at this level leaves. Of sure and right probabilities, which have no distance, as many rows may hide
+    one as large as the rate of an event that they do not show (Clopper and Pearson 1934).
     """
     weight = found.n / found.n.sum()
     off, observed = np.abs(found.share - found.confidence), raw_error(found)
@@ -76,8 +77,9 @@ def error_interval(found: Bins, level: float = 0.95) -> Interval:
             low, high = (middle, high) if below(middle) > share else (low, middle)
         return low
 
-    point = error(found)
-    return min(where((1 + level) / 2) * observed, point), max(min(1.0, where((1 - level) / 2) * observed), point)
+    point, hidden = error(found), 1 - ((1 - level) / 2) ** (1 / float(found.effective.sum()))
+    high = min(1.0, max(where((1 - level) / 2) * observed, hidden))
+    return min(where((1 + level) / 2) * observed, point), max(high, point)
 
 
 def _by_chance(found: Bins) -> Floats:
