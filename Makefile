@@ -11,9 +11,9 @@ export PYTHONDONTWRITEBYTECODE :=
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
-# Unit tests share nothing, and compute. The others wait for processes: five tests at a time; those that share a server
-# stay in one process (tests/conftest.py).
-UNIT := -n 2 --dist worksteal
+# Unit tests share nothing; some wait, so there is one process more than a small machine has cores. The others wait for
+# processes: five tests at a time; those that share a server stay in one process (tests/conftest.py).
+UNIT := -n 3 --dist worksteal
 OTHERS := -n 5 --dist loadgroup
 
 .PHONY: demo test setup lint types docs unit coverage integration slow faults benchmark build release matrix clean
