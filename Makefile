@@ -11,10 +11,11 @@ export PYTHONDONTWRITEBYTECODE :=
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
-# Unit tests share nothing, and compute. The others wait for processes: five tests at a time; those that share a server
-# stay in one process (tests/conftest.py).
-UNIT := -n 2 --dist worksteal
-OTHERS := -n 5 --dist loadgroup
+# Unit tests share nothing; some wait, so there is one process more than a small machine has cores. The others wait for
+# processes: five files at a time; a file's tests stay in one process, because they share its server. The longest files
+# come first (tests/conftest.py), so that none runs alone at the end.
+UNIT := -n 3 --dist worksteal
+OTHERS := -n 5 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test setup lint types docs unit coverage integration slow faults benchmark build release matrix clean
 

@@ -26,12 +26,16 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("PROMPTMILL_SHARED", ROOT.parent / "shared"))
 
 
+#: The files that take longest, by `make slow`.
+LONGEST = (
+    "test_queue.py", "test_answers.py", "test_selection.py", "test_invariants.py", "test_readme.py", "test_control.py",
+    "test_attacks.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup``, tests that share what their module has made run in one process, the others in any."""
-    for item in items:
-        used = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
-        if any(each.scope == "module" for defined in used for each in defined):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """The longest files come first: one that began last would run alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def unavailable(reason: str) -> None:

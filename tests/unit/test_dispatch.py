@@ -15,7 +15,17 @@ from promptmill.database.tables import chunks, jobs, workers
 from promptmill.ledger import Ledger, recovery
 from promptmill.queue import broker
 from promptmill.queue.broker import Broker, queue_name
-from promptmill.queue.dispatcher import AGE_S, ALIVE_S, LOST_MESSAGE_S, SEARCH_LEASES, Dispatcher, _aged, waits_for
+from promptmill.queue.dispatcher import (
+    AGE_S,
+    ALIVE_S,
+    LOST_MESSAGE_S,
+    SEARCH_LEASES,
+    Dispatcher,
+    _aged,
+    live_workers,
+    waits_for,
+)
+from promptmill.queue.heartbeats import heartbeat_key
 from promptmill.service import service
 from promptmill.store import catalog
 from promptmill.store.catalog import waiting_for_models
@@ -237,6 +247,16 @@ def test_what_a_job_waits_for_is_said_with_what_is_served_and_what_to_start(ledg
     assert said == f"no live worker serves {MODEL}: live workers serve demo, other. {start}"
     work(ledger, f'["{MODEL}"]', state="busy")
     assert service.status(ledger.db, job)["waits_for"] is None
+
+
+def test_a_worker_that_redis_hears_of_is_alive_however_old_its_row_is(ledger: Ledger, redis_url: str) -> None:
+    work(ledger, '["echo"]', age_s=2 * ALIVE_S)
+    assert live_workers(ledger.db, redis_url) == []
+    message = {"state": "busy", "active": 1, "waiting": 0, "slots": 4, "model": MODEL, "commits": []}
+    with Redis.from_url(redis_url) as redis, ledger.db.connect() as connection:
+        name = connection.execute(sa.select(workers.c.id)).scalar_one()
+        redis.set(heartbeat_key(name), json.dumps(message))
+    assert [(each["id"], each["state"]) for each in live_workers(ledger.db, redis_url)] == [(name, "busy")]
 
 
 @pytest.mark.parametrize("change", [{"state": "paused"}, {"state": "completed"}, {"mode": "embedded"}])

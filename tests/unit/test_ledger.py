@@ -109,6 +109,17 @@ def test_a_chunk_has_one_holder(ledger: Ledger, db: sa.Engine) -> None:
     assert ledger.claim(ChunkId(JOB, 0), "b") is None
 
 
+def test_the_most_urgent_job_of_a_model_goes_first(ledger: Ledger, db: sa.Engine) -> None:
+    add_job(db, 2, 2)
+    with writing(db) as connection:
+        connection.execute(sa.update(chunks).values(published_at=1.0))
+        for table, changes in ((jobs, {"id": "urgent", "priority": 1}), (chunks, {"job_id": "urgent"})):
+            like = dict(connection.execute(sa.select(table)).mappings().first() or {})
+            connection.execute(sa.insert(table).values(like | changes))
+    taken = [ledger.claim_of_model("echo", "a") for _ in range(3)]
+    assert [each and each.chunk.job_id for each in taken] == ["urgent", JOB, None]
+
+
 def test_claiming_starts_the_job(ledger: Ledger, db: sa.Engine) -> None:
     add_job(db, 4, 4)
     ledger.claim(ChunkId(JOB, 0), "a")

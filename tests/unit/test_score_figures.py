@@ -184,6 +184,19 @@ def test_intervals_of_macro_f1_cover_the_truth_as_often_as_they_say() -> None:
     assert 0.912 <= covered / 300 <= 0.988
 
 
+def test_an_interval_leaves_out_as_much_below_as_above() -> None:
+    seen: list[Any] = []
+
+    def share(counts: Any) -> dict[str, Any]:
+        seen.append(counts[:, 0] / counts.sum(axis=1))
+        return {"share": seen[-1]}
+
+    found = intervals(np.repeat([0, 1], [40, 60]), 2, Clusters.alone(100), share)
+    # The first is the figure of the rows themselves.
+    drawn = np.concatenate(seen[1:])
+    assert found["share"] == pytest.approx(tuple(np.percentile(drawn, (2.5, 97.5))))
+
+
 def test_intervals_of_auc_cover_the_truth_as_often_as_they_say() -> None:
     """Normal scores one standard deviation apart: the true AUC is Phi(1 / sqrt 2) = 0.7602."""
     from promptmill.scoring.scorers.aggregates import of_ranking
