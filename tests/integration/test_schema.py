@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import sqlalchemy as sa
 
@@ -69,3 +71,40 @@ def test_an_upgrade_that_leaves_something_out_changes_nothing(database_url: str)
         upgrade(engine)
     assert current_revision(engine) == "0011"
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("statements", "problem"),
+    [
+        (["DELETE FROM alembic_version"], "has tables and no revision"),
+        (["DROP TABLE alembic_version"], "has tables and no revision"),
+        (["INSERT INTO alembic_version VALUES ('0012')"], "has 2 revisions: 0012, 0013"),
+        (["UPDATE alembic_version SET version_num = ''"], "is at revision '', which this version"),
+        (["UPDATE alembic_version SET version_num = '0010'"], "at revision 0010, and is not: .*already exists"),
+        (["DROP VIEW v_jobs", "CREATE VIEW v_jobs AS SELECT 1 AS id"], r"lacks: .*column v_jobs\.name"),
+        (
+            ["CREATE TABLE copied AS SELECT * FROM job_tags", "DROP TABLE job_tags",
+             "ALTER TABLE copied RENAME TO job_tags"],
+            "primary key of job_tags",
+        ),
+    ],
+)  # fmt: skip
+def test_a_database_that_is_not_what_it_says_is_told_in_a_sentence(
+    database_url: str, statements: list[str], problem: str
+) -> None:
+    engine = damage(database_url, *statements)
+    with pytest.raises(DatabaseError, match=problem) as caught:
+        upgrade(engine)
+    assert caught.value.hint
+    engine.dispose()
+
+
+def test_a_run_into_a_database_that_lacks_a_column_says_so(command: Command, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'lacking.sqlite'}"
+    damage(url, "ALTER TABLE jobs RENAME COLUMN max_errors TO something_else").dispose()
+    command.environment["JOBS_DATABASE_URL"] = url
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n', encoding="utf-8")
+    done = command("run", "a.jsonl", "--model", "echo")
+    assert done.code == 2
+    assert "lacks what this version needs" in done.err
+    assert "internal error" not in done.err

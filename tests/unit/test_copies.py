@@ -137,15 +137,41 @@ def test_sure_and_right_probabilities_may_hide_a_small_error() -> None:
     assert high == pytest.approx(0.0451, abs=0.001)
 
 
+def problems(task: str, expected: list[Any]) -> list[str]:
+    """What is wrong with these labels of the field ``lab``."""
+    labels = Labels(parse_task("task: t\nprompt: {user: hi}\nexpected: {lab: lab}\n" + task, "t"))
+    for each in expected:
+        labels.add({"lab": each})
+    return labels.problems()
+
+
 def test_the_positive_label_is_read_as_answers_are() -> None:
-    text = """task: t
-prompt: {user: hi}
-output: {normalise: {lab: [casefold, strip]}}
+    task = """output: {normalise: {lab: [casefold, strip]}}
 generate: {choices: ["YES", "NO"]}
-expected: {lab: lab}
 scores: [{binary: lab, positive: "Yes "}]
 """
-    labels = Labels(parse_task(text, "t"))
-    for each in ("yes", "No"):
-        labels.add({"lab": each})
-    assert labels.problems() == []
+    assert problems(task, ["yes", "No"]) == []
+
+
+def test_a_threshold_under_which_nothing_lies_is_refused() -> None:
+    [problem] = problems("scores: [{binary: lab, threshold: 0}]\n", [True, False])
+    assert problem.startswith("lab: no expected label and no possible answer means no by threshold: 0")
+    assert problems("scores: [{binary: lab, threshold: 0.5}]\n", [0.7, 0.7]) == [], "a sample of one label"
+
+
+def test_a_choice_that_means_a_bare_yes_of_yaml_is_refused() -> None:
+    task = 'generate: {choices: ["yes", "yep", "no"]}\noutput: {aliases: {lab: {yep: %s}}}\nscores: [{exact: lab}]\n'
+    assert problems(task % "'yes'", ["yes", "no"]) == []
+    [problem] = problems(task % "yes", ["yes", "no"])
+    assert problem.startswith("lab: choices that mean no label: yep means true (YAML reads a bare yes")
+
+
+@pytest.mark.parametrize(("positive", "yes", "no"), [("true", 1, 0), ("1", True, False), ("true", "True", "False")])
+def test_truth_values_are_read_however_they_are_written(positive: str, yes: Any, no: Any) -> None:
+    given: list[Any] = [True, False, True] if not isinstance(yes, bool) else [1, 0, 1]
+    rows = [(answer, label, row) for row, (answer, label) in enumerate(zip(given, [yes, no, no], strict=True))]
+    found = scored({"binary": "x", "positive": json.loads(positive)}, rows)
+    assert found.value == pytest.approx(2 / 3)
+    assert found.figures.values["recall"] == 1.0
+    if isinstance(yes, str):
+        assert scored({"exact": "x"}, rows).value == pytest.approx(2 / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ FULL = ("too many clients", "remaining connection slots", "too many connections"
 #: SQLSTATEs of a table or a column that is not there.
 UNDEFINED = ("42P01", "42703")
 
+#: The same in SQLite's words.
+SQLITE_LACKS = re.compile("no such (table|column)|has no column named|foreign key mismatch")
+
 #: Beginnings of SQLSTATEs that say that the connection is gone: its own errors, and a server that stops.
 AWAY = ("08", "57P")
 
@@ -71,7 +75,7 @@ def _refusal(problem: Exception) -> DatabaseError | None:
     state = getattr(cause, "sqlstate", None)
     if state is None and any(each in str(cause) for each in FULL):
         state = "53300"
-    lacks = isinstance(cause, sqlite3.OperationalError) and str(cause).startswith(("no such table", "no such column"))
+    lacks = isinstance(cause, sqlite3.OperationalError) and SQLITE_LACKS.search(str(cause)) is not None
     if state in UNDEFINED or lacks:
         hint = "'promptmill db upgrade' brings it up to date, or says what is missing."
         return DatabaseError(f"the database lacks what this version needs: {first_line(problem)}", hint=hint)

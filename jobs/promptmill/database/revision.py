@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from promptmill.database.engine import connect, lock_name, reading, writing
-from promptmill.errors import DatabaseError
+from promptmill.errors import DatabaseError, first_line
+
+#: What to do about a database that is not what it says.
+RESTORE = "Another version made it, or it was changed by hand. Restore a backup, or start with a new database."
+
+#: What databases say of a migration that finds what it is to make, or does not find what it is to change.
+MISSTATED = re.compile("already exists|duplicate column|no such|does not exist", re.IGNORECASE)
 
 
 def open_database(url: str, *, connections: int | None = None, idle_s: float | None = None) -> Engine:
@@ -43,11 +50,6 @@ def _require_revision(engine: Engine) -> None:
     current, head = current_revision(engine), head_revision()
     if current == head:
         return
-    if current is not None and current not in _revisions():
-        raise DatabaseError(
-            f"the database is at revision {current}, which this version of promptmill does not know",
-            hint=f"It was made by a newer version; this one works with {head}. Update promptmill.",
-        )
     if engine.dialect.name != "sqlite":
         raise DatabaseError(
             f"the database is at revision {current or 'none (empty)'}, this version of promptmill needs {head}",
@@ -60,11 +62,25 @@ def _require_revision(engine: Engine) -> None:
 
 
 def current_revision(engine: Engine) -> str | None:
-    """The revision the database is at; None for an empty one."""
+    """The revision the database is at; None for an empty one. Raises DatabaseError for what is no revision of ours."""
     with reading(engine) as connection:
-        if not sa.inspect(connection).has_table("alembic_version"):
+        there = sa.inspect(connection)
+        is_kept = there.has_table("alembic_version")
+        found = (
+            connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalars().all() if is_kept else []
+        )
+        if not found and not there.has_table("jobs"):
             return None
-        return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    if len(found) != 1:
+        said = f"has {len(found)} revisions: {', '.join(sorted(found))}" if found else "has tables and no revision"
+        raise DatabaseError(f"the database {said}", hint=RESTORE)
+    current = str(found[0])
+    if current not in _revisions():
+        raise DatabaseError(
+            f"the database is at revision '{current[:40]}', which this version of promptmill does not know",
+            hint=f"It was made by a newer version; this one works with {head_revision()}. Update promptmill.",
+        )
+    return current
 
 
 def head_revision() -> str:
@@ -87,8 +103,9 @@ def migrations_folder() -> Path:
 def upgrade(engine: Engine) -> None:
     """Bring the database to :func:`head_revision`, in one transaction.
 
-    Raises :class:`DatabaseError` for one that lacks something then; it stays as it was.
+    Raises :class:`DatabaseError` for one that cannot be brought there, or lacks something then; it stays as it was.
     """
+    current = current_revision(engine)
     from alembic import command
     from alembic.config import Config
 
@@ -98,7 +115,14 @@ def upgrade(engine: Engine) -> None:
         # Two programs that start together must not both migrate.
         lock_name(connection, "promptmill.migrations")
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except sa.exc.DBAPIError as problem:
+            if not MISSTATED.search(str(problem.orig)):
+                raise
+            raise DatabaseError(
+                f"the database says that it is at revision {current}, and is not: {first_line(problem)}", hint=RESTORE
+            ) from problem
         _require_schema(connection)
 
 
@@ -110,8 +134,19 @@ def _require_schema(connection: Connection) -> None:
     from promptmill.database.tables import metadata
     from promptmill.database.views import VIEWS
 
-    there = sa.inspect(connection).get_view_names()
-    lacking = [f"view {name}" for name in ("v_results", *VIEWS) if name not in there]
+    there = sa.inspect(connection)
+    lacking = [f"view {name}" for name in ("v_results", *VIEWS) if name not in there.get_view_names()]
+    lacking += [
+        f"column {view}.{name}"
+        for view, columns in _view_columns().items()
+        if view in there.get_view_names()
+        for name in sorted(columns - {each["name"] for each in there.get_columns(view)})
+    ]
+    for table in metadata.tables.values():
+        if there.has_table(table.name):
+            key = there.get_pk_constraint(table.name)["constrained_columns"]
+            if set(key) != {column.name for column in table.primary_key}:
+                lacking.append(f"primary key of {table.name}")
     for difference in compare_metadata(MigrationContext.configure(connection), metadata):
         match difference:
             case ("add_table", table):
@@ -126,5 +161,21 @@ def _require_schema(connection: Connection) -> None:
         revision = MigrationContext.configure(connection).get_current_revision()
         raise DatabaseError(
             f"the database says that it is at revision {revision}, and lacks: {', '.join(sorted(lacking))}",
-            hint="Another version made it, or it was changed by hand. Restore a backup, or start with a new database.",
+            hint=RESTORE,
         )
+
+
+def _view_columns() -> dict[str, set[str]]:
+    """The columns that each view has, by making it."""
+    from promptmill.database.tables import metadata
+    from promptmill.database.views import VIEWS
+
+    engine = sa.create_engine("sqlite://")
+    with engine.connect() as connection:
+        metadata.create_all(connection)
+        for name, select in VIEWS.items():
+            connection.execute(sa.text(f"CREATE VIEW {name} AS {select}"))
+        there = sa.inspect(connection)
+        found = {name: {each["name"] for each in there.get_columns(name)} for name in VIEWS}
+    engine.dispose()
+    return found

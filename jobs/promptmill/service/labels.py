@@ -21,6 +21,9 @@ KINDS = ("exact", "binary", "choice_probability")
 #: Most different labels of a field that are kept; a field with more is a number or a text.
 MOST = 1_000
 
+#: Why a label is a truth value that nobody meant.
+BARE = "YAML reads a bare yes, no, on or off as true or false: put it in quotes"
+
 #: Characters of a list of labels in a message.
 LONGEST = 300
 
@@ -69,6 +72,9 @@ class Labels:
             elif silent := [text for text, said in answers if field not in said]:
                 yield f"{field}: choices that mean no label: {_listed(silent)}"
                 continue
+            elif bare := _bare_truths(field, labels, answers):
+                yield f"{field}: choices that mean no label: {_listed(bare)} ({BARE})"
+                continue
             else:
                 yield from _unreachable(field, scorer, labels, answers)
             if isinstance(scorer, Binary):
@@ -94,6 +100,18 @@ class Labels:
             yield f"{field}: expected labels that the schema does not allow: {_listed(bad)}"
 
 
+def _bare_truths(
+    field: str, labels: list[tuple[JsonValue, JsonValue]], answers: list[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
+    """Choices that mean true or false by an alias, where no label is a truth value."""
+    from promptmill.scoring.scorers.binary import label_text
+
+    if {"true", "false"} & {label_text(label) for _, label in labels}:
+        return []
+    meant = [(text, said[field]) for text, said in answers if isinstance(said[field], bool)]
+    return [f"{text} means {json.dumps(value)}" for text, value in meant if text != json.dumps(value)]
+
+
 def _unreachable(
     field: str, scorer: Scorer, labels: list[tuple[JsonValue, JsonValue]], answers: list[tuple[str, Mapping[str, Any]]]
 ) -> Iterator[str]:
@@ -117,13 +135,18 @@ def _one_sided(
     name: str, scorer: Any, labels: list[JsonValue], answers: list[tuple[str, Mapping[str, Any]]] | None
 ) -> Iterator[str]:
     """A score of yes or no needs both among what is expected, or among what can be answered."""
+    from promptmill.scoring.scorers.binary import label_text
+
     sides = {scorer.means_yes(label) for label in labels}
     sides |= {scorer.means_yes(said.get(scorer.field)) for _, said in answers or ()}
-    lacks_yes, lacks_no = True not in sides, False not in sides and answers is not None
+    # One label alone may be a sample; several that all mean yes are no sample of yes and no.
+    is_known = answers is not None or len({label_text(label) for label in labels}) > 1
+    lacks_yes, lacks_no = True not in sides, False not in sides and is_known
     if lacks_yes or lacks_no:
         what = "yes" if lacks_yes else "no"
         by = f"positive: {scorer.positive!r}" if scorer.positive is not None else f"threshold: {scorer.threshold}"
-        yield f"{name}: no expected label and no possible answer means {what} by {by}: {_listed(labels)}"
+        quoted = f" ({BARE})" if isinstance(scorer.positive, bool) else ""
+        yield f"{name}: no expected label and no possible answer means {what} by {by}{quoted}: {_listed(labels)}"
 
 
 def _listed_by(rules: Mapping[str, Any]) -> list[JsonValue] | None:

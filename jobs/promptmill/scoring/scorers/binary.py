@@ -71,10 +71,15 @@ class Binary(FieldScorer):
     def means_yes(self, value: JsonValue) -> bool | None:
         """What a label or a number comes to; None for neither. Truth values are 1 and 0 to a threshold."""
         if self.positive is not None:
-            return None if value is None else label_text(value) == label_text(self.positive)
+            return None if value is None else self._like_positive(value) == self._like_positive(self.positive)
         found = float(value) if isinstance(value, bool) else number(value)
         assert self.threshold is not None
         return None if found is None else found >= self.threshold
+
+    def _like_positive(self, value: JsonValue) -> str:
+        """A label's text; where yes is a truth value, or 1 or 0, either is written for the other."""
+        is_truth = label_text(self.positive) in ("true", "false", "1", "0")
+        return {"1": "true", "0": "false"}.get(label_text(value), label_text(value)) if is_truth else label_text(value)
 
     def _confidence(self, value: JsonValue, choices: Choices) -> tuple[float | None, bool]:
         """How sure the answer is of yes, and whether that is a probability."""

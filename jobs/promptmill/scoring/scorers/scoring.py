@@ -156,9 +156,11 @@ def score_keyed(answers: Iterable[tuple[Answer, int]], judge_: Judge) -> dict[st
 
 
 def like(value: JsonValue, wanted: JsonValue) -> JsonValue:
-    """A truth value that an answer spells out, where one is expected."""
+    """A truth value that an answer spells out, where one is expected; and the text, where a table spells it out."""
     if isinstance(wanted, bool) and isinstance(value, str):
         return TRUTHS.get(value.strip().casefold(), value)
+    if isinstance(wanted, str) and isinstance(value, bool) and TRUTHS.get(wanted.strip().casefold()) is value:
+        return wanted
     return value
 
 
