@@ -105,6 +105,32 @@ def test_a_reasoning_that_the_model_opens_by_a_control_token_is_told_apart(load:
     assert extras(found).reasoning == THINK
 
 
+#: Writes the last message's text last, and nothing behind it.
+BARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("asked", [{}, {"thinking": "off"}, {"thinking": "0"}])
+def test_a_text_that_ends_in_the_mark_opens_no_reasoning(load: Load, asked: dict[str, Any]) -> None:
+    engine = load(BARE)
+    settings = SamplingParams(max_tokens=6, ignore_eos=True, **asked)
+    for text in (f"What is the tag {THINK}", f"{THINK}\n"):
+        found = answer(engine, EngineRequest(0, settings, messages=(Message("user", text),)))
+        assert found.text
+        assert found.usage.reasoning_tokens == 0
+    # The same in a field of a template that is a whole prompt; what its author wrote is meant.
+    data = answer(engine, EngineRequest(0, settings, prompt=f"Say {THINK}", own=((0, 4),)))
+    assert data.text
+    assert data.usage.reasoning_tokens == 0
+
+
+def test_a_template_that_opens_a_reasoning_behind_such_a_text_is_obeyed(load: Load) -> None:
+    engine, settings = load(OPENING), SamplingParams(max_tokens=6, ignore_eos=True)
+    found = answer(engine, EngineRequest(0, settings, messages=(Message("user", THINK),)))
+    assert found.usage.reasoning_tokens == 6
+    meant = answer(engine, EngineRequest(0, settings, prompt=f"Say {THINK}", own=((0, 11),)))
+    assert meant.usage.reasoning_tokens == 6
+
+
 @pytest.mark.parametrize("said", ["<think>Hm.</think>\n\nyes <b>", "\n yes", "<thin air>", "<", "<think>", " \n"])
 def test_somebody_who_waits_is_told_no_reasoning(load: Load, said: str) -> None:
     tools = tools_of(load(CHATML))

@@ -21,7 +21,7 @@ KINDS = ("exact", "binary", "choice_probability")
 #: Most different labels of a field that are kept; a field with more is a number or a text.
 MOST = 1_000
 
-#: Why a label is a truth value that nobody meant.
+#: Why a label is a truth value that was not meant.
 BARE = "YAML reads a bare yes, no, on or off as true or false: put it in quotes"
 
 #: Characters of a list of labels in a message.

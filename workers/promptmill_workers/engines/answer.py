@@ -17,29 +17,33 @@ from promptmill_workers.engines.host_sampling import HostSampler, Logits, likeli
 THINK, END_OF_THINK = "<think>", "</think>"
 
 
-def opened(rendered: str, sampling: SamplingParams, *, scored: bool = False) -> tuple[str, bool]:
+def opened(
+    rendered: str, sampling: SamplingParams, *, scored: bool = False, ends_in_data: bool = False
+) -> tuple[str, bool]:
     """A rendered prompt, and whether the model begins with its reasoning after it.
+
+    ``ends_in_data``: the last that it spells is a text of a message or of a dataset, which opens nothing.
 
     Where reasoning was asked for and the chat template does not open it, it is opened here; with a budget of 0 it is
     closed here too. A template's own is closed where reasoning is off, and where an answer is ``scored``: it is none of
     the reasoning.
     """
+    is_open = rendered.rstrip().endswith(THINK) and not ends_in_data
     if sampling.thinking_budget == 0:
-        return _thought_nothing(rendered), False
-    if rendered.rstrip().endswith(THINK):
+        return _thought_nothing(rendered, is_open), False
+    if is_open:
         is_closed = scored or sampling.thinking == "off"
-        return (_thought_nothing(rendered), False) if is_closed else (rendered, True)
+        return (_thought_nothing(rendered, is_open), False) if is_closed else (rendered, True)
     if sampling.thinking in (None, "off"):
         return rendered, False
     return f"{rendered}{THINK}\n", True
 
 
-def _thought_nothing(rendered: str) -> str:
+def _thought_nothing(rendered: str, is_open: bool) -> str:
     """The prompt with a reasoning that holds nothing, as templates write it where reasoning is off."""
-    known = rendered.rstrip()
-    if known.endswith(END_OF_THINK):
+    if rendered.rstrip().endswith(END_OF_THINK):
         return rendered
-    return f"{known if known.endswith(THINK) else rendered + THINK}\n\n{END_OF_THINK}\n\n"
+    return f"{rendered.rstrip() if is_open else rendered + THINK}\n\n{END_OF_THINK}\n\n"
 
 
 class Text(Protocol):

@@ -122,9 +122,23 @@ def pieces_of(
                     f"end it with {END_OF_THINK}"
                 )
             return pieces, thinks
+    ends_in_data = _ends_in_data(request, text_of(pieces).rstrip())
     tail = pieces.pop().text if pieces and not pieces[-1].plain else ""
-    tail, thinks = opened(tail, sampling, scored=request.messages is not None and request.is_scored)
+    is_scored = request.messages is not None and request.is_scored
+    tail, thinks = opened(tail, sampling, scored=is_scored, ends_in_data=ends_in_data)
     return joined([*pieces, Piece(tail)]), thinks
+
+
+def _ends_in_data(request: EngineRequest, rendered: str) -> bool:
+    """Whether the mark of a reasoning at the end of a prompt is a message's, or that of a field in a template."""
+    if not rendered.endswith(THINK):
+        return False
+    if request.messages is None:
+        at = len(rendered) - len(THINK)
+        return request.own is not None and not any(start <= at and at < end for start, end in request.own)
+    said = [each.content for each in request.messages]
+    # Where the template opens one behind such a message, there are more marks than the messages have.
+    return rendered.endswith(said[-1].rstrip()) and rendered.count(THINK) <= sum(each.count(THINK) for each in said)
 
 
 def joined(pieces: Iterable[Piece]) -> list[Piece]:

@@ -54,8 +54,8 @@ def error_interval(found: Bins, level: float = 0.95) -> Interval:
     """Multiples of the distances found under which the raw error would be no surprise.
 
     The bins' distances are drawn with the noise of their shares (of calibrated ones at 0), and the interval is what a
-    two-sided test at this level leaves. Of sure and right probabilities, which have no distance, as many rows may hide
-    one as large as the rate of an event that they do not show (Clopper and Pearson 1934).
+    two-sided test at this level leaves. Sure and right probabilities have no distance: so many rows may hide one as
+    large as the rate of an event that they do not show (Clopper and Pearson 1934).
     """
     weight = found.n / found.n.sum()
     off, observed = np.abs(found.share - found.confidence), raw_error(found)
