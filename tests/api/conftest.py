@@ -61,21 +61,17 @@ class Starter:
     started: list[subprocess.Popen[str]]
 
     def server(self, *arguments: str, **settings: str) -> Server:
-        port = free_port()
         command = Command(self.command.folder, self.command.environment | settings)
-        process = command.start("api", "--port", str(port), *arguments)
-        self.started.append(process)
-        server = Server(command, port, process)
-
-        def answers() -> bool:
-            assert process.poll() is None, log_of(command.folder)
-            try:
-                return bool(server.get("/healthz"))
-            except OSError:
-                return False
-
-        wait_until(answers, "the server answers", 60)
-        return server
+        # A port that was free may be taken by another test before the server listens there.
+        while True:
+            port = free_port()
+            process = command.start("api", "--port", str(port), *arguments)
+            self.started.append(process)
+            server = Server(command, port, process)
+            wait_until(lambda: process.poll() is not None or answers(server), "the server answers", 60)  # noqa: B023
+            if process.poll() is None:
+                return server
+            assert f"cannot listen at 127.0.0.1:{port}" in log_of(command.folder), log_of(command.folder)
 
     def worker(self, *models: str, slots: int = 16) -> subprocess.Popen[str]:
         options = [part for model in models for part in ("--model", model)]
@@ -84,6 +80,13 @@ class Starter:
         self.started.append(process)
         wait_until(lambda: workers_alive(self.command.environment) > before, "the worker is ready", 120)
         return process
+
+
+def answers(server: Server) -> bool:
+    try:
+        return bool(server.get("/healthz"))
+    except OSError:
+        return False
 
 
 def log_of(folder: Path) -> str:

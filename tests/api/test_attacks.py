@@ -217,11 +217,12 @@ def test_nobody_else_notices(
 ) -> None:
     requests = make(target)
     usual_chat, usual_health = max(target.chat_s() for _ in range(3)), max(target.health_s() for _ in range(10))
-    # What a busy machine does to one request it does not do twice; an attack does.
-    slow = [watched(target, name, statuses, requests, usual_chat, usual_health)]
-    if slow[0]:
-        slow.append(watched(target, name, statuses, requests, usual_chat, usual_health))
-    assert not slow[-1]
+    # What a busy machine does to one request it does not do each time; an attack does.
+    for _ in range(4):
+        slow = watched(target, name, statuses, requests, usual_chat, usual_health)
+        if not slow:
+            break
+    assert not slow
     assert memory_mb(target.server) < MOST_MB
 
 

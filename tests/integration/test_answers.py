@@ -67,6 +67,14 @@ def test_verify_finds_no_difference_and_says_so(command: Command, tmp_path: Path
     assert found["left_out_rows"] == [{"row": 12, "reason": "drawn without a seed"}]
 
 
+@pytest.mark.parametrize("option", ["--repeat=2", "--cache"])
+def test_copied_answers_are_no_wrong_sum(command: Command, tmp_path: Path, option: str) -> None:
+    data = lines(tmp_path / "a.jsonl", *({"prompt": f"say {n % 2}"} for n in range(4)))
+    for _ in range(2):
+        ok(command("run", data, "--model", "echo", option))
+    assert read(command("verify", "@last", "--json"))["sums"] == []
+
+
 def test_verify_shows_a_changed_answer_and_a_wrong_sum(command: Command, tmp_path: Path) -> None:
     data = lines(tmp_path / "a.jsonl", *({"prompt": f"say {n}"} for n in range(4)))
     command("run", data, "--model", "echo")

@@ -48,7 +48,8 @@ def test_scores_of_each_group_and_numbered_runs_that_stay(command: Command, tmp_
 
     flipped = command("show", "--flipped", "@last@s1", "@last@s3")
     assert (
-        "label: 0 right in @last@s1 and wrong in @last@s3, 1 the other way; McNemar's exact test p = 1" in flipped.out
+        "label: 0 right in @last@s1 and wrong in @last@s3, 1 the other way; "
+        "McNemar's exact test over inputs, 1 of them: p = 1" in flipped.out
     )
     assert 'won: c: label: expected "normal", unparsed -> "normal"' in flipped.out
     runs = command("query", "SELECT DISTINCT score_run FROM v_scores ORDER BY 1", "--format", "csv").out

@@ -110,6 +110,29 @@ def test_one_line_is_a_pair_whatever_the_prompts_or_other_columns_are(command: C
         assert compared(command, "first", name)["common_rows"] == 40
 
 
+def test_rows_that_expect_another_answer_are_not_set_against_each_other(command: Command, tmp_path: Path) -> None:
+    """Not one answer has changed; labels, and how they are read, have."""
+    exact = ERRORS.replace("abs_error", "exact")
+    (tmp_path / "t.yaml").write_text(exact, encoding="utf-8")
+    (tmp_path / "u.yaml").write_text(exact + "output: {aliases: {n: {'x': 'y'}}}\n", encoding="utf-8")
+    lines: list[dict[str, Any]] = [
+        {"id": f"r{row}", "answer": json.dumps({"n": row}), "n": row + (row < 3)} for row in range(40)
+    ]
+    ran(command, rows(tmp_path, "a.jsonl", lines), "t.yaml", "--name", "first")
+    ran(command, "a.jsonl", "u.yaml", "--name", "read-otherwise")
+    relabelled = [line | {"n": int(line["id"][1:]) + (int(line["id"][1:]) < 20)} for line in lines]
+    ran(command, rows(tmp_path, "b.jsonl", relabelled), "t.yaml", "--name", "relabelled")
+
+    found = compared(command, "first", "read-otherwise")
+    assert next(each for each in found["figures"] if each["name"].startswith("n."))["note"].startswith("not comparable")
+    found = compared(command, "first", "relabelled")
+    assert "17 rows expect another answer in the other job: no score compares them" in found["warnings"]
+    assert next(each for each in found["figures"] if each["name"] == "n.accuracy")["change"] == 0.0
+    done = command("show", "--flipped", "first", "relabelled")
+    assert "no row is right in the one and wrong in the other" in done.out
+    assert "17 rows of one id ask something else, or another answer is expected: they are left out" in done.out
+
+
 def compared(command: Command, before: str, after: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(command("compare", before, after, "--json").out)
     return found

@@ -77,7 +77,7 @@ def current_revision(engine: Engine) -> str | None:
     current = str(found[0])
     if current not in _revisions():
         raise DatabaseError(
-            f"the database is at revision '{current[:40]}', which this version of promptmill does not know",
+            f"the database is at revision {current[:40] or 'of no name'}, which this version does not know",
             hint=f"It was made by a newer version; this one works with {head_revision()}. Update promptmill.",
         )
     return current

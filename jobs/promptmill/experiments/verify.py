@@ -22,6 +22,7 @@ from promptmill.database.engine import epoch, id_at, now_of, reading, writing
 from promptmill.database.tables import chunks, jobs, requests, results, verifications
 from promptmill.errors import JobError, PromptmillError
 from promptmill.ledger import JobSpec, Ledger
+from promptmill.ledger.values import storable
 from promptmill.service.local_run import require_same_model
 from promptmill.store import catalog
 from promptmill.tasks.task_file import parse_task
@@ -136,7 +137,7 @@ def _compared(
                 left_out.append(LeftOut(request.row, f"no answer this time: {result.error_class}: {result.message}"))
                 continue
             compared[sampled] += 1
-            if result.text != text:
+            if storable(result.text) != text:
                 found.append(_mismatch(result, text, sampled))
     return Verification(
         job.id, sample, compared.total(), len(left_out), len(found), compared[True],
@@ -217,13 +218,17 @@ def _mismatch(result: Ok, stored: str, sampled: bool) -> Mismatch:
     return Mismatch(result.row, at, stored[at : at + SHOWN], result.text[at : at + SHOWN], sampled)
 
 
+#: Answers whose tokens were computed for them: copies of others cost nothing.
+IS_COMPUTED = sa.and_(results.c.state == "ok", results.c.deduplicated.is_(False))
+
+
 def wrong_sums(db: Engine, job_id: str) -> list[str]:
     """Laws between job, chunks and results that do not hold, as sentences."""
     per_chunk = (
         sa.select(
             chunks.c.number, chunks.c.ok, chunks.c.errors, chunks.c.output_tokens,
             sa.func.count(results.c.row).filter(results.c.state == "ok").label("ok_rows"),
-            sa.func.coalesce(sa.func.sum(results.c.output_tokens).filter(results.c.state == "ok"), 0).label("tokens"),
+            sa.func.coalesce(sa.func.sum(results.c.output_tokens).filter(IS_COMPUTED), 0).label("tokens"),
         )
         .join(results, sa.and_(results.c.job_id == chunks.c.job_id, results.c.chunk == chunks.c.number), isouter=True)
         .where(chunks.c.job_id == job_id)

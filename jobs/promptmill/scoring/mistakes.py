@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -14,7 +14,7 @@ from promptmill.database.engine import reading
 from promptmill.database.tables import requests, results, scores
 from promptmill.errors import JobError, UnknownName
 from promptmill.scoring.scorers import ScoreOutcome
-from promptmill.scoring.scorers.scoring import INPUT_KEY, Answer, answers_query, judge_of
+from promptmill.scoring.scorers.scoring import DIGESTED, INPUT_KEY, OWN_INPUT, Answer, answers_query, judge_of
 from promptmill.scoring.stored_scores import figures_of, run_of
 from promptmill.store import catalog
 
@@ -23,6 +23,23 @@ FETCH_ROWS = 2_000
 
 #: Outcomes of answers in which nothing was found.
 UNREAD = (ScoreOutcome.UNPARSED, ScoreOutcome.TRUNCATED)
+
+
+class Asked(NamedTuple):
+    """What a row asks: 64 bits of the dataset's line and of the prompt, where they are known."""
+
+    line: int = 0
+    prompt: int = 0
+    is_known: bool = False
+
+    def is_same(self, other: Asked) -> bool:
+        return not (self.is_known and other.is_known) or self.line == other.line or self.prompt == other.prompt
+
+
+UNKNOWN = Asked()
+
+#: As columns of a query.
+ASKED = (OWN_INPUT, INPUT_KEY, DIGESTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +57,7 @@ class JudgedRow:
     error: str | None = None
     #: None where nothing is right or wrong by the score.
     is_right: bool | None = None
-    #: Equal for rows of one input.
-    input_key: int = 0
+    asked: Asked = UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +96,17 @@ def _of_task(db: Engine, job: sa.Row[Any], score: str | None) -> Iterator[Judged
     if judge is None:
         raise JobError(f"job {job.id} has no scores", hint="Score it by a task: promptmill score JOB --task FILE.")
     _check_score(score, list(judge.scorers))
-    query = answers_query(job.id, whole=True).add_columns(INPUT_KEY).order_by(results.c.row)
+    query = answers_query(job.id, whole=True).add_columns(*ASKED).order_by(results.c.row)
     with reading(db) as connection:
-        for *found, key in connection.execution_options(yield_per=FETCH_ROWS).execute(query):
+        for *found, line, prompt, is_known in connection.execution_options(yield_per=FETCH_ROWS).execute(query):
             answer = Answer(*found)
             for name, judged in zip(judge.scorers, judge(answer), strict=True):
                 if judged is not None and score in (None, name):
                     assert answer.row is not None
                     yield JudgedRow(
                         answer.row, str(answer.id), name, judged.value, judged.predicted, judged.expected,
-                        judged.outcome.value, answer.text, judged.error, judged.is_right, key,
+                        judged.outcome.value, answer.text, judged.error, judged.is_right,
+                        Asked(line, prompt, is_known),
                     )  # fmt: skip
 
 
@@ -98,7 +115,7 @@ def _of_run(db: Engine, job_id: str, run_id: str, score: str | None) -> Iterator
     query = (
         sa.select(
             each.row, requests.c.custom_id, each.metric, each.value, each.predicted, each.expected, each.outcome,
-            results.c.text, each.error, each.is_right, INPUT_KEY,
+            results.c.text, each.error, each.is_right, *ASKED,
         )
         .join_from(scores, requests, sa.and_(requests.c.job_id == job_id, requests.c.row == each.row))
         .join(results, sa.and_(results.c.job_id == job_id, results.c.row == each.row))
@@ -112,7 +129,8 @@ def _of_run(db: Engine, job_id: str, run_id: str, score: str | None) -> Iterator
         if score is not None:
             query = query.where(each.metric == score)
         for found in connection.execution_options(yield_per=FETCH_ROWS).execute(query):
-            yield JudgedRow(*found)
+            *judged, line, prompt, is_known = found
+            yield replace(JudgedRow(*judged), asked=Asked(line, prompt, is_known))
 
 
 def _check_score(score: str | None, known: list[str]) -> None:
@@ -143,18 +161,25 @@ def _without_right(reference: str, score: str | None) -> JobError:
     )  # fmt: skip
 
 
-def flipped_rows(db: Engine, before: str, after: str, score: str | None) -> list[Flip]:
-    """Rows, by their ids, that one of two jobs or score runs has right and the other wrong.
+def flipped_rows(db: Engine, before: str, after: str, score: str | None) -> tuple[list[Flip], int]:
+    """Rows, by id and input, that one of two jobs or score runs has right and the other wrong.
+
+    And how many rows of one id are not the same: they ask something else, or another answer is expected.
 
     Raises :class:`JobError` where the two have no row and score in common, and where nothing is right or wrong by the
     scores that were asked for.
     """
     first = {(each.id, each.score): each for each in judged_rows(db, before, score) if each.value is not None}
     second = (each for each in judged_rows(db, after, score) if each.value is not None)
-    pairs = [(other, each) for each in second if (other := first.get((each.id, each.score))) is not None]
+    named = [(other, each) for each in second if (other := first.get((each.id, each.score))) is not None]
+    pairs = [(one, two) for one, two in named if one.asked.is_same(two.asked) and one.expected == two.expected]
     if not pairs:
-        raise JobError(f"{before} and {after} have no scored row in common", hint="Rows are compared by their ids.")
+        raise JobError(
+            f"{before} and {after} have no scored row in common",
+            hint="Rows are the same by id, input and expected answer.",
+        )
     told = [(one, two) for one, two in pairs if None not in (one.is_right, two.is_right)]
     if not told:
         raise _without_right(f"{before} and {after}", score)
-    return [Flip(two.id, two.score, two.expected, one, two) for one, two in told if one.is_right is not two.is_right]
+    flips = [Flip(two.id, two.score, two.expected, one, two) for one, two in told if one.is_right is not two.is_right]
+    return flips, len(named) - len(pairs)

@@ -97,6 +97,8 @@ class Rows:
         if not self._prepared.options.skip_invalid:
             return None
         self.invalid.append(len(self.costs))
+        # Nothing is known of what it asks: it is like no other.
+        self._asked.append(len(self.costs))
         custom_id = line.custom_id or f"row-{len(self.costs)}"
         failure = (error_class, problem)
         return PreparedRow(custom_id, None, _json(line.expected), _json(line.meta), None, 0, error=failure)

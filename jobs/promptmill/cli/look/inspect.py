@@ -117,8 +117,8 @@ def _show_wrong(job: str, score: str | None, unread_only: bool, limit: int, as_j
 
 def _as_json(each: JudgedRow) -> dict[str, Any]:
     found = asdict(each)
-    # A number of 64 bits, which is no one's outside and more than a number of JSON can be trusted with.
-    del found["input_key"]
+    # Numbers of 64 bits mean nothing elsewhere, and are more than numbers of JSON can be trusted with.
+    del found["asked"]
     return found
 
 
@@ -140,22 +140,24 @@ def _show_flipped(before: str, after: str, score: str | None, limit: int, as_jso
     from promptmill.scoring.mistakes import flipped_rows
 
     _, db = open_all()
-    flips = flipped_rows(db, before, after, score)
+    flips, others = flipped_rows(db, before, after, score)
     names = sorted({each.score for each in flips})
     tests = {name: _tested([each for each in flips if each.score == name]) for name in names}
     if as_json:
         rows = [
             asdict(each) | {"before": _as_json(each.before), "after": _as_json(each.after)} for each in flips[:limit]
         ]
-        print_json({"scores": tests, "rows": rows})
+        print_json({"scores": tests, "rows": rows, "not_the_same": others})
         return
     if not flips:
         say("no row is right in the one and wrong in the other")
     for name, each in tests.items():
         say(
             f"{name}: {each['losses']:,} right in {before} and wrong in {after}, {each['gains']:,} the other way; "
-            f"McNemar's exact test of {each['inputs']:,} different inputs p = {each['mcnemar_p']:.3g}"
+            f"McNemar's exact test over inputs, {each['inputs']:,} of them: p = {each['mcnemar_p']:.3g}"
         )
+    if others:
+        say(f"{others:,} rows of one id ask something else, or another answer is expected: they are left out")
     for flip in flips[:limit]:
         way = "lost" if flip.is_loss else "won"
         say(
@@ -174,7 +176,7 @@ def _tested(flips: list[Flip]) -> dict[str, Any]:
     from promptmill.scoring.statistics.paired import signs
 
     changes = np.array([-1.0 if each.is_loss else 1.0 for each in flips])
-    clusters = Clusters.of(np.array([each.after.input_key for each in flips]))
+    clusters = Clusters.of(np.array([each.after.asked.prompt for each in flips]))
     losses = int((changes < 0).sum())
     p = signs(clusters.sums(changes))
     return {"losses": losses, "gains": len(flips) - losses, "inputs": clusters.count, "mcnemar_p": p}

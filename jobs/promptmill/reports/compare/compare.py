@@ -282,13 +282,27 @@ def _warnings(own: JobRows, other: JobRows, common: Pairing, runs: Runs) -> tupl
             found.append(f"job {summary.job_id} is {summary.completeness}")
     if common.others:
         found.append(f"{common.others:,} rows have the same id and another input: they are not the same rows")
+    changed = quality.relabelled(own, other, common)
+    if changed:
+        found.append(f"{changed:,} rows expect another answer in the other job: no score compares them")
     missing = len(own) + len(other) - 2 * len(common.before)
     if missing and len(common.before):
         found.append(f"{missing:,} rows are in one of the jobs only and are left out of paired figures")
+    if min(len(runs.before), len(runs.after)) >= LEAST_RUNS and _are_apart(runs):
+        found.append(
+            "all runs of one side were before those of the other: what changed on the machine meanwhile looks like a "
+            "difference; run them in turns, as 'sweep --repeat-runs' does"
+        )
     lengths = [each[0].mean_output_tokens for each in (runs.before, runs.after)]
     if lengths[0] and lengths[1] and abs(lengths[1] / lengths[0] - 1) > LENGTH_SHIFT:
         found.append(f"answers have another length: {lengths[0]:.1f} and {lengths[1]:.1f} tokens, which is other work")
     return tuple(found)
+
+
+def _are_apart(runs: Runs) -> bool:
+    """Whether the runs of one side all began before those of the other."""
+    begun = [[each.started_at or each.submitted_at for each in own] for own in (runs.before, runs.after)]
+    return max(begun[0]) < min(begun[1]) or max(begun[1]) < min(begun[0])
 
 
 def environment_of(db: Connection, job_id: str) -> dict[str, str]:

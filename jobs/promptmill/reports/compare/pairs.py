@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from promptmill.database.tables import jobs, requests, results, score_runs, scores
 from promptmill.reports.figures.columns import Floats, Ints, Truths
 from promptmill.scoring.scorers import ScoreOutcome
-from promptmill.scoring.scorers.scoring import INPUT_KEY, Answer, answers_query, judge_of
+from promptmill.scoring.scorers.scoring import DIGESTED, INPUT_KEY, OWN_INPUT, Answer, answers_query, judge_of
 from promptmill.scoring.scorers.tally import Judgement
 from promptmill.scoring.stored_scores import run_of
 from promptmill.types import WITHOUT_TEXTS
@@ -29,18 +29,11 @@ AGAIN = 0x9E3779B97F4A7C15
 UNCOUNTED = (ScoreOutcome.ABSTAIN, ScoreOutcome.INFRA_ERROR)
 
 
-#: Rows whose input is known by its digest: not those of older versions, and not those of jobs without their prompts.
-DIGESTED = sa.and_(requests.c.input_digest.is_not(None), sa.not_(requests.c.input_digest.between(-(2**31), -1)))
-
-#: Equal for one line of a dataset in two jobs, whatever their templates make of it.
-OWN_INPUT = sa.func.coalesce(requests.c.input_digest, results.c.row)
-
-
 @dataclass(slots=True)
 class ScoredRows:
     """One score of a job's rows, as columns of their length. Labels are places in ``labels``, -1 for none."""
 
-    #: What the score is: kind, field and parameters, as JSON. Equal for scores that mean the same.
+    #: What the score is: kind, field, parameters and how labels are read, as JSON. Equal where scores mean the same.
     definition: str
     #: What the labels are, and the figure that the score adds up to, as its scorer has them.
     kind: str | None
@@ -199,13 +192,18 @@ def _definitions(task_text: str | None, task_name: str | None, code: str | None 
     from promptmill.tasks.scores import class_of, entry_kind, names_of
     from promptmill.tasks.task_file import parse_task
 
-    entries = parse_task(task_text, task_name or "task").scores
+    task = parse_task(task_text, task_name or "task")
+    entries, output = task.scores, task.output
     found = {}
     for name, entry in zip(names_of(entries), entries, strict=True):
         scorer = class_of(entry_kind(entry))
         own = {key: value for key, value in entry.items() if key != "as"}
         if scorer.needs_item:
             own["sha256"] = code
+        field = str(entry[entry_kind(entry)])
+        for how, read in (("aliases", output.aliases), ("normalise", output.normalise)):
+            if field in read:
+                own[how] = read[field]
         found[name] = _Definition(json.dumps(own, sort_keys=True, ensure_ascii=False), scorer.labels, scorer.figures[0])
     return found
 

@@ -66,10 +66,32 @@ def lines(own: JobRows, other: JobRows, common: Pairing, note: str) -> tuple[lis
         both = np.isfinite(one.worth) & np.isfinite(two.worth)
         if not both.any():
             continue
+        both &= expect_the_same(one, two)
+        if not both.any():
+            found.append(_refused(name, one, two, "no row expects the same answer"))
+            continue
         own_lines, own_flips = _of_score(name, one, two, both, clusters, note)
         found += own_lines
         flips += own_flips
     return found, flips
+
+
+def expect_the_same(one: ScoredRows, two: ScoredRows) -> Truths:
+    """Which rows have the same expected label in both; those without labels have."""
+    # The last place is that of -1, for none.
+    meant = np.array([*(one.labels.get(label, -2) for label in two.labels), -1])
+    given: Truths = (one.wanted == meant[two.wanted]) | (one.wanted < 0) | (two.wanted < 0)
+    return given
+
+
+def relabelled(own: JobRows, other: JobRows, common: Pairing) -> int:
+    """Common rows that expect another answer in the other job, by any score."""
+    changed = np.zeros(len(common.before), dtype=bool)
+    for name in own.scores.keys() & other.scores.keys():
+        one, two = _taken(own.scores[name], common.before), _taken(other.scores[name], common.after)
+        if _differ(one, two) is None:
+            changed |= ~expect_the_same(one, two)
+    return int(changed.sum())
 
 
 def _of_score(

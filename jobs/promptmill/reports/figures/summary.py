@@ -111,12 +111,15 @@ class Summary:
 
     def _doubt(self) -> str | None:
         broken = [check.name for check in self.checks if check.ok is False]
-        if self.errors:
-            return f"completed with {self.errors:,} errors" if self.errors > 1 else "completed with 1 error"
-        if broken:
-            return f"completed, but figures disagree: {', '.join(broken)}"
         failed = [gate.name for gate in self.gates if not gate.passed]
-        return f"completed, but gates failed: {', '.join(failed)}" if failed else None
+        ended = "completed"
+        if self.errors:
+            ended += f" with {self.errors:,} errors" if self.errors > 1 else " with 1 error"
+        if broken:
+            return f"{ended}, but figures disagree: {', '.join(broken)}"
+        if failed:
+            return f"{ended}, but gates failed: {', '.join(failed)}"
+        return ended if self.errors else None
 
     def to_json(self) -> dict[str, Any]:
         """The report as one object with stable keys; None was not measured."""

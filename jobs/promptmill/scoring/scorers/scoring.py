@@ -180,6 +180,12 @@ def required_keys(task: Task, scorers: Mapping[str, Scorer]) -> tuple[str, ...]:
 #: Equal for rows that ask the same. Rows that were stored before there were digests are each of its own.
 INPUT_KEY = sa.func.coalesce(requests.c.prompt_digest, requests.c.input_digest, results.c.row)
 
+#: Equal for one line of a dataset in two jobs, whatever their templates make of it.
+OWN_INPUT = sa.func.coalesce(requests.c.input_digest, results.c.row)
+
+#: Rows whose input is known by its digest: not those of older versions, and not those of jobs without their prompts.
+DIGESTED = sa.and_(requests.c.input_digest.is_not(None), sa.not_(requests.c.input_digest.between(-(2**31), -1)))
+
 
 def answers_query(job_id: str, *, whole: bool) -> sa.Select[Any]:
     """The job's results as columns of :class:`Answer`; ``whole``: with input and meta, which can be long."""
