@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from promptmill.api.batches.batches import BatchBody
+from promptmill.api.http.errors import ApiError
 from promptmill.api.openai.request_parsing import read
 from promptmill.tasks.openai import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, HARMLESS, NOTES
 
@@ -56,3 +59,35 @@ def test_a_whole_number_may_be_written_as_a_decimal(body: dict[str, Any], found:
     sampling = read({**ASKED[CHAT], **body}, CHAT).sampling
     assert sampling == {"max_tokens": sampling["max_tokens"], **found}
     assert all(isinstance(value, int) for value in sampling.values() if value != 1.0)
+
+
+MANY = {f"k{n}": n for n in range(200_000)}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        (MANY, "k0", "unknown_parameter"),
+        ({"zz": None}, "zz", "unknown_parameter"),
+        ({"output_expires_after": MANY}, "output_expires_after.k0", "unknown_parameter"),
+        ({"metadata": MANY}, "metadata", "object_above_max_properties"),
+        ({"metadata": {"a": 1}}, "metadata.a", "invalid_type"),
+        ({"priority": 10}, "priority", "invalid_value"),
+        ({"endpoint": 5}, "endpoint", "invalid_type"),
+        ({"input_file_id": None}, "input_file_id", "missing_required_parameter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_with_a_body_is_told_at_once(body: dict[str, Any], param: str, code: str) -> None:
+    whole = {"input_file_id": "file-1", "endpoint": "/v1/completions", "completion_window": "24h"} | body
+    started = time.process_time()
+    with pytest.raises(ApiError) as caught:
+        BatchBody.of(whole)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert time.process_time() - started < 0.25
+
+
+@pytest.mark.parametrize("options", [None, [], "", {}, {"include_usage": None}])
+def test_empty_options_of_a_stream_are_none(options: Any) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream_options": options}
+    assert read(body, CHAT).include_usage is False

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 import orjson
 from fastapi import Request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.responses import Response
 
 from promptmill.api.http.errors import ApiError, bad, missing
@@ -70,6 +70,10 @@ def wrong_type(name: str, wanted: str, value: Any) -> ApiError:
     return bad(f"Invalid type for '{name}': expected {wanted}, but got {kind(value)} instead.", name, "invalid_type")
 
 
+#: Pairs of metadata at most; and the kind of our own error for a field without a meaning.
+MOST_PAIRS, UNKNOWN = 16, "unknown_parameter"
+
+
 def _plain(value: str) -> str:
     if "\0" in value:
         raise ValueError("it holds a NUL character")
@@ -82,10 +86,18 @@ PLAIN = AfterValidator(_plain)
 #: A whole number, which some clients write as 8.0.
 Whole = Annotated[int, BeforeValidator(as_whole)]
 
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MOST_PAIRS:
+        raise PydanticCustomError("too_long", "at most {most} pairs", {"most": MOST_PAIRS})
+    return value
+
+
 #: Up to 16 pairs of short texts.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64), PLAIN], Annotated[str, Field(max_length=512), PLAIN]],
-    Field(max_length=16),
+    BeforeValidator(_few),
+    Field(max_length=MOST_PAIRS),
 ]
 
 #: What pydantic calls a wrong type -> what was expected.
@@ -98,12 +110,17 @@ EXPECTED = {
 class Body(BaseModel):
     """A body, or an object in one. A field without a meaning is never passed over in silence; null is not set."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, given: Any) -> Any:
-        return {name: each for name, each in given.items() if each is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        # Not left to pydantic, which would list each of a body's 250,000 fields.
+        if cls.model_config.get("extra") == "forbid" and (unknown := given.keys() - cls.model_fields.keys()):
+            raise PydanticCustomError(UNKNOWN, "{name}", {"name": min(unknown)})
+        return {name: each for name, each in given.items() if each is not None}
 
     @classmethod
     async def read(cls, request: Request) -> Self:
@@ -120,13 +137,14 @@ class Body(BaseModel):
 
 
 def _refusal(found: Sequence[ErrorDetails]) -> ApiError:
-    """The first thing that is wrong, in OpenAI's words; a field that is unknown goes before."""
-    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    name = ".".join(str(part) for part in first["loc"] if part != "[key]")[:100]
+    """The first thing that is wrong, in OpenAI's words."""
+    first = found[0]
+    parts = [*first["loc"], first["msg"]] if first["type"] == UNKNOWN else first["loc"]
+    name = ".".join(str(part) for part in parts if part != "[key]")[:100].replace("\0", "\N{REPLACEMENT CHARACTER}")
     match first["type"], first["input"]:
         case "missing", _:
             return missing(name)
-        case "extra_forbidden", _:
+        case kind_of_error, _ if kind_of_error == UNKNOWN:
             return bad(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
         case kind_of_error, value if kind_of_error in EXPECTED:
             return wrong_type(name, EXPECTED[kind_of_error], value)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from promptmill.api.http.errors import ApiError, bad, missing
 from promptmill.api.http.validation import PLAIN, Body
@@ -14,7 +14,7 @@ from promptmill.queue.interactive_wire import Turn
 from promptmill.readers.fields import BadLine
 from promptmill.readers.jsonl import messages_of
 from promptmill.tasks.openai import ANSWERED, CHAT, COMPLETIONS, EMBEDDINGS, translate
-from promptmill.tasks.sampling import BadParameter, refuse_unfinished
+from promptmill.tasks.sampling import BadParameter, is_empty, refuse_unfinished
 from promptmill.tasks.templates import resolve_sampling
 from promptmill.tasks.tools import Offer
 
@@ -41,11 +41,15 @@ class Asked(Body):
     model: Annotated[str, Field(min_length=1, max_length=4_096), PLAIN]
 
 
+def _unless_empty(given: Any) -> Any:
+    return None if is_empty(given) else given
+
+
 class AskedCompletion(Asked):
     """The body of a chat or a completion."""
 
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(_unless_empty)] = None
 
 
 class AskedEmbedding(Asked):
