@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from promptmill.database.engine import epoch
 from promptmill.database.tables import jobs, requests, results, score_runs
-from promptmill.errors import JobError
+from promptmill.errors import JobError, TaskFileError
 from promptmill.ledger import Ledger
 from promptmill.queue.broker import Broker
 from promptmill.queue.dispatcher import Dispatcher
@@ -232,6 +232,24 @@ def test_workers_forget_without_running_a_scorer(db: sa.Engine, monkeypatch: pyt
     with db.begin() as connection:
         connection.execute(sa.update(jobs).values(finished_at=epoch() - UNSCORED_S - 60))
     assert forget_overdue(db, scoring=False) == [JOB]
+    assert SECRET not in str(texts(db))
+
+
+def test_who_lacks_what_the_scores_need_leaves_a_job_to_others_for_an_hour(
+    db: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> None:
+        raise TaskFileError("the scorer file s.py cannot be read")
+
+    monkeypatch.setattr("promptmill.scoring.forgetting.keep_scores", lacking)
+    fill(db, store="none")
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=epoch() - FETCH_S - 60))
+    assert forget_overdue(db) == []
+    assert SECRET in str(texts(db))
+    with db.begin() as connection:
+        connection.execute(sa.update(jobs).values(finished_at=epoch() - UNSCORED_S - 60))
+    assert forget_overdue(db) == [JOB]
     assert SECRET not in str(texts(db))
 
 

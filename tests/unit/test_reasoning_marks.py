@@ -12,8 +12,9 @@ import pytest
 
 from promptmill.types import Extras, FinishReason, Message, SamplingParams
 from promptmill_workers.checkpoints import Checkpoint, build_engine
+from promptmill_workers.engines import prompts
 from promptmill_workers.engines.answer import END_OF_THINK, THINK, Generation
-from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished
+from promptmill_workers.engines.contract import Engine, EngineOptions, EngineRequest, Event, Finished, Rejected
 from promptmill_workers.engines.llama.binding import LlamaModel
 from promptmill_workers.engines.llama.text import LlamaPromptReader
 from promptmill_workers.engines.mlx_lm.text import MlxTokenizer
@@ -129,6 +130,27 @@ def test_a_template_that_opens_a_reasoning_behind_such_a_text_is_obeyed(load: Lo
     assert found.usage.reasoning_tokens == 6
     meant = answer(engine, EngineRequest(0, settings, prompt=f"Say {THINK}", own=((0, 11),)))
     assert meant.usage.reasoning_tokens == 6
+
+
+ENDLESS = """{%- for m in messages %}{{ m['content'] }}{% if 'SLOW' in m['content'] %}
+{%- for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}{% endfor %}"""
+
+
+def test_a_template_that_never_ends_for_one_text_ends_that_request_alone(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "RENDER_S", 0.3)
+    engine, settings = load(ENDLESS), SamplingParams(max_tokens=2, ignore_eos=True)
+    asked = [EngineRequest(key, settings, messages=(Message("user", text),)) for key, text in enumerate(("a", "SLOW"))]
+    engine.add(asked)
+    events: list[Event] = []
+    while engine.active or engine.waiting:
+        events.extend(engine.step())
+    events.extend(engine.step())
+    ended = {event.key: event for event in events}
+    assert isinstance(ended[0], Finished)
+    assert isinstance(ended[1], Rejected)
+    assert "takes more than 0.3 s" in ended[1].message
 
 
 @pytest.mark.parametrize("said", ["<think>Hm.</think>\n\nyes <b>", "\n yes", "<thin air>", "<", "<think>", " \n"])

@@ -50,20 +50,25 @@ def forget_overdue(db: Engine, *, scoring: bool = True) -> list[str]:
     """
     done = []
     for job_id, how, late_s in overdue(db):
-        if not scoring and late_s < UNSCORED_S - FETCH_S and not is_scored(db, catalog.find_job(db, job_id)):
+        is_last = late_s >= UNSCORED_S - FETCH_S
+        if not scoring and not is_last and not is_scored(db, catalog.find_job(db, job_id)):
             continue
         with claimed(db, job_id) as is_ours:
-            if is_ours and (_forget_in_time(db, job_id, how) if scoring else redact(db, job_id, how)):
+            if is_ours and (_forget_in_time(db, job_id, how, is_last) if scoring else redact(db, job_id, how)):
                 done.append(job_id)
     return done
 
 
-def _forget_in_time(db: Engine, job_id: str, how: str) -> bool:
+def _forget_in_time(db: Engine, job_id: str, how: str, is_last: bool) -> bool:
+    """``is_last``: no other process, which may have what the scores need, is waited for any more."""
     try:
         return forget(db, job_id, how)
     except DatabaseError:
         raise
     except PromptmillError as problem:
+        if not is_last:
+            _log.warning("job %s is left to a process that can score it: %s", job_id, problem.message)
+            return False
         _log.warning("job %s loses its texts without scores: %s", job_id, problem.message)
         return redact(db, job_id, how)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from types import FrameType
+from typing import NoReturn, Self
 
 import numpy as np
 
@@ -39,6 +43,32 @@ class Prompt:
     scored: int = 0
 
 
+#: Seconds that a chat template may take: one that never ends must not hold up the requests of others.
+RENDER_S = 10.0
+
+
+@contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Ends what takes longer, by a signal: where an engine runs, in the main thread of its process.
+
+    Raises RequestError. Elsewhere, such as in a thread of a test, it has no effect.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> NoReturn:
+        raise RequestError(f"the model's chat template takes more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
 class PromptReader(ABC):
     """Requests to prompt tokens, by a model's own chat template and vocabulary. It is the model's ``TokenCounter``."""
 
@@ -68,7 +98,8 @@ class PromptReader(ABC):
 
     def opened(self, request: EngineRequest) -> tuple[list[Piece], bool]:
         """The prompt, and whether the model begins with its reasoning after it. Raises RequestError."""
-        return pieces_of(request, self._controls, self._chat_template)
+        with _bounded(RENDER_S):
+            return pieces_of(request, self._controls, self._chat_template)
 
     def render(self, request: EngineRequest) -> str:
         """Raises RequestError."""
