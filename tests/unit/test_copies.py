@@ -159,6 +159,13 @@ def test_a_threshold_under_which_nothing_lies_is_refused() -> None:
     assert problems("scores: [{binary: lab, threshold: 0.5}]\n", [0.7, 0.7]) == [], "a sample of one label"
 
 
+def test_an_expected_null_against_a_schema_without_null_is_refused() -> None:
+    task = "output: {schema: {type: object, properties: {lab: {type: %s}}}}\nscores: [{exact: lab}]\n"
+    [problem] = problems(task % "boolean", [True, False, None])
+    assert problem.startswith("lab: expected labels that no answer can be: null")
+    assert problems(task % "[integer, 'null']", [1, None]) == []
+
+
 def test_a_choice_that_means_a_bare_yes_of_yaml_is_refused() -> None:
     task = 'generate: {choices: ["yes", "yep", "no"]}\noutput: {aliases: {lab: {yep: %s}}}\nscores: [{exact: lab}]\n'
     assert problems(task % "'yes'", ["yes", "no"]) == []

@@ -46,12 +46,12 @@ class Labels:
         }
 
     def add(self, expected: JsonValue) -> None:
-        """One row's expected values. None is no label."""
+        """One row's expected values; a row without the field has no label."""
         if not isinstance(expected, dict):
             return
         for name, seen in self._seen.items():
-            if (value := expected.get(name)) is not None and len(seen) <= MOST:
-                seen[json.dumps(value, ensure_ascii=False, sort_keys=True)] += 1
+            if name in expected and len(seen) <= MOST:
+                seen[json.dumps(expected[name], ensure_ascii=False, sort_keys=True)] += 1
 
     def problems(self) -> list[str]:
         """A sentence for each field, or score, whose labels cannot be right."""

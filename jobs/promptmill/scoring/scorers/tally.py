@@ -388,4 +388,5 @@ def _effective(worth: Floats, clusters: Clusters, bounds: tuple[float, float]) -
     low, high = bounds
     if not math.isfinite(high - low):
         return clusters.effective
-    return min(float(len(worth)), effective_rows((worth - low) / (high - low), clusters))
+    # Copies whose answers differ tell more of their question, and of no other one.
+    return min(float(clusters.count), effective_rows((worth - low) / (high - low), clusters))
