@@ -92,8 +92,11 @@ def test_a_field_that_no_prompt_shows_makes_no_new_observation(command: Command,
     assert often["ci95"] == pytest.approx(once["ci95"], abs=0.01)
 
     ran(command, copied(tmp_path, "better.jsonl", 1), "t.yaml", "--name", "better")
-    [line] = [each for each in compared(command, "often", "better")["figures"] if each["name"] == "n.accuracy"]
+    found = compared(command, "often", "better")
+    [line] = [each for each in found["figures"] if each["name"] == "n.accuracy"]
     assert line["word"] != "better", "3 of 40 questions are no difference, however often they are asked"
+    [flips] = [each for each in found["flips"] if each["name"] == "n"]
+    assert flips["p"] == line["p_holm"], "one verdict, corrected once"
 
 
 def test_one_line_is_a_pair_whatever_the_prompts_or_other_columns_are(command: Command, tmp_path: Path) -> None:

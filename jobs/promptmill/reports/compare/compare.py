@@ -17,7 +17,7 @@ from promptmill.database.engine import reading
 from promptmill.database.tables import attempts, jobs, workers
 from promptmill.errors import JobError, PromptmillError
 from promptmill.reports.compare import quality
-from promptmill.reports.compare.comparison import ONE_RUN, Comparison, Tested, not_comparable
+from promptmill.reports.compare.comparison import ONE_RUN, Comparison, Line, Tested, not_comparable
 from promptmill.reports.compare.pairs import JobRows, Pairing, pair, read_rows
 from promptmill.reports.figures.figures import metric_of, value_of
 from promptmill.reports.figures.inputs import consistent
@@ -90,7 +90,14 @@ def compare_all(
         ]
     every = [line for _, lines in made for line in lines]
     verdicts = iter(holm([line.change if line.is_comparable else Change(math.nan) for line in every]))
-    return [replace(found, lines=tuple(line.judged(next(verdicts)) for line in lines)) for found, lines in made]
+    return [_judged(found, [line.judged(next(verdicts)) for line in lines]) for found, lines in made]
+
+
+def _judged(found: Comparison, lines: Sequence[Line]) -> Comparison:
+    """With its lines; the flips of a score have the corrected p of its accuracy."""
+    p = {line.name: line.p for line in lines}
+    flips = tuple(replace(each, p=p.get(f"{each.name}.accuracy", each.p)) for each in found.flips)
+    return replace(found, lines=tuple(lines), flips=flips)
 
 
 def _runs_of(db: Connection, sides: tuple[Sequence[Side], Sequence[Side]]) -> Runs:

@@ -110,7 +110,7 @@ class Flips:
     name: str
     lost: int
     won: int
-    #: McNemar's exact test of the two counts.
+    #: McNemar's exact test of the two counts, to which copies are one; corrected with all other tests.
     p: float | None
     lost_keys: tuple[str, ...]
     won_keys: tuple[str, ...]
