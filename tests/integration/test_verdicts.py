@@ -113,6 +113,19 @@ def test_one_line_is_a_pair_whatever_the_prompts_or_other_columns_are(command: C
         assert compared(command, "first", name)["common_rows"] == 40
 
 
+def test_a_line_that_lacks_its_input_keeps_what_it_expects(command: Command, tmp_path: Path) -> None:
+    text = ERRORS.replace("abs_error: n", "exact: n, unanswered: wrong").replace(
+        "expected:", "input: {answer: answer}\nexpected:"
+    )
+    (tmp_path / "t.yaml").write_text(text, encoding="utf-8")
+    whole = [{"id": f"r{row}", "answer": json.dumps({"n": row}), "n": row} for row in range(8)]
+    lacking = [{"id": f"bad{row}", "n": row} for row in range(8)]
+    data = rows(tmp_path, "a.jsonl", whole + lacking)
+    done = command("run", data, "--task", "t.yaml", "--model", "echo", "--json", "--skip-invalid")
+    score = json.loads(done.out)["scores"]["n"]
+    assert (score["n"], score["correct"], score["value"]) == (16, 8, 0.5)
+
+
 def test_rows_that_expect_another_answer_are_not_set_against_each_other(command: Command, tmp_path: Path) -> None:
     """Not one answer has changed; labels, and how they are read, have."""
     exact = ERRORS.replace("abs_error", "exact")

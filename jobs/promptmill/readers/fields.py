@@ -25,10 +25,14 @@ def from_fields(number: int, record: Mapping[str, Any], layout: Layout) -> Datas
     fields = dict(visible)
     custom_id = mapped_id(fields, record, layout)
     meta = fields.pop("meta") if isinstance(fields.get("meta"), dict) else None
-    if layout.meta:
-        meta = (meta or {}) | {name: lookup(visible, path) for name, path in layout.meta.items()}
-    if layout.input:
-        fields = {name: lookup(visible, path) for name, path in layout.input.items()}
+    try:
+        if layout.meta:
+            meta = (meta or {}) | {name: lookup(visible, path) for name, path in layout.meta.items()}
+        if layout.input:
+            fields = {name: lookup(visible, path) for name, path in layout.input.items()}
+    except BadLine as problem:
+        # A row that cannot be asked may count as wrong: what it expects is known.
+        return DatasetLine(number, custom_id, expected=expected, error=str(problem))
     return DatasetLine(number, custom_id, fields=fields, expected=expected, meta=meta)
 
 
