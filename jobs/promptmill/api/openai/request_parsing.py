@@ -33,7 +33,7 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class Asked(Body):
+class AskedBody(Body):
     """What all bodies have. The rest are sampling parameters, which are read as those of a dataset's lines are."""
 
     model_config = ConfigDict(extra="allow")
@@ -45,14 +45,14 @@ def _unless_empty(given: Any) -> Any:
     return None if is_empty(given) else given
 
 
-class AskedCompletion(Asked):
+class AskedCompletion(AskedBody):
     """The body of a chat or a completion."""
 
     stream: bool = False
     stream_options: Annotated[StreamOptions | None, BeforeValidator(_unless_empty)] = None
 
 
-class AskedEmbedding(Asked):
+class AskedEmbedding(AskedBody):
     """The body of embeddings."""
 
     encoding_format: Literal["float", "base64"] = "float"
