@@ -183,6 +183,17 @@ def test_looks_at_pages_are_counted_too(clock: Clock) -> None:
         limits.count(one, looks=True)
 
 
+def test_a_key_waits_for_as_many_answers_as_it_may_and_no_more() -> None:
+    limits = KeyLimits(Settings(api_concurrent=3))
+    one, other = (Principal(name, frozenset({"submit"}), {}) for name in ("k", "l"))
+    too_many = pytest.raises(ApiError, match="3 are allowed")
+    with limits.running(one, 2), limits.running(one), limits.running(other, 3), too_many, limits.running(one):
+        pytest.fail("a fourth answer")
+    with limits.running(one, 3), pytest.raises(ApiError) as caught, limits.running(one, 4):
+        pytest.fail("more than it may ever wait for")
+    assert caught.value.status == 400
+
+
 @pytest.fixture
 def narrow(tmp_path: Path, redis_url: str) -> Iterator[Server]:
     """A server whose process may have few descriptors."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from promptmill.errors import PromptmillError, TaskFileError
-from promptmill.tasks.own_text import PRIVATE
+from promptmill.tasks.own_text import PRIVATE, own_spans
 from promptmill.tasks.sampling import PARAMETERS, BadParameter, check_parameters, refuse_repeats
 from promptmill.tasks.templates import LONGEST_TEXT, RenderError, Template, payload, resolve_sampling, to_request
 from promptmill.types import DatasetLine, Message, SamplingParams
@@ -396,3 +396,11 @@ def test_a_list_that_is_put_in_holds_nothing_that_is_no_value(template: str, pro
     with pytest.raises(RenderError, match=problem):
         Template(template).render(line, None)
     assert Template("{{ rows }} {{ tags }}").render(line, None)[0].content == "[{'k': 1}, {'k': None}] ['a', 'b']"
+
+
+def test_a_text_that_the_marks_have_changed_has_nothing_of_its_own() -> None:
+    """Such as one that a filter has made upper case, or cut: where it is the author's cannot be told."""
+    begin, end = "\ue000", "\ue001"
+    assert own_spans("<s>A</s>", f"<s>{begin}A{end}</s>", begin, end) == ((0, 3), (4, 8))
+    assert own_spans("<s>B</s>", f"<s>{begin}A{end}</s>", begin, end) == ()
+    assert own_spans("<s>A</s>", f"<s>{begin}A</s>", begin, end) == ()
